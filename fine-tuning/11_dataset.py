@@ -1,0 +1,68 @@
+"""Stage 11: make instruction pairs: count, filter, drop duplicates, split by headword.
+
+Edit: configs/<recipe>/instruction.json. Writes: train.parquet, valid.parquet, funnel.json.
+Run:  python fine-tuning/11_dataset.py --recipe tiny
+"""
+
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from recipe.cleaning import make_normalizer, text_hash
+from recipe.instructions import Pair, pair_side, read_pairs, reason_to_drop
+from recipe.outputs import RecipeError, Stage, run_stage, write_json
+from recipe.progress import progress
+
+
+def main(stage: Stage) -> None:
+    """Read every kind of pair, keep the good ones, cap translations at their share of the whole."""
+    config = stage.config["instruction"]
+    normalize = make_normalizer(stage.config["dataset"])
+    valid_share = config.get("valid_share", 0.05)
+    sides: dict[str, list[Pair]] = {"train": [], "valid": []}
+    funnel: dict[str, dict] = {}
+    seen: set[bytes] = set()
+    for kind, spec in config["pairs"].items():
+        dropped: Counter[str] = Counter()
+        kept: dict[str, list[Pair]] = {"train": [], "valid": []}
+        for pair in progress(read_pairs(kind, spec, normalize), kind, "pairs"):
+            reason = reason_to_drop(pair)
+            identity = text_hash("\0".join(pair[:3]))
+            if not reason and identity in seen:
+                reason = "duplicate"
+            if reason:
+                dropped[reason] += 1
+                continue
+            seen.add(identity)
+            kept[pair_side(pair, valid_share)].append(pair)
+        if kind == "translation":
+            for side, pairs in kept.items():
+                most = allowed(len(sides[side]), config.get("translation_share", 1.0))
+                # By hash, so that which pairs stay does not depend on their order.
+                pairs.sort(key=lambda pair: text_hash(pair.headword + pair.instruction))
+                dropped["over translation_share"] += max(0, len(pairs) - most)
+                del pairs[most:]
+        for side, pairs in kept.items():
+            sides[side] += pairs
+        out = sum(map(len, kept.values()))
+        funnel[kind] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+        stage.say(
+            f"{kind}: {out:,} of {out + dropped.total():,} pairs kept; dropped {dict(dropped) or 'none'}"
+        )
+    for side, pairs in sides.items():
+        if not pairs:
+            raise RecipeError(f"no pairs on the {side} side. Add pairs or change instruction.valid_share")
+        table = pa.Table.from_pylist([pair._asdict() for pair in pairs])
+        pq.write_table(table, stage.folder / f"{side}.parquet", compression="zstd")
+    write_json(stage.folder / "funnel.json", {"pairs": funnel})
+    stage.figures = funnel
+    stage.headline = f"{len(sides['train']):,} training pairs, {len(sides['valid']):,} for validation"
+
+
+def allowed(others: int, share: float) -> int:
+    """How many translations make up at most `share` beside `others` other pairs; alone, all may stay."""
+    return int(others * share / (1 - share)) if others and share < 1 else 2**62
+
+
+if __name__ == "__main__":
+    run_stage(__file__, __doc__, main, ("instruction", "dataset"), ("01_download",))

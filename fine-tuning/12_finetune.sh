@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Stage 12: tune the model on instructions: plain python, torchrun (--nproc N) or deepspeed (--deepspeed zero2).
+#
+# Edit: configs/<recipe>/finetune.json. Writes: as stage 05, with the chat template inside the tokenizer.
+# Run:  bash fine-tuning/12_finetune.sh --recipe tiny
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$(bash "$here/../setup.sh" --python)
+exec "$python" -m recipe.launch "$here/run_sft.py" "$@"

@@ -1,0 +1,48 @@
+"""Stage 15: ask the five questions, and some held-out instructions, before and after tuning, side by side.
+
+Edit: configs/<recipe>/generation.json. Writes: answers.json, answers.md.
+Run:  python fine-tuning/15_generate.py --recipe tiny
+"""
+
+import pyarrow.parquet as pq
+from recipe.outputs import Stage, run_stage, write_json
+
+HELD_OUT = 5  # instructions of the validation side that are asked beside the questions
+
+
+def main(stage: Stage) -> None:
+    """Answer with the pretrained and with the tuned model, from the same seeds and the same prompts."""
+    from recipe.chat import encode_conversation, generate_all, generation_config, side_by_side, user_message
+    from recipe.evaluation import repetition
+    from recipe.modeling import load_model
+    from transformers import AutoTokenizer
+
+    values, tuned = stage.config["generation"], stage.inputs["12_finetune"]
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    rows = [{"prompt": question, "wanted": ""} for question in values.get("questions", [])]
+    pairs = pq.read_table(stage.inputs["11_dataset"] / "valid.parquet").to_pylist()
+    for pair in pairs[:: max(1, len(pairs) // HELD_OUT)][:HELD_OUT]:
+        rows.append({"prompt": user_message(pair["instruction"], pair["input"]), "wanted": pair["output"]})
+    prompts = [
+        encode_conversation(tokenizer, [{"role": "user", "content": row["prompt"]}])[0] for row in rows
+    ]
+    for name, folder in (("before", stage.inputs["05_pretrain"]), ("after", tuned)):
+        answers = generate_all(
+            load_model(folder),
+            tokenizer,
+            prompts,
+            generation_config(values, tokenizer),
+            values.get("seed", 42),
+        )
+        for row, answer in zip(rows, answers, strict=True):
+            row[name] = answer.text
+    write_json(stage.folder / "answers.json", rows)
+    (stage.folder / "answers.md").write_text(side_by_side(rows), "utf-8")
+    rate = sum(repetition(row["after"]) for row in rows) / len(rows)
+    stopped = sum(answer.stopped for answer in answers)
+    stage.figures = {"answers": rows, "repetition": rate, "stop_rate": stopped / len(rows)}
+    stage.headline = f"{len(rows)} questions, {stopped} answers stop by themselves, repetition {rate:.1%}"
+
+
+if __name__ == "__main__":
+    run_stage(__file__, __doc__, main, ("generation",), ("05_pretrain", "11_dataset", "12_finetune"))

@@ -1,0 +1,76 @@
+"""Instruction tuning with a loss on answers only: the script that stage 12 starts on every rank, with a plan
+of paths.
+
+Run:  bash fine-tuning/12_finetune.sh --recipe tiny
+"""
+
+from pathlib import Path
+from typing import Any
+
+from recipe.training import parse, run_script, total_steps, train
+
+
+def main(plan: dict[str, Any]) -> None:
+    """Put the chat template into the tokenizer, pack the conversations, train, save; rank 0 writes
+    result.json.
+    """
+    from recipe.chat import chat_template
+    from recipe.conversations import load_conversations, preview
+    from recipe.curves import learning_curve
+    from recipe.modeling import load_model
+    from recipe.outputs import write_json
+    from recipe.packing import PackedConversations
+    from torch.utils.data import Subset
+    from transformers import AutoTokenizer
+
+    folder, values = Path(plan["folder"]), plan["config"]["finetune"]
+    settings, arguments, choice, hardware = parse(values, folder, plan["deepspeed"])
+    tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["05_pretrain"])
+    tokenizer.chat_template = chat_template(plan["config"]["instruction"].get("system", ""))
+    pairs = Path(plan["inputs"]["11_dataset"])
+    conversations, counts = load_conversations(pairs / "train.parquet", tokenizer, settings.block_size)
+    held_out, valid_counts = load_conversations(pairs / "valid.parquet", tokenizer, settings.block_size)
+    once = PackedConversations(conversations, settings.block_size, tokenizer.pad_token_id, arguments.seed)
+    arguments.max_steps, epochs = total_steps(arguments, len(once), settings.global_batch_size)
+    samples = PackedConversations(
+        conversations, settings.block_size, tokenizer.pad_token_id, arguments.seed, epochs
+    )
+    valid = PackedConversations(held_out, settings.block_size, tokenizer.pad_token_id, seed=0)
+    valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
+    model = load_model(Path(plan["inputs"]["05_pretrain"]), choice.attention)
+    if arguments.process_index == 0:
+        print(preview(conversations[:3], tokenizer), flush=True)
+        share = arguments.max_steps * settings.global_batch_size / len(once)
+        print(
+            f"{len(conversations):,} conversations in {len(once):,} blocks, {arguments.max_steps:,} steps = "
+            f"{share:.2f} epochs; left out: {counts}",
+            flush=True,
+        )
+    figures = train(
+        model,
+        tokenizer,
+        samples,
+        valid,
+        settings,
+        arguments,
+        choice,
+        hardware,
+        folder,
+        plan["deepspeed"],
+        plan["processes"],
+        None,
+    )
+    if arguments.process_index == 0:
+        learning_curve(
+            folder / "metrics.jsonl", folder / "learning_curve.png", f"tuning, recipe {plan['recipe']}"
+        )
+        figures["left_out"] = {"train": counts, "valid": valid_counts}
+        headline = (
+            f"{figures['steps']:,} steps, response loss {figures['eval_loss']:.4f}, "
+            f"{figures.get('tokens_per_second', 0):,.0f} tokens/s"
+        )
+        write_json(folder / "result.json", figures | {"headline": headline})
+
+
+if __name__ == "__main__":
+    run_script(main)

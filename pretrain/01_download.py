@@ -1,0 +1,30 @@
+"""Stage 01: bring the text that dataset.json names to data/.
+
+Edit: configs/<recipe>/dataset.json (sources). Writes: data/<source>/ with sha256 and versions, shared by
+recipes.
+Run:  python pretrain/01_download.py --recipe tiny
+"""
+
+import time
+
+from recipe.outputs import DATA, Stage, data_lock, run_stage
+from recipe.sources import download, source_facts
+
+
+def main(stage: Stage) -> None:
+    """Download every source, or find that it is there already."""
+    records, megabytes, seconds = {}, 0.0, 0.0
+    with data_lock():
+        for name, spec in stage.config["dataset"]["sources"].items():
+            started = time.monotonic()
+            records[name] = download(name, spec, DATA)
+            took = time.monotonic() - started
+            size = sum(file["bytes"] for file in records[name]["files"].values()) / 1e6
+            stage.say(f"{name}: {len(records[name]['files'])} files, {size:.1f} MB in {took:.1f} s")
+            megabytes, seconds = megabytes + size, seconds + took
+    stage.figures = {"sources": records, "megabytes": megabytes, "download_seconds": seconds}
+    stage.headline = f"{len(records)} sources, {megabytes:.1f} MB"
+
+
+if __name__ == "__main__":
+    run_stage(__file__, __doc__, main, ("dataset",), facts=source_facts)

@@ -1,0 +1,44 @@
+"""Stage 07: let the model continue the prompts, before and after training, side by side.
+
+Edit: configs/<recipe>/generation.json. Writes: samples.json, samples.md.
+Run:  python pretrain/07_generate.py --recipe tiny
+"""
+
+from recipe.outputs import Stage, run_stage, write_json
+
+
+def main(stage: Stage) -> None:
+    """Generate with the freshly initialised model and with the trained one, from the same seeds."""
+    from recipe.chat import generate_all, generation_config, side_by_side
+    from recipe.evaluation import repetition
+    from recipe.modeling import build_model, load_model
+    from transformers import AutoTokenizer
+
+    values = stage.config["generation"]
+    tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
+    models = {
+        "before": build_model(
+            stage.config["model"], tokenizer, "sdpa", stage.config["pretrain"].get("seed", 42)
+        ),
+        "after": load_model(stage.inputs["05_pretrain"]),
+    }
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in values["prompts"]]
+    samples = {
+        name: generate_all(
+            model, tokenizer, prompts, generation_config(values, tokenizer), values.get("seed", 42)
+        )
+        for name, model in models.items()
+    }
+    rows = [
+        {"prompt": prompt} | {name: texts[i].text for name, texts in samples.items()}
+        for i, prompt in enumerate(values["prompts"])
+    ]
+    rate = sum(repetition(row["after"]) for row in rows) / len(rows)
+    write_json(stage.folder / "samples.json", rows)
+    (stage.folder / "samples.md").write_text(side_by_side(rows), "utf-8")
+    stage.figures = {"samples": rows, "repetition": rate}
+    stage.headline = f"{len(rows)} samples, repetition {rate:.1%} of character 8-grams"
+
+
+if __name__ == "__main__":
+    run_stage(__file__, __doc__, main, ("generation", "model"), ("05_pretrain",))

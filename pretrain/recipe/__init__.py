@@ -1,0 +1,1 @@
+"""What the stages of the recipe share; see README.md for the stages themselves."""

@@ -1,0 +1,117 @@
+"""What this machine can do and what training should therefore use. Pure choices, apart from `detect`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.outputs import Refused
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """device: ``cuda`` or ``cpu``. capability: CUDA compute capability, (0, 0) on a CPU. name: for people."""
+
+    device: str
+    name: str
+    capability: tuple[int, int]
+    fast_bf16: bool
+    flash_attention: bool
+    compiler: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run uses: precision ``bf16``, ``fp16`` or ``fp32``; the attention kernel; compiled or not."""
+
+    precision: str
+    attention: str
+    compile: bool
+
+
+def detect() -> Hardware:
+    """Look at this process's device."""
+    import torch
+
+    compiler = shutil.which("g++") is not None
+    flash = importlib.util.find_spec("flash_attn") is not None
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        # Ampere (8.0) is the first generation with bf16 units; FlashAttention-2 needs it too.
+        return Hardware(
+            "cuda",
+            torch.cuda.get_device_name(),
+            capability,
+            capability >= (8, 0),
+            flash and capability >= (8, 0),
+            compiler,
+        )
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return Hardware("cpu", "CPU", (0, 0), "avx512_bf16" in flags or "amx_bf16" in flags, False, compiler)
+
+
+def choose(hardware: Hardware, values: dict[str, Any]) -> Choice:
+    """What to use: what pretrain.json demands, else the best that the hardware has.
+
+    Raises Refused for a demand that the hardware cannot meet.
+    """
+    if values.get("bf16"):
+        if hardware.device == "cuda" and not hardware.fast_bf16:
+            raise Refused(
+                f"bf16: true, but {hardware.name} has no bf16 units (capability {hardware.capability}). "
+                "Leave the key out, and fp16 is chosen"
+            )
+        precision = "bf16"
+    elif values.get("fp16"):
+        if hardware.device == "cpu":
+            raise Refused(
+                "fp16: true, but fp16 training needs a GPU. Leave the key out, and the CPU's best is chosen"
+            )
+        precision = "fp16"
+    elif "bf16" in values or "fp16" in values:  # explicitly false
+        precision = "fp32"
+    else:
+        precision = "bf16" if hardware.fast_bf16 else "fp16" if hardware.device == "cuda" else "fp32"
+
+    attention = values.get("attn_implementation", "auto")
+    if attention.startswith("flash") and not hardware.flash_attention:
+        raise Refused(
+            f"attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or more "
+            f"with flash-attn "
+            f"installed; this is {hardware.name}. Write auto or sdpa"
+        )
+    if attention.startswith("flash") and precision == "fp32":
+        raise Refused(
+            f"attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is asked for"
+        )
+    if attention == "auto":
+        attention = "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
+
+    if values.get("torch_compile") and not hardware.compiler:
+        raise Refused(
+            "torch_compile: true, but there is no g++ on this machine. Install it or leave the key out"
+        )
+    return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
+
+
+def gemm_peak(device: str, precision: str, seconds: float = 0.3) -> float:
+    """FLOP/s of a 2048-cubed matrix product on this device, in the precision of training; the base of MFU."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    left, right = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    if device == "cuda":
+        torch.cuda.synchronize()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return 2 * 2048**3 * count / (time.perf_counter() - started)

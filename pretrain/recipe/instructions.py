@@ -1,0 +1,158 @@
+"""Instruction pairs: real ones from the packaged sources, or a user's own Alpaca-form file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipe.cleaning import is_valid_side, japanese_share, text_hash
+from recipe.outputs import DATA, RecipeError
+from recipe.sources import glob_files, read_descriptions, read_manpages, read_tatoeba
+
+
+class Pair(NamedTuple):
+    """One instruction with its answer. Pairs of one `headword` always stand on the same side of the split."""
+
+    instruction: str
+    input: str
+    output: str
+    source: str
+    headword: str
+
+
+def read_pairs(kind: str, spec: dict[str, Any], normalize: Any) -> Iterator[Pair]:
+    """The pairs of one entry of instruction.json; `normalize` is what the pretraining text went through."""
+    if "path" in spec:
+        yield from _alpaca_pairs(kind, spec["path"])
+    else:
+        readers = {
+            "command-summary": _command_summaries,
+            "command-option": _command_options,
+            "package-summary": _package_summaries,
+            "package-description": _package_descriptions,
+            "translation": _translations,
+        }
+        if kind not in readers:
+            raise RecipeError(
+                f"instruction.json: pairs.{kind}: unknown kind; known: {', '.join(readers)}. "
+                "For pairs of your own give `path`"
+            )
+        for instruction, given, output, headword in readers[kind](DATA / spec["source"]):
+            yield Pair(instruction, normalize(given), normalize(output), kind, headword)
+
+
+def _alpaca_pairs(kind: str, pattern: str) -> Iterator[Pair]:
+    """Alpaca form: a JSON list, or one object a line, with instruction, output and perhaps input."""
+    paths = sorted(glob_files(pattern))
+    if not paths:
+        raise RecipeError(f"instruction.json: pairs.{kind}.path: {pattern!r} matches no file")
+    for path in paths:
+        text = path.read_text("utf-8-sig")
+        try:
+            rows = (
+                json.loads(text)
+                if text.lstrip().startswith("[")
+                else [json.loads(line) for line in text.splitlines()]
+            )
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        for number, row in enumerate(rows, 1):
+            for key in ("instruction", "output"):
+                if not isinstance(row.get(key), str):
+                    raise RecipeError(f"{path}: entry {number}: no text in {key!r}; it has {sorted(row)}")
+            yield Pair(
+                row["instruction"],
+                row.get("input") or "",
+                row["output"],
+                kind,
+                f"{kind}:{row['instruction']}",
+            )
+
+
+def _command_summaries(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    for name, section, root in _pages(folder):
+        summary = _summary(root)
+        if summary and section[0] in "168":
+            yield f"コマンド {name} は何をしますか?", "", summary, name
+        elif summary:
+            yield f"{name}({section}) は何ですか?", "", summary, name
+
+
+def _command_options(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    for name, section, root in _pages(folder):
+        if section[0] in "168":
+            for term in root.iter("dt"):
+                option = " ".join(term.text_content().split())
+                body = term.getnext()
+                if re.match(r"-{1,2}\w", option) and body is not None and body.tag == "dd":
+                    meaning = " ".join(body.text_content().split())
+                    # The first sentence says what an option does; what follows are details.
+                    yield (
+                        f"{name} のオプション {option} の意味は何ですか?",
+                        "",
+                        re.split(r"(?<=。)", meaning)[0],
+                        name,
+                    )
+
+
+def _pages(folder: Path) -> Iterator[tuple[str, str, Any]]:
+    from lxml import html
+
+    for page in read_manpages(folder):
+        if page.html:
+            yield page.name, page.section, html.document_fromstring(page.html)
+
+
+def _summary(root: Any) -> str:
+    """The text after the dash in a page's first section, which is its name section; empty where there is
+    none.
+    """
+    for section in root.iter("section"):
+        text = " ".join(section.text_content().split())
+        match = re.search(r"\s[-–—]\s(.+)", text)
+        return match.group(1) if match else ""
+    return ""
+
+
+def _package_summaries(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    for package, summary, body in read_descriptions(folder):
+        if body:
+            yield "次のパッケージの説明を一行で要約してください。", body, summary, package
+
+
+def _package_descriptions(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    for package, _summary_line, body in read_descriptions(folder):
+        if body:
+            yield (
+                f"Debian のパッケージ {package} について説明してください。",
+                "",
+                body.split("\n")[0],
+                package,
+            )
+
+
+def _translations(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    for number, japanese, english in read_tatoeba(folder):
+        if english:
+            headword = f"tatoeba {number}"
+            yield "次の文を英語に翻訳してください。", japanese, english, headword
+            yield "次の文を日本語に翻訳してください。", english, japanese, headword
+
+
+def reason_to_drop(pair: Pair) -> str:
+    """Why a pair is not worth training on, empty when it is."""
+    if not pair.output.strip():
+        return "blank output"
+    if pair.source != "translation" and japanese_share(pair.output) < 0.3:
+        return "answer not Japanese"
+    if len(pair.output) < 4 and pair.source != "translation":
+        return "answer too short"
+    return ""
+
+
+def pair_side(pair: Pair, valid_share: float) -> str:
+    """``train`` or ``valid``, by the hash of the headword."""
+    return "valid" if is_valid_side(text_hash(pair.headword), valid_share) else "train"

@@ -1,0 +1,70 @@
+"""Causal language modelling from scratch: the script that stage 05 starts on every rank, with a plan of
+paths.
+
+Run:  bash pretrain/05_pretrain.sh --recipe tiny
+"""
+
+from pathlib import Path
+from typing import Any
+
+from recipe.training import parse, run_script, total_steps, train
+
+
+def main(plan: dict[str, Any]) -> None:
+    """Build the model and the packed dataset, train, save; rank 0 writes result.json for the stage."""
+    from recipe.curves import learning_curve
+    from recipe.modeling import build_model, parameter_count
+    from recipe.outputs import read_json, write_json
+    from recipe.packing import PackedBlocks, TokenFile
+    from torch.utils.data import Subset
+    from transformers import AutoTokenizer
+
+    folder, values = Path(plan["folder"]), plan["config"]["pretrain"]
+    settings, arguments, choice, hardware = parse(values, folder, plan["deepspeed"])
+    tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["03_tokenizer"])
+    tokens = Path(plan["inputs"]["04_tokenize"])
+    train_file, valid_file = TokenFile(tokens / "train"), TokenFile(tokens / "valid")
+    totals = read_json(tokens / "stage.json")["figures"]["totals"]
+
+    blocks = -(-len(train_file.tokens) // settings.block_size)
+    arguments.max_steps, epochs = total_steps(arguments, blocks, settings.global_batch_size)
+    samples = PackedBlocks(train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, epochs)
+    valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
+    valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
+    model = build_model(plan["config"]["model"], tokenizer, choice.attention, arguments.seed)
+    if arguments.process_index == 0:
+        share = arguments.max_steps * settings.global_batch_size / blocks
+        print(
+            f"{parameter_count(model):,} parameters, {arguments.max_steps:,} steps x "
+            f"{settings.global_batch_size} x "
+            f"{settings.block_size} tokens = {share:.2f} epochs of {totals['train']['tokens']:,} tokens",
+            flush=True,
+        )
+    figures = train(
+        model,
+        tokenizer,
+        samples,
+        valid,
+        settings,
+        arguments,
+        choice,
+        hardware,
+        folder,
+        plan["deepspeed"],
+        plan["processes"],
+        totals["valid"]["bytes"] / totals["valid"]["tokens"],
+    )
+    if arguments.process_index == 0:
+        learning_curve(
+            folder / "metrics.jsonl", folder / "learning_curve.png", f"pretraining, recipe {plan['recipe']}"
+        )
+        speed = figures.get("tokens_per_second", 0)
+        headline = (
+            f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}, {speed:,.0f} tokens/s, "
+            f"MFU {figures.get('mfu', 0):.0%}"
+        )
+        write_json(folder / "result.json", figures | {"headline": headline})
+
+
+if __name__ == "__main__":
+    run_script(main)
