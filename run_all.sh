@@ -21,14 +21,14 @@ usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$here/run_all.sh"; }
 refuse() { printf 'run_all.sh: error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
 stages() { printf '%s\n' "$here"/pretrain/[0-9][0-9]_* "$here"/fine-tuning/[0-9][0-9]_*; }
 
-recipe=tiny from=00 to=99 list=false overrides=() common=() launch=()
+recipe=tiny from=00 to=99 list=false common=() overrides=() launch=()
 while (($#)); do
   case $1 in
     --recipe | --from | --to | --set | --nproc | --deepspeed) (($# > 1)) || refuse "$1 wants a value" ;;&
     --recipe) recipe=$2; shift ;;
     --from) from=$2; shift ;;
     --to) to=$2; shift ;;
-    --set) overrides+=("$2"); common+=(--set "$2"); shift ;;
+    --set) overrides+=(--set "$2"); common+=(--set "$2"); shift ;;
     --nproc | --deepspeed) launch+=("$1" "$2"); shift ;;
     --force | --dry-run) common+=("$1") ;;
     --list) list=true ;;
@@ -49,7 +49,7 @@ fi
 started=$SECONDS
 python=$(bash "$here/setup.sh" --python)
 ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
-"$python" -m recipe.config "$recipe" "${overrides[@]}"
+"$python" -m recipe.config --recipe "$recipe" "${overrides[@]}" "${launch[@]}"
 
 ran=0
 while read -r stage <&3; do

@@ -10,9 +10,11 @@ upstream libraries know (TrainingArguments, model and generation configs, DeepSp
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +392,37 @@ def check_deepspeed(name: str) -> Path:
     return path
 
 
+def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
+    """Micro-batches per optimizer step and rank. Raises Refused when the global batch does not divide."""
+    if global_batch % (micro_batch * ranks):
+        raise Refused(
+            f"global_batch_size: {global_batch} is no multiple of {ranks} ranks x "
+            f"per_device_train_batch_size "
+            f"{micro_batch}. Change one of the two, or --nproc"
+        )
+    return global_batch // (micro_batch * ranks)
+
+
+def check_launch(values: dict[str, Any], file: str, deepspeed: str | None, ranks: int) -> Path | None:
+    """Check what a training file and a launcher ask of each other; return the path of the DeepSpeed file.
+
+    file: ``pretrain`` or ``finetune``. deepspeed: a short name, or None. Raises Refused.
+    """
+    accumulation_steps(values["global_batch_size"], values["per_device_train_batch_size"], ranks)
+    if not deepspeed:
+        return None
+    path = check_deepspeed(deepspeed)
+    if values.get("muon_learning_rate"):
+        raise Refused(
+            f"{file}.json: muon_learning_rate: under DeepSpeed's ZeRO the Trainer would silently use "
+            f"AdamW instead of "
+            f"Muon. Add --set {file}.muon_learning_rate=null, or drop --deepspeed"
+        )
+    if values.get("torch_compile"):
+        raise Refused(f"{file}.json: torch_compile: true does not work under --deepspeed. Leave the key out")
+    return path
+
+
 def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
     """The part of a file that can change a result: what a stage's freshness is judged by."""
 
@@ -405,11 +438,22 @@ def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    import sys
-
+def main() -> None:
+    """Check a recipe with the options of run_all.sh; exit 2 with the fault."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--deepspeed")
+    arguments = parser.parse_args()
     try:
-        load_recipe(sys.argv[1], sys.argv[2:])
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        for file in ("pretrain", "finetune"):
+            check_launch(config[file], file, arguments.deepspeed, max(1, arguments.nproc))
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from recipe.config import check_deepspeed
+from recipe.config import check_launch
 from recipe.outputs import (
     DATA,
     EXIT_INTERRUPTED,
@@ -107,7 +107,9 @@ def train(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
     arguments = stage.arguments
     processes = arguments.nproc or max(1, count_gpus(os.environ, _nvidia_smi()))
-    deepspeed = str(check_deepspeed(arguments.deepspeed)) if arguments.deepspeed else None
+    file = STAGES[script.name][1][-1]
+    path = check_launch(stage.config[file], file, arguments.deepspeed, processes)
+    deepspeed = str(path) if path else None
     plan = {
         "recipe": stage.recipe,
         "config": stage.config,

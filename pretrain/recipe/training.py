@@ -36,6 +36,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from recipe.config import accumulation_steps
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak
 from recipe.modeling import MuonAdamW, flops_per_token, parameter_count
 from recipe.outputs import EXIT_TERMINATED, RecipeError, Refused, write_json
@@ -61,17 +62,6 @@ class Settings:
     eval_blocks: int | None = None
 
 
-def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-batches per optimizer step and rank. Raises Refused when the global batch does not divide."""
-    if global_batch % (micro_batch * ranks):
-        raise Refused(
-            f"global_batch_size: {global_batch} is no multiple of {ranks} ranks x "
-            f"per_device_train_batch_size "
-            f"{micro_batch}. Change one of the two, or --nproc"
-        )
-    return global_batch // (micro_batch * ranks)
-
-
 def parse(
     values: dict[str, Any], folder: Path, deepspeed: str | None
 ) -> tuple[Settings, TrainingArguments, Choice, Hardware]:
@@ -82,12 +72,6 @@ def parse(
     hardware = detect()
     choice = choose(hardware, values)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if deepspeed and values.get("muon_learning_rate"):
-        raise Refused(
-            "muon_learning_rate: under DeepSpeed's ZeRO the Trainer would silently use AdamW instead of "
-            "Muon. "
-            "Add --set pretrain.muon_learning_rate=null (and the same for finetune), or drop --deepspeed"
-        )
     native = {
         "per_device_eval_batch_size": values["per_device_train_batch_size"],
         "report_to": ["tensorboard"],
@@ -107,8 +91,6 @@ def parse(
         "disable_tqdm": True,
         "dataloader_pin_memory": hardware.device == "cuda",
     }
-    if deepspeed and values.get("torch_compile"):
-        raise Refused("torch_compile: true does not work under --deepspeed. Leave the key out")
     choice = Choice(choice.precision, choice.attention, native["torch_compile"])
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     settings, arguments = HfArgumentParser((Settings, TrainingArguments)).parse_dict(native)
@@ -278,7 +260,7 @@ class Progress(TrainerCallback):
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0 if sys.stderr.isatty() else 20.0,
-            bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
+            bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
         )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -321,7 +303,7 @@ class Progress(TrainerCallback):
                 handle.write(json.dumps(row) + "\n")
         if "loss" in row:
             self.bar.set_postfix_str(
-                ", ".join([f", loss {row['loss']:.3f}", *(f"{k} {v}" for k, v in shown.items())])
+                ", ".join([f"loss {row['loss']:.3f}", *(f"{k} {v}" for k, v in shown.items())])
             )
         elif "eval_loss" in row:
             self.bar.write(

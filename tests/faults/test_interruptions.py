@@ -1,0 +1,203 @@
+"""Kills, signals, two runs at once, changed files: nothing is lost, nothing half-written is read."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+SLOW_STEPS = (
+    "--set",
+    "pretrain.max_steps=60",
+    "--set",
+    "pretrain.save_steps=10",
+    "--set",
+    "pretrain.eval_steps=60",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(make_project):
+    """A project with everything before the training done."""
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    return project
+
+
+def copy_recipe(project, name):
+    import shutil
+
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.run("run_all.sh", "--recipe", name, "--to", "04")
+
+
+def wait_for(condition, seconds=120):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def steps_done(project, name):
+    path = project.folder / f"outputs/{name}/.05_pretrain.work/metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def curve(project, name):
+    rows = [
+        json.loads(line)
+        for line in project.output(name, "05_pretrain", "metrics.jsonl").read_text().splitlines()
+    ]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+def weights(project, name):
+    return project.output(name, "05_pretrain", "model.safetensors").read_bytes()
+
+
+def test_stopped_and_killed_runs_continue_bit_identically(prepared):
+    project = prepared
+    for name in ("straight", "stopped", "killed"):
+        copy_recipe(project, name)
+    project.run("pretrain/05_pretrain.sh", "--recipe", "straight", *SLOW_STEPS)
+
+    # SIGTERM to the command that the user started: saved within a step, exit 143.
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", "stopped", *SLOW_STEPS)
+    wait_for(lambda: steps_done(project, "stopped") >= 13)
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 143, output
+    assert not project.output("stopped", "05_pretrain").exists()
+    work = project.folder / "outputs/stopped/.05_pretrain.work/checkpoints"
+    newest = max(int(path.name.split("-")[1]) for path in work.iterdir())
+    assert newest % 10, "the checkpoint is the one saved by the signal, not a periodic one"
+    result = project.run("pretrain/05_pretrain.sh", "--recipe", "stopped", *SLOW_STEPS)
+    assert f"continues from checkpoint-{newest}" in result.stdout
+
+    # SIGKILL to everything at once; the newest checkpoint is then damaged too.
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", "killed", *SLOW_STEPS)
+    work = project.folder / "outputs/killed/.05_pretrain.work/checkpoints"
+    wait_for(lambda: (work / "checkpoint-20/manifest.json").exists() and steps_done(project, "killed") >= 22)
+    for child in children(run.pid):
+        os.kill(child, signal.SIGKILL)
+    run.kill()
+    run.communicate()
+    newest = max(work.iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    path = newest / "optimizer.pt"
+    if path.exists():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    result = project.run("pretrain/05_pretrain.sh", "--recipe", "killed", *SLOW_STEPS)
+    assert f"warning: {newest.name} is not used" in result.stdout
+    assert "continues from checkpoint-" in result.stdout
+
+    assert len(curve(project, "straight")) == 60
+    assert curve(project, "stopped") == curve(project, "straight")
+    assert curve(project, "killed") == curve(project, "straight")
+    assert weights(project, "stopped") == weights(project, "straight")
+    assert weights(project, "killed") == weights(project, "straight")
+
+
+def children(pid):
+    """Descendants of a process, the deepest first."""
+    found = []
+    for task in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [*children(int(task)), int(task)]
+    return found
+
+
+def test_settings_changed_in_the_middle_are_refused_not_overwritten(prepared):
+    project = prepared
+    copy_recipe(project, "changed")
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", "changed", *SLOW_STEPS)
+    wait_for(
+        lambda: list(project.folder.glob("outputs/changed/.05_pretrain.work/checkpoints/*/manifest.json"))
+    )
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=120)
+    assert run.returncode == 130
+    result = project.run(
+        "pretrain/05_pretrain.sh", "--recipe", "changed", "--set", "pretrain.max_steps=61", check=False
+    )
+    assert result.returncode == 2
+    assert "unfinished run" in result.stderr and "max_steps: 60 -> 61" in result.stderr
+    assert list(project.folder.glob("outputs/changed/.05_pretrain.work/checkpoints/*/manifest.json"))
+
+
+def test_second_run_on_the_same_folder_is_refused(prepared):
+    project = prepared
+    copy_recipe(project, "busy")
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", "busy", *SLOW_STEPS)
+    wait_for(lambda: steps_done(project, "busy") >= 1)
+    result = project.run("pretrain/02_dataset.py", "--recipe", "busy", check=False)
+    assert result.returncode == 2
+    assert "is in use by process" in result.stderr and "05_pretrain" in result.stderr
+    run.kill()
+    run.communicate()
+    # The training dies with its parent, and the lock with both.
+    wait_for(
+        lambda: project.run("pretrain/02_dataset.py", "--recipe", "busy", check=False).returncode == 0, 60
+    )
+
+
+def test_killed_stage_leaves_nothing_that_is_read(make_project):
+    project = make_project()
+    project.run("pretrain/01_download.py", "--recipe", "mini")
+    work = project.folder / "outputs/mini/.02_dataset.work"
+    work.mkdir(parents=True)
+    (work / "train-text.parquet").write_bytes(b"half")
+    result = project.run("pretrain/03_tokenizer.py", "--recipe", "mini", check=False)
+    assert result.returncode == 2
+    assert "02_dataset has not been run" in result.stderr and "--from 02" in result.stderr
+    project.run("pretrain/02_dataset.py", "--recipe", "mini")
+    assert not work.exists()
+
+
+def test_changed_text_makes_the_run_stale(make_project):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "02")
+    with (project.folder / "text/a.txt").open("a") as handle:
+        handle.write("\n\n新しい文書です。\n")
+    result = project.run("run_all.sh", "--recipe", "mini", "--to", "02", check=False)
+    assert result.returncode == 2
+    assert "facts.text" in result.stderr
+    project.run("run_all.sh", "--recipe", "mini", "--to", "02", "--force")
+    assert project.figures("mini", "02_dataset")["text"]["documents"]["in"] == 1201
+
+
+def test_stage_that_fails_stops_the_chain(make_project):
+    project = make_project()
+    (project.folder / "other.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xff"}\n')
+    result = project.run("run_all.sh", "--recipe", "mini", check=False)
+    assert result.returncode == 1
+    assert "other.jsonl:2: not UTF-8" in result.stderr
+    assert "03_tokenizer" not in result.stdout
+    assert not project.output("mini", "02_dataset").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "mimi"], "'mini'"),
+        (["--recip", "mini"], "unknown option --recip"),
+        (["--from", "5"], "two digits"),
+        (["--recipe", "mini", "--from", "99"], "no stage between"),
+        (["--recipe", "mini", "--set", "pretrain.max_step=3"], "'max_steps'"),
+        (["--recipe", "mini", "--set"], "--set wants a value"),
+    ],
+)
+def test_wrong_options_are_refused(prepared, options, words):
+    result = prepared.run("run_all.sh", *options, check=False)
+    assert result.returncode == 2
+    assert words in result.stderr
+
+
+def test_unknown_deepspeed_file_and_muon_under_zero_are_refused(prepared):
+    copy_recipe(prepared, "zero")
+    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "zero", "--deepspeed", "zero9", check=False)
+    assert result.returncode == 2 and "zero1" in result.stderr
+    result = prepared.run("run_all.sh", "--recipe", "zero", "--deepspeed", "zero2", check=False)
+    assert result.returncode == 2 and "pretrain.muon_learning_rate=null" in result.stderr

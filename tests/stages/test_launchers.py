@@ -1,0 +1,76 @@
+"""Plain python, torchrun and deepspeed really train, on CPU with 2 ranks, and reach the same losses."""
+
+import json
+import shutil
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+# AdamW: under ZeRO Muon is refused. One global batch of 8 sequences, however many ranks share it.
+COMMON = ("--set", "pretrain.muon_learning_rate=null", "--set", "pretrain.logging_steps=1")
+PRECISION = {"fp32": ("--set", "pretrain.bf16=false"), "bf16": ("--set", "pretrain.bf16=true")}
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def prepared(make_project):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    return project
+
+
+def train(project, name, *options, stage="05_pretrain", file="pretrain/05_pretrain.sh"):
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.run("run_all.sh", "--recipe", name, "--to", "04")
+    result = project.run(file, "--recipe", name, *COMMON, *options, timeout=900)
+    rows = project.output(name, stage, "metrics.jsonl").read_text().splitlines()
+    losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+    return losses, project.figures(name, stage), result
+
+
+@pytest.fixture(scope="module")
+def alone(prepared):
+    return {kind: train(prepared, f"alone-{kind}", *options)[0] for kind, options in PRECISION.items()}
+
+
+@pytest.mark.parametrize("kind", PRECISION)
+@pytest.mark.parametrize("launcher", ["torchrun", "zero1", "zero2", "zero3"])
+def test_two_ranks_reach_the_losses_of_one(prepared, alone, launcher, kind):
+    options = ["--nproc", "2"] + ([] if launcher == "torchrun" else ["--deepspeed", launcher])
+    losses, figures, result = train(prepared, f"{launcher}-{kind}", *options, *PRECISION[kind])
+    active = figures["active"]
+    assert active["ranks"] == 2 and active["global_batch"] == 8 and active["accumulation"] == 1
+    assert active["precision"] == kind
+    if launcher == "torchrun":
+        assert active["parallel"] == "DistributedDataParallel" and "torch.distributed.run" in result.stdout
+    else:
+        assert active["deepspeed"]["stage"] == int(launcher[-1]) and "deepspeed.launcher" in result.stdout
+    assert len(losses) == len(alone[kind]) == 20
+    worst = max(abs(a - b) / b for a, b in zip(losses, alone[kind], strict=True))
+    assert worst <= TOLERANCE[kind], f"{launcher} {kind}: {worst:.2e}"
+    assert losses[-1] < losses[0]
+
+
+def test_muon_is_muon_on_two_ranks(prepared):
+    options = ("--set", "pretrain.muon_learning_rate=0.02")
+    one, _, _ = train(prepared, "muon-1", *options)
+    two, figures, _ = train(prepared, "muon-2", *options, "--nproc", "2")
+    assert figures["active"]["optimizer"] == "MuonAdamW"
+    # Muon orthogonalises in bf16, which widens the rounding of the all-reduce; the first step is exact.
+    assert abs(two[0] - one[0]) / one[0] < 1e-6
+    assert max(abs(a - b) / b for a, b in zip(two, one, strict=True)) < 1e-2
+
+
+@pytest.mark.parametrize("options", [(), ("--deepspeed", "zero2")])
+def test_tuning_runs_on_two_ranks(prepared, options):
+    name = f"tune{len(options)}"
+    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
+    prepared.edit(name, "pretrain", muon_learning_rate=None)
+    prepared.run("run_all.sh", "--recipe", name, "--to", "05")
+    prepared.run(
+        "run_all.sh", "--recipe", name, "--from", "11", "--to", "12", "--nproc", "2", *options, timeout=900
+    )
+    active = prepared.figures(name, "12_finetune")["active"]
+    assert active["ranks"] == 2
+    assert (active["deepspeed"] or {}).get("stage") == (2 if options else None)

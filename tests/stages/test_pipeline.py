@@ -1,0 +1,195 @@
+"""The whole pipeline on a small recipe, as a user runs it, and what comes out of it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+STAGES = (
+    "01_download",
+    "02_dataset",
+    "03_tokenizer",
+    "04_tokenize",
+    "05_pretrain",
+    "06_evaluate",
+    "07_generate",
+    "11_dataset",
+    "12_finetune",
+    "14_evaluate",
+    "15_generate",
+)
+
+
+def test_every_stage_leaves_a_record(project):
+    for stage in STAGES:
+        record = json.loads(project.output("mini", stage).read_text())
+        assert record["stage"] == stage
+        assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e7 and record["headline"]
+    assert not list(project.folder.glob("outputs/mini/.*.work"))
+
+
+def test_the_funnel_sums_up(project):
+    funnel = json.loads(project.output("mini", "02_dataset", "funnel.json").read_text())
+    for source in funnel["sources"].values():
+        documents, size = source["documents"], source["bytes"]
+        assert documents["in"] == documents["out"] + sum(documents["dropped"].values())
+        assert size["in"] == size["out"] + sum(size["dropped"].values()) + size["trimmed"]
+    assert funnel["sources"]["text"]["documents"]["in"] == 1200
+
+
+def test_shards_hold_what_the_contract_says(project):
+    import pyarrow.parquet as pq
+
+    folder = project.output("mini", "02_dataset", ".")
+    train, valid = (pq.read_table(folder / f"{side}-text.parquet") for side in ("train", "valid"))
+    assert train.column_names == ["id", "source", "text"]
+    ids = set(train["id"].to_pylist()), set(valid["id"].to_pylist())
+    assert not ids[0] & ids[1]
+    assert 0.05 < len(ids[1]) / len(ids[0] | ids[1]) < 0.15
+    assert not (folder / "train-other.parquet").exists() and (folder / "valid-other.parquet").exists()
+
+
+def test_token_files_hold_every_document(project):
+    figures = project.figures("mini", "04_tokenize")
+    dataset = project.figures("mini", "02_dataset")["text"]["documents"]["out"]
+    assert figures["totals"]["train"]["documents"] + figures["totals"]["valid"]["documents"] == dataset
+    assert "other" not in figures["sources"]["valid"]
+
+
+def test_what_is_active_was_looked_at(project):
+    active = project.figures("mini", "05_pretrain")["active"]
+    assert (
+        active["precision"] == "fp32" and active["compiled"] is False and active["optimizer"] == "MuonAdamW"
+    )
+    assert active["global_batch"] == 8 and active["micro_batch"] == 4 and active["accumulation"] == 2
+    assert project.figures("mini", "12_finetune")["active"]["optimizer"] == "AdamW"
+
+
+def test_the_model_learns(project):
+    lines = project.output("mini", "05_pretrain", "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 1
+    assert [row["step"] for row in rows if "eval_loss" in row] == [10, 20]
+    after = project.figures("mini", "14_evaluate")
+    assert after["after"]["response_loss"] < after["before"]["response_loss"]
+
+
+def test_evaluation_separates_the_domains(project):
+    metrics = json.loads(project.output("mini", "06_evaluate", "metrics.json").read_text())
+    assert metrics["out_of_domain"]["documents"] == metrics["sources"]["other"]["documents"]
+    assert metrics["in_domain"]["documents"] == metrics["sources"]["text"]["documents"]
+    valid_loss = project.figures("mini", "05_pretrain")["eval_loss"]
+    assert metrics["in_domain"]["loss"] == pytest.approx(valid_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "picture"), [("05_pretrain", "learning_curve.png"), ("12_finetune", "learning_curve.png")]
+)
+def test_learning_curve_is_a_picture(project, stage, picture):
+    assert project.output("mini", stage, picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_stand_side_by_side(project):
+    (row,) = json.loads(project.output("mini", "07_generate", "samples.json").read_text())
+    assert set(row) == {"prompt", "before", "after"}
+    answers = json.loads(project.output("mini", "15_generate", "answers.json").read_text())
+    assert answers[0]["prompt"] == "山は高いですか?" and {"before", "after", "wanted"} <= set(answers[0])
+
+
+def test_what_comes_out_is_plain_hugging_face(project, tmp_path):
+    """Loaded in a process where our code cannot be imported, chat template included."""
+    model = tmp_path / "model"
+    shutil.copytree(
+        project.output("mini", "12_finetune", "."), model, ignore=shutil.ignore_patterns("checkpoints")
+    )
+    code = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+sys.path[:] = [path for path in sys.path if not path.endswith("pretrain")]
+try:
+    import recipe
+except ImportError:
+    pass
+else:
+    raise SystemExit("recipe can be imported: this proves nothing")
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(model)!r})
+model = AutoModelForCausalLM.from_pretrained({str(model)!r})
+messages = [{{"role": "user", "content": "山は?"}}]
+ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+assert ids["input_ids"][0, 0] == tokenizer.bos_token_id == model.config.bos_token_id == 2
+assert (ids["input_ids"] == 2).sum() == 1
+assert model.config.eos_token_id == tokenizer.eos_token_id == 3
+assert model.config.vocab_size == len(tokenizer)
+assert model.config.use_cache
+text = "明治天皇は大嘗宮を主宰した。"
+assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+print(model.generate(**ids, max_new_tokens=3).shape)
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not list(model.glob("*.bin")) and not list(model.glob("*.py"))
+
+
+def test_second_run_skips_everything(project):
+    started = time.monotonic()
+    result = project.run("run_all.sh", "--recipe", "mini")
+    assert result.stdout.count("done before") == len(STAGES)
+    assert "total" in result.stdout and "learning_curve.png" in result.stdout
+    # The promise is 5 seconds; a busy machine may take longer, a run that trains takes far longer.
+    assert time.monotonic() - started < 15
+
+
+def test_changed_config_is_stale_with_its_keys(project):
+    result = project.run(
+        "run_all.sh", "--recipe", "mini", "--set", "pretrain.learning_rate=1e-3", check=False
+    )
+    assert result.returncode == 2
+    assert "config.pretrain.learning_rate: 0.01 -> 0.001" in result.stderr
+    assert "--force" in result.stderr and "cp -r configs/mini" in result.stderr
+    assert "06_evaluate" not in result.stdout
+
+
+def test_logging_keys_make_nothing_stale(project):
+    result = project.run("run_all.sh", "--recipe", "mini", "--set", "pretrain.logging_steps=7")
+    assert result.stdout.count("done before") == len(STAGES)
+
+
+def test_dry_run_says_what_would_be_done(project):
+    result = project.run("run_all.sh", "--recipe", "mini", "--set", "generation.seed=9", "--dry-run")
+    assert "07_generate     stale" in result.stdout and "05_pretrain     done before" in result.stdout
+    assert result.returncode == 0
+
+
+def test_copied_recipe_takes_finished_stages(project):
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/copy")
+    project.edit("copy", "pretrain", max_steps=3)
+    project.run("run_all.sh", "--recipe", "copy", "--to", "04")
+    for stage in STAGES[:4]:
+        assert project.output("copy", stage).stat().st_ino == project.output("mini", stage).stat().st_ino
+    result = project.run("pretrain/05_pretrain.sh", "--recipe", "copy")
+    assert "3 steps" in result.stdout
+    assert project.figures("copy", "05_pretrain")["steps"] == 3
+    assert project.figures("mini", "05_pretrain")["steps"] == 20
+
+
+def test_list_names_every_stage(project):
+    lines = project.run("run_all.sh", "--list").stdout.splitlines()
+    assert [line.split()[0].split("/")[1].split(".")[0] for line in lines] == list(STAGES)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_chat_answers_in_the_terminal(project):
+    result = subprocess.run(
+        [sys.executable, str(project.folder / "fine-tuning/chat.py"), "--recipe", "mini"],
+        input="山は?\n/reset\n</s>とは?\n/quit\n",
+        env=project.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Assistant: ") == 2

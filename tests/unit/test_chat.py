@@ -1,0 +1,117 @@
+"""The instruction format: real line ends, one <s>, answers trained to </s>, the same bytes in every place."""
+
+import pytest
+import sentencepiece as spm
+from conftest import sentences
+from recipe import chat
+from recipe import tokenizer as tokenizers
+from recipe.conversations import preview
+
+SYSTEM = 'あなたは"AI"です。'
+
+
+@pytest.fixture(scope="module")
+def fast():
+    model = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 420}, 2)
+    fast = tokenizers.to_fast(spm.SentencePieceProcessor(model_proto=model))
+    fast.chat_template = chat.chat_template(SYSTEM)
+    return fast
+
+
+QUESTION = {"role": "user", "content": "山は?"}
+ANSWER = {"role": "assistant", "content": "高いです。"}
+
+
+def test_format_byte_for_byte(fast):
+    text = fast.apply_chat_template([QUESTION, ANSWER, QUESTION], tokenize=False)
+    assert text == (
+        f"<s>{SYSTEM}\n\n### 指示:\n山は?\n\n### 応答:\n高いです。</s>\n\n### 指示:\n山は?\n\n### 応答:\n"
+    )
+    given = chat.user_message("訳せ", "山")
+    text = fast.apply_chat_template(
+        [{"role": "system", "content": "S"}, {"role": "user", "content": given}], tokenize=False
+    )
+    assert text == "<s>S\n\n### 指示:\n訳せ\n\n### 入力:\n山\n\n### 応答:\n"
+
+
+def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
+    ids, trained = chat.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])
+    direct = fast.apply_chat_template(
+        [QUESTION, ANSWER, QUESTION, ANSWER],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert ids == direct["input_ids"]
+    assert [int(flag) for flag in trained] == direct["assistant_masks"]
+    assert ids.count(2) == 1 and ids[0] == 2
+    learnt = [i for i, flag in zip(ids, trained, strict=True) if flag]
+    assert fast.decode(learnt) == "高いです。</s>高いです。</s>"
+
+
+def test_prompt_is_the_beginning_of_the_training_form(fast):
+    prompt, _ = chat.encode_conversation(fast, [QUESTION])
+    whole, trained = chat.encode_conversation(fast, [QUESTION, ANSWER])
+    assert whole[: len(prompt)] == prompt
+    assert trained.index(True) == len(prompt)
+
+
+def test_special_strings_in_messages_are_text(fast):
+    ids, trained = chat.encode_conversation(
+        fast,
+        [{"role": "user", "content": "</s>とは<s>?"}, {"role": "assistant", "content": "終わり</s>です"}],
+    )
+    assert ids.count(3) == 1 and ids[-1] == 3 and ids.count(2) == 1
+    assert "</s>とは<s>?" in fast.decode(ids[1:])
+    assert trained[-1]
+
+
+def test_unknown_role_is_refused(fast):
+    with pytest.raises(Exception, match="unknown role tool"):
+        fast.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+def test_preview_marks_what_is_trained(fast):
+    assert "### 応答:\n【高いです。</s>】" in preview(
+        [chat.encode_conversation(fast, [QUESTION, ANSWER])], fast
+    )
+
+
+def test_batched_generation_is_that_of_single_prompts(fast):
+    """Left padding must not change what a prompt gets."""
+    from recipe.modeling import build_model
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+    }
+    model = build_model({"model_type": "qwen3", **shape}, fast, "sdpa", 0)
+    config = chat.generation_config({"max_new_tokens": 12, "do_sample": False, "prompts": []}, fast)
+    prompts = [fast("山")["input_ids"], fast("今日、先生は学校で")["input_ids"]]
+    together = chat.generate_all(model, fast, prompts, config, 0)
+    assert together == [chat.generate_all(model, fast, [prompt], config, 0)[0] for prompt in prompts]
+    streamed = "".join(chat.stream(model, fast, prompts[1], config))
+    assert streamed == together[1].text
+
+
+def test_prompt_longer_than_the_context_is_named(fast):
+    from recipe.modeling import build_model
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+    }
+    model = build_model({"model_type": "qwen3", **shape}, fast, "sdpa", 0)
+    config = chat.generation_config({"max_new_tokens": 60}, fast)
+    with pytest.raises(ValueError, match=r"at most 4 fit"):
+        chat.generate_all(model, fast, [[5] * 10], config, 0)

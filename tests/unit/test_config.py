@@ -1,0 +1,163 @@
+"""Configuration: every fault is refused before anything starts, and says what to write instead."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from recipe import config
+from recipe.outputs import CONFIGS, Refused
+
+
+def tiny() -> dict:
+    return config.load_recipe("tiny")
+
+
+@pytest.mark.parametrize("recipe", config.recipes())
+def test_shipped_recipe_is_valid(recipe):
+    config.load_recipe(recipe)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONFIGS / "deepspeed").glob("*.json")])
+def test_shipped_deepspeed_file_is_valid(name):
+    config.check_deepspeed(name)
+
+
+def refusal(change) -> str:
+    values = tiny()
+    change(values)
+    with pytest.raises(Refused) as caught:
+        config.check_recipe(values, "configs/x")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["pretrain"].update(learning_rat=1), ["pretrain.json: learning_rat", "'learning_rate'"]),
+        (
+            lambda c: c["pretrain"].update(learning_rate="fast"),
+            ["learning_rate", '"fast" is str', "wanted float"],
+        ),
+        (lambda c: c["pretrain"].update(max_steps=True), ["max_steps", "bool"]),
+        (lambda c: c["pretrain"].update(lr_scheduler_type="cosin"), ["lr_scheduler_type", "'cosine'"]),
+        (lambda c: c["pretrain"].update(block_size=4096), ["block_size: 4096", "1024 positions"]),
+        (lambda c: c["pretrain"].update(global_batch_size=9), ["global_batch_size: 9", "no multiple"]),
+        (lambda c: c["pretrain"].update(gradient_accumulation_steps=2), ["global_batch_size"]),
+        (lambda c: c["pretrain"].update(bf16=True, fp16=True), ["bf16 and fp16"]),
+        (
+            lambda c: c["pretrain"].update(attn_implementation="flash"),
+            ["attn_implementation", "flash_attention_2"],
+        ),
+        (
+            lambda c: c["model"].update(vocab_size=50257),
+            ["model.json: vocab_size: 50257", "tokenizer.json has 8000"],
+        ),
+        (lambda c: c["model"].update(bos_token_id=0), ["bos_token_id: 0", "tokenizer has 2"]),
+        (lambda c: c["model"].update(num_key_value_heads=3), ["does not divide by num_key_value_heads 3"]),
+        (lambda c: c["model"].update(model_type="mistrall"), ["model_type", "'mistral'"]),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(source="tatoba"),
+            ["sources.tatoeba", "'tatoeba'"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"]["manpages"].pop("packages"),
+            ["sources.manpages: packages: missing"],
+        ),
+        (lambda c: c["dataset"].update(valid_share=1.5), ["valid_share: 1.5"]),
+        (lambda c: c["instruction"]["pairs"].update(x={"source": "nowhere"}), ["pairs.x.source", "nowhere"]),
+        (lambda c: c["generation"].update(temperatur=1.0), ["'temperature'"]),
+    ],
+)
+def test_fault_is_named_with_the_way_out(change, words):
+    message = refusal(change)
+    assert all(word in message for word in words), message
+
+
+def test_agreeing_repetition_is_accepted():
+    values = tiny()
+    values["model"]["vocab_size"] = values["tokenizer"]["vocab_size"]
+    values["model"]["eos_token_id"] = 3
+    config.check_recipe(values, "configs/x")
+
+
+def test_duplicate_key_and_bad_json_name_the_place(tmp_path):
+    path = tmp_path / "pretrain.json"
+    path.write_text('{"seed": 1, "seed": 2}')
+    with pytest.raises(Refused, match="seed: stands there twice"):
+        config.read_config(path)
+    path.write_text('{"seed": 1,\n "x" 2}')
+    with pytest.raises(Refused, match=r"pretrain\.json:2: not valid JSON"):
+        config.read_config(path)
+
+
+def test_override_reaches_nested_keys_and_is_checked():
+    values = config.load_recipe("tiny", ["pretrain.learning_rate=1e-4", "dataset.neologdn.repeat=3"])
+    assert values["pretrain"]["learning_rate"] == 1e-4
+    assert values["dataset"]["neologdn"]["repeat"] == 3
+    with pytest.raises(Refused, match="'max_steps'"):
+        config.load_recipe("tiny", ["pretrain.max_stepz=3"])
+    with pytest.raises(Refused, match="'pretrain'"):
+        config.load_recipe("tiny", ["pretran.max_steps=3"])
+
+
+def test_deepspeed_scheduler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "CONFIGS", tmp_path)
+    (tmp_path / "deepspeed").mkdir()
+    path = tmp_path / "deepspeed/mine.json"
+    path.write_text('{"scheduler": {"type": "WarmupLR"}}')
+    with pytest.raises(Refused, match="silently replace the Trainer's"):
+        config.check_deepspeed("mine")
+    path.write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
+    with pytest.raises(Refused, match="'overlap_comm'"):
+        config.check_deepspeed("mine")
+
+
+def test_typos_are_answered_with_the_right_key():
+    """One wrong letter in any known key: the right key is suggested in at least 95 % of cases."""
+    table = config.known_keys()
+    groups = [
+        table["training_arguments"] | config.TRAINING,
+        table["generation"],
+        table["model"]["qwen3"],
+        config.DATASET,
+    ]
+    hits, total = 0, 0
+    for keys in groups:
+        for key in keys:
+            for place in range(len(key)):
+                typo = key[:place] + ("x" if key[place] != "x" else "y") + key[place + 1 :]
+                if typo not in keys:
+                    total += 1
+                    hits += f"'{key}'" in config._nearest(typo, keys)
+    assert hits / total >= 0.95, f"{hits} of {total}"
+
+
+def test_check_is_quick_and_does_not_import_torch():
+    code = (
+        "import sys; from recipe.config import load_recipe; load_recipe('tiny'); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_bad_recipe_exits_with_2_within_two_seconds():
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "recipe.config", "--recipe", "tinny"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "'tiny'" in result.stderr
+    assert time.monotonic() - started < 2
+
+
+def test_known_keys_are_those_of_the_installed_libraries():
+    from recipe.known_keys import table
+
+    assert json.loads(json.dumps(table())) == config.known_keys(), "run: python -m recipe.known_keys"
+
+
+def test_keys_that_decide_nothing_are_left_out():
+    kept = config.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
+    assert kept == {"learning_rate": 1}

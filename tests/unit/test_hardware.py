@@ -1,0 +1,49 @@
+"""The choice of precision, attention and compilation, with the hardware faked at the edge."""
+
+import pytest
+from recipe.hardware import Choice, Hardware, choose, gemm_peak
+from recipe.outputs import Refused
+
+A100 = Hardware("cuda", "A100", (8, 0), True, True, True)
+A100_WITHOUT_FLASH = Hardware("cuda", "A100", (8, 0), True, False, True)
+T4 = Hardware("cuda", "T4", (7, 5), False, False, True)
+ZEN4 = Hardware("cpu", "CPU", (0, 0), True, False, True)
+OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "values", "wanted"),
+    [
+        (A100, {}, Choice("bf16", "flash_attention_2", True)),
+        (A100_WITHOUT_FLASH, {}, Choice("bf16", "sdpa", True)),
+        (T4, {}, Choice("fp16", "sdpa", True)),
+        (ZEN4, {}, Choice("bf16", "sdpa", True)),
+        (OLD_CPU, {}, Choice("fp32", "sdpa", False)),
+        (A100, {"bf16": False}, Choice("fp32", "sdpa", True)),
+        (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "flash_attention_2", False)),
+        (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
+        (OLD_CPU, {"bf16": True}, Choice("bf16", "sdpa", False)),
+    ],
+)
+def test_choice(hardware, values, wanted):
+    assert choose(hardware, values) == wanted
+
+
+@pytest.mark.parametrize(
+    ("hardware", "values", "words"),
+    [
+        (T4, {"bf16": True}, "T4 has no bf16"),
+        (ZEN4, {"fp16": True}, "needs a GPU"),
+        (ZEN4, {"attn_implementation": "flash_attention_2"}, "needs an NVIDIA GPU"),
+        (T4, {"attn_implementation": "flash_attention_2"}, "capability 8.0"),
+        (A100, {"attn_implementation": "flash_attention_2", "bf16": False}, "fp32 is asked for"),
+        (OLD_CPU, {"torch_compile": True}, r"no g\+\+"),
+    ],
+)
+def test_impossible_demand_is_refused(hardware, values, words):
+    with pytest.raises(Refused, match=words):
+        choose(hardware, values)
+
+
+def test_gemm_peak_is_a_plausible_rate():
+    assert 1e9 < gemm_peak("cpu", "fp32", 0.05) < 1e14

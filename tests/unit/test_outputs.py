@@ -1,0 +1,102 @@
+"""The life of a stage: skipped, stale, locked, published whole or not at all."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from recipe import outputs
+
+
+def test_differences_name_the_keys():
+    old = {"config": {"pretrain": {"a": 1, "b": 2}}, "inputs": {"x": "1"}}
+    new = {"config": {"pretrain": {"a": 1, "b": 3, "c": 4}}, "inputs": {"x": "1"}}
+    assert outputs.differences(old, new) == ["config.pretrain.b: 2 -> 3", "config.pretrain.c: null -> 4"]
+    assert outputs.differences(new, new) == []
+
+
+def test_lock_names_its_holder_and_dies_with_it(tmp_path):
+    path = tmp_path / ".lock"
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(outputs.ROOT / 'pretrain')!r}); from recipe.outputs "
+        f"import _lock\n"
+        f"from pathlib import Path\nwith _lock(Path({str(path)!r}), 'first'): print('held', flush=True); "
+        f"time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(outputs.Refused, match=rf"process {holder.pid} .*first"),
+        outputs._lock(path, "second"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with outputs._lock(path, "second"):  # taken over without ado
+        pass
+
+
+def test_publication_replaces_the_old_output_whole(tmp_path):
+    work, final = tmp_path / ".s.work", tmp_path / "s"
+    for round_number in range(2):
+        work.mkdir()
+        (work / "a").write_text(str(round_number))
+        (work / ".wanted.json").write_text("{}")
+        outputs._publish(work, final)
+        assert [path.name for path in final.iterdir()] == ["a"]
+        assert (final / "a").read_text() == str(round_number)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+
+
+def test_linked_copy_survives_the_original(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_text("x")
+    outputs._link_tree(tmp_path / "a", tmp_path / "copy")
+    (tmp_path / "a/b/c").unlink()
+    assert (tmp_path / "copy/b/c").read_text() == "x"
+
+
+def test_summary_adds_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(outputs, "ROOT", tmp_path)
+    for stage, seconds in (("01_a", 1.5), ("02_b", 2.0)):
+        folder = tmp_path / "outputs/r" / stage
+        folder.mkdir(parents=True)
+        record = {
+            "stage": stage,
+            "seconds": seconds,
+            "peak_memory_bytes": 3 << 20,
+            "headline": f"did {stage}",
+        }
+        (folder / "stage.json").write_text(json.dumps(record))
+    (tmp_path / "outputs/r/02_b/curve.png").write_text("")
+    text = outputs.summary("r")
+    assert "02_b" in text and "3 MiB" in text and "did 01_a" in text
+    assert text.splitlines()[3].split() == ["total", "3.5"]
+    assert text.endswith("outputs/r/02_b/curve.png")
+
+
+def test_full_disk_names_path_and_free_bytes(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr(outputs, "_run", full)
+    monkeypatch.setattr(sys, "argv", ["02_dataset.py"])
+    with pytest.raises(SystemExit) as caught:
+        outputs.run_stage("02_dataset.py", "doc", lambda stage: None, ())
+    assert caught.value.code == 1
+    assert f"cannot write {tmp_path / 'x'}: No space left on device" in capsys.readouterr().err
+
+
+def test_digest_does_not_depend_on_key_order():
+    assert (
+        outputs.digest({"a": 1, "b": [2]}) == outputs.digest({"b": [2], "a": 1}) != outputs.digest({"a": 1})
+    )
+
+
+def test_status_without_work_is_quick():
+    started = time.monotonic()
+    code = "import recipe.outputs, recipe.config"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert time.monotonic() - started < 2
