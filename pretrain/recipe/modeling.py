@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import logging as transformers_logging
 
 
 def build_model(
@@ -30,6 +31,7 @@ def build_model(
 
 def load_model(folder: Path, attention: str = "sdpa") -> PreTrainedModel:
     """A model that a stage saved, in float32: safetensors only, no code from the folder."""
+    transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
     return AutoModelForCausalLM.from_pretrained(
         folder,
         attn_implementation=attention,

@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -164,6 +165,22 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
 # ---------------------------------------------------------------------------------------------- the Trainer
 
 
+def return_loss_only(model: PreTrainedModel) -> None:
+    """Let the model's forward return nothing but the loss when it is given labels.
+
+    The logits (batch x block x vocabulary) are by far the largest tensor of a step. Returned, they would be kept,
+    and accelerate would convert them to float32 outside the compiled graph.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def loss_of(*arguments: Any, **keywords: Any) -> Any:
+        output = forward(*arguments, **keywords)
+        return output if output.loss is None else {"loss": output.loss}
+
+    model.forward = loss_of
+
+
 class RecipeTrainer(Trainer):
     """The stock Trainer, with our optimizer choice and verified checkpoints."""
 
@@ -240,7 +257,7 @@ class Progress(TrainerCallback):
             bytes_per_token,
         )
         self.seconds_before = 0.0
-        self.speeds: list[float] = []
+        self.compiled = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Continue the curve where the checkpoint stands: later lines belong to a try that was cut off."""
@@ -266,7 +283,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar; leave the first step, which compiles, out of the speed."""
         self.bar.update(state.global_step - self.bar.n)
-        if state.global_step == self.mark_step + 1 and not self.speeds:
+        if not self.compiled:
+            self.compiled = True
             self.mark, self.mark_step = time.perf_counter(), state.global_step
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -294,7 +312,6 @@ class Progress(TrainerCallback):
                 shown["bits/byte" if key == "loss" else "valid bits/byte"] = f"{bits:.3f}"
         if "loss" in row and state.global_step > self.mark_step:
             speed = (state.global_step - self.mark_step) * self.tokens_per_step / (now - self.mark)
-            self.speeds.append(speed)
             row |= {"tokens_per_second": round(speed, 1), "mfu": round(speed * self.flops / self.peak, 4)}
             shown |= {"tokens/s": f"{speed:,.0f}", "MFU": f"{row['mfu']:.0%}"}
             self.mark, self.mark_step = now, state.global_step
@@ -436,6 +453,7 @@ def train(
         folder, tokens_per_step, flops_per_token(model, settings.block_size), peak * ranks, bytes_per_token
     )
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
+    return_loss_only(model)
     trainer = RecipeTrainer(
         settings,
         model=model,

@@ -61,7 +61,7 @@ def main() -> None:
     else:
         share = first["seconds"] / wanted["seconds"]
         print(
-            f"\ntiny was below the peer's final loss at step {first['step']}, after {share:.0%} of its seconds"
+            f"\ntiny was below the peer's final loss at step {first['step']}, after {share:.0%} of its time"
         )
 
 
