@@ -21,48 +21,53 @@ usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$here/run_all.sh"; }
 refuse() { printf 'run_all.sh: error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
 stages() { printf '%s\n' "$here"/pretrain/[0-9][0-9]_* "$here"/fine-tuning/[0-9][0-9]_*; }
 
-recipe=tiny from=00 to=99 list=false common=() overrides=() launch=()
-while (($#)); do
-  case $1 in
-    --recipe | --from | --to | --set | --nproc | --deepspeed) (($# > 1)) || refuse "$1 wants a value" ;;&
-    --recipe) recipe=$2; shift ;;
-    --from) from=$2; shift ;;
-    --to) to=$2; shift ;;
-    --set) overrides+=(--set "$2"); common+=(--set "$2"); shift ;;
-    --nproc | --deepspeed) launch+=("$1" "$2"); shift ;;
-    --force | --dry-run) common+=("$1") ;;
-    --list) list=true ;;
-    -h | --help) usage; exit 0 ;;
-    *) refuse "unknown option $1" ;;
-  esac
-  shift
-done
-for number in "$from" "$to"; do [[ $number =~ ^[0-9][0-9]$ ]] || refuse "--from and --to want two digits, got '$number'"; done
+# A function, so that bash has read the whole file before it starts: it may be edited while it runs.
+main() {
+  local recipe=tiny from=00 to=99 list=false common=() overrides=() launch=()
+  while (($#)); do
+    case $1 in
+      --recipe | --from | --to | --set | --nproc | --deepspeed) (($# > 1)) || refuse "$1 wants a value" ;;&
+      --recipe) recipe=$2; shift ;;
+      --from) from=$2; shift ;;
+      --to) to=$2; shift ;;
+      --set) overrides+=(--set "$2"); common+=(--set "$2"); shift ;;
+      --nproc | --deepspeed) launch+=("$1" "$2"); shift ;;
+      --force | --dry-run) common+=("$1") ;;
+      --list) list=true ;;
+      -h | --help) usage; exit 0 ;;
+      *) refuse "unknown option $1" ;;
+    esac
+    shift
+  done
+  for number in "$from" "$to"; do [[ $number =~ ^[0-9][0-9]$ ]] || refuse "--from and --to want two digits, got '$number'"; done
 
-if $list; then
-  while read -r stage; do
-    printf '%-28s %s\n' "${stage#"$here"/}" "$(sed -n 's/^\(# \|"""\)Stage [0-9]*: //p' "$stage" | head -n 1)"
-  done < <(stages)
-  exit 0
-fi
+  if $list; then
+    while read -r stage; do
+      printf '%-28s %s\n' "${stage#"$here"/}" "$(sed -n 's/^\(# \|"""\)Stage [0-9]*: //p' "$stage" | head -n 1)"
+    done < <(stages)
+    exit 0
+  fi
 
-started=$SECONDS
-python=$(bash "$here/setup.sh" --python)
-((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
-"$python" -m recipe.config --recipe "$recipe" "${overrides[@]}" "${launch[@]}"
+  local started=$SECONDS python stage number ran=0
+  python=$(bash "$here/setup.sh" --python)
+  ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
+  "$python" -m recipe.config --recipe "$recipe" "${overrides[@]}" "${launch[@]}"
 
-ran=0
-while read -r stage <&3; do
-  number=$(basename "$stage")
-  number=${number%%_*}
-  if ((10#$number < 10#$from || 10#$number > 10#$to)); then continue; fi
-  ran=$((ran + 1))
-  case $stage in
-    *.sh) bash "$stage" --recipe "$recipe" "${common[@]}" "${launch[@]}" ;;
-    *) "$python" "$stage" --recipe "$recipe" "${common[@]}" ;;
-  esac
-done 3< <(stages)
-((ran)) || refuse "no stage between $from and $to"
-printf '\n'
-"$python" -m recipe.outputs "$recipe"
-printf '\n%d s in all. Talk to the model: %s fine-tuning/chat.py --recipe %s\n' $((SECONDS - started)) "${python#"$here"/}" "$recipe"
+  while read -r stage <&3; do
+    number=$(basename "$stage")
+    number=${number%%_*}
+    if ((10#$number < 10#$from || 10#$number > 10#$to)); then continue; fi
+    ran=$((ran + 1))
+    case $stage in
+      *.sh) bash "$stage" --recipe "$recipe" "${common[@]}" "${launch[@]}" ;;
+      *) "$python" "$stage" --recipe "$recipe" "${common[@]}" ;;
+    esac
+  done 3< <(stages)
+  ((ran)) || refuse "no stage between $from and $to"
+  printf '\n'
+  "$python" -m recipe.outputs "$recipe"
+  printf '\n%d s in all. Talk to the model: %s fine-tuning/chat.py --recipe %s\n' $((SECONDS - started)) "${python#"$here"/}" "$recipe"
+}
+
+main "$@"
+exit

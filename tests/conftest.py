@@ -25,7 +25,7 @@ MINI = {
         },
         "valid_share": 0.1,
     },
-    "tokenizer": {"vocab_size": 420, "training_megabytes": 1},
+    "tokenizer": {"vocab_size": 400, "training_megabytes": 1},
     "model": {
         "model_type": "qwen3",
         "hidden_size": 32,
@@ -128,7 +128,9 @@ class Project:
             text=True,
         ).stdout.strip()
         (folder / ".venv/bin").mkdir(parents=True)
-        (folder / ".venv/bin/python").symlink_to(sys.executable)
+        python = folder / ".venv/bin/python"
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
         (folder / ".venv/.recipe-ready").write_text(f"{stamp} {folder}")
         self.environment = os.environ | {
             "PYTHONPATH": str(folder / "pretrain"),

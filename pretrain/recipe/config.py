@@ -57,7 +57,7 @@ TRAINING = {
 }
 EVALUATION = {"batch_size": "int", "megabytes_per_source": "float"}
 INSTRUCTION = {"system": "str", "pairs": "dict", "translation_share": "float", "valid_share": "float"}
-PAIRS = {"source": "str", "path": "str"}
+PAIRS = {"source": "str", "path": "str", "directions": "list"}
 GENERATION = {"prompts": "list", "questions": "list", "seed": "int"}
 
 # Keys that cannot change a result: a change never makes a stage stale. Prefixes end with *.
@@ -358,6 +358,12 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
                 f"{positions} positions of {where}/model.json"
             )
     for name, pair in config["instruction"]["pairs"].items():
+        unknown = set(pair.get("directions", [])) - {"ja-en", "en-ja"}
+        if unknown:
+            raise Refused(
+                f"{where}/instruction.json: pairs.{name}.directions: {_show(sorted(unknown))}, "
+                "wanted ja-en or en-ja"
+            )
         if "source" in pair and pair["source"] not in config["dataset"]["sources"]:
             raise Refused(
                 f"{where}/instruction.json: pairs.{name}.source: {_show(pair['source'])} is no source of "

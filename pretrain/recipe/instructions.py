@@ -12,6 +12,8 @@ from recipe.cleaning import is_valid_side, japanese_share, text_hash
 from recipe.outputs import DATA, RecipeError
 from recipe.sources import glob_files, read_descriptions, read_manpages, read_tatoeba
 
+TRANSLATIONS = {"ja-en": "次の文を英語に翻訳してください。", "en-ja": "次の文を日本語に翻訳してください。"}
+
 
 class Pair(NamedTuple):
     """One instruction with its answer. Pairs of one `headword` always stand on the same side of the split."""
@@ -28,6 +30,9 @@ def read_pairs(kind: str, spec: dict[str, Any], normalize: Any) -> Iterator[Pair
     if "path" in spec:
         yield from _alpaca_pairs(kind, spec["path"])
     else:
+        skipped = {
+            TRANSLATIONS[way] for way in TRANSLATIONS if way not in spec.get("directions", TRANSLATIONS)
+        }
         readers = {
             "command-summary": _command_summaries,
             "command-option": _command_options,
@@ -41,6 +46,8 @@ def read_pairs(kind: str, spec: dict[str, Any], normalize: Any) -> Iterator[Pair
                 "For pairs of your own give `path`"
             )
         for instruction, given, output, headword in readers[kind](DATA / spec["source"]):
+            if instruction in skipped:
+                continue
             yield Pair(instruction, normalize(given), normalize(output), kind, headword)
 
 
@@ -138,8 +145,8 @@ def _translations(folder: Path) -> Iterator[tuple[str, str, str, str]]:
     for number, japanese, english in read_tatoeba(folder):
         if english:
             headword = f"tatoeba {number}"
-            yield "次の文を英語に翻訳してください。", japanese, english, headword
-            yield "次の文を日本語に翻訳してください。", english, japanese, headword
+            yield TRANSLATIONS["ja-en"], japanese, english, headword
+            yield TRANSLATIONS["en-ja"], english, japanese, headword
 
 
 def reason_to_drop(pair: Pair) -> str:

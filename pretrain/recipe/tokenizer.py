@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from recipe.outputs import RecipeError
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")  # their places are the ids in config.SPECIAL_IDS
+LONGEST_SENTENCE = 4000  # characters
 # What a conversion gets wrong first: rare kanji, joined emoji, half-width kana, white space of every kind,
 # nothing.
 HARD_CASES = (
@@ -49,7 +50,8 @@ def sample_lines(texts: Iterable[str], most_bytes: int, total_bytes: int, seed: 
         for line in text.split("\n"):
             for sentence in re.split(r"(?<=。)", line):
                 if sentence and draw() < share:
-                    yield sentence
+                    for begin in range(0, len(sentence), LONGEST_SENTENCE):
+                        yield sentence[begin : begin + LONGEST_SENTENCE]
 
 
 def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], threads: int) -> bytes:
@@ -72,6 +74,8 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], thread
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
+            # A space is a piece also where the sample has none: spelt in bytes it would come back as U+2581.
+            required_chars="▁",
             pad_id=0,
             unk_id=1,
             bos_id=2,
@@ -80,9 +84,8 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], thread
             unk_piece="<unk>",
             bos_piece="<s>",
             eos_piece="</s>",
-            # Sentences longer than this many bytes are cut, not dropped: SentencePiece would skip them
-            # silently.
-            max_sentence_length=1 << 20,
+            # Longer sentences would be skipped silently; sample_lines never makes them.
+            max_sentence_length=4 * LONGEST_SENTENCE,
             seed_sentencepiece_size=max(100_000, 16 * config["vocab_size"]),
         )
     except (RuntimeError, OSError) as error:

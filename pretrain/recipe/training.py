@@ -168,8 +168,8 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
 def return_loss_only(model: PreTrainedModel) -> None:
     """Let the model's forward return nothing but the loss when it is given labels.
 
-    The logits (batch x block x vocabulary) are by far the largest tensor of a step. Returned, they would be kept,
-    and accelerate would convert them to float32 outside the compiled graph.
+    The logits (batch x block x vocabulary) are by far the largest tensor of a step. Returned, they would be
+    kept, and accelerate would convert them to float32 outside the compiled graph.
     """
     forward = model.forward
 

@@ -57,48 +57,56 @@ def weights(project, name):
     return project.output(name, "05_pretrain", "model.safetensors").read_bytes()
 
 
-def test_stopped_and_killed_runs_continue_bit_identically(prepared):
-    project = prepared
-    for name in ("straight", "stopped", "killed"):
-        copy_recipe(project, name)
-    project.run("pretrain/05_pretrain.sh", "--recipe", "straight", *SLOW_STEPS)
+@pytest.fixture(scope="module")
+def straight(prepared):
+    """The training that nothing disturbs: its curve and its weights."""
+    copy_recipe(prepared, "straight")
+    prepared.run("pretrain/05_pretrain.sh", "--recipe", "straight", *SLOW_STEPS)
+    assert len(curve(prepared, "straight")) == 60
+    return curve(prepared, "straight"), weights(prepared, "straight")
 
-    # SIGTERM to the command that the user started: saved within a step, exit 143.
-    run = project.start("pretrain/05_pretrain.sh", "--recipe", "stopped", *SLOW_STEPS)
-    wait_for(lambda: steps_done(project, "stopped") >= 13)
+
+def checkpoints(project):
+    """Checkpoint folders of the unfinished training, the newest first."""
+    folder = project.folder / "outputs/mini/.05_pretrain.work/checkpoints"
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+
+
+def test_terminated_training_continues_bit_identically(make_project, straight):
+    project = make_project()  # of its own: beside `straight`, the finished stage would be taken from there
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", "mini", *SLOW_STEPS)
+    wait_for(lambda: steps_done(project, "mini") >= 13)
     run.send_signal(signal.SIGTERM)
     output = run.communicate(timeout=120)[0]
     assert run.returncode == 143, output
-    assert not project.output("stopped", "05_pretrain").exists()
-    work = project.folder / "outputs/stopped/.05_pretrain.work/checkpoints"
-    newest = max(int(path.name.split("-")[1]) for path in work.iterdir())
-    assert newest % 10, "the checkpoint is the one saved by the signal, not a periodic one"
-    result = project.run("pretrain/05_pretrain.sh", "--recipe", "stopped", *SLOW_STEPS)
-    assert f"continues from checkpoint-{newest}" in result.stdout
+    assert not project.output("mini", "05_pretrain").exists()
+    newest = checkpoints(project)[0]
+    assert int(newest.name.split("-")[1]) % 10, "wanted the checkpoint of the signal, not a periodic one"
+    result = project.run("pretrain/05_pretrain.sh", "--recipe", "mini", *SLOW_STEPS)
+    assert f"continues from {newest.name}" in result.stdout
+    assert (curve(project, "mini"), weights(project, "mini")) == straight
 
-    # SIGKILL to everything at once; the newest checkpoint is then damaged too.
-    run = project.start("pretrain/05_pretrain.sh", "--recipe", "killed", *SLOW_STEPS)
-    work = project.folder / "outputs/killed/.05_pretrain.work/checkpoints"
-    wait_for(lambda: (work / "checkpoint-20/manifest.json").exists() and steps_done(project, "killed") >= 22)
+
+def test_killed_training_with_a_damaged_checkpoint_continues_bit_identically(make_project, straight):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", "mini", *SLOW_STEPS)
+    wait_for(lambda: steps_done(project, "mini") >= 22)
     for child in children(run.pid):
         os.kill(child, signal.SIGKILL)
     run.kill()
     run.communicate()
-    newest = max(work.iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    newest = checkpoints(project)[0]
     path = newest / "optimizer.pt"
-    if path.exists():
+    if path.exists():  # else the kill came in the middle of saving, which is damage enough
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    result = project.run("pretrain/05_pretrain.sh", "--recipe", "killed", *SLOW_STEPS)
+    result = project.run("pretrain/05_pretrain.sh", "--recipe", "mini", *SLOW_STEPS)
     assert f"warning: {newest.name} is not used" in result.stdout
     assert "continues from checkpoint-" in result.stdout
-
-    assert len(curve(project, "straight")) == 60
-    assert curve(project, "stopped") == curve(project, "straight")
-    assert curve(project, "killed") == curve(project, "straight")
-    assert weights(project, "stopped") == weights(project, "straight")
-    assert weights(project, "killed") == weights(project, "straight")
+    assert (curve(project, "mini"), weights(project, "mini")) == straight
 
 
 def children(pid):
@@ -112,6 +120,7 @@ def children(pid):
 def test_settings_changed_in_the_middle_are_refused_not_overwritten(prepared):
     project = prepared
     copy_recipe(project, "changed")
+    project.edit("changed", "pretrain", seed=7)
     run = project.start("pretrain/05_pretrain.sh", "--recipe", "changed", *SLOW_STEPS)
     wait_for(
         lambda: list(project.folder.glob("outputs/changed/.05_pretrain.work/checkpoints/*/manifest.json"))
@@ -130,6 +139,7 @@ def test_settings_changed_in_the_middle_are_refused_not_overwritten(prepared):
 def test_second_run_on_the_same_folder_is_refused(prepared):
     project = prepared
     copy_recipe(project, "busy")
+    project.edit("busy", "pretrain", seed=8)
     run = project.start("pretrain/05_pretrain.sh", "--recipe", "busy", *SLOW_STEPS)
     wait_for(lambda: steps_done(project, "busy") >= 1)
     result = project.run("pretrain/02_dataset.py", "--recipe", "busy", check=False)

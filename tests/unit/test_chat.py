@@ -12,20 +12,21 @@ SYSTEM = 'あなたは"AI"です。'
 
 @pytest.fixture(scope="module")
 def fast():
-    model = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 420}, 2)
+    model = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 400}, 2)
     fast = tokenizers.to_fast(spm.SentencePieceProcessor(model_proto=model))
     fast.chat_template = chat.chat_template(SYSTEM)
     return fast
 
 
 QUESTION = {"role": "user", "content": "山は?"}
-ANSWER = {"role": "assistant", "content": "高いです。"}
+ANSWER = {"role": "assistant", "content": "山に登りました。"}
 
 
 def test_format_byte_for_byte(fast):
     text = fast.apply_chat_template([QUESTION, ANSWER, QUESTION], tokenize=False)
     assert text == (
-        f"<s>{SYSTEM}\n\n### 指示:\n山は?\n\n### 応答:\n高いです。</s>\n\n### 指示:\n山は?\n\n### 応答:\n"
+        f"<s>{SYSTEM}\n\n### 指示:\n山は?\n\n### 応答:\n山に登りました。</s>"
+        "\n\n### 指示:\n山は?\n\n### 応答:\n"
     )
     given = chat.user_message("訳せ", "山")
     text = fast.apply_chat_template(
@@ -46,7 +47,7 @@ def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
     assert [int(flag) for flag in trained] == direct["assistant_masks"]
     assert ids.count(2) == 1 and ids[0] == 2
     learnt = [i for i, flag in zip(ids, trained, strict=True) if flag]
-    assert fast.decode(learnt) == "高いです。</s>高いです。</s>"
+    assert fast.decode(learnt) == "山に登りました。</s>山に登りました。</s>"
 
 
 def test_prompt_is_the_beginning_of_the_training_form(fast):
@@ -72,7 +73,7 @@ def test_unknown_role_is_refused(fast):
 
 
 def test_preview_marks_what_is_trained(fast):
-    assert "### 応答:\n【高いです。</s>】" in preview(
+    assert "### 応答:\n【山に登りました。</s>】" in preview(
         [chat.encode_conversation(fast, [QUESTION, ANSWER])], fast
     )
 

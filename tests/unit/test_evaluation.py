@@ -21,7 +21,7 @@ def test_bits_per_byte_by_hand(tmp_path):
     from recipe import tokenizer as tokenizers
     from recipe.modeling import build_model
 
-    model_bytes = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 420}, 2)
+    model_bytes = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 400}, 2)
     fast = tokenizers.to_fast(spm.SentencePieceProcessor(model_proto=model_bytes))
     shape = {
         "hidden_size": 32,

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    model = subject.train_sentencepiece(sentences(2000, 1), {"vocab_size": 420}, 2)
+    model = subject.train_sentencepiece(sentences(2000, 1), {"vocab_size": 400}, 2)
     processor = spm.SentencePieceProcessor(model_proto=model)
     subject.save(folder, model, subject.to_fast(processor))
     return processor, AutoTokenizer.from_pretrained(folder)
@@ -36,7 +36,7 @@ def test_parity_on_random_unicode(trained):
 
 def test_gate_fails_when_ids_differ(trained):
     processor, _ = trained
-    other = subject.train_sentencepiece(sentences(2000, 9)[:300], {"vocab_size": 400}, 1)
+    other = subject.train_sentencepiece(sentences(2000, 9)[:300], {"vocab_size": 390}, 1)
     wrong = subject.to_fast(spm.SentencePieceProcessor(model_proto=other))
     with pytest.raises(RecipeError, match="disagree"):
         subject.parity(processor, wrong, sentences(50, 2))
