@@ -7,7 +7,7 @@ Run:  bash pretrain/05_pretrain.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import parse, run_script, total_steps, train
+from recipe.training import parse, run_script, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -31,7 +31,8 @@ def main(plan: dict[str, Any]) -> None:
     samples = PackedBlocks(train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, epochs)
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
-    model = build_model(plan["config"]["model"], tokenizer, choice.attention, arguments.seed)
+    with whole_model(arguments):
+        model = build_model(plan["config"]["model"], tokenizer, choice.attention, arguments.seed)
     if arguments.process_index == 0:
         share = arguments.max_steps * settings.global_batch_size / blocks
         print(

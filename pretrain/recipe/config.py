@@ -76,7 +76,7 @@ NOT_DECIDING = (
 )
 # What has one home elsewhere, and where.
 ELSEWHERE = {
-    "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the number of ranks",
+    "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the ranks",
     "output_dir": "recipe/outputs.py",
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage itself: it always continues from its newest good checkpoint",
@@ -300,11 +300,6 @@ def _check_training(values: dict[str, Any], where: str) -> None:
     for key in ("global_batch_size", "per_device_train_batch_size", "block_size"):
         if values[key] < 1:
             raise Refused(f"{where}: {key}: {values[key]}, wanted 1 or more")
-    if values["global_batch_size"] % values["per_device_train_batch_size"]:
-        raise Refused(
-            f"{where}: global_batch_size: {values['global_batch_size']} is no multiple of "
-            f"per_device_train_batch_size {values['per_device_train_batch_size']}"
-        )
     if values.get("attn_implementation", "auto") not in ATTENTION:
         raise Refused(
             f"{where}: attn_implementation: {_show(values['attn_implementation'])}, wanted one of "
@@ -398,15 +393,19 @@ def check_deepspeed(name: str) -> Path:
     return path
 
 
-def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-batches per optimizer step and rank. Raises Refused when the global batch does not divide."""
-    if global_batch % (micro_batch * ranks):
+def batch_layout(global_batch: int, most: int, ranks: int) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) of each rank; `most` is per_device_train_batch_size.
+
+    Raises Refused when the global batch does not divide.
+    """
+    share, rest = divmod(global_batch, ranks)
+    micro = min(most, share)
+    if rest or share % micro:
         raise Refused(
-            f"global_batch_size: {global_batch} is no multiple of {ranks} ranks x "
-            f"per_device_train_batch_size "
-            f"{micro_batch}. Change one of the two, or --nproc"
+            f"global_batch_size: {global_batch} sequences do not divide into {ranks} ranks with "
+            f"per_device_train_batch_size {most}. Change one of the three (--nproc sets the ranks)"
         )
-    return global_batch // (micro_batch * ranks)
+    return micro, share // micro
 
 
 def check_launch(values: dict[str, Any], file: str, deepspeed: str | None, ranks: int) -> Path | None:
@@ -414,7 +413,7 @@ def check_launch(values: dict[str, Any], file: str, deepspeed: str | None, ranks
 
     file: ``pretrain`` or ``finetune``. deepspeed: a short name, or None. Raises Refused.
     """
-    accumulation_steps(values["global_batch_size"], values["per_device_train_batch_size"], ranks)
+    batch_layout(values["global_batch_size"], values["per_device_train_batch_size"], ranks)
     if not deepspeed:
         return None
     path = check_deepspeed(deepspeed)

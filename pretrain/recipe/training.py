@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from recipe.config import accumulation_steps
+from recipe.config import batch_layout
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak
 from recipe.modeling import MuonAdamW, flops_per_token, parameter_count
 from recipe.outputs import EXIT_TERMINATED, RecipeError, Refused, write_json
@@ -73,15 +76,18 @@ def parse(
     hardware = detect()
     choice = choose(hardware, values)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch, accumulation = batch_layout(
+        values["global_batch_size"], values["per_device_train_batch_size"], ranks
+    )
     native = {
+        "ddp_find_unused_parameters": False,
         "per_device_eval_batch_size": values["per_device_train_batch_size"],
         "report_to": ["tensorboard"],
     } | values
     native |= {
         "output_dir": str(folder / "checkpoints"),
-        "gradient_accumulation_steps": accumulation_steps(
-            values["global_batch_size"], values["per_device_train_batch_size"], ranks
-        ),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
         "use_cpu": hardware.device == "cpu",
         "bf16": choice.precision == "bf16",
         "fp16": choice.precision == "fp16",
@@ -114,6 +120,23 @@ def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -
         else math.ceil(arguments.num_train_epochs * samples / global_batch)
     )
     return steps, math.ceil(steps * global_batch / samples)
+
+
+@contextlib.contextmanager
+def whole_model(arguments: TrainingArguments) -> Iterator[None]:
+    """Build a new model whole on every rank also under ZeRO-3, which partitions it later.
+
+    Partitioned while it is made, it would draw other weights than one process does from the same seed. The
+    price is 4 bytes a parameter of host memory per rank while it is made.
+    """
+    if not arguments.deepspeed:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -475,7 +498,7 @@ def train(
             print(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved", flush=True
             )
-        _leave(EXIT_TERMINATED)
+        raise SystemExit(EXIT_TERMINATED)
     done = next(
         (
             log
@@ -510,20 +533,20 @@ def train(
     return figures
 
 
-def _leave(code: int) -> None:
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    raise SystemExit(code)
-
-
 def run_script(work: Any) -> None:
     """Call a training script's main function with its plan; errors a user can mend end in one line, on every
     rank.
     """
     plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    code = 0
     try:
         work(plan)
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    if dist.is_initialized():
+        dist.barrier()  # a rank that leaves while another still talks to it would abort it
+        dist.destroy_process_group()
+    sys.exit(code)

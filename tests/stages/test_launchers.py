@@ -23,7 +23,8 @@ def prepared(make_project):
 def train(project, name, *options, stage="05_pretrain", file="pretrain/05_pretrain.sh"):
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
-    result = project.run(file, "--recipe", name, *COMMON, *options, timeout=900)
+    # --force: train, do not take the finished twin of another launcher
+    result = project.run(file, "--recipe", name, "--force", *COMMON, *options, timeout=900)
     rows = project.output(name, stage, "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
     return losses, project.figures(name, stage), result

@@ -43,7 +43,7 @@ def refusal(change) -> str:
         (lambda c: c["pretrain"].update(max_steps=True), ["max_steps", "bool"]),
         (lambda c: c["pretrain"].update(lr_scheduler_type="cosin"), ["lr_scheduler_type", "'cosine'"]),
         (lambda c: c["pretrain"].update(block_size=4096), ["block_size: 4096", "1024 positions"]),
-        (lambda c: c["pretrain"].update(global_batch_size=9), ["global_batch_size: 9", "no multiple"]),
+        (lambda c: c["pretrain"].update(global_batch_size=0), ["global_batch_size: 0", "1 or more"]),
         (lambda c: c["pretrain"].update(gradient_accumulation_steps=2), ["global_batch_size"]),
         (lambda c: c["pretrain"].update(bf16=True, fp16=True), ["bf16 and fp16"]),
         (

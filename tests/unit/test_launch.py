@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from recipe.config import accumulation_steps, check_launch
+from recipe.config import batch_layout, check_launch
 from recipe.launch import child_environment, command, count_gpus
 from recipe.outputs import Refused
 
@@ -53,10 +53,12 @@ def test_users_environment_wins():
 
 
 def test_global_batch_is_one_number():
-    assert accumulation_steps(256, 4, 1) == 64
-    assert accumulation_steps(256, 4, 8) == 8
-    with pytest.raises(Refused, match=r"256 is no multiple of 3 ranks"):
-        accumulation_steps(256, 4, 3)
+    assert batch_layout(256, 4, 1) == (4, 64)
+    assert batch_layout(256, 4, 8) == (4, 8)
+    assert batch_layout(16, 16, 2) == (8, 1)  # a rank takes no more than its share
+    for wrong in ((256, 4, 3), (24, 16, 1)):
+        with pytest.raises(Refused, match=f"{wrong[0]} sequences do not divide into {wrong[2]} ranks"):
+            batch_layout(*wrong)
 
 
 def test_muon_and_compile_are_refused_under_zero():
