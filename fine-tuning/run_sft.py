@@ -7,7 +7,7 @@ Run:  bash fine-tuning/12_finetune.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import parse, run_script, total_steps, train
+from recipe.training import prepare, run_script, total_steps, train
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -23,8 +23,8 @@ def main(plan: dict[str, Any]) -> None:
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
-    folder, values = Path(plan["folder"]), plan["config"]["finetune"]
-    settings, arguments, choice, hardware = parse(values, folder, plan["deepspeed"])
+    run = prepare(plan, "finetune")
+    settings, arguments, folder = run.settings, run.arguments, run.folder
     tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["05_pretrain"])
     tokenizer.chat_template = chat_template(plan["config"]["instruction"].get("system", ""))
     pairs = Path(plan["inputs"]["11_dataset"])
@@ -37,8 +37,8 @@ def main(plan: dict[str, Any]) -> None:
     )
     valid = PackedConversations(held_out, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
-    model = load_model(Path(plan["inputs"]["05_pretrain"]), choice.attention)
-    if arguments.process_index == 0:
+    model = load_model(Path(plan["inputs"]["05_pretrain"]), run.choice.attention)
+    if run.is_main:
         print(preview(conversations[:3], tokenizer), flush=True)
         share = arguments.max_steps * settings.global_batch_size / len(once)
         print(
@@ -46,21 +46,8 @@ def main(plan: dict[str, Any]) -> None:
             f"{share:.2f} epochs; left out: {counts}",
             flush=True,
         )
-    figures = train(
-        model,
-        tokenizer,
-        samples,
-        valid,
-        settings,
-        arguments,
-        choice,
-        hardware,
-        folder,
-        plan["deepspeed"],
-        plan["processes"],
-        None,
-    )
-    if arguments.process_index == 0:
+    figures = train(model, tokenizer, samples, valid, run, None)
+    if run.is_main:
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"tuning, recipe {plan['recipe']}"
         )

@@ -7,7 +7,7 @@ Run:  bash pretrain/05_pretrain.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import parse, run_script, total_steps, train, whole_model
+from recipe.training import prepare, run_script, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -19,8 +19,8 @@ def main(plan: dict[str, Any]) -> None:
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
-    folder, values = Path(plan["folder"]), plan["config"]["pretrain"]
-    settings, arguments, choice, hardware = parse(values, folder, plan["deepspeed"])
+    run = prepare(plan, "pretrain")
+    settings, arguments, folder = run.settings, run.arguments, run.folder
     tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["03_tokenizer"])
     tokens = Path(plan["inputs"]["04_tokenize"])
     train_file, valid_file = TokenFile(tokens / "train"), TokenFile(tokens / "valid")
@@ -32,8 +32,8 @@ def main(plan: dict[str, Any]) -> None:
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
     with whole_model(arguments):
-        model = build_model(plan["config"]["model"], tokenizer, choice.attention, arguments.seed)
-    if arguments.process_index == 0:
+        model = build_model(plan["config"]["model"], tokenizer, run.choice.attention, arguments.seed)
+    if run.is_main:
         share = arguments.max_steps * settings.global_batch_size / blocks
         print(
             f"{parameter_count(model):,} parameters, {arguments.max_steps:,} steps x "
@@ -41,21 +41,9 @@ def main(plan: dict[str, Any]) -> None:
             f"{settings.block_size} tokens = {share:.2f} epochs of {totals['train']['tokens']:,} tokens",
             flush=True,
         )
-    figures = train(
-        model,
-        tokenizer,
-        samples,
-        valid,
-        settings,
-        arguments,
-        choice,
-        hardware,
-        folder,
-        plan["deepspeed"],
-        plan["processes"],
-        totals["valid"]["bytes"] / totals["valid"]["tokens"],
-    )
-    if arguments.process_index == 0:
+    bytes_per_token = totals["valid"]["bytes"] / totals["valid"]["tokens"]
+    figures = train(model, tokenizer, samples, valid, run, bytes_per_token)
+    if run.is_main:
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"pretraining, recipe {plan['recipe']}"
         )

@@ -464,6 +464,10 @@ def summary(recipe: str) -> str:
         f"{stage:15} {seconds:>8} {memory:>12}  {headline}" for stage, seconds, memory, headline in rows
     ]
     lines.append(f"{'total':15} {sum(float(row[1]) for row in rows):>8.1f}")
+    download = OUTPUTS / recipe / "01_download" / "stage.json"
+    if download.exists():
+        seconds = read_json(download)["figures"]["download_seconds"]
+        lines.append(f"{'of this':15} {seconds:>8.1f} {'':>12}  spent downloading")
     folder = OUTPUTS / recipe
     shown = sorted(path for kind in ("png", "md") for path in folder.glob(f"[0-9]*/*.{kind}"))
     if shown:

@@ -68,9 +68,9 @@ def test_tuning_runs_on_two_ranks(prepared, options):
     name = f"tune{len(options)}"
     shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
     prepared.edit(name, "pretrain", muon_learning_rate=None)
-    prepared.run("run_all.sh", "--recipe", name, "--to", "05")
+    prepared.run("run_all.sh", "--recipe", name, "--to", "11")
     prepared.run(
-        "run_all.sh", "--recipe", name, "--from", "11", "--to", "12", "--nproc", "2", *options, timeout=900
+        "fine-tuning/12_finetune.sh", "--recipe", name, "--force", "--nproc", "2", *options, timeout=900
     )
     active = prepared.figures(name, "12_finetune")["active"]
     assert active["ranks"] == 2

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from recipe import training
+from recipe import checkpoints, training
+from recipe.callbacks import deepspeed_wishes
 from recipe.modeling import MuonAdamW, flops_per_token
 from transformers import AutoModelForCausalLM, Qwen3Config, TrainingArguments
 
@@ -16,14 +17,14 @@ def checkpoint(folder, step, finished=True):
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         (path / name).write_bytes(f"{name} {step}".encode() * 50)
     if finished:
-        training.write_manifest(path)
+        checkpoints.write_manifest(path)
     return path
 
 
 def test_newest_whole_checkpoint_is_used(tmp_path, capsys):
     good = checkpoint(tmp_path, 90)
     checkpoint(tmp_path, 100, finished=False)
-    assert training.newest_good_checkpoint(tmp_path) == good
+    assert checkpoints.newest_good_checkpoint(tmp_path) == good
     assert "checkpoint-100 is not used: it was never finished" in capsys.readouterr().out
 
 
@@ -40,12 +41,12 @@ def test_damage_is_found(tmp_path, capsys, name, kind):
     else:
         content[7] ^= 1
         path.write_bytes(content)
-    assert training.newest_good_checkpoint(tmp_path) == good
+    assert checkpoints.newest_good_checkpoint(tmp_path) == good
     assert f"checkpoint-100 is not used: {name}" in capsys.readouterr().out
 
 
 def test_no_checkpoint_is_no_checkpoint(tmp_path):
-    assert training.newest_good_checkpoint(tmp_path) is None
+    assert checkpoints.newest_good_checkpoint(tmp_path) is None
 
 
 def tiny_model():
@@ -141,12 +142,12 @@ def test_flops_count_matrices_and_output():
 def test_deepspeed_wishes_are_read_from_the_file(tmp_path):
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
-    assert training.deepspeed_wishes(str(path)) == {
+    assert deepspeed_wishes(str(path)) == {
         "stage": 2,
         "offload_optimizer": "cpu",
         "offload_parameters": "none",
     }
-    assert training.deepspeed_wishes(None) is None
+    assert deepspeed_wishes(None) is None
 
 
 def test_evaluation_weighs_tokens_not_batches():
