@@ -82,6 +82,8 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
 
     Raises Refused for what this hardware cannot do.
     """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     values, folder, deepspeed = plan["config"][file], Path(plan["folder"]), plan["deepspeed"]
     hardware = detect()
     choice = choose(hardware, values)
@@ -114,9 +116,8 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
     if deepspeed and hardware.device == "cpu":
         import deepspeed as library
 
-        library.init_distributed(
-            dist_backend="gloo"
-        )  # the Trainer only does so later, too late for from_pretrained
+        # The Trainer does so only later, too late for from_pretrained under ZeRO-3.
+        library.init_distributed(dist_backend="gloo")
     return Run(settings, arguments, choice, hardware, folder, deepspeed, plan["processes"])
 
 
@@ -221,8 +222,6 @@ def train(
     """
     settings, arguments, folder = run.settings, run.arguments, run.folder
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     proof, stop = Proof(run.choice, run.deepspeed, run.ranks, settings), StopOnSignal()
     tokens_per_step = settings.global_batch_size * settings.block_size
