@@ -14,6 +14,10 @@
 # Exit codes: 0 done, 1 a stage failed, 2 refused (wrong option or configuration, stale output, folder in use),
 # 130 interrupted, 143 terminated. Running the same command again continues.
 set -euo pipefail
+if ((BASH_VERSINFO[0] < 4)); then
+  echo "run_all.sh: error: this is bash $BASH_VERSION; 4.4 or newer is wanted (macOS: brew install bash)" >&2
+  exit 2
+fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here"
 
@@ -23,23 +27,30 @@ stages() { printf '%s\n' "$here"/pretrain/[0-9][0-9]_* "$here"/fine-tuning/[0-9]
 
 # A function, so that bash has read the whole file before it starts: it may be edited while it runs.
 main() {
-  local recipe=tiny from=00 to=99 list=false common=() overrides=() launch=()
+  local recipe=tiny from=00 to=99 list=false talk=true common=() overrides=() launch=()
   while (($#)); do
     case $1 in
-      --recipe | --from | --to | --set | --nproc | --deepspeed) (($# > 1)) || refuse "$1 wants a value" ;;&
-      --recipe) recipe=$2; shift ;;
-      --from) from=$2; shift ;;
-      --to) to=$2; shift ;;
-      --set) overrides+=(--set "$2"); common+=(--set "$2"); shift ;;
-      --nproc | --deepspeed) launch+=("$1" "$2"); shift ;;
-      --force | --dry-run) common+=("$1") ;;
+      --recipe | --from | --to | --set | --nproc | --deepspeed)
+        (($# > 1)) || refuse "$1 wants a value"
+        case $1 in
+          --recipe) recipe=$2 ;;
+          --from) from=$2 ;;
+          --to) to=$2 ;;
+          --set) overrides+=(--set "$2") common+=(--set "$2") ;;
+          *) launch+=("$1" "$2") ;;
+        esac
+        shift ;;
+      --force) common+=("$1") ;;
+      --dry-run) common+=("$1") talk=false ;;
       --list) list=true ;;
       -h | --help) usage; exit 0 ;;
       *) refuse "unknown option $1" ;;
     esac
     shift
   done
-  for number in "$from" "$to"; do [[ $number =~ ^[0-9][0-9]$ ]] || refuse "--from and --to want two digits, got '$number'"; done
+  for number in "$from" "$to"; do
+    [[ $number =~ ^[0-9][0-9]$ ]] || refuse "--from and --to want two digits, got '$number'"
+  done
 
   if $list; then
     while read -r stage; do
@@ -51,6 +62,8 @@ main() {
   local started=$SECONDS python stage number ran=0
   python=$(bash "$here/setup.sh" --python)
   ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
+  # Should this shell be killed, the running stage ends with it and can be continued.
+  export RECIPE_RUN_ALL=$$
   "$python" -m recipe.config --recipe "$recipe" "${overrides[@]}" "${launch[@]}"
 
   while read -r stage <&3; do
@@ -64,9 +77,13 @@ main() {
     esac
   done 3< <(stages)
   ((ran)) || refuse "no stage between $from and $to"
+  if ! $talk; then return; fi
   printf '\n'
   "$python" -m recipe.outputs "$recipe"
-  printf '\n%d s in all. Talk to the model: %s fine-tuning/chat.py --recipe %s\n' $((SECONDS - started)) "${python#"$here"/}" "$recipe"
+  printf '\n%d s in all.\n' $((SECONDS - started))
+  if [[ -f outputs/$recipe/12_finetune/stage.json ]]; then
+    printf 'Talk to the model: %s fine-tuning/chat.py --recipe %s\n' "${python#"$here"/}" "$recipe"
+  fi
 }
 
 main "$@"

@@ -15,13 +15,15 @@ wanted=$(cat "$here/requirements.txt" "$here/pyproject.toml" "$here/setup.sh" | 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted $here" ]]; }
-
 # The compute capability of the first GPU as digits (80 for 8.0), nothing without one.
 capability() {
   command -v nvidia-smi >/dev/null || return 0
-  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -cd '0-9'
+  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -cd '0-9' || true
 }
+
+# A GPU that appears later (a container built without one) changes what is to be installed.
+wanted="$wanted $here gpu=$(capability)"
+ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted" ]]; }
 
 install() {
   local python=${PYTHON:-python3} gpu
@@ -34,7 +36,7 @@ install() {
     die "no Python headers, which torch.compile and neologdn need: apt-get install python3-dev"
 
   say "makes $venv with $("$python" --version) (a few minutes the first time)"
-  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
   local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq --retries 5)
   gpu=$(capability)
   if [[ -z $gpu && -n ${TORCH_CPU_INDEX:-} ]]; then
@@ -45,7 +47,7 @@ install() {
   "${pip[@]}" --no-deps --no-build-isolation -e "$here"
   install_flash_attention "$gpu"
   check
-  printf '%s' "$wanted $here" >"$stamp"
+  printf '%s' "$wanted" >"$stamp"
 }
 
 install_flash_attention() {

@@ -9,20 +9,25 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 from recipe.cleaning import make_normalizer, text_hash
-from recipe.instructions import Pair, pair_side, read_pairs, reason_to_drop
-from recipe.outputs import RecipeError, Stage, run_stage, write_json
+from recipe.instructions import Pair, no_pairs, pair_facts, pair_side, read_pairs, reason_to_drop
+from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
 from recipe.progress import progress
+from recipe.sources import require_data
 
 
 def main(stage: Stage) -> None:
     """Read every kind of pair, keep the good ones, cap translations at their share of the whole."""
     config = stage.config["instruction"]
+    require_data(
+        read_json(stage.inputs["01_download"] / "stage.json")["figures"], stage.config["dataset"], DATA
+    )
     normalize = make_normalizer(stage.config["dataset"])
     valid_share = config.get("valid_share", 0.05)
     sides: dict[str, list[Pair]] = {"train": [], "valid": []}
     funnel: dict[str, dict] = {}
     seen: set[bytes] = set()
-    for kind, spec in config["pairs"].items():
+    # Translations last: their share is one of all the others.
+    for kind, spec in sorted(config["pairs"].items(), key=lambda item: item[0] == "translation"):
         dropped: Counter[str] = Counter()
         kept: dict[str, list[Pair]] = {"train": [], "valid": []}
         for pair in progress(read_pairs(kind, spec, normalize), kind, "pairs"):
@@ -65,4 +70,12 @@ def allowed(others: int, share: float) -> int:
 
 
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, ("instruction", "dataset"), ("01_download",))
+    run_stage(
+        __file__,
+        __doc__,
+        main,
+        ("instruction", "dataset"),
+        ("01_download",),
+        facts=pair_facts,
+        skip=no_pairs,
+    )

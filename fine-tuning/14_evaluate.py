@@ -6,6 +6,7 @@ Run:  python fine-tuning/14_evaluate.py --recipe tiny
 
 import math
 
+from recipe.instructions import no_pairs
 from recipe.outputs import Stage, run_stage, write_json
 
 ANSWERED = 32  # held-out instructions that are answered, to see whether answers stop by themselves
@@ -16,7 +17,7 @@ def main(stage: Stage) -> None:
     from recipe.chat import generate_all, generation_config
     from recipe.conversations import load_conversations
     from recipe.evaluation import repetition, total_loss
-    from recipe.modeling import load_model
+    from recipe.modeling import for_inference, load_model
     from recipe.packing import PackedConversations
     from transformers import AutoTokenizer
 
@@ -29,7 +30,7 @@ def main(stage: Stage) -> None:
     samples = PackedConversations(conversations, block_size, tokenizer.pad_token_id)
     figures: dict = {"conversations": len(conversations), "left_out": left_out}
     for name, folder in (("before", stage.inputs["05_pretrain"]), ("after", tuned)):
-        model = load_model(folder)
+        model = for_inference(load_model(folder))
         loss, count = total_loss(model, samples, stage.config["evaluation"].get("batch_size", 8), name)
         figures[name] = {"response_loss": loss / count, "perplexity": math.exp(loss / count), "tokens": count}
     values = stage.config["generation"]
@@ -52,5 +53,10 @@ def main(stage: Stage) -> None:
 
 if __name__ == "__main__":
     run_stage(
-        __file__, __doc__, main, ("evaluation", "generation"), ("05_pretrain", "11_dataset", "12_finetune")
+        __file__,
+        __doc__,
+        main,
+        ("evaluation", "generation"),
+        ("05_pretrain", "11_dataset", "12_finetune"),
+        skip=no_pairs,
     )

@@ -5,6 +5,7 @@ Run:  python fine-tuning/15_generate.py --recipe tiny
 """
 
 import pyarrow.parquet as pq
+from recipe.instructions import no_pairs
 from recipe.outputs import Stage, run_stage, write_json
 
 HELD_OUT = 5  # instructions of the validation side that are asked beside the questions
@@ -14,7 +15,7 @@ def main(stage: Stage) -> None:
     """Answer with the pretrained and with the tuned model, from the same seeds and the same prompts."""
     from recipe.chat import encode_conversation, generate_all, generation_config, side_by_side, user_message
     from recipe.evaluation import repetition
-    from recipe.modeling import load_model
+    from recipe.modeling import for_inference, load_model
     from transformers import AutoTokenizer
 
     values, tuned = stage.config["generation"], stage.inputs["12_finetune"]
@@ -28,7 +29,7 @@ def main(stage: Stage) -> None:
     ]
     for name, folder in (("before", stage.inputs["05_pretrain"]), ("after", tuned)):
         answers = generate_all(
-            load_model(folder),
+            for_inference(load_model(folder)),
             tokenizer,
             prompts,
             generation_config(values, tokenizer),
@@ -45,4 +46,6 @@ def main(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, ("generation",), ("05_pretrain", "11_dataset", "12_finetune"))
+    run_stage(
+        __file__, __doc__, main, ("generation",), ("05_pretrain", "11_dataset", "12_finetune"), skip=no_pairs
+    )

@@ -42,10 +42,10 @@ def talk(folder, values: dict) -> None:
     """The conversation itself; the oldest turns are forgotten when the context is full."""
     import torch
     from recipe.chat import encode_conversation, generation_config, stream
-    from recipe.modeling import load_model
+    from recipe.modeling import for_inference, load_model
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), load_model(folder).eval()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), for_inference(load_model(folder))
     config = generation_config(values, tokenizer)
     room = model.config.max_position_embeddings - config.max_new_tokens
     torch.manual_seed(values.get("seed", 42))

@@ -8,9 +8,9 @@ Run:  python pretrain/02_dataset.py --recipe tiny
 import pyarrow as pa
 import pyarrow.parquet as pq
 from recipe.cleaning import Funnel, clean
-from recipe.outputs import DATA, RecipeError, Stage, run_stage, write_json
+from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
 from recipe.progress import progress
-from recipe.sources import LICENCES, read
+from recipe.sources import LICENCES, read, require_data
 
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string())])
 BATCH = 1024  # documents held in memory before they are written
@@ -19,6 +19,7 @@ BATCH = 1024  # documents held in memory before they are written
 def main(stage: Stage) -> None:
     """Read every source document by document, clean it, write what is left, account for the rest."""
     config = stage.config["dataset"]
+    require_data(read_json(stage.inputs["01_download"] / "stage.json")["figures"], config, DATA)
     funnels: dict[str, Funnel] = {}
     seen: set[bytes] = set()
     for name, spec in config["sources"].items():

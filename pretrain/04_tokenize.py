@@ -9,7 +9,7 @@ import os
 
 from recipe.outputs import RecipeError, Stage, run_stage
 from recipe.progress import progress
-from recipe.shards import read_texts, side_sources
+from recipe.shards import count_documents, read_texts, side_sources
 
 BATCH = 512  # documents encoded at once, by all cores
 
@@ -41,9 +41,8 @@ def main(stage: Stage) -> None:
                     yield [bos, *ids, eos]
 
     for side in ("train", "valid"):
-        written = write_token_file(
-            stage.folder / side, progress(encode(side), side, "documents"), processor.vocab_size()
-        )
+        documents = progress(encode(side), side, "documents", count_documents(dataset, side))
+        written = write_token_file(stage.folder / side, documents, processor.vocab_size())
         counted = [sum(c[key] for c in counts.get(side, {}).values()) for key in ("documents", "tokens")]
         file = TokenFile(stage.folder / side)
         if list(written) != counted or [file.documents, len(file.tokens)] != counted:

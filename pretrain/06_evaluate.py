@@ -11,12 +11,12 @@ from recipe.shards import read_texts, side_sources
 def main(stage: Stage) -> None:
     """Evaluate every source's validation side; sources held out whole are the out-of-domain set."""
     from recipe.evaluation import combine, evaluate_texts, markdown
-    from recipe.modeling import load_model
+    from recipe.modeling import for_inference, load_model
     from transformers import AutoTokenizer
 
     config, dataset = stage.config["evaluation"], stage.inputs["02_dataset"]
     tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
-    model = load_model(stage.inputs["05_pretrain"])
+    model = for_inference(load_model(stage.inputs["05_pretrain"]))
     most = int(config.get("megabytes_per_source", 1) * 1e6)
     block_size = stage.config["pretrain"]["block_size"]
     sources = {}

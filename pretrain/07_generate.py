@@ -11,18 +11,18 @@ def main(stage: Stage) -> None:
     """Generate with the freshly initialised model and with the trained one, from the same seeds."""
     from recipe.chat import generate_all, generation_config, side_by_side
     from recipe.evaluation import repetition
-    from recipe.modeling import build_model, load_model
+    from recipe.modeling import build_model, for_inference, load_model
+    from recipe.tokenizer import encode_text
     from transformers import AutoTokenizer
 
     values = stage.config["generation"]
     tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
+    seed = stage.config["pretrain"].get("seed", 42)
     models = {
-        "before": build_model(
-            stage.config["model"], tokenizer, "sdpa", stage.config["pretrain"].get("seed", 42)
-        ),
-        "after": load_model(stage.inputs["05_pretrain"]),
+        "before": for_inference(build_model(stage.config["model"], tokenizer, "sdpa", seed)),
+        "after": for_inference(load_model(stage.inputs["05_pretrain"])),
     }
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in values["prompts"]]
+    prompts = [[tokenizer.bos_token_id, *encode_text(tokenizer, prompt)] for prompt in values["prompts"]]
     samples = {
         name: generate_all(
             model, tokenizer, prompts, generation_config(values, tokenizer), values.get("seed", 42)

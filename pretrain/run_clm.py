@@ -41,7 +41,8 @@ def main(plan: dict[str, Any]) -> None:
             f"{settings.block_size} tokens = {share:.2f} epochs of {totals['train']['tokens']:,} tokens",
             flush=True,
         )
-    bytes_per_token = totals["valid"]["bytes"] / totals["valid"]["tokens"]
+    # Of a document's tokens all but <s> are predicted, and only they have a loss.
+    bytes_per_token = totals["valid"]["bytes"] / (totals["valid"]["tokens"] - totals["valid"]["documents"])
     figures = train(model, tokenizer, samples, valid, run, bytes_per_token)
     if run.is_main:
         learning_curve(

@@ -131,7 +131,7 @@ class Project:
         python = folder / ".venv/bin/python"
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
-        (folder / ".venv/.recipe-ready").write_text(f"{stamp} {folder}")
+        (folder / ".venv/.recipe-ready").write_text(f"{stamp} {folder} gpu=")
         self.environment = os.environ | {
             "PYTHONPATH": str(folder / "pretrain"),
             "VENV": str(folder / ".venv"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGINT: finish the step, save, end. All ranks agree, so that none is left waiting."""
+    """Finish the step, save, end: on a signal, on the launcher's stop file, or when the launcher is gone.
 
-    def __init__(self) -> None:
+    All ranks agree, so that none is left waiting.
+    """
+
+    def __init__(self, stop_file: Path, parent: int) -> None:
+        self.stop_file, self.parent = stop_file, parent
         self.received = False
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._note)
@@ -36,12 +41,27 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask the Trainer to save and stop when any rank was told to."""
+        stop = self.received or self.stop_file.exists() or not _is_running(self.parent)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            flag = torch.tensor([int(self.received)], device=args.device)
+            flag = torch.tensor([int(stop)], device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.received = bool(flag.item())
-        if self.received and state.global_step < state.max_steps:
+            stop = bool(flag.item())
+        if state.global_step >= state.max_steps:
+            # The finished model follows at once; and resumed from a checkpoint of the last step, the Trainer
+            # would train one step too many.
+            control.should_save = False
+        elif stop:
             control.should_save = control.should_training_stop = True
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class Progress(TrainerCallback):
@@ -161,8 +181,9 @@ class Proof(TrainerCallback):
             "ranks": self.wanted_ranks,
             "global_batch": self.settings.global_batch_size,
             "deepspeed": deepspeed_wishes(self.deepspeed),
-            "optimizer": "MuonAdamW" if self.settings.muon_learning_rate else self.block["optimizer"],
         }
+        if self.settings.muon_learning_rate:
+            wanted["optimizer"] = "MuonAdamW"
         wrong = [
             f"{key}: asked for {value}, active is {self.block[key]}"
             for key, value in wanted.items()

@@ -30,7 +30,11 @@ def damage(checkpoint: Path) -> str:
     manifest = checkpoint / MANIFEST
     if not manifest.exists():
         return "it was never finished"
-    for name, facts in json.loads(manifest.read_text("utf-8")).items():
+    try:
+        files = json.loads(manifest.read_text("utf-8"))
+    except ValueError:
+        return f"{MANIFEST} is not what was written"
+    for name, facts in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipe.outputs import CONFIGS, Refused
+from recipe.outputs import CONFIGS, EXIT_REFUSED, RecipeError, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
 
@@ -39,7 +39,9 @@ SOURCE_KINDS = {
     "descriptions": {},
     "tatoeba": {"requirement": "str", "sha256": "str", "lines_per_document": "int"},
     "files": {"paths": "list", "column": "str"},
+    "hub": {"dataset": "str", "configuration": "str", "split": "str", "column": "str", "revision": "str"},
 }
+OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"}
 TOKENIZER = {
     "model_type": "str",
     "vocab_size": "int",
@@ -58,6 +60,14 @@ TRAINING = {
 EVALUATION = {"batch_size": "int", "megabytes_per_source": "float"}
 INSTRUCTION = {"system": "str", "pairs": "dict", "translation_share": "float", "valid_share": "float"}
 PAIRS = {"source": "str", "path": "str", "directions": "list"}
+# Packaged pairs, and the kind of source that each is made from.
+PAIR_SOURCES = {
+    "command-summary": "manpages",
+    "command-option": "manpages",
+    "package-summary": "descriptions",
+    "package-description": "descriptions",
+    "translation": "tatoeba",
+}
 GENERATION = {"prompts": "list", "questions": "list", "seed": "int"}
 
 # Keys that cannot change a result: a change never makes a stage stale. Prefixes end with *.
@@ -81,6 +91,7 @@ ELSEWHERE = {
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage itself: it always continues from its newest good checkpoint",
     "remove_unused_columns": "recipe/training.py",
+    "use_cpu": "the hardware (CUDA_VISIBLE_DEVICES= hides the GPUs)",
 }
 # The ids of the special tokens in every tokenizer that stage 03 trains; model and generation configs follow
 # them.
@@ -184,12 +195,13 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     """Check every key and type, then what the files must agree on. Raises Refused at the first fault."""
     native = known_keys()
     _check_dataset(config["dataset"], f"{where}/dataset.json")
-    _check_keys(config["tokenizer"], TOKENIZER, f"{where}/tokenizer.json")
+    _check_tokenizer(config["tokenizer"], f"{where}/tokenizer.json")
     _check_model(config["model"], f"{where}/model.json")
     for name in ("pretrain", "finetune"):
         _check_training(config[name], f"{where}/{name}.json")
     _check_keys(config["evaluation"], EVALUATION, f"{where}/evaluation.json")
     _check_keys(config["generation"], native["generation"] | GENERATION, f"{where}/generation.json")
+    _require(config["generation"], ("prompts", "max_new_tokens"), f"{where}/generation.json")
     _check_instruction(config["instruction"], f"{where}/instruction.json")
     _check_agreement(config, where)
 
@@ -257,18 +269,25 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
             raise Refused(f"{here}: the name becomes a file name: use letters, digits, - and _")
         _require(source, ("source",), here)
         kind = source["source"]
-        if kind not in SOURCE_KINDS:
+        if not isinstance(kind, str) or kind not in SOURCE_KINDS:
             raise Refused(
                 f"{here}: source: unknown kind {_show(kind)}.{_nearest(str(kind), SOURCE_KINDS)} "
                 f"Known: {', '.join(SOURCE_KINDS)}"
             )
         _check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
-        _require(source, tuple(set(SOURCE_KINDS[kind]) - {"column", "lines_per_document"}), here)
+        _require(source, tuple(set(SOURCE_KINDS[kind]) - OPTIONAL), here)
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     for key in ("minimum_japanese_share", "valid_share"):
         if not 0 <= values.get(key, 0) < 1:
             raise Refused(f"{where}: {key}: {values[key]} wanted 0 or more and below 1")
+
+
+def _check_tokenizer(values: dict[str, Any], where: str) -> None:
+    _check_keys(values, TOKENIZER, where)
+    _require(values, ("vocab_size",), where)
+    if values.get("model_type", "unigram") != "unigram":
+        raise Refused(f"{where}: model_type: {_show(values['model_type'])}, wanted unigram")
 
 
 def _check_model(values: dict[str, Any], where: str) -> None:
@@ -309,6 +328,8 @@ def _check_training(values: dict[str, Any], where: str) -> None:
         raise Refused(
             f"{where}: bf16 and fp16 are both true: keep one, or neither to let the hardware decide"
         )
+    if values.get("muon_learning_rate") and "optim" in values:
+        raise Refused(f"{where}: optim: muon_learning_rate chooses Muon with AdamW. Remove one of the two")
     for key, options in known_keys()["choices"].items():
         if key in values and values[key] not in options:
             raise Refused(
@@ -319,6 +340,8 @@ def _check_training(values: dict[str, Any], where: str) -> None:
 def _check_instruction(values: dict[str, Any], where: str) -> None:
     _check_keys(values, INSTRUCTION, where)
     _require(values, ("pairs",), where)
+    if not 0 < values.get("valid_share", 0.05) < 1:
+        raise Refused(f"{where}: valid_share: {values['valid_share']}, wanted above 0 and below 1")
     for name, pair in values["pairs"].items():
         if not isinstance(pair, dict):
             raise Refused(f"{where}: pairs.{name}: {_show(pair)} is {_type_name(pair)}, wanted an object")
@@ -352,18 +375,36 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
                 f"{where}/{name}.json: block_size: {config[name]['block_size']}, more than the "
                 f"{positions} positions of {where}/model.json"
             )
+    new_tokens = config["generation"]["max_new_tokens"]
+    if positions and positions <= new_tokens:
+        raise Refused(
+            f"{where}/generation.json: max_new_tokens: {new_tokens} leaves no room for a prompt in the "
+            f"{positions} positions of {where}/model.json"
+        )
     for name, pair in config["instruction"]["pairs"].items():
-        unknown = set(pair.get("directions", [])) - {"ja-en", "en-ja"}
-        if unknown:
-            raise Refused(
-                f"{where}/instruction.json: pairs.{name}.directions: {_show(sorted(unknown))}, "
-                "wanted ja-en or en-ja"
-            )
-        if "source" in pair and pair["source"] not in config["dataset"]["sources"]:
-            raise Refused(
-                f"{where}/instruction.json: pairs.{name}.source: {_show(pair['source'])} is no source of "
-                f"{where}/dataset.json.{_nearest(pair['source'], config['dataset']['sources'])}"
-            )
+        _check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
+
+
+def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: str) -> None:
+    unknown = sorted(set(pair.get("directions", [])) - {"ja-en", "en-ja"})
+    if unknown:
+        raise Refused(f"{here}.directions: {_show(unknown)}, wanted ja-en or en-ja")
+    if "path" in pair:
+        return
+    if name not in PAIR_SOURCES:
+        raise Refused(
+            f"{here}: no packaged pairs of this name.{_nearest(name, PAIR_SOURCES)} Known: "
+            f"{', '.join(PAIR_SOURCES)}. For pairs of your own give `path`"
+        )
+    if pair["source"] not in sources:
+        raise Refused(
+            f"{here}.source: {_show(pair['source'])} is no source of dataset.json."
+            f"{_nearest(pair['source'], sources)} Remove the entry, give a `path` to pairs of your own, "
+            'or write "pairs": {} to do without tuning'
+        )
+    kind = sources[pair["source"]]["source"]
+    if kind != PAIR_SOURCES[name]:
+        raise Refused(f"{here}.source: a source of kind {kind}, wanted {PAIR_SOURCES[name]}")
 
 
 def check_deepspeed(name: str) -> Path:
@@ -448,16 +489,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--nproc", type=int, default=0)
     parser.add_argument("--deepspeed")
     arguments = parser.parse_args()
+    from recipe.instructions import pair_facts  # here: they import this module's names
+    from recipe.launch import default_ranks
+    from recipe.sources import source_facts
+
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
         for file in ("pretrain", "finetune"):
-            check_launch(config[file], file, arguments.deepspeed, max(1, arguments.nproc))
-    except Refused as error:
+            check_launch(config[file], file, arguments.deepspeed, arguments.nproc or default_ranks())
+        source_facts(config)
+        pair_facts(config)
+    except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(EXIT_REFUSED)  # nothing has started yet, whatever it is
 
 
 if __name__ == "__main__":

@@ -44,11 +44,6 @@ def preview(conversations: list[Conversation], tokenizer: Any) -> str:
     """A few conversations as they are trained: what stands in 【】 is learnt, the rest is only read."""
     shown = []
     for ids, trained in conversations:
-        text, inside = "", False
-        for place, flag in enumerate(trained):
-            if flag != inside:
-                text, inside = text + ("【" if flag else "】"), flag
-            text += tokenizer.decode([ids[place]])
         shown.append(
             tokenizer.decode(ids[: trained.index(True)])
             + "【"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.cleaning import is_valid_side, japanese_share, text_hash
-from recipe.outputs import DATA, RecipeError
+from recipe.outputs import DATA, ROOT, RecipeError
 from recipe.sources import glob_files, read_descriptions, read_manpages, read_tatoeba
 
 TRANSLATIONS = {"ja-en": "次の文を英語に翻訳してください。", "en-ja": "次の文を日本語に翻訳してください。"}
@@ -40,11 +40,6 @@ def read_pairs(kind: str, spec: dict[str, Any], normalize: Any) -> Iterator[Pair
             "package-description": _package_descriptions,
             "translation": _translations,
         }
-        if kind not in readers:
-            raise RecipeError(
-                f"instruction.json: pairs.{kind}: unknown kind; known: {', '.join(readers)}. "
-                "For pairs of your own give `path`"
-            )
         for instruction, given, output, headword in readers[kind](DATA / spec["source"]):
             if instruction in skipped:
                 continue
@@ -53,30 +48,53 @@ def read_pairs(kind: str, spec: dict[str, Any], normalize: Any) -> Iterator[Pair
 
 def _alpaca_pairs(kind: str, pattern: str) -> Iterator[Pair]:
     """Alpaca form: a JSON list, or one object a line, with instruction, output and perhaps input."""
-    paths = sorted(glob_files(pattern))
-    if not paths:
-        raise RecipeError(f"instruction.json: pairs.{kind}.path: {pattern!r} matches no file")
-    for path in paths:
-        text = path.read_text("utf-8-sig")
-        try:
-            rows = (
-                json.loads(text)
-                if text.lstrip().startswith("[")
-                else [json.loads(line) for line in text.splitlines()]
-            )
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-        for number, row in enumerate(rows, 1):
+    for path in expand_pairs(kind, pattern):
+        for place, row in _alpaca_rows(path):
+            if not isinstance(row, dict):
+                raise RecipeError(f"{path}: {place}: wanted an object with instruction and output")
             for key in ("instruction", "output"):
                 if not isinstance(row.get(key), str):
-                    raise RecipeError(f"{path}: entry {number}: no text in {key!r}; it has {sorted(row)}")
-            yield Pair(
-                row["instruction"],
-                row.get("input") or "",
-                row["output"],
-                kind,
-                f"{kind}:{row['instruction']}",
-            )
+                    raise RecipeError(f"{path}: {place}: no text in {key!r}; it has {sorted(row)}")
+            given = row.get("input") or ""
+            yield Pair(row["instruction"], given, row["output"], kind, f"{row['instruction']}\0{given}")
+
+
+def _alpaca_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    text = path.read_text("utf-8-sig")
+    is_list = text.lstrip().startswith("[")
+    number = 1
+    try:
+        if is_list:
+            yield from ((f"entry {i}", row) for i, row in enumerate(json.loads(text), 1))
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"line {number}", json.loads(line)
+    except json.JSONDecodeError as error:
+        line = error.lineno if is_list else number
+        raise RecipeError(f"{path}:{line}: not valid JSON ({error.msg})") from error
+
+
+def expand_pairs(kind: str, pattern: str) -> list[Path]:
+    """The files of an entry with a `path`. Raises RecipeError when there is none."""
+    paths = sorted(glob_files(pattern))
+    if not paths:
+        raise RecipeError(f"instruction.json: pairs.{kind}.path: {pattern!r} matches no file (from {ROOT})")
+    return paths
+
+
+def pair_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and times of a user's own pairs: what, beside the JSON files, makes stage 11 stale."""
+    facts = {}
+    for kind, spec in config["instruction"]["pairs"].items():
+        for path in expand_pairs(kind, spec["path"]) if "path" in spec else []:
+            facts[str(path)] = {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    return facts
+
+
+def no_pairs(config: dict[str, Any]) -> str:
+    """The reason for which a recipe does without tuning; empty when it has pairs."""
+    return "" if config["instruction"]["pairs"] else "instruction.json names no pairs"
 
 
 def _command_summaries(folder: Path) -> Iterator[tuple[str, str, str, str]]:

@@ -104,7 +104,6 @@ def table() -> dict[str, Any]:
         return dict.fromkeys(sorted(keys), "any")
 
     training = fields_of(TrainingArguments)
-    # A fraction below 1 is a share of all steps; the annotation says float and the library takes both.
     return {
         "training_arguments": training,
         "choices": {

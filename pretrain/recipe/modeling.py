@@ -41,9 +41,22 @@ def load_model(folder: Path, attention: str = "sdpa") -> PreTrainedModel:
     )
 
 
+def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode on the GPU where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
 def parameter_count(model: PreTrainedModel) -> int:
     """Parameters, tied ones once; under ZeRO-3 those of all ranks."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return sum(map(_numel, model.parameters()))
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, where ZeRO-3 has partitioned it
+
+
+def _ndim(parameter: torch.nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
@@ -55,7 +68,7 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
     when it is tied.
     """
     config = model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not _is_outer(name))
+    matrices = sum(_numel(p) for name, p in model.named_parameters() if _ndim(p) == 2 and not _is_outer(name))
     output = config.vocab_size * config.hidden_size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_size * block_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import glob
 import hashlib
@@ -17,12 +18,13 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,12 +102,6 @@ def glob_files(pattern: str) -> list[Path]:
     return [Path(match) for match in glob.glob(str(ROOT / os.path.expanduser(pattern)), recursive=True)]
 
 
-def digest(value: Any) -> str:
-    """A short hash of a JSON value that does not depend on the order of keys."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def stage_folder(recipe: str, stage: str) -> Path:
     """Where a finished stage lies."""
     return OUTPUTS / recipe / stage
@@ -131,7 +127,6 @@ class Stage:
     folder: Path
     arguments: argparse.Namespace
     lock: int
-    seconds_before: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
     headline: str = ""
 
@@ -172,12 +167,14 @@ def run_stage(
     facts: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
     resumable: bool = False,
+    skip: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
     """Run a stage as a command: parse, check, skip or refuse, lock, work, publish; exits with the right code.
 
     script, doc: the stage's ``__file__`` and ``__doc__``.
     sections: the recipe's files that decide this stage's result; a change in one makes it stale.
     inputs: earlier stages it reads. facts: further things the result depends on (a user's own files).
+    skip: gives the reason for which a recipe does without this stage, or an empty string.
     resumable: the work folder of an unfinished run with the same wishes is kept and handed to `work` again.
     """
     name = Path(script).stem
@@ -186,8 +183,12 @@ def run_stage(
         options(parser)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _raise_terminated)
+    if sys.platform == "linux" and os.environ.get("RECIPE_RUN_ALL") == str(os.getppid()):
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGTERM
+        )  # PR_SET_PDEATHSIG: when run_all.sh is killed, stop as well
     try:
-        _run(name, arguments, work, sections, inputs, facts, resumable)
+        _run(name, arguments, work, sections, inputs, facts, resumable, skip)
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -199,7 +200,7 @@ def run_stage(
             raise
         free = shutil.disk_usage(ROOT).free
         print(
-            f"{name}: error: cannot write {error.filename or OUTPUTS}: {error.strerror} ({free:,} bytes "
+            f"{name}: error: cannot use {error.filename or OUTPUTS}: {error.strerror} ({free:,} bytes "
             f"free). "
             "Make room or mend the permissions, then run again",
             file=sys.stderr,
@@ -220,11 +221,15 @@ def _run(
     inputs: tuple[str, ...],
     facts: Callable[[dict[str, Any]], dict[str, Any]] | None,
     resumable: bool,
+    skip: Callable[[dict[str, Any]], str] | None,
 ) -> None:
     from recipe.config import deciding_keys, load_recipe  # here: config imports this module's names
 
     config = load_recipe(arguments.recipe, arguments.overrides)
-    final = stage_folder(arguments.recipe, name)
+    reason = skip(config) if skip else ""
+    if reason:
+        print(f"{name:15} skipped: {reason}")
+        return
     folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
     missing = [stage for stage, folder in folders.items() if not (folder / "stage.json").exists()]
     if missing:
@@ -235,6 +240,14 @@ def _run(
             f"its input is missing: {', '.join(missing)} has not been run for recipe {arguments.recipe!r}. "
             f"Run `bash run_all.sh --recipe {arguments.recipe} --from {missing[0][:2]}`"
         )
+    rerun = f"bash run_all.sh --recipe {arguments.recipe}"
+    rerun += "".join(f" --set {shlex.quote(override)}" for override in arguments.overrides)
+    for stage, changes in _stale_inputs(arguments.recipe, inputs, config):
+        message = f"its input {stage} is stale: {'; '.join(changes)}"
+        if not arguments.dry_run:
+            raise Refused(f"{message}.\n  Redo it and what follows: {rerun} --from {stage[:2]} --force")
+        print(f"{name:15} {message}")
+        return
     wanted: dict[str, Any] = {
         "config": {section: deciding_keys(section, config[section]) for section in sections}
     }
@@ -242,45 +255,38 @@ def _run(
     if facts:
         wanted["facts"] = facts(config)
 
-    OUTPUTS.joinpath(arguments.recipe).mkdir(parents=True, exist_ok=True)
-    with _lock(OUTPUTS / arguments.recipe / ".lock", name) as lock:
-        old = final.with_name(f".{name}.old")
-        if old.exists() and not final.exists():  # killed between the two renames of a publication
-            old.rename(final)
+    final = stage_folder(arguments.recipe, name)
+    folder = final.with_name(f".{name}.work")
+    if arguments.dry_run:
+        print(f"{name:15} {_forecast(final, folder, wanted, resumable, arguments)}")
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(final.parent / ".lock", name) as lock:
+        _finish_publication(folder, final, wanted)
         if (final / "stage.json").exists() and not arguments.force:
             done = read_json(final / "stage.json")
             changes = differences(done["wanted"], wanted)
-            if not changes:
-                _warn_of_versions(name, done)
-                print(f"{name:15} done before ({done['seconds']:.0f} s)  {done['headline']}")
-                return
-            message = f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}"
-            if not arguments.dry_run:
+            if changes:
                 raise Refused(
-                    f"{message}.\n  Redo it and what follows: bash run_all.sh --recipe "
-                    f"{arguments.recipe} --from "
-                    f"{name[:2]} --force\n  Or keep this result and work on a copy: cp -r "
-                    f"configs/{arguments.recipe} "
+                    f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}.\n"
+                    f"  Redo it and what follows: {rerun} --from {name[:2]} --force\n"
+                    f"  Or keep this result and work on a copy: cp -r configs/{arguments.recipe} "
                     "configs/NAME, then --recipe NAME"
                 )
-            print(f"{name:15} {message}")
+            _warn_of_versions(name, done)
+            print(f"{name:15} done before ({done['seconds']:.0f} s)  {done['headline']}")
             return
-        folder = final.with_name(f".{name}.work")
-        unfinished = _continue_or_clean(name, folder, wanted, resumable, arguments)
-        if arguments.dry_run:
-            print(f"{name:15} {'would continue' if unfinished else 'would run'}")
-            return
+        unfinished = _can_continue(folder, wanted, resumable, arguments)
         twin = None if arguments.force or unfinished else _finished_twin(arguments.recipe, name, wanted)
-        if twin:
+        if not unfinished:
             shutil.rmtree(folder, ignore_errors=True)
+        if twin:
             _link_tree(twin, folder)
             _publish(folder, final)
             print(f"{name:15} taken from {twin.relative_to(ROOT)}: same settings, same inputs")
             return
-        if not unfinished:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_json(folder / ".wanted.json", wanted)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ".wanted.json", wanted)
         stage = Stage(name, arguments.recipe, config, folders, folder, arguments, lock)
         stage.say("continues" if unfinished else "starts")
         started = time.monotonic()
@@ -288,43 +294,68 @@ def _run(
             work(stage)
         finally:
             seconds = _add_seconds(folder, time.monotonic() - started)
-        write_json(
-            folder / "stage.json",
-            {
-                "stage": name,
-                "recipe": arguments.recipe,
-                "headline": stage.headline,
-                "seconds": round(seconds, 3),
-                "peak_memory_bytes": _peak_memory(),
-                "figures": stage.figures,
-                "wanted": wanted,
-                "config": {section: config[section] for section in sections},
-                "versions": _versions(),
-                "commit": _commit(),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            },
-        )
+        record = {
+            "stage": name,
+            "recipe": arguments.recipe,
+            "headline": stage.headline,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": _peak_memory(),
+            "figures": stage.figures,
+            "wanted": wanted,
+            "config": {section: config[section] for section in sections},
+            "versions": _versions(),
+            "commit": _commit(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(folder / ".stage.json.part", record)
+        (folder / ".stage.json.part").rename(folder / "stage.json")
         _publish(folder, final)
         stage.say(f"done in {seconds:.1f} s  {stage.headline}")
 
 
-def _continue_or_clean(
-    name: str, folder: Path, wanted: dict[str, Any], resumable: bool, arguments: argparse.Namespace
+def _stale_inputs(
+    recipe: str, inputs: Iterable[str], config: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Earlier stages, also indirect ones, that were made from other settings than the recipe now has."""
+    from recipe.config import deciding_keys
+
+    for stage in inputs:
+        path = stage_folder(recipe, stage) / "stage.json"
+        if path.exists():
+            wanted = read_json(path)["wanted"]
+            yield from _stale_inputs(recipe, sorted(wanted["inputs"]), config)
+            now = {section: deciding_keys(section, config[section]) for section in wanted["config"]}
+            changes = differences(wanted["config"], now)
+            if changes:
+                yield stage, changes
+
+
+def _forecast(
+    final: Path, folder: Path, wanted: dict[str, Any], resumable: bool, arguments: argparse.Namespace
+) -> str:
+    """What a run would do, in words."""
+    if (final / "stage.json").exists() and not arguments.force:
+        done = read_json(final / "stage.json")
+        changes = differences(done["wanted"], wanted)
+        return f"stale: {'; '.join(changes)}" if changes else f"done before  {done['headline']}"
+    return "would continue" if _can_continue(folder, wanted, resumable, arguments) else "would run"
+
+
+def _can_continue(
+    folder: Path, wanted: dict[str, Any], resumable: bool, arguments: argparse.Namespace
 ) -> bool:
-    """True when an unfinished run can be continued. Refuses to throw away checkpoints of other settings."""
-    if not resumable or arguments.force or not (folder / ".wanted.json").exists():
+    """True when there is an unfinished run of the same wishes. Checkpoints of others are never deleted."""
+    if not resumable or not (folder / ".wanted.json").exists():
         return False
     changes = differences(read_json(folder / ".wanted.json"), wanted)
     if not changes:
         return True
-    if not any(folder.glob("checkpoints/checkpoint-*")):
+    if arguments.force or not any(folder.glob("checkpoints/checkpoint-*")):
         return False
     raise Refused(
-        f"an unfinished run with other settings has checkpoints in {folder.relative_to(ROOT)}. Changed "
-        f"since: "
+        f"an unfinished run with other settings has checkpoints in {folder.relative_to(ROOT)}. Changed: "
         f"{'; '.join(changes)}.\n  Put the settings back to continue it, or start over with --force (its "
-        f"checkpoints "
-        f"are deleted), or work on a copy: cp -r configs/{arguments.recipe} configs/NAME"
+        f"checkpoints are deleted), or work on a copy: cp -r configs/{arguments.recipe} configs/NAME"
     )
 
 
@@ -363,8 +394,6 @@ def _link_tree(source: Path, target: Path) -> None:
 
 def _publish(folder: Path, final: Path) -> None:
     """Make a finished work folder the stage's output: flushed to disk, then renamed into place."""
-    (folder / ".wanted.json").unlink(missing_ok=True)
-    (folder / ".seconds").unlink(missing_ok=True)
     fsync_tree(folder)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -372,6 +401,17 @@ def _publish(folder: Path, final: Path) -> None:
         final.rename(old)
     folder.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    for name in (".wanted.json", ".seconds", "stop"):
+        (final / name).unlink(missing_ok=True)
+
+
+def _finish_publication(folder: Path, final: Path, wanted: dict[str, Any]) -> None:
+    """Do what a kill during `_publish` left undone."""
+    old = final.with_name(f".{final.name}.old")
+    if (folder / "stage.json").exists() and read_json(folder / "stage.json")["wanted"] == wanted:
+        _publish(folder, final)
+    elif old.exists() and not final.exists():
+        old.rename(final)
 
 
 def _add_seconds(folder: Path, seconds: float) -> float:

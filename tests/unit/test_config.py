@@ -32,6 +32,11 @@ def refusal(change) -> str:
     return str(caught.value)
 
 
+def pair(config, **values):
+    """Change the packaged pairs `translation`."""
+    config["instruction"]["pairs"]["translation"].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -66,7 +71,28 @@ def refusal(change) -> str:
             ["sources.manpages: packages: missing"],
         ),
         (lambda c: c["dataset"].update(valid_share=1.5), ["valid_share: 1.5"]),
-        (lambda c: c["instruction"]["pairs"].update(x={"source": "nowhere"}), ["pairs.x.source", "nowhere"]),
+        (lambda c: c["instruction"]["pairs"].update(x={"source": "tatoeba"}), ["pairs.x: no packaged"]),
+        (
+            lambda c: c["instruction"]["pairs"].update(transaltion={"source": "tatoeba"}),
+            ["'translation'", "`path`"],
+        ),
+        (lambda c: pair(c, source="manpages"), ["wanted tatoeba"]),
+        (
+            lambda c: pair(c, directions=["fr"]),
+            ["directions", "ja-en"],
+        ),
+        (lambda c: c["dataset"]["sources"].pop("tatoeba"), ["no source of dataset.json", '"pairs": {}']),
+        (lambda c: c["instruction"].update(valid_share=7), ["valid_share: 7"]),
+        (
+            lambda c: c["dataset"]["sources"].update(x={"source": [1]}),
+            ["source: unknown kind [1]"],
+        ),
+        (lambda c: c["tokenizer"].pop("vocab_size"), ["tokenizer.json: vocab_size: missing"]),
+        (lambda c: c["tokenizer"].update(model_type="bpe"), ["wanted unigram"]),
+        (lambda c: c["generation"].pop("prompts"), ["generation.json: prompts: missing"]),
+        (lambda c: c["generation"].update(max_new_tokens=2000), ["max_new_tokens: 2000", "1024 positions"]),
+        (lambda c: c["pretrain"].update(use_cpu=True), ["use_cpu", "CUDA_VISIBLE_DEVICES"]),
+        (lambda c: c["pretrain"].update(optim="adafactor"), ["optim: muon_learning_rate"]),
         (lambda c: c["generation"].update(temperatur=1.0), ["'temperature'"]),
     ],
 )

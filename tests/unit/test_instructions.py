@@ -38,6 +38,8 @@ def test_alpaca_file(tmp_path, form):
     (tmp_path / "a.json").write_text("\ufeff" + text, "utf-8")
     found = list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
     assert [pair[:3] for pair in found] == [("山は?", "", "高い。"), ("訳せ", "a", "あ")]
+    # One instruction with different inputs is as many headwords, or one side of the split would stay empty.
+    assert found[0].headword != found[1].headword
 
 
 def test_alpaca_file_without_the_columns_is_named(tmp_path):
@@ -48,9 +50,10 @@ def test_alpaca_file_without_the_columns_is_named(tmp_path):
         list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
 
 
-def test_unknown_kind_is_named():
-    with pytest.raises(RecipeError, match=r"pairs\.nothing: unknown kind"):
-        list(instructions.read_pairs("nothing", {"source": "manpages"}, str))
+def test_bad_line_of_an_alpaca_file_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": "y"}\n\n{"instruction": \n')
+    with pytest.raises(RecipeError, match=r"a\.jsonl:3: not valid JSON"):
+        list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.jsonl")}, str))
 
 
 def pair(output, source="x", headword="h"):

@@ -25,6 +25,9 @@ def test_deepspeed_has_its_own_launcher():
     line = command("run_clm.py", ["plan"], 2, "zero2.json")
     assert line[2] == "deepspeed.launcher.runner"
     assert line[line.index("--num_gpus") + 1] == "2"
+    # Its launcher ignores CUDA_VISIBLE_DEVICES beside --num_gpus.
+    line = command("run_clm.py", ["plan"], 2, "zero2.json", "1,3,5")
+    assert line[line.index("--include") + 1] == "localhost:1,3" and "--num_gpus" not in line
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from recipe import outputs
@@ -86,17 +85,18 @@ def test_full_disk_names_path_and_free_bytes(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         outputs.run_stage("02_dataset.py", "doc", lambda stage: None, ())
     assert caught.value.code == 1
-    assert f"cannot write {tmp_path / 'x'}: No space left on device" in capsys.readouterr().err
+    assert f"cannot use {tmp_path / 'x'}: No space left on device" in capsys.readouterr().err
 
 
-def test_digest_does_not_depend_on_key_order():
-    assert (
-        outputs.digest({"a": 1, "b": [2]}) == outputs.digest({"b": [2], "a": 1}) != outputs.digest({"a": 1})
-    )
-
-
-def test_status_without_work_is_quick():
-    started = time.monotonic()
-    code = "import recipe.outputs, recipe.config"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert time.monotonic() - started < 2
+def test_kill_between_the_renames_loses_nothing(tmp_path):
+    work, final, old = tmp_path / ".s.work", tmp_path / "s", tmp_path / ".s.old"
+    old.mkdir()
+    (old / "a").write_text("old")
+    outputs._finish_publication(work, final, {})
+    assert (final / "a").read_text() == "old"
+    final.rename(old)
+    work.mkdir()
+    (work / "a").write_text("new")
+    outputs.write_json(work / "stage.json", {"wanted": {"x": 1}})
+    outputs._finish_publication(work, final, {"x": 1})
+    assert (final / "a").read_text() == "new" and not old.exists() and not work.exists()
