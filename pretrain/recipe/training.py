@@ -294,4 +294,9 @@ def run_script(work: Any) -> None:
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves while another still talks to it would abort it
         dist.destroy_process_group()
+        # Everything is written. At a regular exit gloo's threads, still joinable, sometimes abort the process
+        # ("terminate called without an active exception"), and a finished training would count as failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
