@@ -1,10 +1,13 @@
-"""How much sooner the recipe tiny reaches what the learning rates of a common recipe reach.
+"""How soon the recipe tiny reaches what the rates of a common recipe reach, and which architecture wins.
 
-The peer is the same model on the same tokens and batches with the rates of a published 300M Japanese Mistral:
-AdamW, lr 6e-4, eps 1e-4, beta2 0.95, cosine, 5 % warm-up. Both train alone, one after the other, and stage 06
-measures both.
+Every peer trains on the same tokens in the same batches as tiny, alone, one after the other, and stage 06
+measures all of them.
 
-Run (about 15 minutes, nothing else running):  .venv/bin/python tests/bench/rates.py
+- ``rates``: the same model with the rates of a published 300M Japanese Mistral: AdamW, lr 6e-4, eps 1e-4,
+  beta2 0.95, cosine, 5 % warm-up.
+- ``mistral``: the rates of tiny on a Mistral of the same shape (a Qwen3 without the norm of queries and keys).
+
+Run (about 8 minutes each, nothing else running):  .venv/bin/python tests/bench/rates.py [rates] [mistral]
 """
 
 import json
@@ -14,12 +17,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PEER = {
-    "learning_rate": 6e-4,
-    "muon_learning_rate": None,
-    "adam_epsilon": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
+PEERS = {
+    "rates": (
+        "pretrain",
+        {
+            "learning_rate": 6e-4,
+            "muon_learning_rate": None,
+            "adam_epsilon": 1e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+        },
+    ),
+    "mistral": ("model", {"model_type": "mistral", "sliding_window": None}),
 }
 
 
@@ -35,17 +44,24 @@ def run(recipe: str) -> tuple[list[dict], dict]:
     )
 
 
-def main() -> None:
-    """Print both runs side by side, and the share of the peer's time after which ours was already better."""
-    peer = ROOT / "configs" / "bench-peer-rates"
-    shutil.rmtree(peer, ignore_errors=True)
-    shutil.copytree(ROOT / "configs/tiny", peer)
+def run_peer(name: str) -> tuple[list[dict], dict]:
+    """Train and evaluate a copy of tiny with a peer's settings."""
+    file, values = PEERS[name]
+    folder = ROOT / "configs" / f"bench-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "configs/tiny", folder)
     try:
-        path = peer / "pretrain.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | PEER, indent=2))
-        results = {"tiny": run("tiny"), "peer rates": run(peer.name)}
+        path = folder / f"{file}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2))
+        return run(folder.name)
     finally:
-        shutil.rmtree(peer)
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    """Print all runs side by side, and the share of each peer's time after which tiny was already better."""
+    names = sys.argv[1:] or list(PEERS)
+    results = {"tiny": run("tiny")} | {name: run_peer(name) for name in names}
     print("| run | step | seconds | valid bits/byte | in domain (stage 06) | out of domain |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, (rows, metrics) in results.items():
@@ -54,15 +70,14 @@ def main() -> None:
             for domain in ("in_domain", "out_of_domain"):
                 cells.append(f"{metrics[domain]['bits_per_byte']:.4f}" if row is rows[-1] else "")
             print("| " + " | ".join(cells) + " |")
-    wanted = results["peer rates"][0][-1]
-    first = next((row for row in results["tiny"][0] if row["eval_loss"] <= wanted["eval_loss"]), None)
-    if first is None:
-        print("\ntiny never reached the peer's final loss")
-    else:
-        share = first["seconds"] / wanted["seconds"]
-        print(
-            f"\ntiny was below the peer's final loss at step {first['step']}, after {share:.0%} of its time"
-        )
+    for name in names:
+        wanted = results[name][0][-1]
+        first = next((row for row in results["tiny"][0] if row["eval_loss"] <= wanted["eval_loss"]), None)
+        if first is None:
+            print(f"\ntiny never reached the final loss of {name}")
+        else:
+            share = f"{first['seconds'] / wanted['seconds']:.0%} of its time"
+            print(f"\ntiny was below the final loss of {name} at step {first['step']}, after {share}")
 
 
 if __name__ == "__main__":
