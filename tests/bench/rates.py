@@ -5,7 +5,7 @@ measures all of them.
 
 - ``rates``: the same model with the rates of a published 300M Japanese Mistral: AdamW, lr 6e-4, eps 1e-4,
   beta2 0.95, cosine, 5 % warm-up.
-- ``mistral``: the rates of tiny on a Mistral of the same shape (a Qwen3 without the norm of queries and keys).
+- ``mistral``: the rates of tiny on a Mistral of the same shape (Qwen3 without the norm of queries and keys).
 
 Run (about 8 minutes each, nothing else running):  .venv/bin/python tests/bench/rates.py [rates] [mistral]
 """
