@@ -116,12 +116,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 others, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0, fused=True
             ),
         ]
+        # Shared with the parts: the scheduler writes learning rates into these very groups.
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        # The scheduler writes learning rates into self.param_groups: they must be the parts' own groups.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -137,4 +133,4 @@ class MuonAdamW(torch.optim.Optimizer):
         """Restore what `state_dict` returned."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self._share_groups()
+        self.param_groups = [group for part in self.parts for group in part.param_groups]

@@ -37,7 +37,7 @@ def test_alpaca_file(tmp_path, form):
     text = json.dumps(rows) if form == "list" else "\n".join(map(json.dumps, rows))
     (tmp_path / "a.json").write_text("\ufeff" + text, "utf-8")
     found = list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
-    assert [pair[:3] for pair in found] == [("山は?", "", "高い。"), ("訳せ", "a", "あ")]
+    assert [pair[:3] for pair in found] == [("訳せ", "", "い"), ("訳せ", "a", "あ")]
     # One instruction with different inputs is as many headwords, or one side of the split would stay empty.
     assert found[0].headword != found[1].headword
 
