@@ -49,7 +49,12 @@ main() {
     shift
   done
   for number in "$from" "$to"; do
-    [[ $number =~ ^[0-9][0-9]$ ]] || refuse "--from and --to want two digits, got '$number'"
+    [[ $number =~ ^[0-9]{1,2}$ ]] || refuse "--from and --to want the number of a stage, got '$number'"
+  done
+  from=$(printf %02d "$((10#$from))") to=$(printf %02d "$((10#$to))")
+  for number in "$from" "$to"; do
+    [[ $number == 00 || $number == 99 ]] || compgen -G "$here/*/${number}_*" >/dev/null ||
+      refuse "there is no stage $number: see --list"
   done
 
   if $list; then

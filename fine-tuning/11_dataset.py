@@ -56,7 +56,9 @@ def main(stage: Stage) -> None:
         )
     for side, pairs in sides.items():
         if not pairs:
-            raise RecipeError(f"no pairs on the {side} side. Add pairs or change instruction.valid_share")
+            raise RecipeError(
+                f"no pairs on the {side} side: too few. Add pairs or change instruction.valid_share"
+            )
         table = pa.Table.from_pylist([pair._asdict() for pair in pairs])
         pq.write_table(table, stage.folder / f"{side}.parquet", compression="zstd")
     write_json(stage.folder / "funnel.json", {"pairs": funnel})

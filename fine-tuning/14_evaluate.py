@@ -47,7 +47,7 @@ def main(stage: Stage) -> None:
     stage.figures = figures
     stage.headline = (
         f"response loss {figures['before']['response_loss']:.3f} -> {figures['after']['response_loss']:.3f}, "
-        f"{figures['after']['stop_rate']:.0%} of answers stop by themselves"
+        f"{figures['after']['stop_rate']:.0%} of {len(answers)} answers stop by themselves"
     )
 
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from recipe.config import load_recipe
+from recipe.instructions import no_pairs
 from recipe.outputs import RecipeError, Refused, stage_folder
 
 
@@ -26,9 +27,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        values = load_recipe(arguments.recipe, arguments.overrides)["generation"]
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        values = config["generation"]
         folder = stage_folder(arguments.recipe, "12_finetune")
         if not (folder / "stage.json").exists():
+            why = no_pairs(config)
+            if why:
+                raise Refused(f"this recipe does without tuning ({why}), and only a tuned model can chat")
             raise Refused(f"there is no tuned model yet. Run `bash run_all.sh --recipe {arguments.recipe}`")
         talk(folder, values)
     except RecipeError as error:

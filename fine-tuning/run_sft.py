@@ -7,7 +7,7 @@ Run:  bash fine-tuning/12_finetune.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, total_steps, train
+from recipe.training import prepare, run_script, speed_of, total_steps, train
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -52,10 +52,7 @@ def main(plan: dict[str, Any]) -> None:
             folder / "metrics.jsonl", folder / "learning_curve.png", f"tuning, recipe {plan['recipe']}"
         )
         figures["left_out"] = {"train": counts, "valid": valid_counts}
-        headline = (
-            f"{figures['steps']:,} steps, response loss {figures['eval_loss']:.4f}, "
-            f"{figures.get('tokens_per_second', 0):,.0f} tokens/s"
-        )
+        headline = f"{figures['steps']:,} steps, response loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         write_json(folder / "result.json", figures | {"headline": headline})
 
 

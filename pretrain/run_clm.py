@@ -7,7 +7,7 @@ Run:  bash pretrain/05_pretrain.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, total_steps, train, whole_model
+from recipe.training import prepare, run_script, speed_of, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -48,11 +48,7 @@ def main(plan: dict[str, Any]) -> None:
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"pretraining, recipe {plan['recipe']}"
         )
-        speed = figures.get("tokens_per_second", 0)
-        headline = (
-            f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}, {speed:,.0f} tokens/s, "
-            f"MFU {figures.get('mfu', 0):.0%}"
-        )
+        headline = f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         write_json(folder / "result.json", figures | {"headline": headline})
 
 

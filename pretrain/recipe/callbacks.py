@@ -190,7 +190,7 @@ class Proof(TrainerCallback):
             if self.block[key] != value
         ]
         if state.is_world_process_zero:
-            print("active: " + ", ".join(f"{key} {value}" for key, value in self.block.items()), flush=True)
+            tqdm.write("active: " + ", ".join(f"{key} {value}" for key, value in self.block.items()))
         if wrong:
             raise Refused("not what was asked for is active. " + "; ".join(wrong))
 

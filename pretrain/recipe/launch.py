@@ -162,7 +162,7 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, stop: Path) -> int:
         received.append(signum)
         if len(received) < 3:
             stop.touch()
-            stage.say("stopping: the training saves a checkpoint after this step (a third signal kills it)")
+            stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
         else:
             for process in reversed(descendants(child.pid)):
                 with contextlib.suppress(ProcessLookupError):

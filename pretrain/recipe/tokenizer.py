@@ -89,9 +89,11 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], thread
             seed_sentencepiece_size=max(100_000, 16 * config["vocab_size"]),
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        # Its own words are about its source lines; the one number that helps is the limit.
+        limit = re.search(r"value <= (\d+)", str(error))
+        found = f"it supports at most {limit.group(1)} pieces" if limit else str(error).strip() or repr(error)
         raise RecipeError(
-            f"SentencePiece cannot train a vocabulary of {config['vocab_size']} on this text: {reason}. "
+            f"SentencePiece cannot train a vocabulary of {config['vocab_size']} on this text: {found}. "
             "Lower tokenizer.vocab_size or add text"
         ) from error
     return model.getvalue()

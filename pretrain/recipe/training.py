@@ -280,6 +280,13 @@ def train(
     return figures
 
 
+def speed_of(figures: dict[str, Any]) -> str:
+    """The speed for a headline; nothing when the run was too short to measure one."""
+    if "tokens_per_second" not in figures:
+        return ""
+    return f", {figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.0%}"
+
+
 def run_script(work: Any) -> None:
     """Call a training script's main function with its plan; errors a user can mend end in one line."""
     plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))

@@ -193,8 +193,9 @@ def test_stage_that_fails_stops_the_chain(make_project):
     [
         (["--recipe", "mimi"], "'mini'"),
         (["--recip", "mini"], "unknown option --recip"),
-        (["--from", "5"], "two digits"),
-        (["--recipe", "mini", "--from", "99"], "no stage between"),
+        (["--from", "five"], "number of a stage"),
+        (["--recipe", "mini", "--from", "8"], "no stage 08"),
+        (["--recipe", "mini", "--from", "6", "--to", "5"], "no stage between"),
         (["--recipe", "mini", "--set", "pretrain.max_step=3"], "'max_steps'"),
         (["--recipe", "mini", "--set"], "--set wants a value"),
     ],

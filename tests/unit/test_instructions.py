@@ -30,10 +30,7 @@ def test_pairs_of_a_manual_page(monkeypatch):
 
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_alpaca_file(tmp_path, form):
-    rows = [
-        {"instruction": "山は?", "output": "高い。"},
-        {"instruction": "訳せ", "input": "a", "output": "あ"},
-    ]
+    rows = [{"instruction": "訳せ", "output": "い"}, {"instruction": "訳せ", "input": "a", "output": "あ"}]
     text = json.dumps(rows) if form == "list" else "\n".join(map(json.dumps, rows))
     (tmp_path / "a.json").write_text("\ufeff" + text, "utf-8")
     found = list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
