@@ -7,8 +7,8 @@ Run:  python pretrain/01_download.py --recipe tiny
 
 import time
 
+from recipe.download import download, source_facts
 from recipe.outputs import DATA, Stage, data_lock, run_stage
-from recipe.sources import download, source_facts
 
 
 def main(stage: Stage) -> None:

@@ -8,9 +8,10 @@ Run:  python pretrain/02_dataset.py --recipe tiny
 import pyarrow as pa
 import pyarrow.parquet as pq
 from recipe.cleaning import Funnel, clean
+from recipe.download import LICENCES, require_data
 from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
 from recipe.progress import progress
-from recipe.sources import LICENCES, read, require_data
+from recipe.sources import read
 
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string())])
 BATCH = 1024  # documents held in memory before they are written

@@ -17,6 +17,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# A model small enough to build in a test.
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
 MINI = {
     "dataset": {
         "sources": {
@@ -26,17 +36,7 @@ MINI = {
         "valid_share": 0.1,
     },
     "tokenizer": {"vocab_size": 400, "training_megabytes": 1},
-    "model": {
-        "model_type": "qwen3",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    },
+    "model": {"model_type": "qwen3", "tie_word_embeddings": True} | SHAPE,
     "pretrain": {
         "block_size": 64,
         "global_batch_size": 8,

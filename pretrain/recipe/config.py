@@ -492,9 +492,9 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=0)
     parser.add_argument("--deepspeed")
     arguments = parser.parse_args()
+    from recipe.download import source_facts
     from recipe.instructions import pair_facts  # here: they import this module's names
     from recipe.launch import default_ranks
-    from recipe.sources import source_facts
 
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.cleaning import is_valid_side, japanese_share, text_hash
-from recipe.outputs import DATA, ROOT, RecipeError
-from recipe.sources import glob_files, read_descriptions, read_manpages, read_tatoeba
+from recipe.outputs import DATA, ROOT, RecipeError, glob_files
+from recipe.sources import read_descriptions, read_manpages, read_tatoeba
 
 TRANSLATIONS = {"ja-en": "次の文を英語に翻訳してください。", "en-ja": "次の文を日本語に翻訳してください。"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import sentencepiece as spm
-from conftest import sentences
+from conftest import SHAPE, sentences
 from recipe import chat
 from recipe import tokenizer as tokenizers
 from recipe.conversations import preview
@@ -82,16 +82,7 @@ def test_batched_generation_is_that_of_single_prompts(fast):
     """Left padding must not change what a prompt gets."""
     from recipe.modeling import build_model
 
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-    }
-    model = build_model({"model_type": "qwen3", **shape}, fast, "sdpa", 0)
+    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
     config = chat.generation_config({"max_new_tokens": 12, "do_sample": False, "prompts": []}, fast)
     prompts = [fast("山")["input_ids"], fast("今日、先生は学校で")["input_ids"]]
     together = chat.generate_all(model, fast, prompts, config, 0)
@@ -103,16 +94,7 @@ def test_batched_generation_is_that_of_single_prompts(fast):
 def test_prompt_longer_than_the_context_is_named(fast):
     from recipe.modeling import build_model
 
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-    }
-    model = build_model({"model_type": "qwen3", **shape}, fast, "sdpa", 0)
-    config = chat.generation_config({"max_new_tokens": 60}, fast)
+    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
+    config = chat.generation_config({"max_new_tokens": 252}, fast)
     with pytest.raises(ValueError, match=r"at most 4 fit"):
         chat.generate_all(model, fast, [[5] * 10], config, 0)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import sentences
+from conftest import SHAPE, sentences
 from recipe import evaluation
 
 
@@ -23,16 +23,7 @@ def test_bits_per_byte_by_hand(tmp_path):
 
     model_bytes = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 400}, 2)
     fast = tokenizers.to_fast(spm.SentencePieceProcessor(model_proto=model_bytes))
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-    }
-    model = build_model({"model_type": "qwen3", **shape}, fast, "sdpa", 0)
+    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
     texts = sentences(6, 5)
     figures = evaluation.evaluate_texts(model, fast, texts, 200, 2, tmp_path, "x")
     total, count, crossing = 0.0, 0, 0

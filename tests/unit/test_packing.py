@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPE
 from recipe.outputs import RecipeError
 from recipe.packing import IGNORED, PackedBlocks, PackedConversations, TokenFile, permuted, write_token_file
 
@@ -143,27 +144,8 @@ def test_a_document_does_not_see_the_one_before(kind, attention, compiled, train
     from recipe.modeling import build_model
     from recipe.packing import pack
 
-    shape = (
-        {
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 2,
-            "n_positions": 64,
-            "attn_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-        }
-        if kind == "gpt2"
-        else {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 64,
-        }
-    )
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    shape = gpt2 if kind == "gpt2" else SHAPE
 
     class Tokenizer:
         pad_token_id, bos_token_id, eos_token_id = 0, 2, 3
