@@ -88,7 +88,9 @@ class Progress(TrainerCallback):
                 json.loads(line) for line in self.path.read_text("utf-8").splitlines() if line.endswith("}")
             ]
             kept = [row for row in rows if row["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+            part.rename(self.path)
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = self.mark = time.perf_counter()
         self.mark_step = state.global_step
@@ -184,6 +186,8 @@ class Proof(TrainerCallback):
         }
         if self.settings.muon_learning_rate:
             wanted["optimizer"] = "MuonAdamW"
+        if self.wanted_ranks > 1 and not self.deepspeed:
+            wanted["parallel"] = "DistributedDataParallel"
         wrong = [
             f"{key}: asked for {value}, active is {self.block[key]}"
             for key, value in wanted.items()
@@ -211,7 +215,9 @@ def active(trainer: Trainer) -> dict[str, Any]:
     """What a running Trainer really uses, read from the objects that do the work, not from the wishes."""
     from torch._dynamo.utils import counters
 
-    wrapped, accelerator = trainer.model_wrapped, trainer.accelerator
+    accelerator = trainer.accelerator
+    # torch.compile wraps around DistributedDataParallel: look inside for what joins the ranks.
+    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
     optimizer: Any = trainer.optimizer
     while hasattr(optimizer, "optimizer"):  # accelerate's, then DeepSpeed's wrapper
         optimizer = optimizer.optimizer

@@ -46,7 +46,11 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     """
     kind = spec["source"]
     if kind == "files":
-        return {"kind": kind, "licence": LICENCES[kind], "files": _stat_files(name, spec)}
+        return {
+            "kind": kind,
+            "licence": LICENCES[kind],
+            "files": file_facts(expand_paths(name, spec["paths"])),
+        }
     if kind == "hub":  # streamed when it is read; the library keeps its own cache
         return {"kind": kind, "licence": LICENCES[kind], "files": {}}
     folder, record_path = data / name, data / name / "source.json"
@@ -80,12 +84,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _stat_files(name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    facts = {}
-    for path in expand_paths(name, spec["paths"]):
-        stat = path.stat()
-        facts[str(path)] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return facts
+def file_facts(paths: list[Path]) -> dict[str, dict[str, int]]:
+    """Size and time of a user's own files: what makes a stage that reads them stale."""
+    return {str(p): {"bytes": p.stat().st_size, "mtime_ns": p.stat().st_mtime_ns} for p in paths}
 
 
 def expand_paths(name: str, patterns: list[str]) -> list[Path]:
@@ -234,4 +235,8 @@ def require_data(record: dict[str, Any], config: dict[str, Any], data: Path) -> 
 def source_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes and times of the user's own files: what, beside dataset.json, makes stage 01 stale."""
     sources = config["dataset"]["sources"]
-    return {name: _stat_files(name, spec) for name, spec in sources.items() if spec["source"] == "files"}
+    return {
+        name: file_facts(expand_paths(name, spec["paths"]))
+        for name, spec in sources.items()
+        if spec["source"] == "files"
+    }

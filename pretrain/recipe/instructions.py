@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.cleaning import is_valid_side, japanese_share, text_hash
+from recipe.download import file_facts
 from recipe.outputs import DATA, ROOT, RecipeError, glob_files
 from recipe.sources import read_descriptions, read_manpages, read_tatoeba
 
@@ -85,11 +86,10 @@ def expand_pairs(kind: str, pattern: str) -> list[Path]:
 
 def pair_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes and times of a user's own pairs: what, beside the JSON files, makes stage 11 stale."""
-    facts = {}
-    for kind, spec in config["instruction"]["pairs"].items():
-        for path in expand_pairs(kind, spec["path"]) if "path" in spec else []:
-            facts[str(path)] = {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
-    return facts
+    pairs = config["instruction"]["pairs"]
+    return {
+        kind: file_facts(expand_pairs(kind, spec["path"])) for kind, spec in pairs.items() if "path" in spec
+    }
 
 
 def no_pairs(config: dict[str, Any]) -> str:

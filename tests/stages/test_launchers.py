@@ -75,3 +75,11 @@ def test_tuning_runs_on_two_ranks(prepared, options):
     active = prepared.figures(name, "12_finetune")["active"]
     assert active["ranks"] == 2
     assert (active["deepspeed"] or {}).get("stage") == (2 if options else None)
+
+
+def test_compiled_training_on_two_ranks_is_still_parallel(prepared):
+    """What `run_all.sh --nproc 2` runs where a compiler is found: torch.compile around DDP."""
+    losses, figures, _ = train(prepared, "compiled", "--nproc", "2", "--set", "pretrain.torch_compile=true")
+    active = figures["active"]
+    assert active["compiled"] and active["ranks"] == 2 and active["parallel"] == "DistributedDataParallel"
+    assert losses[-1] < losses[0] - 1
