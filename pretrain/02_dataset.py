@@ -1,7 +1,7 @@
 """Stage 02: from raw documents to clean ones: extract, normalise, filter, drop duplicates, split.
 
-Edit: configs/<recipe>/dataset.json. Writes: {train,valid}-<source>-<number>.parquet, funnel.json, funnel.md, funnel.png.
-Run:  python pretrain/02_dataset.py --recipe tiny
+Edit: configs/<recipe>/dataset.json. Writes: {train,valid}-<source>-<number>.parquet, funnel.json, funnel.md,
+funnel.png. Run:  python pretrain/02_dataset.py --recipe tiny
 """
 
 import shutil

@@ -1,13 +1,16 @@
 """The phases of stage 02: read, clean, find duplicates, write.
 
-Every phase is a set of tasks for `recipe.engine`. A task writes aside and renames, so that what is there is whole.
+Every phase is a set of tasks for `recipe.engine`. A task writes aside and renames, so that what is there is
+whole.
 
 1. `Read`, a task per source: its documents as they are, in Parquet shards of SHARD_BYTES.
 2. `Clean`, a task per shard: extraction, normalising, rules; and the hash of every text that is left.
-3. `recipe.dedup`: exact and near duplicates over all shards. Sources that stand earlier in dataset.json have priority.
+3. `recipe.dedup`: exact and near duplicates over all shards. Sources that stand earlier in dataset.json have
+   priority.
 4. `Write`, a task per shard: what is no duplicate goes to the training or the validation side by its hash.
 
-Memory is that of a few batches per worker, whatever the size of the corpus; only deduplication remembers documents.
+Memory is that of a few batches per worker, whatever the size of the corpus; only deduplication remembers
+documents.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ def text_hash(text: str) -> bytes:
 
 
 def is_valid_side(identity: bytes, share: float) -> bool:
-    """Whether a document belongs to the validation side: its own hash decides, so that adding data moves nothing."""
+    """Whether a document belongs to the validation side: its own hash decides, so that adding data moves
+    nothing.
+    """
     return int.from_bytes(identity[:8], "big") < share * 2**64
 
 
@@ -128,7 +133,10 @@ class Read:
 
 
 def raw_row(document: Any) -> dict[str, str]:
-    """A document as a row of a raw shard. Halves of surrogate pairs, which JSON can spell, are no text in any file."""
+    """A document as a row of a raw shard.
+
+    Halves of surrogate pairs, which JSON can spell, are no text in any file.
+    """
     text, dropped = document.text, document.dropped
     try:
         text.encode("utf-8")
@@ -152,7 +160,9 @@ def capped(documents: Iterable[Any], spec: dict[str, Any]) -> Iterator[Any]:
 
 @dataclass
 class Clean:
-    """Task k: clean raw shard k into ``<folder>/<k>.parquet``, ``<k>.npy`` (hashes) and ``<k>.json`` (counts)."""
+    """Task k: clean raw shard k into ``<folder>/<k>.parquet``, ``<k>.npy`` (hashes) and ``<k>.json``
+    (counts).
+    """
 
     config: dict[str, Any]
     shards: list[tuple[str, Path]]
@@ -198,7 +208,9 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def make_extractor(config: dict[str, Any], spec: dict[str, Any]) -> Callable[[str, str], tuple[str, str]]:
-    """From (name, raw text) to (clean text, reason for dropping it): extraction where the kind wants it, then cleaning."""
+    """From (name, raw text) to (clean text, reason for dropping it): extraction where the kind wants it, then
+    cleaning.
+    """
     from recipe.cleaning import make_cleaner
 
     clean = make_cleaner(config, spec)
@@ -215,7 +227,9 @@ def make_extractor(config: dict[str, Any], spec: dict[str, Any]) -> Callable[[st
 
 @dataclass
 class Write:
-    """Task k: the rows of clean shard k that are no duplicates, into ``{train,valid}-<source>-<number>.parquet``."""
+    """Task k: the rows of clean shard k that are no duplicates, into
+    ``{train,valid}-<source>-<number>.parquet``.
+    """
 
     config: dict[str, Any]
     shards: list[tuple[str, int]]  # source, and number of the shard in it
@@ -269,7 +283,8 @@ def check_size(name: str, spec: dict[str, Any], funnel: Funnel) -> None:
     least = spec.get("minimum_megabytes", 0)
     if funnel.bytes_out < least * 1e6 or not funnel.documents_out:
         raise RecipeError(
-            f"sources.{name}: only {funnel.bytes_out / 1e6:.2f} MB are left, dataset.json wants minimum_megabytes "
+            f"sources.{name}: only {funnel.bytes_out / 1e6:.2f} MB are left, dataset.json wants "
+            f"minimum_megabytes "
             f"{least}: {funnel.documents_in} documents in, dropped {dict(funnel.documents_dropped)}. Look at "
             f"data/{name}/, lower the minimum, or remove the source"
         )

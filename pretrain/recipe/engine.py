@@ -1,8 +1,9 @@
 """The data engine: phases of parallel tasks on one machine, on Slurm or on Ray, all by datatrove.
 
-A phase is a datatrove pipeline whose tasks are independent: task k does part k of the work, puts its output in place
-by a rename and is then marked as complete. A run that was killed does the missing tasks only. The markers lie in the
-stage's work folder, which the stage throws away when a setting or an input has changed, so that they are never stale.
+A phase is a datatrove pipeline whose tasks are independent: task k does part k of the work, puts its output
+in place by a rename and is then marked as complete. A run that was killed does the missing tasks only. The
+markers lie in the stage's work folder, which the stage throws away when a setting or an input has changed, so
+that they are never stale.
 
 ``engine`` in dataset.json says where tasks run:
 
@@ -10,9 +11,9 @@ stage's work folder, which the stage throws away when a setting or an input has 
 executor     further keys
 ===========  ============================================================================================
 local        workers (default: one per core)
-slurm        workers (most at once), partition, time, mem_per_cpu_gb, env_command, sbatch_args: see datatrove's
-             SlurmPipelineExecutor. The project, .venv, data/ and outputs/ must be on a disk that all nodes share
-ray          workers, address of the cluster (default: one is started on this machine); the disk as with Slurm
+slurm        partition, time, workers (most at once), mem_per_cpu_gb, env_command, sbatch_args, all as in
+             datatrove's SlurmPipelineExecutor; the project's folder must be on a disk that all nodes share
+ray          workers, address of the cluster (default: one is started on this machine); the disk likewise
 ===========  ============================================================================================
 """
 
@@ -66,7 +67,8 @@ class Engine:
     def run(self, phase: str, pipeline: Sequence[Task], tasks: int) -> None:
         """Run the tasks of a phase that are not complete yet, and return when all are.
 
-        Raises the RecipeError of the first task that fails, or one that names the phase, the task and its log.
+        Raises the RecipeError of the first task that fails, or one that names the phase, the task and its
+        log.
         """
         if not tasks:
             return
@@ -84,7 +86,8 @@ class Engine:
     def _run_local(self, phase: str, pipeline: list[Task], tasks: int) -> None:
         from datatrove.executor.local import LocalPipelineExecutor
 
-        # datatrove's own pool waits for ever for a worker that the system has killed (out of memory); this one notices.
+        # datatrove's own pool waits for ever for a worker that the system has killed (out of memory); this
+        # one notices.
         executor = LocalPipelineExecutor(pipeline, tasks, logging_dir=str(self.logs / phase))
         ranks = executor.get_incomplete_ranks()
         if not ranks:
@@ -103,7 +106,8 @@ class Engine:
             raise
         except BrokenProcessPool as error:
             raise RecipeError(
-                f"{phase}: a worker process was killed, most likely because memory ran out. Run again to continue, with "
+                f"{phase}: a worker process was killed, most likely because memory ran out. Run again to "
+                f"continue, with "
                 f"fewer workers: --set dataset.engine.workers={max(1, self.workers // 2)}"
             ) from error
         except Exception as error:
@@ -126,12 +130,14 @@ class Engine:
         )
         executor.run()
         while missing := executor.get_incomplete_ranks(skip_completed=True):
-            # The queue is read before the markers: a task that ends between the two is not taken for a lost one.
+            # The queue is read before the markers: a task that ends between the two is not taken for a lost
+            # one.
             queued = _slurm_queue(executor.job_id)
             missing = executor.get_incomplete_ranks(skip_completed=True)
             if missing and not queued:
                 raise RecipeError(
-                    f"{phase}: {len(missing)} of {tasks} tasks have ended without a result, the first is {missing[0]}. "
+                    f"{phase}: {len(missing)} of {tasks} tasks have ended without a result, the first is "
+                    f"{missing[0]}. "
                     f"Run again to continue.\n{self._log_tail(phase, missing[0])}"
                 )
             time.sleep(POLL_SECONDS if missing else 0)
@@ -142,7 +148,15 @@ class Engine:
             import ray
         except ImportError as error:
             raise RecipeError(
-                'dataset.json: engine.executor: "ray", but ray is not installed: .venv/bin/python -m pip install ray'
+                'dataset.json:
+                engine.executor:
+                "ray", but
+                ray is
+                not installed:
+                .venv/bin/python
+                -m pip
+                install
+                ray'
             ) from error
         from datatrove.executor.ray import RayPipelineExecutor
 

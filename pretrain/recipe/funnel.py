@@ -16,9 +16,10 @@ SAMPLE_CHARACTERS = 300
 class Funnel:
     """Documents and UTF-8 bytes of one source, or of one shard of it.
 
-    documents in = out + sum(dropped), and bytes in = out + sum(dropped) + trimmed, hold exactly; `trimmed` is what
-    extraction and normalising took from kept documents. `samples` holds, per reason, a few of the documents that were
-    dropped for it: those with the smallest hash of their name, so that the choice does not depend on the shards.
+    documents in = out + sum(dropped), and bytes in = out + sum(dropped) + trimmed, hold exactly; `trimmed` is
+    what extraction and normalising took from kept documents. `samples` holds, per reason, a few of the
+    documents that were dropped for it: those with the smallest hash of their name, so that the choice does
+    not depend on the shards.
     """
 
     documents_in: int = 0

@@ -67,10 +67,12 @@ def test_another_error_names_phase_task_and_log(tmp_path):
             phases.run("square", [Square(tmp_path / "missing")], 1)
 
 
-# ------------------------------------------------------------------------------------------------------- Slurm
+# -------------------------------------------------------------------------------------------------------
+# Slurm
 
 SBATCH = """#!/bin/bash
-# Runs the elements of a job array one after another, as Slurm would at once. Started as: sbatch OPTIONS SCRIPT
+# Runs the elements of a job array one after another, as Slurm would at once. Started as: sbatch OPTIONS
+# SCRIPT
 script="${@: -1}"
 mkdir -p "$STUB"
 cp "$script" "$STUB/script-$(ls "$STUB" | wc -l)"
@@ -127,9 +129,12 @@ def test_slurm_runs_the_same_pipeline_by_a_valid_script(tmp_path, slurm):
 
 def test_slurm_names_a_task_that_ended_without_a_result(tmp_path, slurm):
     config = {"executor": "slurm", "partition": "cpu", "time": "01:00:00", "env_command": "true"}
-    with pytest.raises(
-        RecipeError, match=r"(?s)1 of 3 tasks have ended without a result.*part 1 cannot be read"
-    ), engine(config, tmp_path) as phases:
+    with (
+        pytest.raises(
+            RecipeError, match=r"(?s)1 of 3 tasks have ended without a result.*part 1 cannot be read"
+        ),
+        engine(config, tmp_path) as phases,
+    ):
         phases.run("square", [Square(tmp_path, fails=1)], 3)
 
 
@@ -139,7 +144,8 @@ def test_slurm_is_refused_where_there_is_none(tmp_path, monkeypatch):
         phases.run("square", [Square(tmp_path)], 1)
 
 
-# --------------------------------------------------------------------------------------------------------- Ray
+# ---------------------------------------------------------------------------------------------------------
+# Ray
 
 
 @pytest.fixture
