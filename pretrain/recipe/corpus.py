@@ -267,6 +267,42 @@ class Write:
         write_json(self.clean / f"{rank:05d}.funnel.json", to_record(funnel))
 
 
+def find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards: int) -> Removed:
+    """Run the phases of `recipe.dedup`; the result gives a clean shard's rows to leave out, by reason."""
+    files = [clean / f"{rank:05d}.parquet" for rank in range(shards)]
+    folder = clean / "duplicates"
+    folder.mkdir(exist_ok=True)
+    phases.run("exact", dedup.exact([path.with_suffix(".npy") for path in files], folder), 1)
+    minhash = config.get("minhash", {})
+    if minhash is not None:
+        bands = dedup.minhash_settings(minhash)["bands"]
+        phases.run("signatures", dedup.signatures(files, folder, minhash), shards)
+        phases.run("buckets", dedup.buckets(files, folder, minhash), bands)
+        phases.run("clusters", dedup.clusters(files, folder), 1)
+    return partial(dedup.removed_rows, folder)
+
+
+def drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[str, int]:
+    """Take documents out of the validation side whose folded text stands in the training side; return the counts.
+
+    What is to go is written down before the shards are changed, so that a killed run counts it no less.
+    """
+    record = clean / "leaks.json"
+    valid = sorted(folder.glob("valid-*.parquet"))
+    if not record.exists():
+        found = dedup.leakage(sorted(folder.glob("train-*.parquet")), valid)
+        write_json(record.with_suffix(".part"), {"ids": found.same_text, "figures": found.figures})
+        record.with_suffix(".part").replace(record)
+    leaks = json.loads(record.read_text("utf-8"))
+    ids = set(leaks["ids"])
+    for shard in valid if ids else ():
+        table = pq.read_table(shard)
+        leaked = table.filter(pc.is_in(table["id"], pa.array(sorted(ids))))
+        for row in leaked.to_pylist():
+            ...
+    return leaks["figures"]
+
+
 def merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable[str]) -> dict[str, Funnel]:
     """The funnel of every source from those that `Write` left for its shards; each is checked to sum up."""
     funnels = {source: Funnel() for source in sources}
