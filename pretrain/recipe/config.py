@@ -41,7 +41,10 @@ SOURCE_KINDS = {
     "files": {"paths": "list", "column": "str"},
     "hub": {"dataset": "str", "configuration": "str", "split": "str", "column": "str", "revision": "str"},
 }
-OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"}
+# Kinds that read files: your own by `paths`, or from a `url` (one or a list), best with its hash.
+FILE_KINDS = ("files",)
+URL = {"url": "str|list", "sha256": "str|list", "sha1": "str|list", "md5": "str|list"}
+OPTIONAL = {"paths", "column", "lines_per_document", "configuration", "split", "revision"}
 TOKENIZER = {
     "model_type": "str",
     "vocab_size": "int",
@@ -274,7 +277,9 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
                 f"{here}: source: unknown kind {_show(kind)}.{_nearest(str(kind), SOURCE_KINDS)} "
                 f"Known: {', '.join(SOURCE_KINDS)}"
             )
-        _check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
+        _check_keys(source, SOURCE | SOURCE_KINDS[kind] | (URL if kind in FILE_KINDS else {}), here)
+        if kind in FILE_KINDS and ("paths" in source) == ("url" in source):
+            raise Refused(f"{here}: wanted either `paths` (your own files) or `url`")
         _require(source, tuple(set(SOURCE_KINDS[kind]) - OPTIONAL), here)
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
