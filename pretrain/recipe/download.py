@@ -365,9 +365,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         to = urllib.parse.urlsplit(newurl).scheme
         if to not in ("http", "https") or (req.type, to) == ("https", "http"):
-            raise RecipeError(
-                f"{req.full_url}: redirects to {newurl}; only {req.type} is followed from there"
-            )
+            raise RecipeError(f"{req.full_url}: redirects to {newurl}: refused, wanted {req.type}")
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
         if new is not None:
             new.method = req.get_method()  # HEAD stays HEAD
@@ -551,10 +549,10 @@ def _receive(url: str, target: Path, pins: dict[str, str], size: int | None, tim
         total = _total(response, have)
         if size is not None and total not in (None, size):
             _forget(target)
-            raise RecipeError(
-                f"{target}: {url} has {total:,} bytes, wanted {size:,}: another file or version"
-            )
-        if total is None and size is None and not pins and not response.chunked:
+            raise RecipeError(f"{target}: {url} has {total:,} bytes, wanted {size:,}: another version")
+        if total is None:
+            total = state.get("bytes") if resumed else size
+        if total is None and not pins and not response.chunked:
             raise RecipeError(
                 f"{target}: {url}: the server does not tell the size, so that a cut cannot be noticed. "
                 "Give the `sha256` of the file"
@@ -641,16 +639,16 @@ def _open(
     try:
         response = _OPENER.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        with error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:  # range not satisfiable: the file has become shorter than what is here
-                raise _Passing(reason, stale=True) from error
-            if error.code in (408, 425, 429) or error.code >= 500:
-                raise _Passing(reason, _retry_after(error.headers)) from error
-            raise RecipeError(
-                f"{url}: {reason}. Trying again does not help: look whether the address is still right "
-                "(dataset.json), and whether it wants a login. Or download it in another way and give `paths`"
-            ) from error
+        error.close()
+        reason = f"HTTP {error.code} {error.reason}"
+        if error.code == 416:  # range not satisfiable: the file has become shorter than what is here
+            raise _Passing(reason, stale=True) from error
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise _Passing(reason, _retry_after(error.headers)) from error
+        raise RecipeError(
+            f"{url}: {reason}. Trying again does not help: look whether the address is still right "
+            "(dataset.json), and whether it wants a login. Or download it in another way and give `paths`"
+        ) from error
     except http.client.InvalidURL as error:
         raise Refused(f"{url}: not a valid URL ({error})") from error
     except (OSError, http.client.HTTPException) as error:
@@ -674,9 +672,9 @@ def _retry_after(headers: Any) -> float:
         return float(value)
     try:
         date = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        return max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
+    except (ValueError, TypeError):  # TypeError: a date without a time zone
         return 0.0
-    return max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
 
 
 def _pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
