@@ -116,7 +116,9 @@ def _check_name(where: Path, name: str) -> None:
 
 
 def _refused(where: Path, member: str, why: str) -> RecipeError:
-    return RecipeError(f"{where}: refused: {member!r} {why}. No honest archive of text does that: remove it")
+    return RecipeError(
+        f"{where}: refused: {member[:200]!r} {why}. No honest archive of text does that: remove it"
+    )
 
 
 def _bomb(where: Path, member: str, limit: int) -> RecipeError:
@@ -124,10 +126,10 @@ def _bomb(where: Path, member: str, limit: int) -> RecipeError:
 
 
 class _Counted:
-    """A stream that ends with an error after `limit` bytes and as much again for headers."""
+    """A stream that ends with an error after `limit` bytes: headers can be bombs, too."""
 
     def __init__(self, handle: IO[bytes], limit: int, where: Path) -> None:
-        self.handle, self.left, self.limit, self.where = handle, 2 * limit, limit, where
+        self.handle, self.left, self.limit, self.where = handle, limit, limit, where
 
     def read(self, size: int) -> bytes:
         piece = self.handle.read(size)
