@@ -21,7 +21,7 @@ from recipe.outputs import RecipeError
 
 MAX_MEMBERS = 100_000
 MAX_BYTES = 1 << 30  # unpacked, a whole archive
-MAX_RATIO = 200  # unpacked over packed bytes; text has 3 to 10, deflate cannot pass 1,032
+MAX_RATIO = 200  # unpacked over packed bytes; the packaged sources have 1 to 7.4, deflate can reach 1,032
 FREE_BYTES = 16 << 20  # up to here any ratio is harmless
 
 
@@ -116,9 +116,8 @@ def _check_name(where: Path, name: str) -> None:
 
 
 def _refused(where: Path, member: str, why: str) -> RecipeError:
-    return RecipeError(
-        f"{where}: refused: {member[:200]!r} {why}. No honest archive of text does that: remove it"
-    )
+    shown = member[:200]  # a name can be as long as the archive
+    return RecipeError(f"{where}: refused: {shown!r} {why}. No honest archive of text does that: remove it")
 
 
 def _bomb(where: Path, member: str, limit: int) -> RecipeError:
