@@ -9,7 +9,7 @@ manpages       packages                                                 Debian o
 html-help      packages                                                 Debian or Ubuntu
 descriptions   (none)                                                   Debian or Ubuntu
 tatoeba        requirement, sha256, lines_per_document                  a Python package index
-files          paths, column                                            nothing: your own .txt .jsonl .parquet
+files          paths, or url and sha256 (sha1, md5); column             nothing: your own .txt .jsonl .parquet
 hub            dataset, configuration, split, column, revision          the hub, or a local folder of one
 =============  =======================================================  =====================================
 
@@ -20,18 +20,19 @@ that stage 02 can account for all of them.
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
 import os
 import re
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.download import expand_paths
+from recipe.archives import gunzip, tar_members
+from recipe.download import source_paths
 from recipe.outputs import RecipeError
 
 
@@ -77,7 +78,7 @@ def read(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     elif kind == "hub":
         yield from _read_hub(name, spec)
     elif kind == "files":
-        for path in expand_paths(name, spec["paths"]):
+        for path in source_paths(name, spec, data):
             yield from _read_file(path, spec.get("column", "text"))
 
 
@@ -89,17 +90,7 @@ def _package_members(folder: Path, wanted: re.Pattern[str]) -> Iterator[tuple[st
         with subprocess.Popen(
             ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE
         ) as process:
-            try:
-                with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-                    for member in archive:
-                        if member.isfile() and wanted.search(member.name):
-                            handle = archive.extractfile(member)
-                            assert handle is not None  # isfile() has just said so
-                            yield member.name, handle.read()
-            except tarfile.TarError as error:
-                raise RecipeError(
-                    f"{package}: damaged package ({error}). Delete data/ and run stage 01 with --force"
-                ) from error
+            yield from tar_members(process.stdout, package, wanted, links=True)
         if process.returncode:
             raise RecipeError(f"{package}: dpkg-deb cannot read it. Delete data/, run stage 01 with --force")
 
@@ -114,7 +105,7 @@ def read_manpages(folder: Path) -> Iterator[ManPage]:
     def render(member: tuple[str, bytes]) -> ManPage:
         path, packed = member
         name, section = Path(path).name.removesuffix(".gz").rsplit(".", 1)
-        raw = gzip.decompress(packed)
+        raw = gunzip(packed, folder, path)
         source = raw.decode("utf-8", errors="strict")
         if re.match(r"(\.\\\".*\n|\s)*\.so\s", source):
             return ManPage(name, section, source, "")
@@ -250,19 +241,17 @@ def _unwrap(lines: list[str]) -> str:
 def read_tatoeba(folder: Path) -> Iterator[tuple[str, str, str]]:
     """(id, Japanese, English) of every sentence; English is empty where there is no translation."""
     (archive_path,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive_path, mode="r|gz") as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith("/res/sentences/SENTENCES"):
-                handle = archive.extractfile(member)
-                assert handle is not None  # isfile() has just said so
-                for number, line in enumerate(handle, 1):
-                    fields = line.decode("utf-8").rstrip("\n").split("\t")
-                    if len(fields) < 3:
-                        raise RecipeError(
-                            f"{archive_path}: SENTENCES line {number}: {len(fields)} columns, wanted 3"
-                        )
-                    yield fields[0], fields[1], "" if fields[2] == "-" else fields[2]
-                return
+    with gzip.open(archive_path) as handle:
+        wanted = re.compile("/res/sentences/SENTENCES$")
+        for _, content in tar_members(handle, archive_path, wanted):
+            for number, line in enumerate(io.BytesIO(content), 1):
+                fields = line.decode("utf-8").rstrip("\n").split("\t")
+                if len(fields) < 3:
+                    raise RecipeError(
+                        f"{archive_path}: SENTENCES line {number}: {len(fields)} columns, wanted 3"
+                    )
+                yield fields[0], fields[1], "" if fields[2] == "-" else fields[2]
+            return
     raise RecipeError(
         f"{archive_path}: holds no res/sentences/SENTENCES. Delete data/ and run stage 01 with --force"
     )
