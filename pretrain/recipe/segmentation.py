@@ -225,8 +225,8 @@ class Segmenter:
     def _answers(self, pieces: list[str]) -> list[list[str]]:
         """What the segmenter answers: words without white space, a list for each piece it did not fail on."""
         if self.name == "sudachi":
-            # Sudachi's words may be spaces or hold some.
-            return [" ".join(m.surface() for m in _sudachi().tokenize(piece)).split() for piece in pieces]
+            # The list as text is its words between spaces; a word may be a space itself or hold one.
+            return [str(_sudachi().tokenize(piece)).split() for piece in pieces]
         text = "\n".join(pieces)
         if self.name == "jumanpp":
             # With ASCII spaces, a line that begins with "# " would be a comment. This is JUMAN's own space.
@@ -369,7 +369,7 @@ def _fetched_mecab(folder: Path) -> list[str]:
     if not folder.is_dir():
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
             raise Refused(
-                "tokenizer.json: segmenter: there is no `mecab` with a JUMAN dictionary on PATH, and no apt-get "
+                "tokenizer.json: segmenter: no `mecab` with a JUMAN dictionary is on PATH, and no apt-get "
                 "and dpkg-deb to fetch them. Install MeCab and its JUMAN dictionary in UTF-8 (Debian: mecab, "
                 "mecab-jumandic-utf8; Homebrew: mecab, mecab-jumandic), or take the segmenter sudachi"
             )
@@ -434,5 +434,5 @@ def _sudachi() -> Any:
             f"tokenizer.json: segmenter: sudachi is not installed ({error}). Install it with "
             "`pip install sudachipy sudachidict_core`"
         ) from error
-    # The shortest of its three units of words, the nearest to JUMAN's.
+    # The shortest of its three units of words is the nearest to JUMAN's (tests/bench/segmentation.py).
     return dictionary.tokenizer(mode=sudachipy.SplitMode.A)
