@@ -18,7 +18,6 @@ A segmenter only says where words end; the characters of a segmentation are alwa
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import itertools
@@ -45,22 +44,22 @@ _MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
 _ESCAPE = "␛"
 # How characters are written that cannot stand for themselves: white space without a mark by its number (all
 # of it lies below U+10000), the marks behind an escape.
-_WRITTEN = {
+_FORMS = {
     **{chr(i): f"{_ESCAPE}{i:04x}" for i in range(0x10000) if chr(i).isspace()},
     **_MARKS,
     **{mark: _ESCAPE + mark for mark in (*_MARKS.values(), _ESCAPE)},
 }
-_READ = {written: character for character, written in _WRITTEN.items()}
-_WRITTEN_FORM = re.compile("|".join(sorted(_READ, key=len, reverse=True)))
-_WRITTEN = str.maketrans(_WRITTEN)
+_TO_FORM = str.maketrans(_FORMS)
+_FROM_FORM = {form: character for character, form in _FORMS.items()}
+_FORM = re.compile("|".join(_FROM_FORM))  # none begins another
 _MARK = re.compile(f"[{''.join(_MARKS.values())}{_ESCAPE}]")
 _SPACE = re.compile(r"(\s+)")
 _AT_SIGN = re.compile("@ @ @ (?!@ )")  # the row of the word @: surface, reading, base form, part of speech
 
 # Juman++ refuses more than 4,096 bytes at once, MeCab's program 8,192, Sudachi 49,149; a character has at
-# most 4 bytes. Longer lines are cut where a sentence or a word ends.
+# most 4 bytes. Longer lines are cut at the last 。 or space before that, or else there.
 LONGEST_PIECE = 1000
-_PIECE = re.compile(rf".{{1,{LONGEST_PIECE - 1}}}[。\s]|.{{1,{LONGEST_PIECE}}}", re.DOTALL)
+_PIECE = re.compile(rf".{{1,{LONGEST_PIECE - 1}}}[。\s]|.{{1,{LONGEST_PIECE}}}")
 BATCH = 200_000  # characters that a worker gets at a time, a fraction of a second of work
 PROBE = "今日は本を読みました。"
 
@@ -73,7 +72,7 @@ def join(text: str) -> str:
     Exact for whatever `Segmenter.segment` made, also when a tokenizer has moved the spaces. Takes any text,
     such as a model makes: an escape that leads nowhere stays as it is.
     """
-    return _WRITTEN_FORM.sub(lambda match: _READ[match[0]], "".join(text.split()))
+    return _FORM.sub(lambda match: _FROM_FORM[match[0]], "".join(text.split()))
 
 
 def make_segmenter(name: str | None, data: Path) -> Segmenter | None:
@@ -146,7 +145,8 @@ class Segmenter:
     def parallel(self, texts: Iterable[str], workers: int) -> Iterator[str]:
         """Like `segment`, for any number of texts, in order, over `workers` processes; memory stays bounded.
 
-        Raises RecipeError when a worker dies.
+        With more than one, the calling script needs its ``if __name__ == "__main__"``, since the processes
+        start afresh. Raises RecipeError when one of them dies.
         """
         if workers == 1:
             for batch in _batches(texts):
@@ -285,13 +285,13 @@ def _write(line: str, words: list[str]) -> str:
     left = 0  # characters of the present word that are still to come: it may go on after a space
     for chunk in filter(None, chunks):
         if chunk.isspace():
-            written.append(chunk.translate(_WRITTEN))
+            written.append(chunk.translate(_TO_FORM))
             continue
         begin = 0
         while begin < len(chunk):
             left = left or next(lengths)
             word = chunk[begin : begin + left]
-            written.append(word.translate(_WRITTEN) if has_marks else word)
+            written.append(word.translate(_TO_FORM) if has_marks else word)
             begin += len(word)
             left -= len(word)
     return " ".join(written)
@@ -378,12 +378,21 @@ def _fetched_mecab(folder: Path) -> list[str]:
         part.mkdir(parents=True)
         try:
             _build_mecab(part, folder.parents[1])
-            # Another process may have been as quick: then its copy is as good.
-            with contextlib.suppress(OSError):
-                part.rename(folder)
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was quicker, and its copy is as good
+                raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return [*_with_library(folder, "bin/mecab"), "-r", os.devnull, "-d", str(folder / "dic"), "-O", "wakati"]
+    return [
+        *_with_library(folder, "bin/mecab"),
+        "-r",
+        os.devnull,
+        "-d",
+        str((folder / "dic").resolve()),
+        "-O",
+        "wakati",
+    ]
 
 
 def _build_mecab(part: Path, data: Path) -> None:
@@ -416,6 +425,7 @@ def _with_library(folder: Path, program: str) -> list[str]:
 
 
 def _check(command: list[str]) -> None:
+    """Run a command; raise RecipeError when it fails."""
     result = subprocess.run(command, capture_output=True)
     if result.returncode:
         tail = result.stderr.decode("utf-8", "replace").strip()[-300:]
