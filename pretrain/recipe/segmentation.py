@@ -384,15 +384,8 @@ def _fetched_mecab(folder: Path) -> list[str]:
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return [
-        *_with_library(folder, "bin/mecab"),
-        "-r",
-        os.devnull,
-        "-d",
-        str((folder / "dic").resolve()),
-        "-O",
-        "wakati",
-    ]
+    dictionary = str((folder / "dic").resolve())
+    return [*_with_library(folder, "bin/mecab"), "-r", os.devnull, "-d", dictionary, "-O", "wakati"]
 
 
 def _build_mecab(part: Path, data: Path) -> None:
