@@ -41,10 +41,9 @@ REASONS = ("duplicate", "near duplicate")
 LONG_LINE = 30  # characters of a folded line that can leak
 
 _RECORD = np.dtype([("key", "<u8"), ("row", "<u4")])  # of a signature file
-_PAIR = np.dtype([("first", "<u4", 2), ("second", "<u4", 2)])  # of a .dups file, each (shard, row)
 _KEY_BITS = 60  # datatrove's reader of 64-bit signatures silently stops at 2^61 - 1
 _RECORDS_AT_ONCE = 1 << 23  # sorted in memory together, about 50 bytes each
-_SHINGLES_AT_ONCE = 1 << 11  # x 112 hash functions x 4 bytes: stays in the second-level cache
+_SHINGLES_AT_ONCE = 1 << 10  # x 112 hash functions x 4 bytes: stays in the second-level cache
 _NO_LETTER = re.compile(r"(?:[^\w\n]|_)+")
 
 
@@ -137,23 +136,18 @@ def buckets(shards: list[Path], folder: Path, config: dict[str, Any]) -> list[Pi
     return [_Buckets(shards, folder, minhash_settings(config))]
 
 
-def clusters(shards: list[Path], folder: Path) -> list[PipelineStep]:
+def clusters(shards: list[Path], folder: Path, config: dict[str, Any]) -> list[PipelineStep]:
     """Phase 4, one task: of each cluster of pairs, remove all but the first document."""
-    return [_Clusters(shards, folder)]
+    return [_Clusters(shards, folder, minhash_settings(config))]
 
 
 def removed_rows(folder: Path, shard: int) -> dict[str, np.ndarray]:
     """The rows to leave out of a shard, by reason: sorted uint32 arrays without a row in common.
 
-    A reason whose phase was not run is left out.
+    "near duplicate" is there when signatures were made. RecipeError if a phase did not come to its end.
     """
-    paths = {reason: _removed_path(folder, reason, shard) for reason in REASONS}
-    found = {reason: np.fromfile(path, "<u4") for reason, path in paths.items() if path.exists()}
-    if not found:
-        raise RecipeError(
-            f"{paths['duplicate']} is missing: shard {shard} was not deduplicated. Run it first"
-        )
-    return found
+    reasons = REASONS if (folder / "signatures").exists() else REASONS[:1]
+    return {reason: _read_removed(folder, reason, shard) for reason in reasons}
 
 
 class _Exact(PipelineStep):
@@ -166,7 +160,9 @@ class _Exact(PipelineStep):
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
         _want_one_task(self.name, world_size)
         with self.track_time():
-            _write_removed(self.folder, "duplicate", exact_duplicates(self.hash_files))
+            removed = exact_duplicates(self.hash_files)
+            self.stat_update("removed", value=sum(map(len, removed)))
+            _write_removed(self.folder, "duplicate", removed)
 
 
 class _Signatures(PipelineStep):
@@ -183,7 +179,7 @@ class _Signatures(PipelineStep):
                 self._sign(minhash, shard)
 
     def _sign(self, minhash: MinHash, shard: int) -> None:
-        gone = set(removed_rows(self.folder, shard)["duplicate"].tolist())
+        gone = set(_read_removed(self.folder, "duplicate", shard).tolist())
         keys, rows = array("Q"), array("I")
         for row, (text,) in enumerate(_read(self.shards[shard], ["text"])):
             signed = None if row in gone else minhash.keys(text)
@@ -208,68 +204,55 @@ class _Buckets(PipelineStep):
         self.shards, self.folder, self.settings = shards, folder, settings
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
-        # Keys are evenly spread, so equal ranges of keys hold about equally many records.
         bands = self.settings["bands"]
-        parts = sum(len(self._open(0, shard)) for shard in range(len(self.shards))) // _RECORDS_AT_ONCE + 1
+        parts = _parts(self.shards, self.folder)
         for work in range(rank, bands * parts, world_size):
             band, part = divmod(work, parts)
             with self.track_time():
                 low, high = (((part + i) << _KEY_BITS) // parts for i in (0, 1))
                 pairs = self._pairs(band, low, high)
                 self.stat_update("pairs", value=len(pairs), unit="range")
-                _write_aside(self.folder / "pairs" / f"{band:05d}_{part:02d}.dups", pairs)
-
-    def _open(self, band: int, shard: int) -> np.ndarray:
-        path = _signature_path(self.folder, band, shard)
-        if not path.exists():
-            raise RecipeError(
-                f"{path} is missing: the signatures of {self.shards[shard]} were not made. Run that phase again"
-            )
-        empty = path.stat().st_size == 0  # cannot be mapped
-        return np.empty(0, _RECORD) if empty else np.memmap(path, _RECORD, "r")
+                _write_aside(_pairs_path(self.folder, band, part), _swap(pairs))
 
     def _pairs(self, band: int, low: int, high: int) -> np.ndarray:
-        """Pairs of neighbours among the documents with equal keys in [low, high)."""
-        taken = []
-        for shard in range(len(self.shards)):
-            records = self._open(band, shard)
+        """Pairs ``(n, 2)`` of neighbours among the documents with equal keys in [low, high)."""
+        keys, documents = [], []
+        for shard, path in enumerate(self.shards):
+            records = _open_signatures(self.folder, band, shard, path)
             bounds = [bisect.bisect_left(records["key"], bound) for bound in (low, high)]
-            taken.append(np.array(records[slice(*bounds)]))
-        documents = np.empty((sum(map(len, taken)), 2), np.uint32)
-        documents[:, 0] = np.repeat(np.arange(len(taken)), [len(records) for records in taken])
-        documents[:, 1] = np.concatenate([records["row"] for records in taken])
-        keys = np.concatenate([records["key"] for records in taken])
-        order = np.argsort(keys, kind="stable")
-        equal = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-        pairs = np.empty(len(equal), _PAIR)
-        pairs["first"], pairs["second"] = documents[order[equal]], documents[order[equal + 1]]
-        return pairs
+            taken = records[slice(*bounds)]
+            keys.append(taken["key"])
+            documents.append(_document(shard, taken["row"]))
+        joined, names = np.concatenate(keys), np.concatenate(documents)
+        order = np.argsort(joined, kind="stable")
+        joined, names = joined[order], names[order]
+        equal = joined[1:] == joined[:-1]
+        return np.stack([names[:-1][equal], names[1:][equal]], axis=1)
 
 
 class _Clusters(PipelineStep):
     type, name = "DEDUP", "MinHash clusters"
 
-    def __init__(self, shards: list[Path], folder: Path) -> None:
+    def __init__(self, shards: list[Path], folder: Path, settings: dict[str, int]) -> None:
         super().__init__()
-        self.shards, self.folder = shards, folder
+        self.shards, self.folder, self.settings = shards, folder, settings
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
         _want_one_task(self.name, world_size)
         with self.track_time():
-            nodes = roots = np.empty(0, np.uint64)
-            for path in sorted((self.folder / "pairs").glob("*.dups")):
-                pairs = np.fromfile(path, _PAIR).view("<u4").reshape(-1, 2, 2).astype(np.uint64)
-                ends = pairs[:, :, 0] << np.uint64(32) | pairs[:, :, 1]  # ordered as (shard, row)
+            nodes = roots = np.empty(0, np.uint64)  # clusters so far; memory grows with duplicates only
+            parts = _parts(self.shards, self.folder)
+            for work in range(self.settings["bands"] * parts):
+                path = _pairs_path(self.folder, *divmod(work, parts))
+                if not path.exists():
+                    raise RecipeError(f"{path} is missing: the phase `buckets` did not end. Run it again")
+                pairs = _swap(np.fromfile(path, "<u8").reshape(-1, 2))
                 nodes, roots = first_of_cluster(
-                    np.concatenate([nodes, ends[:, 0]]), np.concatenate([roots, ends[:, 1]])
+                    np.concatenate([nodes, pairs[:, 0]]), np.concatenate([roots, pairs[:, 1]])
                 )
             removed = nodes[nodes != roots]
             self.stat_update("removed", value=len(removed))
-            bounds = np.searchsorted(
-                removed, np.arange(len(self.shards) + 1, dtype=np.uint64) << np.uint64(32)
-            )
-            rows = [removed[slice(*ends)].astype(np.uint32) for ends in pairwise(bounds)]
-            _write_removed(self.folder, "near duplicate", rows)
+            _write_removed(self.folder, "near duplicate", _by_shard(removed, len(self.shards)))
 
 
 # --------------------------------------------------------------------------------------------- algorithms
@@ -283,20 +266,20 @@ def exact_duplicates(hash_files: list[Path]) -> list[np.ndarray]:
     """
     files = [_open_hashes(path) for path in hash_files]
     passes = min(sum(map(len, files)) // _RECORDS_AT_ONCE + 1, 256)
-    removed: list[list[np.ndarray]] = [[] for _ in files]
+    removed = [np.empty(0, np.uint64)]
     for number in range(passes):
         low, high = (256 * (number + i) // passes for i in (0, 1))
-        rows = [np.flatnonzero((hashes[:, 0] >= low) & (hashes[:, 0] < high)) for hashes in files]
-        taken = np.concatenate([h[r] for h, r in zip(files, rows, strict=True)] or [np.empty((0, 16), "u1")])
-        halves = taken.view(np.uint64)
-        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: the earlier of equals comes first
-        repeated = np.zeros(len(order), bool)
-        repeated[order[1:]] = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
-        for found, one, flags in zip(
-            removed, rows, np.split(repeated, np.cumsum([len(one) for one in rows])[:-1]), strict=True
-        ):
-            found.append(one[flags])
-    return [np.sort(np.concatenate(found)).astype(np.uint32) for found in removed]
+        halves, documents = [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint64)]
+        for shard, hashes in enumerate(files):
+            rows = np.flatnonzero((hashes[:, 0] >= low) & (hashes[:, 0] < high))
+            halves.append(hashes[rows].view(np.uint64))
+            documents.append(_document(shard, rows))
+        joined = np.concatenate(halves)
+        order = np.lexsort((joined[:, 1], joined[:, 0]))  # stable: the earlier of equals comes first
+        joined = joined[order]
+        equal = (joined[1:] == joined[:-1]).all(axis=1)
+        removed.append(np.concatenate(documents)[order[1:][equal]])
+    return _by_shard(np.sort(np.concatenate(removed)), len(files))
 
 
 def first_of_cluster(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -412,7 +395,23 @@ def _hashes(text: str) -> tuple[int, list[int]]:
     return _hash("".join(lines)), [_hash(line) for line in lines if len(line) >= LONG_LINE]
 
 
-# -------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------ documents and files
+
+
+def _document(shard: int, rows: np.ndarray) -> np.ndarray:
+    """Rows of a shard as uint64 numbers, in order of priority over all shards."""
+    return np.uint64(shard << 32) | rows.astype(np.uint64)
+
+
+def _by_shard(documents: np.ndarray, shards: int) -> list[np.ndarray]:
+    """Sorted documents as one uint32 array of rows per shard."""
+    bounds = np.searchsorted(documents, np.arange(shards + 1, dtype=np.uint64) << np.uint64(32))
+    return [documents[start:stop].astype(np.uint32) for start, stop in pairwise(bounds)]
+
+
+def _swap(pairs: np.ndarray) -> np.ndarray:
+    """Documents to and from a file of pairs, where the shard stands before the row."""
+    return pairs << np.uint64(32) | pairs >> np.uint64(32)
 
 
 def _read(shard: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
@@ -426,13 +425,32 @@ def _open_hashes(path: Path) -> np.ndarray:
     hashes = np.load(path, mmap_mode="r")
     if hashes.nbytes != 16 * len(hashes):
         raise RecipeError(
-            f"{path}: {hashes.nbytes:,} bytes in {len(hashes):,} rows, wanted 16 bytes a row. Clean that shard again"
+            f"{path}: {hashes.nbytes:,} bytes in {len(hashes):,} rows, wanted 16 bytes a row. "
+            "Clean that shard again"
         )
     return hashes.view(np.uint8).reshape(-1, 16)
 
 
 def _signature_path(folder: Path, band: int, shard: int) -> Path:
     return folder / "signatures" / f"bucket_{band:03d}" / f"{shard:05d}.minhash.sig"
+
+
+def _open_signatures(folder: Path, band: int, shard: int, name: Path) -> np.ndarray:
+    path = _signature_path(folder, band, shard)
+    if not path.exists():
+        raise RecipeError(f"{path} is missing: {name} was not signed. Run the phase `signatures` again")
+    empty = path.stat().st_size == 0  # cannot be mapped
+    return np.empty(0, _RECORD) if empty else np.memmap(path, _RECORD, "r")
+
+
+def _parts(shards: list[Path], folder: Path) -> int:
+    """Into how many ranges of keys a band is cut. Keys are evenly spread, so ranges are equally full."""
+    signed = (len(_open_signatures(folder, 0, shard, path)) for shard, path in enumerate(shards))
+    return sum(signed) // _RECORDS_AT_ONCE + 1
+
+
+def _pairs_path(folder: Path, band: int, part: int) -> Path:
+    return folder / "pairs" / f"{band:05d}_{part:02d}.dups"
 
 
 def _removed_path(folder: Path, reason: str, shard: int) -> Path:
@@ -442,6 +460,13 @@ def _removed_path(folder: Path, reason: str, shard: int) -> Path:
 def _write_removed(folder: Path, reason: str, rows_of_shards: list[np.ndarray]) -> None:
     for shard, rows in enumerate(rows_of_shards):
         _write_aside(_removed_path(folder, reason, shard), rows.astype("<u4"))
+
+
+def _read_removed(folder: Path, reason: str, shard: int) -> np.ndarray:
+    path = _removed_path(folder, reason, shard)
+    if not path.exists():
+        raise RecipeError(f"{path} is missing: the search for {reason}s did not end. Run it again")
+    return np.fromfile(path, "<u4")
 
 
 def _write_aside(path: Path, records: np.ndarray) -> None:
