@@ -44,7 +44,7 @@ _RECORD = np.dtype([("key", "<u8"), ("row", "<u4")])  # of a signature file
 _KEY_BITS = 60  # datatrove's reader of 64-bit signatures silently stops at 2^61 - 1
 _RECORDS_AT_ONCE = 1 << 23  # sorted in memory together, about 50 bytes each
 _SHINGLES_AT_ONCE = 1 << 10  # x 112 hash functions x 4 bytes: stays in the second-level cache
-_NO_LETTER = re.compile(r"(?:[^\w\n]|_)+")
+_LETTERS = re.compile(r"[^\W_]+|\n")
 
 
 def fold(text: str) -> str:
@@ -56,7 +56,7 @@ def fold(text: str) -> str:
 
 
 def _fold_lines(text: str) -> list[str]:
-    return _NO_LETTER.sub("", unicodedata.normalize("NFKC", text).lower()).split("\n")
+    return "".join(_LETTERS.findall(unicodedata.normalize("NFKC", text).lower())).split("\n")
 
 
 def minhash_settings(config: dict[str, Any]) -> dict[str, int]:
