@@ -44,19 +44,17 @@ _RECORD = np.dtype([("key", "<u8"), ("row", "<u4")])  # of a signature file
 _KEY_BITS = 60  # datatrove's reader of 64-bit signatures silently stops at 2^61 - 1
 _RECORDS_AT_ONCE = 1 << 23  # sorted in memory together, about 50 bytes each
 _SHINGLES_AT_ONCE = 1 << 10  # x 112 hash functions x 4 bytes: stays in the second-level cache
-_LETTERS = re.compile(r"[^\W_]+|\n")
+_HASHES_AT_ONCE = 1 << 16  # of train, looked up together
+_LETTERS = re.compile(r"[^\W_]+")
 
 
-def fold(text: str) -> str:
-    """A text with only what distinguishes it: NFKC, lower case, no white space, punctuation or symbols.
+def fold(text: str, gap: str = "") -> str:
+    """A text with only what distinguishes it: the letters and digits of its NFKC form in lower case.
 
-    Voiced and unvoiced kana stay apart (が is not か); their half-width and decomposed forms become one.
+    `gap` replaces each run of what lies between them: white space, punctuation, symbols. Voiced and unvoiced
+    kana stay apart (が is not か); their half-width and decomposed forms become one.
     """
-    return "".join(_fold_lines(text))
-
-
-def _fold_lines(text: str) -> list[str]:
-    return "".join(_LETTERS.findall(unicodedata.normalize("NFKC", text).lower())).split("\n")
+    return gap.join(_LETTERS.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
 def minhash_settings(config: dict[str, Any]) -> dict[str, int]:
@@ -73,6 +71,8 @@ def minhash_settings(config: dict[str, Any]) -> dict[str, int]:
 class MinHash:
     """Signatures of texts: the minima of ``bands * rows`` hash functions over the character n-grams.
 
+    The n-grams are those of the folded text with one space for each gap.
+
     An n-gram is hashed once, as a polynomial over its code points, and mixed to 32 bits x; hash function i is
     a_i x + b_i mod 2^32 with a_i odd, a permutation of the 32-bit numbers.
     """
@@ -86,7 +86,7 @@ class MinHash:
 
     def signature(self, text: str) -> np.ndarray | None:
         """The ``(bands * rows,)`` uint32 minima; None if the folded text is shorter than an n-gram."""
-        codes = np.frombuffer(fold(text).encode("utf-32-le"), np.uint32)
+        codes = np.frombuffer(fold(text, " ").encode("utf-32-le"), np.uint32)
         count = len(codes) - self.ngram + 1
         if count < 1:
             return None
@@ -181,7 +181,7 @@ class _Signatures(PipelineStep):
     def _sign(self, minhash: MinHash, shard: int) -> None:
         gone = set(_read_removed(self.folder, "duplicate", shard).tolist())
         keys, rows = array("Q"), array("I")
-        for row, (text,) in enumerate(_read(self.shards[shard], ["text"])):
+        for row, (text,) in enumerate(read_rows(self.shards[shard], ["text"])):
             signed = None if row in gone else minhash.keys(text)
             if signed is not None:
                 keys.frombytes(signed.tobytes())
@@ -324,21 +324,21 @@ def leakage(train_shards: list[Path], valid_shards: list[Path]) -> Leakage:
     """
     texts, lines, lengths = array("Q"), array("Q"), array("I")
     for shard in valid_shards:
-        for (text,) in _read(shard, ["text"]):
+        for (text,) in read_rows(shard, ["text"]):
             whole, long_lines = _hashes(text)
             texts.append(whole)
             lines.extend(long_lines)
             lengths.append(len(long_lines))
     text_seen, line_seen = _Seen(texts), _Seen(lines)
     for shard in train_shards:
-        for (text,) in _read(shard, ["text"]):
+        for (text,) in read_rows(shard, ["text"]):
             whole, long_lines = _hashes(text)
             text_seen.add([whole])
             line_seen.add(long_lines)
     same = text_seen.flags() & (np.frombuffer(texts, np.uint64) != _EMPTY)
     ends = np.cumsum([0, *lengths])
     found = np.diff(np.concatenate([[0], np.cumsum(line_seen.flags())])[ends])
-    ids = (id for shard in valid_shards for (id,) in _read(shard, ["id"]))
+    ids = (id for shard in valid_shards for (id,) in read_rows(shard, ["id"]))
     same_text, shared_lines = [], {}
     for id, is_same, hits, count in zip(ids, same, found.tolist(), lengths, strict=True):
         if is_same:
@@ -367,7 +367,7 @@ class _Seen:
     def add(self, hashes: list[int]) -> None:
         """Meet some hashes."""
         self._waiting.extend(hashes)
-        if len(self._waiting) >= 1 << 16:
+        if len(self._waiting) >= _HASHES_AT_ONCE:
             self._look_up()
 
     def flags(self) -> np.ndarray:
@@ -391,7 +391,7 @@ _EMPTY = _hash("")
 
 def _hashes(text: str) -> tuple[int, list[int]]:
     """64-bit hashes of the folded text and of its long lines."""
-    lines = _fold_lines(text)
+    lines = [fold(line) for line in text.split("\n")]
     return _hash("".join(lines)), [_hash(line) for line in lines if len(line) >= LONG_LINE]
 
 
@@ -414,7 +414,7 @@ def _swap(pairs: np.ndarray) -> np.ndarray:
     return pairs << np.uint64(32) | pairs >> np.uint64(32)
 
 
-def _read(shard: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+def read_rows(shard: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
     """The rows of a Parquet shard, as tuples of some columns."""
     for batch in pq.ParquetFile(shard).iter_batches(512, columns=columns):
         yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)

@@ -15,7 +15,6 @@ Run (about 2 minutes, nothing else running):
 import logging
 import multiprocessing
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -110,7 +109,7 @@ def phases_of_ours(shards: list[Path], work: Path) -> dict[str, object]:
         left = 0
         for shard, path in enumerate(shards):
             gone = set(np.concatenate(list(dedup.removed_rows(work, shard).values())).tolist())
-            left += sum(row not in gone for row, _ in enumerate(dedup._read(path, ["text"])))
+            left += sum(row not in gone for row, _ in enumerate(dedup.read_rows(path, ["text"])))
         return left
 
     run(dedup.exact([path.with_suffix(".npy") for path in shards], work), 1)
@@ -162,14 +161,21 @@ def measure(system: str, folder: Path, work: Path, answer) -> None:
     logger.remove()
     logging.disable()
     shards = sorted(folder.glob("*.parquet"))
-    dedup.MinHash(**dedup.MINHASH).signature("温" * 10_000)  # what both load on first use
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = peak_memory(reset=True)
     seconds, left = {}, 0
     for name, phase in SYSTEMS[system](shards, work).items():
         began = time.perf_counter()
         left = phase()
         seconds[name] = time.perf_counter() - began
-    answer.put((seconds, left, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024))
+    answer.put((seconds, left, peak_memory() - start))
+
+
+def peak_memory(reset: bool = False) -> float:
+    """Most resident MiB of this process so far; `reset` starts again from what it holds now (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def in_a_process(system: str, folder: Path, work: Path) -> tuple[dict[str, float], int, float]:
@@ -233,7 +239,7 @@ def print_quality(pairs: dict[str, np.ndarray], texts: list[list[str]], planted:
     def jaccard(one: int, other: int) -> float:
         for document in (one, other):
             if document not in grams:
-                text = dedup.fold(texts[document >> 32][document & 0xFFFFFFFF])
+                text = dedup.fold(texts[document >> 32][document & 0xFFFFFFFF], " ")
                 grams[document] = {text[i : i + NGRAM] for i in range(len(text) - NGRAM + 1)}
         return len(grams[one] & grams[other]) / len(grams[one] | grams[other])
 
