@@ -43,6 +43,7 @@ LICENCES = {
     "wikipedia": "CC BY-SA 4.0 (wikipedia.org)",
     "aozora": "as each work says; most are in the public domain in Japan (aozora.gr.jp)",
     "hub": "as the dataset's card says",
+    "datasets-folder": "yours",
 }
 APT_KINDS = ("manpages", "html-help", "descriptions")
 HASHES = {"sha256": 64, "sha1": 40, "md5": 32}  # key of a source or of `fetch`: hexadecimal digits
@@ -68,18 +69,14 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     """
     kind = spec["source"]
     folder = data / name
-    if "paths" in spec:
-        return {
-            "kind": kind,
-            "licence": LICENCES[kind],
-            "files": file_facts(expand_paths(name, spec["paths"])),
-        }
+    if is_own(spec):
+        return {"kind": kind, "licence": licence(spec), "files": file_facts(own_files(name, spec))}
     if kind not in APT_KINDS and not ("url" in spec or "requirement" in spec):
-        return {"kind": kind, "licence": LICENCES[kind], "files": {}}
+        return {"kind": kind, "licence": licence(spec), "files": {}}
     record = _complete_record(spec, folder)
     if record:
         return record
-    record = {"kind": kind, "spec": _wanted(spec), "licence": LICENCES[kind]}
+    record = {"kind": kind, "spec": _wanted(spec), "licence": licence(spec)}
     if kind in APT_KINDS:
         part = data / f".{name}.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -106,6 +103,23 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     fsync_tree(folder)
     (folder / "source.json.part").rename(folder / "source.json")
     return record
+
+
+def licence(spec: dict[str, Any]) -> str:
+    """The licence of a source's text: what dataset.json says, or what is known of its kind."""
+    return spec.get("licence") or LICENCES[spec["source"]]
+
+
+def is_own(spec: dict[str, Any]) -> bool:
+    """Whether a source is a user's own files, which stay where they are."""
+    return "paths" in spec or "path" in spec
+
+
+def own_files(name: str, spec: dict[str, Any]) -> list[Path]:
+    """The files of a source that `is_own`, sorted. Raises RecipeError when there are none."""
+    if "paths" in spec:
+        return expand_paths(name, spec["paths"])
+    return expand_paths(name, [f"{spec['path']}/**/*"])
 
 
 def _wanted(spec: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +244,7 @@ def require_data(record: dict[str, Any], config: dict[str, Any], data: Path) -> 
     """
     for name, spec in config["sources"].items():
         for file, facts in record["sources"][name]["files"].items():
-            path = Path(file) if "paths" in spec else data / name / file
+            path = Path(file) if is_own(spec) else data / name / file
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
                 raise RecipeError(
                     f"{path}: not the {facts['bytes']:,} bytes that stage 01 recorded. Bring it back with "
@@ -248,8 +262,8 @@ def source_facts(config: dict[str, Any]) -> dict[str, Any]:
     for name, spec in config["dataset"]["sources"].items():
         if "url" in spec:
             pinned_urls(name, spec)
-        elif "paths" in spec:
-            facts[name] = file_facts(expand_paths(name, spec["paths"]))
+        elif is_own(spec):
+            facts[name] = file_facts(own_files(name, spec))
     return facts
 
 
