@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -33,14 +32,7 @@ from typing import Any, NamedTuple
 
 from recipe.download import expand_paths
 from recipe.outputs import RecipeError
-
-
-class Document(NamedTuple):
-    """One document as it was read: ``name`` is unique in its source, ``dropped`` why it is unusable."""
-
-    name: str
-    text: str
-    dropped: str = ""
+from recipe.readers import Document, read_file, read_hub
 
 
 class ManPage(NamedTuple):
@@ -75,10 +67,10 @@ def read(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     elif kind == "tatoeba":
         yield from _group_sentences(read_tatoeba(folder), spec.get("lines_per_document", 20))
     elif kind == "hub":
-        yield from _read_hub(name, spec)
+        yield from read_hub(name, spec)
     elif kind == "files":
         for path in expand_paths(name, spec["paths"]):
-            yield from _read_file(path, spec.get("column", "text"))
+            yield from read_file(path, spec.get("column", "text"))
 
 
 def _package_members(folder: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
@@ -278,89 +270,3 @@ def _group_sentences(sentences: Iterator[tuple[str, str, str]], size: int) -> It
             group = []
     if group:
         yield Document(group[0][0], "\n".join(japanese for _, japanese, _ in group))
-
-
-def _read_hub(name: str, spec: dict[str, Any]) -> Iterator[Document]:
-    """Documents of a dataset on the Hugging Face hub, or in a local folder of one, streamed."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(
-            spec["dataset"],
-            spec.get("configuration"),
-            split=spec.get("split", "train"),
-            revision=spec.get("revision"),
-            streaming=True,
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"sources.{name}: cannot open the dataset {spec['dataset']}: {error}") from error
-    column = spec.get("column", "text")
-    for number, row in enumerate(rows):
-        if not isinstance(row.get(column), str):
-            raise RecipeError(f"sources.{name}: row {number}: no text in {column!r}; it has {sorted(row)}")
-        yield Document(str(number), row[column], "" if row[column] else "empty")
-
-
-def _read_file(path: Path, column: str) -> Iterator[Document]:
-    """Documents of a user's file: .txt (split at empty lines), .jsonl (one object a line), .parquet (a
-    column).
-    """
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.ParquetFile(path)
-        except pa.ArrowException as error:
-            raise RecipeError(f"{path}: not a readable Parquet file ({error})") from error
-        if column not in table.schema_arrow.names:
-            raise RecipeError(
-                f"{path}: no column {column!r}; it has {table.schema_arrow.names}. Set `column`"
-            )
-        row = 0
-        for batch in table.iter_batches(1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield Document(f"{path}:{row}", value or "", "" if value else "empty")
-                row += 1
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(_lines(path), 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)[column]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise RecipeError(
-                    f"{path}:{number}: wanted a JSON object with a text in {column!r} ({error!r}). Mend "
-                    f"or delete the line"
-                ) from error
-            if not isinstance(value, str):
-                raise RecipeError(f"{path}:{number}: {column!r} is {type(value).__name__}, wanted a string")
-            yield Document(f"{path}:{number}", value, "" if value else "empty")
-    elif path.suffix == ".txt":
-        start, lines = 1, []
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                if not lines:
-                    start = number
-                lines.append(line)
-            elif lines:
-                yield Document(f"{path}:{start}", "".join(lines))
-                lines = []
-        if lines:
-            yield Document(f"{path}:{start}", "".join(lines))
-    else:
-        raise RecipeError(f"{path}: unknown kind of file {path.suffix!r}; wanted .txt, .jsonl or .parquet")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file (a byte order mark is not text). Raises RecipeError naming a bad line."""
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, 1):
-            try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-            except UnicodeDecodeError as error:
-                raise RecipeError(
-                    f"{path}:{number}: not UTF-8 (byte {error.start}: {error.reason}). Convert the file, "
-                    f"for example "
-                    f"with `iconv -f CP932 -t UTF-8`"
-                ) from error
