@@ -53,7 +53,7 @@ FAULTS = frozenset(
     ]
 )
 _CHUNK = 2**20  # bytes read, or decompressed, at once
-_FEED = 2**16  # compressed bytes handed on at once
+_FEED = 2**10  # compressed bytes handed on at once: they become 32 MB (zstd) at the very most
 _ROWS = 256  # of a Parquet file or a data set, held at once
 _BOM = b"\xef\xbb\xbf"
 _WHITE = b" \t\r\f\v\n\xe3\x80"
@@ -83,15 +83,6 @@ class Document(NamedTuple):
     name: str
     text: str
     dropped: str = ""
-
-
-class _Unit(NamedTuple):
-    """What stands between two separators: number of its first line, bytes, and the fault if there is one."""
-
-    line: int
-    raw: bytes
-    reason: str = ""
-    advice: str = ""
 
 
 class _Damage(Exception):
@@ -166,7 +157,7 @@ def read_file(path: Path, column: str = "text", tolerant: bool = False) -> Itera
 
 
 def _read_text(path: str, kind: str, compression: str, column: str, tolerant: bool) -> Iterator[Document]:
-    for line, raw, reason, advice in _units(_decompress(path, compression), _SEPARATORS[kind]):
+    for line, raw, reason, advice in _units(_joined(_decompress(path, compression)), _SEPARATORS[kind]):
         if b"\r" in raw:
             raw = raw.replace(b"\r\n", b"\n").removesuffix(b"\r")
         if reason:
@@ -212,16 +203,16 @@ def _json_document(path: str, line: int, raw: bytes, column: str, tolerant: bool
     return fault(name, "no text", json_text, f"{found}; {wanted}. Mend it or set `column`", tolerant)
 
 
-def _units(chunks: Iterable[bytes], separator: re.Pattern[bytes]) -> Iterator[_Unit]:
-    """Cut a stream at a separator of whole lines. Empty units may be among them.
+def _units(chunks: Iterable[bytes], separator: re.Pattern[bytes]) -> Iterator[tuple[int, bytes, str, str]]:
+    """Cut a stream at a separator of whole lines: (number of the first line, bytes, fault, what to do).
 
     A unit above MAXIMUM_BYTES comes in parts, each with the fault "too long". Where `chunks` raises _Damage,
-    the incomplete rest is the last unit and has that fault.
+    the incomplete rest is the last unit and has that fault. Other units have the fault "".
     """
     rest, line, in_long = b"", 1, False
     advice = f"more than {MAXIMUM_BYTES:,} bytes before the next empty line (.txt) or line (.jsonl)"
     too_long = ("too long", advice)
-    end: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
     try:
         for chunk in chunks:
             if line == 1 and len(rest) < len(_BOM):
@@ -233,24 +224,26 @@ def _units(chunks: Iterable[bytes], separator: re.Pattern[bytes]) -> Iterator[_U
                 start = blanks.end()
                 line += data.count(b"\n", 0, start)
             for match in separator.finditer(data, max(search, start)):
-                raw = data[start : match.start()]
-                if raw:
-                    yield _Unit(line, raw, *(too_long if in_long or len(raw) > MAXIMUM_BYTES else ()))
-                line += data.count(b"\n", start, match.end())
-                start, in_long = match.end(), False
+                end, after = match.span()
+                if in_long or end - start > MAXIMUM_BYTES:
+                    yield line, data[start:end], *too_long
+                elif end > start:
+                    yield line, data[start:end], "", ""
+                line += data.count(b"\n", start, after)
+                start, in_long = after, False
             rest = data[start:]
             if len(rest) > MAXIMUM_BYTES:
                 cut = len(rest.rstrip(_WHITE)) or len(rest)  # the white space may begin a separator
-                yield _Unit(line, rest[:cut], *too_long)
+                yield line, rest[:cut], *too_long
                 line += rest.count(b"\n", 0, cut)
                 rest, in_long = rest[cut:], True
     except _Damage as damage:
-        end = damage.args
+        last = damage.args
     before, newline, after = rest.rpartition(b"\n")
     if newline and not after.strip():
         rest = before
-    if end or rest.strip(_WHITE):
-        yield _Unit(line, rest, *(end or (too_long if in_long else ())))
+    if last or rest.strip(_WHITE):
+        yield line, rest, *(last or (too_long if in_long else ("", "")))
 
 
 def _decompress(path: str, compression: str) -> Iterator[bytes]:
@@ -283,6 +276,23 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
         raise _Damage("truncated archive", "it ends too early. Get the file again")
 
 
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of at least _CHUNK, but for the last."""
+    held: list[bytes] = []
+    size = 0
+    try:
+        for piece in pieces:
+            held.append(piece)
+            size += len(piece)
+            if size >= _CHUNK:
+                yield b"".join(held)
+                held, size = [], 0
+    except _Damage:
+        yield b"".join(held)
+        raise
+    yield b"".join(held)
+
+
 def _decoded(decoder: Any, data: bytes) -> Iterator[bytes]:
     """What a decompressor makes of some bytes. Those of bz2 and lzma can be asked for parts of it."""
     if not hasattr(decoder, "needs_input"):
@@ -306,9 +316,17 @@ def _read_parquet(path: Path, column: str, tolerant: bool) -> Iterator[Document]
                 for row in range(file.metadata.num_rows):
                     yield _no_column(f"{path}:{row}", column, names, tolerant)
                 return
-            for batch in file.iter_batches(_ROWS, columns=[column]):
-                yield from _column_documents(path, row, column, batch.column(0), tolerant)
-                row += len(batch)
+            for group in range(file.num_row_groups):
+                end = row + file.metadata.row_group(group).num_rows
+                try:
+                    for batch in file.iter_batches(_ROWS, [group], [column]):
+                        yield from _column_documents(path, row, column, batch.column(0), tolerant)
+                        row += len(batch)
+                except (pa.ArrowException, OSError) as error:
+                    advice = f"{error}. Get the file again"
+                    for lost in range(row, end):
+                        yield fault(f"{path}:{lost}", "damaged Parquet", "", advice, tolerant)
+                row = end
     except (pa.ArrowException, OSError) as error:
         yield fault(f"{path}:{row}", "damaged Parquet", "", f"{error}. Get the file again", tolerant)
 
