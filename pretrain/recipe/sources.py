@@ -104,10 +104,7 @@ def _read_dump(path: Path, tolerant: bool) -> Iterator[Document]:
     with openers.get(path.suffix, open)(path, "rb") as handle:
         try:
             for page in read_pages(handle, str(path)):
-                reason = "redirect" if page.redirect else ""
-                if page.namespace != 0 or not page.is_wikitext:
-                    reason = "not an article"
-                yield Document(page.title, page.text, reason)
+                yield Document(page.title, page.text, page.dropped)
         except RecipeError as error:
             yield fault(str(path), "damaged archive", "", str(error), tolerant)
 
