@@ -21,13 +21,17 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recipe import dedup
+from recipe.engine import Engine, engine
 from recipe.funnel import Funnel, from_record, to_record
 from recipe.outputs import RecipeError, write_json
 
@@ -45,6 +49,10 @@ CLEAN = pa.schema(
     ]
 )
 DATASET = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.large_string())])
+
+
+# A clean shard's rows to leave out, by reason.
+Removed = Callable[[int], dict[str, np.ndarray]]
 
 
 def text_hash(text: str) -> bytes:
@@ -234,7 +242,7 @@ class Write:
     config: dict[str, Any]
     shards: list[tuple[str, int]]  # source, and number of the shard in it
     clean: Path
-    removed: Callable[[int], dict[str, np.ndarray]]
+    removed: Removed
     folder: Path
 
     def __call__(self, _: object, rank: int, tasks: int) -> None:
@@ -267,7 +275,35 @@ class Write:
         write_json(self.clean / f"{rank:05d}.funnel.json", to_record(funnel))
 
 
-def find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards: int) -> Removed:
+def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, Funnel], dict[str, int]]:
+    """Run all phases: the shards of the dataset go to `folder`; return each source's funnel, and what leaked.
+
+    config: dataset.json. data: where stage 01 put the sources. A run that was killed is continued.
+    """
+    sources, raw, clean = config["sources"], folder / "raw", folder / "clean"
+    clean.mkdir(exist_ok=True)
+    with engine(config.get("engine", {}), folder) as phases:
+        phases.run("read", [Read(config, data, raw)], len(sources))
+        shards = [(name, path) for name in sources for path in sorted((raw / name).glob("*.parquet"))]
+        phases.run("clean", [Clean(config, shards, clean)], len(shards))
+        removed = _find_duplicates(phases, config, clean, len(shards))
+        numbered = [(name, int(path.stem)) for name, path in shards]
+        phases.run("write", [Write(config, numbered, clean, removed, folder)], len(shards))
+    funnels = _merge_funnels(clean, numbered, sources)
+    leaks = _drop_leaks(folder, clean, funnels)
+    for name, funnel in funnels.items():
+        funnel.check(name)
+        check_size(name, sources[name], funnel)
+    return funnels, leaks
+
+
+def remove_scaffold(folder: Path) -> None:
+    """Remove what only the phases needed. The markers go first: without what they mark they would lie."""
+    for name in ("logs", "raw", "clean"):
+        shutil.rmtree(folder / name)
+
+
+def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards: int) -> Removed:
     """Run the phases of `recipe.dedup`; the result gives a clean shard's rows to leave out, by reason."""
     files = [clean / f"{rank:05d}.parquet" for rank in range(shards)]
     folder = clean / "duplicates"
@@ -275,42 +311,53 @@ def find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards:
     phases.run("exact", dedup.exact([path.with_suffix(".npy") for path in files], folder), 1)
     minhash = config.get("minhash", {})
     if minhash is not None:
-        bands = dedup.minhash_settings(minhash)["bands"]
         phases.run("signatures", dedup.signatures(files, folder, minhash), shards)
-        phases.run("buckets", dedup.buckets(files, folder, minhash), bands)
+        phases.run("buckets", dedup.buckets(files, folder, minhash), dedup.minhash_settings(minhash)["bands"])
         phases.run("clusters", dedup.clusters(files, folder), 1)
     return partial(dedup.removed_rows, folder)
 
 
-def drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[str, int]:
-    """Take documents out of the validation side whose folded text stands in the training side; return the counts.
+def _drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[str, int]:
+    """Take documents off the validation side whose folded text stands in the training side; return the counts.
 
-    What is to go is written down before the shards are changed, so that a killed run counts it no less.
+    What is to go is written down before a shard is changed, so that a killed run counts it no less.
     """
     record = clean / "leaks.json"
-    valid = sorted(folder.glob("valid-*.parquet"))
+    shards = sorted(folder.glob("valid-*.parquet"))
     if not record.exists():
-        found = dedup.leakage(sorted(folder.glob("train-*.parquet")), valid)
-        write_json(record.with_suffix(".part"), {"ids": found.same_text, "figures": found.figures})
+        found = dedup.leakage(sorted(folder.glob("train-*.parquet")), shards)
+        ids = pa.array(found.same_text, pa.string())
+        rows = [row for path in shards for row in _rows_with(path, ids).to_pylist()]
+        write_json(record.with_suffix(".part"), {"rows": rows, "figures": found.figures})
         record.with_suffix(".part").replace(record)
     leaks = json.loads(record.read_text("utf-8"))
-    ids = set(leaks["ids"])
-    for shard in valid if ids else ():
-        table = pq.read_table(shard)
-        leaked = table.filter(pc.is_in(table["id"], pa.array(sorted(ids))))
-        for row in leaked.to_pylist():
-            ...
+    for row in leaks["rows"]:
+        funnel, size = funnels[row["source"]], len(row["text"].encode("utf-8"))
+        funnel.documents_out -= 1
+        funnel.bytes_out -= size
+        funnel.lines_out -= row["text"].count("\n") + 1
+        funnel.drop("in the training side", size, row["id"], row["text"])
+    ids = pa.array([row["id"] for row in leaks["rows"]], pa.string())
+    for path in shards:
+        if len(_rows_with(path, ids)):
+            table = pq.read_table(path)
+            part = path.with_name(f".{path.name}.part")
+            pq.write_table(table.filter(pc.invert(pc.is_in(table["id"], ids))), part, compression="zstd")
+            part.replace(path)
     return leaks["figures"]
 
 
-def merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable[str]) -> dict[str, Funnel]:
-    """The funnel of every source from those that `Write` left for its shards; each is checked to sum up."""
+def _rows_with(path: Path, ids: pa.Array) -> pa.Table:
+    table = pq.read_table(path)
+    return table.filter(pc.is_in(table["id"], ids))
+
+
+def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable[str]) -> dict[str, Funnel]:
+    """The funnel of every source from those that `Write` left for its shards."""
     funnels = {source: Funnel() for source in sources}
     for rank, (source, _) in enumerate(shards):
         path = clean / f"{rank:05d}.funnel.json"
         funnels[source].add(from_record(json.loads(path.read_text("utf-8"))))
-    for source, funnel in funnels.items():
-        funnel.check(source)
     return funnels
 
 
