@@ -63,7 +63,7 @@ def _tables(tilde: str) -> _Tables:
 
 @functools.cache
 def _voiced() -> tuple[re.Pattern[str], dict[str, str]]:
-    """Kana with a voicing mark behind it: the pattern of all pairs that neologdn joins, and what they become."""
+    """The pattern of all kana with a voicing mark behind it that neologdn joins, and what each becomes."""
     pairs = (chr(kana) + mark for kana in range(0x3041, 0x30FF) for mark in "ﾞﾟ")
     joined = {pair: neologdn.normalize(pair) for pair in pairs if len(neologdn.normalize(pair)) == 1}
     return re.compile("|".join(joined)), joined

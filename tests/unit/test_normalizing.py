@@ -10,7 +10,11 @@ from recipe.outputs import RecipeError
 
 BMP = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x10000))]
 # One of each kind that neologdn treats differently, twice the rare ones that stand near each other.
-KINDS = list("  　aZ0-*~é!あうはーカハヴ漢々。、「ｱｶﾊｰﾞﾟ゛゜（！＊ＡΑ９‐−–－―━〜～∼〰\t\x00㐀α①㌔ﾠ") + ["𠮷", "😀", "\ufeff"]
+KINDS = list("  　aZ0-*~é!あうはーカハヴ漢々。、「ｱｶﾊｰﾞﾟ゛゜（！＊ＡΑ９‐−–－―━〜～∼〰\t\x00㐀α①㌔ﾠ") + [
+    "𠮷",
+    "😀",
+    "\ufeff",
+]
 
 
 def reference(text, options):
