@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import neologdn
-
+from recipe.normalizing import make_normalizer
+from recipe.rules import RULES, make_rules
 from recipe.sources import Document
 
-# Hiragana, katakana (with the length mark), kanji with extension A, and the iteration marks.
-JAPANESE = re.compile(r"[\u3041-\u309f\u30a1-\u30ff\u3400-\u4dbf\u4e00-\u9fff々〆〇]")
-_SPACE = re.compile(r"\s+")
 _NOT_TEXT = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]"
 )  # control characters and halves of surrogate pairs
@@ -68,28 +65,28 @@ class Funnel:
         }
 
 
-def make_normalizer(config: dict[str, Any]) -> Callable[[str], str]:
-    """The normaliser that a dataset.json describes: neologdn line by line, lines that become empty left out.
+def make_cleaner(config: dict[str, Any], source: dict[str, Any]) -> Callable[[str], tuple[str, str]]:
+    """What cleans one text of a source: gives the text as it is kept, and the reason to drop it or "".
 
-    ``keep_wave_dash`` (on by default): 〜 (U+301C) and its look-alike ～ (U+FF5E) stay, as 〜. neologdn
-    alone deletes both, which turns 10〜20時 into 1020時. An ASCII ``~`` is left alone, it stands in paths.
+    config: a dataset.json; source: one of its sources. Its key ``rules`` names the set of rules, or is null
+    or missing; the thresholds of a set are changed by ``config["rules"][SET]``. minimum_characters and
+    minimum_japanese_share of the config itself hold for every source: a set can only ask for more.
     """
-    options = {
-        "tilde": "ignore" if config.get("keep_wave_dash", True) else "remove",
-        **config.get("neologdn", {}),
-    }
+    normalize = make_normalizer(config)
+    kind = source.get("rules")
+    changes = dict(config.get("rules", {}).get(kind, {}))
+    for rule in ("minimum_characters", "minimum_japanese_share"):
+        own = (RULES[kind] | changes)[rule] if kind else None
+        changes[rule] = max(own or 0, config.get(rule, 0)) or None
+    first_failure = make_rules(kind, changes)
 
-    def normalize(text: str) -> str:
-        lines = (neologdn.normalize(line, **options) for line in text.replace("～", "〜").splitlines())
-        return "\n".join(line for line in lines if line)
+    def clean_text(text: str) -> tuple[str, str]:
+        if _NOT_TEXT.search(text):
+            return text, "control characters"
+        text = normalize(text)
+        return text, first_failure(text) if text else "empty"
 
-    return normalize
-
-
-def japanese_share(text: str) -> float:
-    """Japanese letters over all characters that are not white space, 0 for an empty text."""
-    solid = _SPACE.sub("", text)
-    return len(JAPANESE.findall(solid)) / len(solid) if solid else 0.0
+    return clean_text
 
 
 def text_hash(text: str) -> bytes:
@@ -112,18 +109,15 @@ def clean(
     seen: hashes of the texts kept so far, over all sources; exact duplicates are dropped by it.
     A held-out source stands wholly on the validation side.
     """
-    normalize = make_normalizer(config)
+    clean_text = make_cleaner(config, config["sources"][source])
     held_out = config["sources"][source].get("held_out", False)
     for document in documents:
         size = len(document.text.encode("utf-8", errors="replace"))
         funnel.documents_in += 1
         funnel.bytes_in += size
         text, reason = document.text, document.dropped
-        if not reason and _NOT_TEXT.search(text):
-            reason = "control characters"
         if not reason:
-            text = normalize(text)
-            reason = _reason_to_drop(text, config)
+            text, reason = clean_text(text)
         identity = text_hash(text) if not reason else b""
         if identity in seen:
             reason = "duplicate"
@@ -141,13 +135,3 @@ def clean(
         yield CleanDocument(
             identity.hex(), source, text, held_out or is_valid_side(identity, config.get("valid_share", 0.05))
         )
-
-
-def _reason_to_drop(text: str, config: dict[str, Any]) -> str:
-    if not text:
-        return "empty"
-    if len(text) < config.get("minimum_characters", 0):
-        return "short"
-    if japanese_share(text) < config.get("minimum_japanese_share", 0.0):
-        return "not Japanese"
-    return ""

@@ -1,7 +1,8 @@
 """Cleaning: what is normalised, what is dropped and why; every byte is accounted for."""
 
 import pytest
-from recipe.cleaning import Funnel, clean, is_valid_side, japanese_share, make_normalizer, text_hash
+from recipe.cleaning import Funnel, clean, is_valid_side, make_normalizer, text_hash
+from recipe.rules import japanese_share
 from recipe.sources import Document
 
 CONFIG = {
