@@ -2,23 +2,27 @@
 
 `read_pages` streams a ``pages-articles`` export; `extract` turns one page into prose:
 
-- A paragraph, a heading, a list item and a line of a poem is one line each. Lines of source text that MediaWiki
-  shows as one paragraph are joined. A heading with nothing left under it is left out.
+- A paragraph, a heading, a list item and a line of a poem is one line each. Lines of source text that
+  MediaWiki shows as one paragraph are joined. A heading with nothing left under it is left out.
 - Out: comments, references, tables, galleries, blocks of code, files with their captions, categories,
-  interlanguage links, magic words, and every template that is not in `TEMPLATES`.
-- Readings follow their base in parentheses, as articles write them themselves: 紫陽花（あじさい）. That holds for
-  ``{{読み仮名}}``, ``{{ruby}}``, ``{{ルビ}}``, ``{{ふりがな}}`` and ``<ruby>``.
-- A formula stays as its TeX source; a superscript number becomes Unicode (10¹²), a subscript plain text (H2O).
+  interlanguage links, magic words, and every template that is not in the tables below.
+- Readings follow their base in parentheses, as articles themselves write them: 紫陽花（あじさい）. That
+  holds for ``{{読み仮名}}``, ``{{ruby}}``, ``{{ルビ}}``, ``{{ふりがな}}`` and ``<ruby>``.
+- A formula stays as its TeX source; a superscript number becomes Unicode (10¹²), a subscript plain (H2O).
 - Sections named in `CUT` are left out; from one of the second level on, so is the rest of the page.
 - Parentheses that emptied are removed: 灯台（{{Coord|…}}） becomes 灯台.
 
-Whatever is flat (no markup inside it) is resolved by regular expressions, from the inside out, which is what makes
-it fast; mwparserfromhell parses what then is still left: brackets within brackets, and unbalanced markup.
+What is flat (holds no markup itself) is resolved by regular expressions, from the inside out: that is what
+makes it fast. mwparserfromhell parses what is then left: brackets within brackets, unbalanced markup.
 
-Not handled: templates that compute (``#if``, ``#expr``, 年齢, 和暦) or hold prose in other parameters are dropped
-whole; ``convert`` gives the first quantity only; of a quotation the source is dropped; a link label is not shortened by the
-pipe trick (MediaWiki expands that before it saves); language conversion ``-{ }-`` stays as it is; an unclosed
-``{{`` loses the rest of its line; an unknown tag in angle brackets is dropped, its content kept.
+Not handled:
+
+- Templates that compute (``#if``, ``#expr``, 年齢, 和暦) or hold prose in parameters not listed are dropped
+  whole, and so is the part of a sentence they show. ``convert`` shows its first quantity only, a quotation
+  not its source, a hatnote (``{{main}}``) nothing.
+- A link label with a single bracket in it, ``[[川|北川]がある]]``, keeps that bracket, as in MediaWiki.
+- An unclosed ``{{`` loses the rest of its line, an unclosed ``<ref>`` too.
+- A tag of unknown name is dropped and its content kept; language conversion ``-{ }-`` stays as it is.
 """
 
 from __future__ import annotations
@@ -39,18 +43,18 @@ from recipe.outputs import RecipeError
 
 # ------------------------------------------------------------------------------------------------- data
 
-# Sections that hold no prose. 脚注 to 参考文献 are those LLM-jp cuts at; the others are their spellings in use.
+# Sections that hold no prose: 脚注 to 参考文献 are those at which LLM-jp cuts, the rest other names in use.
 CUT = ("脚注", "関連項目", "出典", "参照", "外部リンク", "参考文献", "脚註", "注釈", "註釈", "注", "関連文献")
 
-# What a template shows: {2} is its second parameter, {label|1} `label` or else the first. Names are in lower case,
-# with _ for a space. What is not here shows nothing.
+# What a template shows: {2} is its second parameter, {label|1} `label` or else the first. Names are in lower
+# case, with _ for a space. A template that is in none of these tables shows nothing.
 TEMPLATES = {
     name.replace("_", " "): form
     for form, names in {
         "{1}": "nowrap small smaller big large larger strong em kbd code tt mono var mvar math unicode ipa "
-        "sup sub underline 下線 取消線 傍点 abbr tooltip visible_anchor vanc 要出典範囲 要検証範囲 要説明範囲 "
-        "補助漢字フォント 拡張漢字 jis90フォント jis2004フォント cp932フォント 特殊文字フォント flag flagcountry "
-        "railgauge 縦中横",
+        "sup sub underline 下線 取消線 傍点 縦中横 abbr tooltip visible_anchor vanc flag flagcountry "
+        "要出典範囲 要検証範囲 要説明範囲 補助漢字フォント 拡張漢字 jis90フォント jis2004フォント "
+        "cp932フォント railgauge",
         "{2}": "lang ラテン翻字 color fontcolor fontsize audio",
         "{label|1}": "仮リンク ill2 link-en 日本語版にない記事リンク",
         "{2|1}": "by columns-list",
@@ -102,153 +106,37 @@ LANGUAGE_NAMES = {
 
 # {{JPN}} shows a flag and the name.
 COUNTRIES = dict(
-    jpn="日本", usa="アメリカ合衆国", gbr="イギリス", fra="フランス", deu="ドイツ", ita="イタリア", esp="スペイン",
-    prt="ポルトガル", nld="オランダ", bel="ベルギー", che="スイス", aut="オーストリア", swe="スウェーデン",
-    nor="ノルウェー", dnk="デンマーク", fin="フィンランド", pol="ポーランド", cze="チェコ", hun="ハンガリー",
-    grc="ギリシャ", tur="トルコ", rus="ロシア", ukr="ウクライナ", chn="中国", kor="韓国", prk="北朝鮮", hkg="香港",
-    ind="インド", idn="インドネシア", tha="タイ", vnm="ベトナム", phl="フィリピン", mys="マレーシア",
-    sgp="シンガポール", aus="オーストラリア", nzl="ニュージーランド", can="カナダ", mex="メキシコ", bra="ブラジル",
-    arg="アルゼンチン", chl="チリ", per="ペルー", cub="キューバ", egy="エジプト", zaf="南アフリカ共和国",
-    isr="イスラエル", irn="イラン", irq="イラク", ken="ケニア",
+    jpn="日本", usa="アメリカ合衆国", gbr="イギリス", fra="フランス", deu="ドイツ", ita="イタリア",
+    esp="スペイン", prt="ポルトガル", nld="オランダ", bel="ベルギー", che="スイス", aut="オーストリア",
+    swe="スウェーデン", nor="ノルウェー", dnk="デンマーク", fin="フィンランド", pol="ポーランド",
+    cze="チェコ", hun="ハンガリー", grc="ギリシャ", tur="トルコ", rus="ロシア", ukr="ウクライナ",
+    chn="中国", kor="韓国", prk="北朝鮮", hkg="香港", ind="インド", idn="インドネシア", tha="タイ",
+    vnm="ベトナム", phl="フィリピン", mys="マレーシア", sgp="シンガポール", aus="オーストラリア",
+    nzl="ニュージーランド", can="カナダ", mex="メキシコ", bra="ブラジル", arg="アルゼンチン",
+    chl="チリ", per="ペルー", cub="キューバ", egy="エジプト", zaf="南アフリカ共和国", isr="イスラエル",
+    irn="イラン", irq="イラク", ken="ケニア",
 )  # fmt: skip
 
 # {{convert|5|km}} shows 5キロメートル, with abbr=on 5 km.
 UNITS = {
-    "mm": "ミリメートル", "cm": "センチメートル", "m": "メートル", "km": "キロメートル", "in": "インチ", "ft": "フィート",
-    "yd": "ヤード", "mi": "マイル", "nmi": "海里", "g": "グラム", "kg": "キログラム", "t": "トン", "lb": "ポンド",
-    "oz": "オンス", "m2": "平方メートル", "km2": "平方キロメートル", "ha": "ヘクタール", "acre": "エーカー",
-    "sqmi": "平方マイル", "m3": "立方メートル", "l": "リットル", "km/h": "キロメートル毎時", "mph": "マイル毎時",
-    "kn": "ノット", "hp": "馬力", "kw": "キロワット", "c": "℃",
+    "mm": "ミリメートル", "cm": "センチメートル", "m": "メートル", "km": "キロメートル", "in": "インチ",
+    "ft": "フィート", "yd": "ヤード", "mi": "マイル", "nmi": "海里", "g": "グラム", "kg": "キログラム",
+    "t": "トン", "lb": "ポンド", "oz": "オンス", "m2": "平方メートル", "km2": "平方キロメートル",
+    "ha": "ヘクタール", "acre": "エーカー", "sqmi": "平方マイル", "m3": "立方メートル", "l": "リットル",
+    "km/h": "キロメートル毎時", "mph": "マイル毎時", "kn": "ノット", "hp": "馬力", "kw": "キロワット",
+    "c": "℃",
 }  # fmt: skip
 
 DISAMBIGUATION = "aimai|disambig(?:uation)?|曖昧さ回避|[^{}|]*の曖昧さ回避|hndis|geodis|mathdab"
-NAMESPACES_OUT = frozenset(["file", "image", "media", "category", "ファイル", "画像", "メディア", "カテゴリ"])
-INTERLANGUAGE = frozenset(
-    [
-        "af",
-        "als",
-        "an",
-        "ar",
-        "arz",
-        "as",
-        "ast",
-        "az",
-        "ba",
-        "bar",
-        "be",
-        "be-x-old",
-        "bg",
-        "bn",
-        "br",
-        "bs",
-        "ca",
-        "ceb",
-        "cs",
-        "cv",
-        "cy",
-        "da",
-        "de",
-        "el",
-        "en",
-        "eo",
-        "es",
-        "et",
-        "eu",
-        "fa",
-        "fi",
-        "fo",
-        "fr",
-        "fy",
-        "ga",
-        "gl",
-        "gu",
-        "he",
-        "hi",
-        "hr",
-        "ht",
-        "hu",
-        "hy",
-        "ia",
-        "id",
-        "io",
-        "is",
-        "it",
-        "ja",
-        "jv",
-        "ka",
-        "kk",
-        "km",
-        "kn",
-        "ko",
-        "ku",
-        "ky",
-        "la",
-        "lb",
-        "li",
-        "lmo",
-        "lt",
-        "lv",
-        "mg",
-        "mk",
-        "ml",
-        "mn",
-        "mr",
-        "ms",
-        "my",
-        "nap",
-        "nds",
-        "ne",
-        "nl",
-        "nn",
-        "no",
-        "oc",
-        "os",
-        "pa",
-        "pl",
-        "pms",
-        "pnb",
-        "ps",
-        "pt",
-        "qu",
-        "ro",
-        "ru",
-        "sa",
-        "scn",
-        "sco",
-        "sh",
-        "si",
-        "simple",
-        "sk",
-        "sl",
-        "sq",
-        "sr",
-        "su",
-        "sv",
-        "sw",
-        "ta",
-        "te",
-        "tg",
-        "th",
-        "tl",
-        "tr",
-        "tt",
-        "uk",
-        "ur",
-        "uz",
-        "vec",
-        "vi",
-        "vo",
-        "wa",
-        "war",
-        "wuu",
-        "xmf",
-        "yi",
-        "yo",
-        "zh",
-        "zh-classical",
-        "zh-min-nan",
-        "zh-yue",
-    ]
+# Links with these prefixes show nothing: files, categories, and the same article in another language.
+PREFIXES_OUT = re.compile(
+    "file|image|media|category|ファイル|画像|メディア|カテゴリ|"
+    "af|als|an|ar|arz|as|ast|az|ba|bar|be|be-x-old|bg|bn|br|bs|ca|ceb|cs|cv|cy|da|de|el|en|eo|es|et|eu|fa|fi|"
+    "fo|fr|fy|ga|gl|gu|he|hi|hr|ht|hu|hy|ia|id|io|is|it|ja|jv|ka|kk|km|kn|ko|ku|ky|la|lb|li|lmo|lt|lv|mg|mk|"
+    "ml|mn|mr|ms|my|nap|nds|ne|nl|nn|no|oc|os|pa|pl|pms|pnb|ps|pt|qu|ro|ru|sa|scn|sco|sh|si|simple|sk|sl|sq|"
+    "sr|su|sv|sw|ta|te|tg|th|tl|tr|tt|uk|ur|uz|vec|vi|vo|wa|war|wuu|xmf|yi|yo|zh|zh-classical|zh-min-nan|"
+    "zh-yue",
+    re.I,
 )
 
 # ------------------------------------------------------------------------------------------------- the dump
@@ -284,9 +172,7 @@ def read_pages(handle: IO[bytes], name: str = "the dump") -> Iterator[Page]:
     try:
         _, root = next(events)
         if _tag(root) != "mediawiki":
-            raise RecipeError(
-                f"{name}: the root is <{_tag(root)}>, wanted <mediawiki>: not a MediaWiki export"
-            )
+            raise RecipeError(f"{name}: not a MediaWiki export: root <{_tag(root)}>, wanted <mediawiki>")
         for event, element in events:
             if event == "end" and _tag(element) == "page":
                 page = _page(element)
@@ -327,11 +213,11 @@ _REDIRECT = re.compile(r"\s*[#＃](?:redirect|転送|リダイレクト)\s*:?\s*
 _DISAMBIGUATION = re.compile(rf"\{{\{{\s*(?:{DISAMBIGUATION})\s*[|}}]|__DISAMBIG__", re.I)
 _HEADING = re.compile(r"^(={1,6})[ \t]*(\S.*?)[ \t]*\1[ \t]*$", re.M)
 
-# What must not be read as wikitext, and what is dropped with all it holds. A reference ends before another one opens, so
-# that one that is never closed takes no prose with it.
+# What must not be read as wikitext, and what is dropped with all it holds. No reference reaches past the next
+# one that opens, so that one that is never closed takes no prose with it.
 _OPAQUE = re.compile(
     r"<(?:!--.*?(?:-->|\Z)"
-    r"|ref(?:\s[^>]*?)?(?:/>|>[^<]*(?:<(?!/?ref[\s/>])[^<]*)*</ref\s*>)"
+    r"|ref(?:\s[^<>]*?)?(?:/>|>[^<]*(?:<(?!/?ref[\s/>])[^<]*)*</ref\s*>)"
     r"|(?P<literal>nowiki|math|chem|ce|poem)\b[^>]*>(?P<content>.*?)</(?P=literal)\s*>"
     r"|(?P<block>gallery|syntaxhighlight|source|pre|score|timeline|imagemap|mapframe|graph|hiero|table)\b[^>]*>"
     r".*?</(?P=block)\s*>"
@@ -369,8 +255,8 @@ _SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺
 def extract(title: str, text: str, cut: tuple[str, ...] = CUT) -> tuple[str, str]:
     """The prose of an article's wikitext and "", or "" and why there is none.
 
-    The reasons: "redirect", "disambiguation", "empty". cut: names of sections to leave out; a heading that joins several
-    of them (脚注・出典, 脚注と参考文献) counts too. No wikitext makes it raise.
+    The reasons: "redirect", "disambiguation", "empty". cut: names of sections to leave out; a heading that
+    joins several of them (脚注・出典, 脚注と参考文献) counts too. No wikitext makes it raise.
     """
     if _REDIRECT.match(text):
         return "", "redirect"
@@ -378,7 +264,7 @@ def extract(title: str, text: str, cut: tuple[str, ...] = CUT) -> tuple[str, str
     if title.endswith("(曖昧さ回避)") or _DISAMBIGUATION.search(text):
         return "", "disambiguation"
     text = _drop_sections(text, frozenset(cut))
-    text = _resolve_tags(text)
+    text = _QUOTES.sub(_unquote, _resolve_tags(text))
     text = _drop_tables(text)
     text = _resolve(text, title)
     prose = "\n".join(_lines(text))
@@ -424,6 +310,12 @@ def _resolve_tags(text: str) -> str:
     return _TAG.sub("", _BLOCK_TAG.sub("\n\n", text))
 
 
+def _unquote(run: re.Match[str]) -> str:
+    """Two to five apostrophes are italics, bold or both; those that MediaWiki has no use for stay."""
+    length = len(run[0])
+    return "'" if length == 4 else "'" * (length - 5)
+
+
 def _drop_tables(text: str) -> str:
     """Leave out tables, nested ones too; of one that is never closed, the lines that look like a table's."""
     if "{|" not in text:
@@ -462,7 +354,9 @@ def _resolve(text: str, title: str) -> str:
             break
     if "{{" in text or "[[" in text:
         text = _render(mwparserfromhell.parse(text, skip_style_tags=True), title)
-    return _REMAINS.sub("", text)
+    while (rest := _REMAINS.sub("", text)) != text:
+        text = rest
+    return text
 
 
 def _render(code: Wikicode, title: str) -> str:
@@ -490,10 +384,8 @@ def _link(target: str, label: str | None) -> str:
     """What ``[[target|label]]`` shows: nothing for files, categories and interlanguage links."""
     target = target.strip()
     prefix, colon, _ = target.partition(":")
-    if colon and prefix:
-        prefix = prefix.strip().lower()
-        if prefix in NAMESPACES_OUT or prefix in INTERLANGUAGE:
-            return ""
+    if colon and PREFIXES_OUT.fullmatch(prefix.strip()):
+        return ""
     return label.strip() if label else target.removeprefix(":")
 
 
@@ -568,9 +460,7 @@ _COMPUTED: dict[str, Callable[[dict[str, str]], str]] = {
 def _lines(text: str) -> Iterator[str]:
     """The lines of prose: paragraphs joined, list marks off, headings only where something follows."""
     headings: list[tuple[int, str]] = []
-    for level, block in _blocks(
-        _QUOTES.sub(lambda run: "'" * ((len(run[0]) == 4) + max(0, len(run[0]) - 5)), text)
-    ):
+    for level, block in _blocks(text):
         if "&" in block:
             block = html.unescape(block)
         block = _SPACES.sub(" ", block.replace("\n", " ")).strip()
