@@ -224,7 +224,7 @@ _OPAQUE = re.compile(
     r")",
     re.I | re.S,
 )
-_UNCLOSED_REFERENCE = re.compile(r"<ref(?:\s[^>\n]*)?>.*", re.I)
+_UNCLOSED_REFERENCE = re.compile(r"<ref(?:\s[^<>\n]*)?>.*", re.I)
 _PARAMETER = re.compile(r"\{\{\{[^{}|]*(?:\|([^{}]*))?\}\}\}")
 _RUBY = re.compile(r"<ruby\b[^>]*>(.*?)</ruby\s*>", re.I | re.S)
 _RUBY_PARENTHESIS = re.compile(r"<rp>[^<]*(?:</rp>)?", re.I)
@@ -248,7 +248,7 @@ _SPACES = re.compile(r"[ \t\u00a0]+")
 _EMPTY_PARENTHESES = re.compile(r"（[\s、,;；:：]*）|(?<![\w\])])[ ]?\([\s、,;:]*\)", re.A)
 _AFTER_OPENING = re.compile(r"（[ ]*(?:[、,;；][ ]*)+")
 _BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,;；])+[ ]*）")
-_ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in "{}[]|<>'=*#:;_!-"})
+_ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in "&{}[]|<>'=*#:;_-"})
 _SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
 
 
@@ -267,9 +267,9 @@ def extract(title: str, text: str, cut: tuple[str, ...] = CUT) -> tuple[str, str
     text = _QUOTES.sub(_unquote, _resolve_tags(text))
     text = _drop_tables(text)
     text = _resolve(text, title)
-    prose = "\n".join(_lines(text))
-    prose = _EMPTY_PARENTHESES.sub("", prose)
-    prose = _BEFORE_CLOSING.sub("）", _AFTER_OPENING.sub("（", prose))
+    text = _EMPTY_PARENTHESES.sub("", text)
+    text = _BEFORE_CLOSING.sub("）", _AFTER_OPENING.sub("（", text))
+    prose = "\n".join(_lines(_drop_remains(text)))
     return prose, "" if prose else "empty"
 
 
@@ -281,7 +281,7 @@ def _opaque(match: re.Match[str]) -> str:
         return "\n\n" + content.replace("\n", "\n\n") + "\n\n"
     if kind.lower() != "nowiki":  # a formula: a space between its braces keeps them apart from a template's
         content = re.sub(r"([{}])(?=\1)", r"\1 ", " ".join(content.split()))
-    return content.translate(_ESCAPES)
+    return html.unescape(content).translate(_ESCAPES)
 
 
 def _drop_sections(text: str, names: frozenset[str]) -> str:
@@ -354,6 +354,11 @@ def _resolve(text: str, title: str) -> str:
             break
     if "{{" in text or "[[" in text:
         text = _render(mwparserfromhell.parse(text, skip_style_tags=True), title)
+    return text
+
+
+def _drop_remains(text: str) -> str:
+    """Brackets that have no partner out; what follows an unclosed ``{{`` on its line with them."""
     while (rest := _REMAINS.sub("", text)) != text:
         text = rest
     return text
@@ -440,8 +445,8 @@ def _value(values: dict[str, str]) -> str:
 
 
 def _fraction(values: dict[str, str]) -> str:
-    *whole, top, bottom = ["1", *(values[key] for key in ("1", "2", "3") if key in values)]
-    return " ".join([*whole[1:], f"{top}/{bottom}"])
+    *whole, top, bottom = ["1", "1", *(values[key] for key in ("1", "2", "3") if key in values)]
+    return " ".join([*whole[2:], f"{top}/{bottom}"])
 
 
 def _formula(values: dict[str, str]) -> str:
