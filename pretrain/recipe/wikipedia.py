@@ -247,7 +247,7 @@ _SPACES = re.compile(r"[ \t\u00a0]+")
 # Parentheses that lost what they held; not the ones of a call, f().
 _EMPTY_PARENTHESES = re.compile(r"（[\s、,;；:：]*）|(?<![\w\])])[ ]?\([\s、,;:]*\)", re.A)
 _AFTER_OPENING = re.compile(r"（[ ]*(?:[、,;；][ ]*)+")
-_BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,;；])+[ ]*）")
+_BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,；])+[ ]*）")  # no ;, it ends entities
 _ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in "&{}[]|<>'=*#:;_-"})
 _SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
 

@@ -6,10 +6,10 @@ Peers, on the same pages in the same process, one core:
   galleries, files and categories as nodes, `strip_code`.
 - ``parse alone``: only `mwparserfromhell.parse`, what no way over a full parse can undercut.
 
-The corpus is hand-written in the manner of Japanese Wikipedia (tests/unit/wikipedia, difficult on purpose, and
-by the author of the module: recall on real articles will be lower), repeated for a stable time. Recall is the
-share of the expected paragraphs that come out exactly, white space at their ends aside; precision the share of
-the lines that come out that were expected. Peers take turns; the median of the rounds counts.
+The corpus is hand-written in the manner of Japanese Wikipedia (tests/unit/wikipedia, hard on purpose, by the
+author of the module: expect lower recall on real articles), repeated for a stable time. Recall is the share of
+expected paragraphs that come out exactly, white space at their ends aside; precision the share of lines coming
+out that were expected. Peers take turns; the median of the rounds counts.
 
 Run (about 15 seconds, nothing else running):  .venv/bin/python tests/bench/wikipedia.py
 """

@@ -15,7 +15,7 @@ from recipe.outputs import RecipeError
 from recipe.wikipedia import extract, read_pages
 
 PAGES = sorted((Path(__file__).parent / "wikipedia").glob("*.wiki"))
-# What MediaWiki does not get right either: see the module's docstring.
+# What MediaWiki shows with a bracket too: see the module's docstring.
 KNOWN_MISSES = {("broken", "橋の北側には北川公園がある。南側には市場が立つ。")}
 DROPPED = {"redirect": "redirect", "disambiguation": "disambiguation", "surname": "disambiguation"}
 
@@ -305,5 +305,5 @@ def test_memory_does_not_grow_with_the_dump():
     before = live()
     counts = [live() - before for _ in read_pages(io.BytesIO(b"".join(parts)))]
     assert len(counts) == 200
-    # The elements of the pages in one chunk that was read (64 KB, about 8 pages of 9), not those of 200 pages.
+    # Some pages are parsed ahead, as many as one read of the file holds; 200 pages have 1,800 elements.
     assert max(counts) < 200
