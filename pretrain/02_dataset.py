@@ -1,8 +1,8 @@
 """Stage 02: from raw documents to clean ones: extract, normalise, filter, drop duplicates, split.
 
 Edit: configs/<recipe>/dataset.json.
-Writes: {train,valid}-<source>-<number>.parquet, funnel.json, funnel.md (with samples of what was dropped), funnel.png.
-Run:  python pretrain/02_dataset.py --recipe tiny
+Writes: {train,valid}-<source>-<number>.parquet, funnel.json, funnel.md (with samples of what was dropped),
+funnel.png. Run:  python pretrain/02_dataset.py --recipe tiny
 """
 
 from recipe import corpus, funnel
@@ -16,8 +16,8 @@ def main(stage: Stage) -> None:
     require_data(read_json(stage.inputs["01_download"] / "stage.json")["figures"], config, DATA)
     funnels, leaks = corpus.build(config, DATA, stage.folder)
     for name, f in funnels.items():
-        dropped = ", ".join(f"{n:,} {reason}" for reason, n in f.documents_dropped.most_common())
-        stage.say(f"{name}: {f.documents_in:,} documents in, {f.documents_out:,} kept, dropped {dropped or 'none'}")
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in f.documents_dropped.most_common()) or "none"
+        stage.say(f"{name}: {f.documents_in:,} documents in, {f.documents_out:,} kept, dropped {dropped}")
     stage.figures = {name: f.as_json() for name, f in funnels.items()}
     licences = {name: licence(spec) for name, spec in config["sources"].items()}
     write_json(

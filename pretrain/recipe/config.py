@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from recipe import rules
 from recipe.outputs import CONFIGS, EXIT_REFUSED, RecipeError, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
@@ -67,6 +68,7 @@ SOURCE_KINDS = {
     "hub": {"dataset": "str", "configuration": "str", "split": "str", "column": "str", "revision": "str"},
 }
 OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"} | set(FILES_OR_URL)
+MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
 ENGINES = {
     "local": {"workers": "int"},
     "slurm": {
@@ -319,7 +321,8 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
     for key in ("minimum_japanese_share", "valid_share"):
         if not 0 <= values.get(key, 0) < 1:
             raise Refused(f"{where}: {key}: {values[key]} wanted 0 or more and below 1")
-    rules.check(values.get("rules", {}), where)
+    for kind, changes in values.get("rules", {}).items():
+        rules.check_rules(kind, changes, f"{where}: rules.{kind}")
     _check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
     _check_engine(values.get("engine", {}), f"{where}: engine")
 
@@ -330,11 +333,8 @@ def _check_source(source: dict[str, Any], here: str) -> None:
     _require(source, tuple(key for key in SOURCE_KINDS[kind] if key not in OPTIONAL), here)
     if "paths" in SOURCE_KINDS[kind] and ("paths" in source) == ("url" in source):
         raise Refused(f"{here}: wanted either `paths` (files of your own) or `url`")
-    if source.get("rules") is not None and source["rules"] not in rules.RULES:
-        raise Refused(
-            f"{here}: rules: unknown set {_show(source['rules'])}.{_nearest(source['rules'], rules.RULES)} "
-            f"Known: {', '.join(rules.RULES)}"
-        )
+    if source.get("rules") is not None:
+        rules.check_rules(source["rules"], {}, f"{here}: rules")
     for key in ("weight", "maximum_megabytes", "maximum_documents"):
         if source.get(key, 1) <= 0:
             raise Refused(f"{here}: {key}: {source[key]}, wanted more than 0")

@@ -15,7 +15,6 @@ documents.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ from recipe import dedup
 from recipe.engine import Engine, engine
 from recipe.funnel import Funnel, from_record, to_record
 from recipe.outputs import RecipeError, write_json
+from recipe.splitting import is_valid_side, text_hash
 
 SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: some ten seconds of cleaning
 BATCH = 1024  # documents in a row group: what a worker holds at once
@@ -53,18 +53,6 @@ DATASET = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.l
 
 # A clean shard's rows to leave out, by reason.
 Removed = Callable[[int], dict[str, np.ndarray]]
-
-
-def text_hash(text: str) -> bytes:
-    """The 16-byte BLAKE2b hash of a text, the identity of a document."""
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-
-
-def is_valid_side(identity: bytes, share: float) -> bool:
-    """Whether a document belongs to the validation side: its own hash decides, so that adding data moves
-    nothing.
-    """
-    return int.from_bytes(identity[:8], "big") < share * 2**64
 
 
 class ShardWriter:
@@ -313,12 +301,13 @@ def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards
     if minhash is not None:
         phases.run("signatures", dedup.signatures(files, folder, minhash), shards)
         phases.run("buckets", dedup.buckets(files, folder, minhash), dedup.minhash_settings(minhash)["bands"])
-        phases.run("clusters", dedup.clusters(files, folder), 1)
+        phases.run("clusters", dedup.clusters(files, folder, minhash), 1)
     return partial(dedup.removed_rows, folder)
 
 
 def _drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[str, int]:
-    """Take documents off the validation side whose folded text stands in the training side; return the counts.
+    """Take documents off the validation side whose folded text stands in the training side; return the
+    counts.
 
     What is to go is written down before a shard is changed, so that a killed run counts it no less.
     """

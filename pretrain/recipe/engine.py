@@ -148,15 +148,8 @@ class Engine:
             import ray
         except ImportError as error:
             raise RecipeError(
-                'dataset.json:
-                engine.executor:
-                "ray", but
-                ray is
-                not installed:
-                .venv/bin/python
-                -m pip
-                install
-                ray'
+                "dataset.json: engine.executor: ray is not installed. Install it: .venv/bin/python -m pip "
+                "install ray"
             ) from error
         from datatrove.executor.ray import RayPipelineExecutor
 

@@ -54,8 +54,9 @@ class ManPage(NamedTuple):
 def read(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     """Yield every document of a source, in an order that depends only on its files.
 
-    Raises RecipeError naming the file and line of what cannot be read: a truncated archive, bad UTF-8, bad JSON.
-    With a ``maximum_bad_share`` above 0 such places become documents that carry the reason, up to that share.
+    Raises RecipeError naming the file and line of what cannot be read: a truncated archive, bad UTF-8, bad
+    JSON. With a ``maximum_bad_share`` above 0 such places become documents that carry the reason, up to that
+    share.
     """
     share = spec.get("maximum_bad_share", 0.0)
     documents = _read_packaged(spec, data / name) or _read_files(name, spec, data, tolerant=share > 0)
@@ -99,7 +100,9 @@ def _read_files(name: str, spec: dict[str, Any], data: Path, tolerant: bool) -> 
 
 
 def _read_dump(path: Path, tolerant: bool) -> Iterator[Document]:
-    """The pages of a Wikipedia dump as wikitext, named by their titles; what is no article carries the reason."""
+    """The pages of a Wikipedia dump as wikitext, named by their titles; what is no article carries the
+    reason.
+    """
     openers = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
     with openers.get(path.suffix, open)(path, "rb") as handle:
         try:

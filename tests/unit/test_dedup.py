@@ -10,8 +10,8 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from recipe import dedup
-from recipe.cleaning import text_hash
 from recipe.outputs import RecipeError, Refused
+from recipe.splitting import text_hash
 
 LETTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))  # kanji, so that 5-grams are all different
 

@@ -62,9 +62,9 @@ def test_a_killed_worker_is_noticed_and_not_waited_for(tmp_path):
 
 
 def test_another_error_names_phase_task_and_log(tmp_path):
-    with pytest.raises(RecipeError, match=r"(?s)square: task 0 failed: .*FileNotFoundError.*task_00000\.log"):
-        with engine({"workers": 1}, tmp_path) as phases:
-            phases.run("square", [Square(tmp_path / "missing")], 1)
+    words = r"(?s)square: task 0 failed: .*FileNotFoundError.*task_00000\.log"
+    with pytest.raises(RecipeError, match=words), engine({"workers": 1}, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path / "missing")], 1)
 
 
 # -------------------------------------------------------------------------------------------------------
