@@ -66,8 +66,8 @@ RULES: dict[str, dict[str, int | float | None]] = {
 HIRAGANA, KATAKANA, KANJI = "\u3041-\u309f", "\u30a1-\u30ff", "\u3400-\u4dbf\u4e00-\u9fff々〆〇"
 _SENTENCE = re.compile(r"[^。．！？!?\n]+[。．！？!?]?")
 _WORD_LISTS = {"advertisement": 1, "adult": 2, "discrimination": 4, "violence": 8}  # a bit for each
-# Odd numbers with mixed bits: 2**64 over the golden ratio, and over the square root of 2. No small power of
-# one is the other, else n-grams of two overlapping 5-grams would meet.
+# Odd numbers with mixed bits: 2**64 over the golden ratio, and over the square root of 2. The other must be no
+# power of the first: else sums of two overlapping 5-grams would often be equal.
 _MULTIPLIER, _OTHER = 0x9E3779B97F4A7C15, 0xB504F333F9DE6485
 
 
@@ -171,16 +171,11 @@ class Statistics:
         if total < 1:
             return False
         for size in range(6, n + 1):
-            places = len(self._candidates(size))
+            places = min(len(self._repeated(size - 1).longer), total)
             if places / (2 * total - places) <= share:
                 return False
         repeats = self._repeated(n)
-        return repeats.distinct / (total - len(repeats.places) + repeats.distinct) > share
-
-    def _candidates(self, n: int) -> np.ndarray:
-        """Where an n-gram (n above 5) may occur again: there and at the next place an (n-1)-gram does."""
-        places = self._repeated(n - 1).places
-        return places[:-1][places[1:] == places[:-1] + 1]
+        return repeats.distinct / (total - repeats.places + repeats.distinct) > share
 
     def _repeated(self, n: int) -> _Repeats:
         """Which n-grams occur more than once, for n from 5 to 10."""
@@ -190,13 +185,15 @@ class Statistics:
             if n == 5:
                 places, hashes = np.arange(len(self._fives)), self._fives
             else:  # two 5-grams, from its first and to its last character, are the whole n-gram
-                places = self._candidates(n)
+                places = self._repeated(n - 1).longer
                 hashes = self._fives[places] * np.uint64(_OTHER) + self._fives[places + n - 5]
             order = np.argsort(hashes)
             hashes = hashes[order]
             again = np.concatenate(([False], hashes[1:] == hashes[:-1], [False]))
             distinct = int(np.count_nonzero(again[1:] & ~again[:-1]))
-            self._repeats[n] = _Repeats(np.sort(places[order[again[1:] | again[:-1]]]), distinct)
+            places = np.sort(places[order[again[1:] | again[:-1]]])
+            longer = places[:-1][places[1:] == places[:-1] + 1]
+            self._repeats[n] = _Repeats(len(places), distinct, longer)
         return self._repeats[n]
 
     @functools.cached_property
@@ -256,10 +253,15 @@ class Statistics:
 
 
 class _Repeats(NamedTuple):
-    """n-grams that occur more than once: all the places where they stand, sorted; how many distinct ones."""
+    """n-grams that occur more than once: in how many places, and how many distinct ones.
 
-    places: np.ndarray
+    longer: the places where an (n+1)-gram may occur more than once, since here and at the next place an
+    n-gram does; sorted.
+    """
+
+    places: int
     distinct: int
+    longer: np.ndarray
 
 
 def _share(part: float, whole: float) -> float:
