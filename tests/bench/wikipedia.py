@@ -7,9 +7,9 @@ Peers, on the same pages in the same process, one core:
 - ``parse alone``: only `mwparserfromhell.parse`, the least that any way over a full parse takes.
 
 The corpus is hand-written in the manner of Japanese Wikipedia (tests/unit/wikipedia), hard on purpose, and by
-the author of the module: expect lower recall on real articles. Recall is the share of expected paragraphs that
-come out exactly, white space at their ends aside; precision the share of lines coming out that were expected.
-Peers take turns; the median of the rounds counts.
+the author of the module: expect lower recall on real articles. Recall is the share of expected paragraphs
+that come out exactly, white space at their ends aside; precision the share of lines coming out that were
+expected. Peers take turns; the median of the rounds counts.
 
 Run (about 15 seconds, nothing else running):  .venv/bin/python tests/bench/wikipedia.py
 """

@@ -57,6 +57,7 @@ def test_parser_and_regular_expressions_agree(monkeypatch):
         ("<ruby>漢<rt>かん<rp>)</rp></rt>字<rt>じ</rt></ruby>", "漢（かん）字（じ）"),
         ("{{lang|en|Lake}}と{{lang-en|Sea}}と{{lang-de-short|See}}", "Lakeと英語: Seaと独: See"),
         ("{{lang-xx|Sea}}", "Sea"),
+        ("{{transl|ar|DIN|Miṣr}}、{{transl|ar|Miṣr}}、{{IPA-en|siː|}}", "Miṣr、Miṣr、[siː]"),
         ("{{仮リンク|川|en|River}}{{仮リンク|川|en|River|label=小川}}", "川小川"),
         ("{{日本語版にない記事リンク|城|en|Castle}}", "城"),
         ("{{by|1990年}}{{by|1990年|同年}}", "1990年同年"),
