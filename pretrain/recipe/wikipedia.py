@@ -59,7 +59,7 @@ TEMPLATES = {
         "{label|1}": "仮リンク ill2 link-en 日本語版にない記事リンク",
         "{2|1}": "by columns-list",
         "{3|2}": "transl",
-        "[{1}]": "ipa-all ipa-ar ipa-de ipa-en ipa-es ipa-fr ipa-it ipa-ja ipa-ko ipa-nl ipa-pt ipa-ru ipa-zh",
+        "[{1}]": "ipa-all ipa-ar ipa-de ipa-en ipa-es ipa-fr ipa-it ipa-ja ipa-ko ipa-pt ipa-ru ipa-zh",
         "{1}（{2}、{3}）": "読み仮名 読み仮名_ruby不使用",
         "{1}（{2}）": "ruby ルビ ふりがな",
         "\n\n{1}\n\n": "quotation quote blockquote cquote",
