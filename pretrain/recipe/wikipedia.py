@@ -54,10 +54,12 @@ TEMPLATES = {
         "{1}": "nowrap small smaller big large larger strong em kbd code tt mono var mvar math unicode ipa "
         "sup sub underline 下線 取消線 傍点 縦中横 abbr tooltip visible_anchor vanc flag flagcountry "
         "要出典範囲 要検証範囲 要説明範囲 補助漢字フォント 拡張漢字 jis90フォント jis2004フォント "
-        "cp932フォント railgauge",
+        "cp932フォント railgauge center",
         "{2}": "lang ラテン翻字 color fontcolor fontsize audio",
         "{label|1}": "仮リンク ill2 link-en 日本語版にない記事リンク",
         "{2|1}": "by columns-list",
+        "{3|2}": "transl",
+        "[{1}]": "ipa-all ipa-ar ipa-de ipa-en ipa-es ipa-fr ipa-it ipa-ja ipa-ko ipa-pt ipa-ru ipa-zh",
         "{1}（{2}、{3}）": "読み仮名 読み仮名_ruby不使用",
         "{1}（{2}）": "ruby ルビ ふりがな",
         "\n\n{1}\n\n": "quotation quote blockquote cquote",

@@ -2,14 +2,14 @@
 
 Peers, on the same pages in the same process, one core:
 
-- ``node removal``: mwparserfromhell as it is commonly used: parse, remove templates, tables, references,
-  galleries, files and categories as nodes, `strip_code`.
-- ``parse alone``: only `mwparserfromhell.parse`, what no way over a full parse can undercut.
+- ``node removal``: mwparserfromhell as commonly used: parse, remove templates, tables, references, galleries,
+  files and categories as nodes, then `strip_code`.
+- ``parse alone``: only `mwparserfromhell.parse`, the least that any way over a full parse takes.
 
-The corpus is hand-written in the manner of Japanese Wikipedia (tests/unit/wikipedia, hard on purpose, by the
-author of the module: expect lower recall on real articles), repeated for a stable time. Recall is the share of
-expected paragraphs that come out exactly, white space at their ends aside; precision the share of lines coming
-out that were expected. Peers take turns; the median of the rounds counts.
+The corpus is hand-written in the manner of Japanese Wikipedia (tests/unit/wikipedia), hard on purpose, and by
+the author of the module: expect lower recall on real articles. Recall is the share of expected paragraphs
+that come out exactly, white space at their ends aside; precision the share of lines coming out that were
+expected. Peers take turns; the median of the rounds counts.
 
 Run (about 15 seconds, nothing else running):  .venv/bin/python tests/bench/wikipedia.py
 """
