@@ -44,7 +44,9 @@ def main(plan: dict[str, Any]) -> None:
     # Of a document's tokens all but <s> are predicted, and only they have a loss.
     bytes_per_token = totals["valid"]["bytes"] / (totals["valid"]["tokens"] - totals["valid"]["documents"])
     figures = train(model, tokenizer, samples, valid, run, bytes_per_token)
-    if run.is_main:
+    if run.is_main and run.probe:
+        write_json(folder / "result.json", figures)
+    elif run.is_main:
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"pretraining, recipe {plan['recipe']}"
         )

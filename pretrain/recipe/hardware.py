@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
 import shutil
 import time
 from dataclasses import dataclass
@@ -96,6 +97,15 @@ def choose(hardware: Hardware, values: dict[str, Any]) -> Choice:
             "torch_compile: true, but there is no g++ on this machine. Install it or leave the key out"
         )
     return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes this process has held so far: of the GPU, reserved by PyTorch; of a CPU, resident."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gemm_peak(device: str, precision: str, seconds: float = 0.3) -> float:

@@ -19,8 +19,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from recipe import preflight
 from recipe.config import check_launch
+from recipe.download import require_space
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -77,7 +80,8 @@ def count_gpus(environment: Mapping[str, str], listing: str) -> int:
     return min(present, sum(bool(part.strip()) and part.strip() != "-1" for part in visible.split(",")))
 
 
-def _nvidia_smi() -> str:
+def nvidia_smi() -> str:
+    """What `nvidia-smi -L` lists; nothing without it."""
     if not shutil.which("nvidia-smi"):
         return ""
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
@@ -85,7 +89,7 @@ def _nvidia_smi() -> str:
 
 def default_ranks() -> int:
     """One rank per visible GPU, one without any."""
-    return max(1, count_gpus(os.environ, _nvidia_smi()))
+    return max(1, count_gpus(os.environ, nvidia_smi()))
 
 
 def child_environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
@@ -98,7 +102,7 @@ def child_environment(environment: Mapping[str, str], processes: int) -> dict[st
         "TORCHINDUCTOR_CACHE_DIR": str(DATA / ".torchinductor"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DS_ACCELERATOR": "cuda" if count_gpus(environment, _nvidia_smi()) else "cpu",
+        "DS_ACCELERATOR": "cuda" if count_gpus(environment, nvidia_smi()) else "cpu",
         "PYTHONUNBUFFERED": "1",
     }
     return defaults | dict(environment)
@@ -109,6 +113,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--nproc", type=int, default=0, help="processes (ranks) on this machine; default: one per GPU, else 1"
     )
     parser.add_argument("--deepspeed", metavar="NAME", help="use configs/deepspeed/NAME.json, e.g. zero2")
+    parser.add_argument("--probe", action="store_true", help="measure settings, name the fastest (05 only)")
 
 
 def train(stage: Stage, script: Path) -> None:
@@ -118,6 +123,8 @@ def train(stage: Stage, script: Path) -> None:
     file = STAGES[script.name][1][-1]
     path = check_launch(stage.config[file], file, arguments.deepspeed, processes)
     deepspeed = str(path) if path else None
+    if file == "pretrain":
+        before_training(stage, processes)
     stop = stage.folder / "stop"
     stop.unlink(missing_ok=True)
     plan = {
@@ -132,7 +139,7 @@ def train(stage: Stage, script: Path) -> None:
     write_json(stage.folder / "plan.json", plan)
     result = stage.folder / "result.json"
     if not result.exists():  # else only the publication was missing
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus(os.environ, _nvidia_smi()) else None
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus(os.environ, nvidia_smi()) else None
         line = command(str(script), [str(stage.folder / "plan.json")], processes, deepspeed, visible)
         stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))
         environment = child_environment(os.environ, processes)
@@ -191,12 +198,56 @@ def descendants(process: int) -> list[int]:
     return found
 
 
+def run_probe(name: str, script: Path) -> None:
+    """Measure settings instead of training; errors end in one line as those of a stage."""
+    from recipe import probe  # here: it imports this module's names
+
+    try:
+        probe.main(script, _options)
+    except RecipeError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def before_training(stage: Stage, processes: int) -> None:
+    """Say what the training will take; refuse it when its checkpoints cannot fit on the disk."""
+    try:
+        shape = preflight.shape_of(stage.config["model"], preflight.vocabulary_of(stage.config))
+    except Refused:
+        return  # a published tokenizer: sizes are known once it is loaded
+    values = stage.config["pretrain"]
+    here, free = preflight.this_machine()
+    setting = preflight.setting_of(values, here, processes, stage.arguments.deepspeed)
+    steps = preflight.step_count(values, preflight.training_tokens(stage.recipe))
+    peak = preflight.memory(shape, setting)["peak"]
+    disk = preflight.training_disk(shape, setting, values, steps) or 0
+    there = sum(file.stat().st_size for file in stage.folder.rglob("*") if file.is_file())
+    require_space(stage.folder, disk - there, "checkpoints and the model (pretrain.json: save_total_limit)")
+    stage.say(f"preflight: {peak / 2**30:.1f} GiB per device and {disk / 1e9:.1f} GB of disk, computed")
+    if peak > free:
+        stage.say(f"warning: only {free / 2**30:.1f} GiB are free; see --dry-run for what to change")
+
+
+def forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print the preflight of a pretraining."""
+    ranks = arguments.nproc or default_ranks()
+    check_launch(config["pretrain"], "pretrain", arguments.deepspeed, ranks)
+    try:
+        for line in preflight.report(arguments.recipe, config, ranks, arguments.deepspeed):
+            print(f"  {line}")
+    except Refused as error:
+        print(f"  preflight: {error}")
+
+
 def main() -> None:
     """Run the stage that belongs to the training script named first on the command line."""
     script = Path(sys.argv.pop(1))
     if script.name not in STAGES:
         raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
     name, sections, inputs = STAGES[script.name]
+    if "--probe" in sys.argv and name == "05_pretrain":
+        run_probe(name, script)
+        return
     skip = no_pairs if name == "12_finetune" else None
     doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc) or deepspeed (--deepspeed)."
     run_stage(
@@ -208,6 +259,7 @@ def main() -> None:
         options=_options,
         resumable=True,
         skip=skip,
+        preview=forecast if name == "05_pretrain" else None,
     )
 
 

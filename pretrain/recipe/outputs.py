@@ -168,6 +168,7 @@ def run_stage(
     options: Callable[[argparse.ArgumentParser], None] | None = None,
     resumable: bool = False,
     skip: Callable[[dict[str, Any]], str] | None = None,
+    preview: Callable[[dict[str, Any], argparse.Namespace], None] | None = None,
 ) -> None:
     """Run a stage as a command: parse, check, skip or refuse, lock, work, publish; exits with the right code.
 
@@ -175,6 +176,7 @@ def run_stage(
     sections: the recipe's files that decide this stage's result; a change in one makes it stale.
     inputs: earlier stages it reads. facts: further things the result depends on (a user's own files).
     skip: gives the reason for which a recipe does without this stage, or an empty string.
+    preview: prints what is known beforehand, for --dry-run.
     resumable: the work folder of an unfinished run with the same wishes is kept and handed to `work` again.
     """
     name = Path(script).stem
@@ -188,7 +190,7 @@ def run_stage(
             1, signal.SIGTERM
         )  # PR_SET_PDEATHSIG: when run_all.sh is killed, stop as well
     try:
-        _run(name, arguments, work, sections, inputs, facts, resumable, skip)
+        _run(name, arguments, work, sections, inputs, facts, resumable, skip, preview)
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -222,6 +224,7 @@ def _run(
     facts: Callable[[dict[str, Any]], dict[str, Any]] | None,
     resumable: bool,
     skip: Callable[[dict[str, Any]], str] | None,
+    preview: Callable[[dict[str, Any], argparse.Namespace], None] | None,
 ) -> None:
     from recipe.config import deciding_keys, load_recipe  # here: config imports this module's names
 
@@ -230,6 +233,8 @@ def _run(
     if reason:
         print(f"{name:15} skipped: {reason}")
         return
+    if preview and arguments.dry_run:
+        preview(config, arguments)
     folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
     missing = [stage for stage, folder in folders.items() if not (folder / "stage.json").exists()]
     if missing:

@@ -36,7 +36,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from recipe.callbacks import Progress, Proof, StopOnSignal
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
 from recipe.config import batch_layout
-from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak
+from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.modeling import MuonAdamW, flops_per_token
 from recipe.outputs import EXIT_TERMINATED, RecipeError
 
@@ -71,6 +71,7 @@ class Run:
     deepspeed: str | None
     ranks: int
     parent: int
+    probe: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -119,7 +120,17 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
 
         # The Trainer does so only later, too late for from_pretrained under ZeRO-3.
         library.init_distributed(dist_backend="gloo")
-    return Run(settings, arguments, choice, hardware, folder, deepspeed, plan["processes"], plan["parent"])
+    return Run(
+        settings,
+        arguments,
+        choice,
+        hardware,
+        folder,
+        deepspeed,
+        plan["processes"],
+        plan["parent"],
+        plan.get("probe", False),
+    )
 
 
 def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
@@ -254,11 +265,13 @@ def train(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved", flush=True
             )
         raise SystemExit(EXIT_TERMINATED)
-    history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
-    final = history.get(trainer.state.global_step) or trainer.evaluate()
-    model.config.use_cache = True
-    trainer.save_model(str(folder))
-    if run.is_main:
+    final: dict[str, Any] = {}
+    if not run.probe:  # which wants the speed and the memory, no model
+        history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
+        final = history.get(trainer.state.global_step) or trainer.evaluate()
+        model.config.use_cache = True
+        trainer.save_model(str(folder))
+    if run.is_main and not run.probe:
         tokenizer.save_pretrained(folder)
         # A pickle, and what it says stands in stage.json.
         (folder / "training_args.bin").unlink(missing_ok=True)
@@ -273,6 +286,7 @@ def train(
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * tokens_per_step,
         "eval_loss": final.get("eval_loss"),
+        "peak_memory_bytes": peak_memory(run.hardware.device),
     }
     if speeds:
         speed = sorted(speeds)[len(speeds) // 2]
