@@ -166,13 +166,14 @@ class Setting:
         return precision + (" compiled" if self.compiled and not self.zero else "")
 
 
-# Bytes for each logit at the peak of the loss, float32 throughout: log-probabilities, their gradient, and the
-# gradient of the logits. Compiled, the logits in the training's precision and their gradient. The bench
-# compares.
-LOGIT_BYTES = {"mixed": 12, "fp32": 12, "half": 12, "mixed compiled": 8, "fp32 compiled": 12}
-# What a process holds before it has a model: libraries, on a GPU its context and the allocator's slack.
-PROCESS_BYTES = {"cpu": 0.6e9, "cuda": 1.0e9}
-COMPILER_BYTES = 0.3e9  # on a CPU; measured by the bench
+# Bytes for each logit at the peak of the loss, on a CPU what the bench leaves when all else is subtracted.
+# Uncompiled: four float32 copies (logits, log-probabilities, two gradients). Compiled and fused: the 16-bit
+# logits and their gradient.
+LOGIT_BYTES = {"mixed": 16, "fp32": 16, "half": 16, "mixed compiled": 4, "fp32 compiled": 6}
+# What a process holds before it has a model: libraries (CPU, measured); a GPU's context and its allocator's
+# slack (assumed).
+PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
+COMPILER_BYTES = 0.13e9  # on a CPU, measured
 
 
 @functools.cache
@@ -191,8 +192,9 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
     factors = activation_table()[shape.kind][setting.mode]
     layer = sum(factor * size for factor, size in zip(factors, sizes, strict=True))
     if setting.device == "cpu" and shape.attention_dropout:
-        # PyTorch's CPU kernel knows no dropout: the plain one keeps three float32 scores of each pair.
-        layer += 12 * shape.heads * setting.block_size
+        # PyTorch's CPU kernel knows no dropout: the plain one keeps three float32 scores of each pair, and
+        # queries, keys and values in float32.
+        layer += 12 * shape.heads * setting.block_size + 6 * shape.hidden
     if setting.checkpointing:
         residual = 2 if setting.mode == "half" else 4
         return tokens * (shape.layers * residual * shape.hidden + layer)
@@ -408,6 +410,24 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
     if not counts:
         return None
     return min(counts) * checkpoint_bytes(shape, setting) + 4 * shape.parameters
+
+
+# Bytes on disk at the fullest moment of stages 01 to 04 for each byte of uncompressed text, beside the
+# sources themselves: raw, clean and final shards, signatures of near-duplicates, tokens. Measured on `tiny`.
+DATA_FACTOR = 2.0
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet")
+COMPRESSION = 4.5  # text is about so many times as large; xz and bz2 on Japanese text
+
+
+def data_disk(dataset: dict[str, Any], files: dict[str, int]) -> float:
+    """Bytes that stages 01 to 04 need in all: `disk_gigabytes` of dataset.json, else by the sources' sizes.
+
+    files: size in bytes by name or URL, of those that are known. A dataset of the hub has no known size.
+    """
+    if "disk_gigabytes" in dataset:
+        return dataset["disk_gigabytes"] * 1e9
+    factors = {name: COMPRESSION if name.endswith(COMPRESSED) else 1 for name in files}
+    return sum(size * (1 + DATA_FACTOR * factors[name]) for name, size in files.items())
 
 
 def measured_rate(recipe: str, hardware: str) -> tuple[float, str] | None:

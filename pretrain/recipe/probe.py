@@ -84,13 +84,15 @@ def attempt(
 def combinations(values: dict[str, Any], ranks: int) -> Iterator[tuple[str | None, bool, bool]]:
     """(DeepSpeed file or None, checkpointing, compile), those worth comparing.
 
-    ZeRO only where ranks share something, never with Muon; torch.compile only without ZeRO.
+    ZeRO only where ranks share something, never with Muon; torch.compile only without ZeRO, where there is a
+    compiler, and unless pretrain.json says false.
     """
+    compiler = shutil.which("g++") and values.get("torch_compile", True)
     stages = ["zero1", "zero2", "zero3"] if ranks > 1 and not values.get("muon_learning_rate") else []
     for deepspeed, checkpointing, compiled in itertools.product(
         [None, *stages], (False, True), (False, True)
     ):
-        if not (compiled and (deepspeed or not shutil.which("g++"))):
+        if not (compiled and (deepspeed or not compiler)):
             yield deepspeed, checkpointing, compiled
 
 
