@@ -9,6 +9,7 @@ import time
 
 from recipe.download import download, missing_bytes, require_space, source_facts
 from recipe.outputs import DATA, Stage, data_lock, run_stage
+from recipe.preflight import require_data_space
 
 
 def main(stage: Stage) -> None:
@@ -16,8 +17,9 @@ def main(stage: Stage) -> None:
     records, megabytes, seconds = {}, 0.0, 0.0
     sources = stage.config["dataset"]["sources"]
     with data_lock():
-        needed = sum(missing_bytes(name, spec, DATA) for name, spec in sources.items())
-        require_space(DATA, needed, "downloading")
+        missing = {name: missing_bytes(name, spec, DATA) for name, spec in sources.items()}
+        require_space(DATA, sum(missing.values()), "downloading")
+        require_data_space(stage.recipe, stage.config["dataset"], missing)
         for name, spec in sources.items():
             started = time.monotonic()
             records[name] = download(name, spec, DATA)

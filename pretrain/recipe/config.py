@@ -34,6 +34,7 @@ DATASET = {
     "rules": "dict",
     "minhash": "dict|null",
     "valid_share": "float",
+    "disk_gigabytes": "float",
     "engine": "dict",
 }
 NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int"}
@@ -124,6 +125,7 @@ NOT_DECIDING = (
     "minimum_megabytes",
     "weight",  # stages 03 and 05 name it among their facts: it does not change the documents
     "engine",
+    "disk_gigabytes",
 )
 # What has one home elsewhere, and where.
 ELSEWHERE = {

@@ -158,7 +158,7 @@ def missing_bytes(name: str, spec: dict[str, Any], data: Path) -> int:
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise Refused unless the disk of `folder` (which need not exist yet) has `needed` bytes free."""
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     if needed > free:
         raise Refused(
             f"{folder}: {what} needs {needed:,} bytes, and {free:,} bytes are free. Make room, or put a link "
@@ -166,7 +166,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     """Free bytes of the disk that holds `folder`, or will hold it."""
     while not folder.exists():
         folder = folder.absolute().parent
@@ -636,7 +636,7 @@ def _room_for(target: Path, total: int | None) -> Iterator[None]:
         have = part.stat().st_size if part.exists() else 0
         needed = f"{total - have:,}" if total is not None else "an unknown number of"
         raise RecipeError(
-            f"{part}: {error.strerror}: {needed} bytes are still to come, {_free_bytes(part.parent):,} are "
+            f"{part}: {error.strerror}: {needed} bytes are still to come, {free_bytes(part.parent):,} are "
             f"free. {have:,} bytes are kept: make room and run again, and it goes on from there"
         ) from error
 

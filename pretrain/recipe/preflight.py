@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import CONFIGS, batch_layout
-from recipe.outputs import OUTPUTS, Refused, read_json
+from recipe.download import free_bytes, is_own, own_files, require_space
+from recipe.outputs import DATA, OUTPUTS, Refused, read_json
 
 GIB = 2**30
 
@@ -412,22 +413,49 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
     return min(counts) * checkpoint_bytes(shape, setting) + 4 * shape.parameters
 
 
-# Bytes on disk at the fullest moment of stages 01 to 04 for each byte of uncompressed text, beside the
-# sources themselves: raw, clean and final shards, signatures of near-duplicates, tokens. Measured on `tiny`.
+# Bytes on disk at the fullest moment of stages 02 to 04 for each byte of text: raw, clean and final shards,
+# signatures of near-duplicates, tokens. Measured on `tiny`.
 DATA_FACTOR = 2.0
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet")
-COMPRESSION = 4.5  # text is about so many times as large; xz and bz2 on Japanese text
+COMPRESSION = 4.5  # what xz and bz2 make of Japanese text
 
 
-def data_disk(dataset: dict[str, Any], files: dict[str, int]) -> float:
-    """Bytes that stages 01 to 04 need in all: `disk_gigabytes` of dataset.json, else by the sources' sizes.
+def data_disk(dataset: dict[str, Any], missing: dict[str, int]) -> float:
+    """Bytes that stages 01 to 04 need on top of what is there: `disk_gigabytes` of dataset.json, else by the
+    sources' sizes as far as they are known.
 
-    files: size in bytes by name or URL, of those that are known. A dataset of the hub has no known size.
+    missing: bytes still to be downloaded by source. A hub's dataset has no known size before it is read.
     """
     if "disk_gigabytes" in dataset:
         return dataset["disk_gigabytes"] * 1e9
-    factors = {name: COMPRESSION if name.endswith(COMPRESSED) else 1 for name in files}
-    return sum(size * (1 + DATA_FACTOR * factors[name]) for name, size in files.items())
+    total = float(sum(missing.values()))
+    for name, spec in dataset["sources"].items():
+        sizes = {url: missing[name] for url in [str(spec.get("url", ""))] if url}
+        if is_own(spec):
+            sizes = {str(path): path.stat().st_size for path in own_files(name, spec) if path.is_file()}
+        limit = spec.get("maximum_megabytes", math.inf) * 1e6
+        text = sum(size * (COMPRESSION if _compressed(file) else 1) for file, size in sizes.items())
+        total += DATA_FACTOR * min(text, limit)
+    return total
+
+
+def _compressed(file: str) -> bool:
+    return file.rstrip("']").endswith(COMPRESSED)
+
+
+def require_data_space(recipe: str, dataset: dict[str, Any], missing: dict[str, int]) -> None:
+    """Raise Refused, before anything is downloaded, unless the disk has room for stages 01 to 04.
+
+    What this recipe's sources and outputs take already counts towards `disk_gigabytes`.
+    """
+    needed = data_disk(dataset, missing)
+    if "disk_gigabytes" in dataset:
+        folders = [*(DATA / name for name in dataset["sources"]), OUTPUTS / recipe]
+        files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+        needed = max(0, needed - sum(file.stat().st_size for file in files))
+    require_space(
+        OUTPUTS, int(needed), "the data of stages 01 to 04 (dataset.json: disk_gigabytes, or computed)"
+    )
 
 
 def measured_rate(recipe: str, hardware: str) -> tuple[float, str] | None:
@@ -498,6 +526,9 @@ def report(
         size = checkpoint_bytes(shape, setting)
         kept = f"checkpoints of {size / 1e9:.2f} GB and the model"
         yield f"disk         {disk / 1e9:.1f} GB for {kept} (computed)"
+    if "disk_gigabytes" in config["dataset"]:
+        wanted, free_disk = config["dataset"]["disk_gigabytes"], free_bytes(OUTPUTS) / 1e9
+        yield f"             {wanted:,.0f} GB for stages 01 to 04 (dataset.json); {free_disk:,.0f} GB are free now"
     work = shape.flops_per_token(values["block_size"]) * (steps * per_step if steps else 1e9)
     unit = "" if steps else " per 1e9 tokens"
     yield "device                             settings of pretrain.json, or what must change to fit"
