@@ -328,7 +328,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     """Ever costlier changes by which a training takes less memory, each with the options that make it.
 
     The global batch stays. First smaller micro-batches, which cost little; then checkpointing (a third more
-    computing), an 8-bit optimizer, ZeRO where there are ranks to share with, offloading at last.
+    computing), ZeRO where there are ranks to share with, an 8-bit optimizer (GPUs only), offloading at last.
     """
     share = setting.micro_batch * setting.accumulation
     micros = [m for m in range(setting.micro_batch, 0, -1) if share % m == 0]
@@ -338,11 +338,13 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     if not setting.checkpointing:
         plans.append(({"checkpointing": True}, checkpointing))
     changes, options = plans[-1]
-    if not setting.zero:
-        eight_bit = [*options, *no_muon, "--set pretrain.optim=adamw_bnb_8bit"]
-        plans.append((changes | {"optimizer": "8-bit AdamW"}, eight_bit))
     stages = ["zero1", "zero2", "zero3"] if setting.ranks > 1 else []
-    for name in [*stages, "zero2_offload", "zero3_offload"]:
+    for name in [*stages, "8-bit", "zero2_offload", "zero3_offload"]:
+        if name == "8-bit":
+            if setting.device == "cuda" and not setting.zero:
+                eight_bit = [*options, *no_muon, "--set pretrain.optim=adamw_bnb_8bit"]
+                plans.append((changes | {"optimizer": "8-bit AdamW"}, eight_bit))
+            continue
         fields = zero_of(name)
         if fields["zero"] >= setting.zero:
             changed = changes | fields | {"optimizer": "AdamW"}
@@ -414,8 +416,8 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
 
 
 # Bytes on disk at the fullest moment of stages 02 to 04 for each byte of text: raw, clean and final shards,
-# signatures of near-duplicates, tokens. Measured on `tiny`.
-DATA_FACTOR = 2.0
+# signatures of near-duplicates. Measured on `tiny`: 1.0; half more for documents that are shorter.
+DATA_FACTOR = 1.5
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet")
 COMPRESSION = 4.5  # what xz and bz2 make of Japanese text
 
@@ -528,12 +530,13 @@ def report(
         yield f"disk         {disk / 1e9:.1f} GB for {kept} (computed)"
     if "disk_gigabytes" in config["dataset"]:
         wanted, free_disk = config["dataset"]["disk_gigabytes"], free_bytes(OUTPUTS) / 1e9
-        yield f"             {wanted:,.0f} GB for stages 01 to 04 (dataset.json); {free_disk:,.0f} GB are free now"
+        yield f"             {wanted:,.0f} GB for stages 01 to 04 (dataset.json); {free_disk:,.0f} GB free"
     work = shape.flops_per_token(values["block_size"]) * (steps * per_step if steps else 1e9)
     unit = "" if steps else " per 1e9 tokens"
-    yield "device                             settings of pretrain.json, or what must change to fit"
+    yield "device                                    settings of pretrain.json, or what must change to fit"
     rate = measured_rate(recipe, here.name)
-    yield _device_line(here, free, values, shape, setting, work, unit, rate)
+    limit = free / ranks if here.kind == "cpu" else free  # the ranks share a CPU's memory
+    yield _device_line(here, limit, values, shape, setting, work, unit, rate)
     for device in PROFILES:
         on_it = setting_of(values, device, ranks, deepspeed)
         limit = device.gigabytes * GIB * USABLE
@@ -570,7 +573,8 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
     yield f"             {'':22}" + "".join(f"{count:>8}" for count in counts) + "  bytes a parameter"
     rows = ("plain", "16"), ("zero1", "4 + 12/N"), ("zero2", "2 + 14/N"), ("zero3", "16/N")
     for name, formula in rows:
-        fields = {"zero": int(name[-1])} if name != "plain" else {"zero": 0}
+        fields = {"zero": int(name[-1]) if name != "plain" else 0}
+        fields |= {"offload_optimizer": False, "offload_parameters": False}
         cells = ""
         for count in counts:
             states = memory(
@@ -596,7 +600,7 @@ def _device_line(
         if device.kind == "cuda"
         else f"this machine, {device.name}"
     )
-    head = f"  {name:33}"
+    head = f"  {name:40}"
     peak = memory(shape, setting)["peak"]
     found = fit(shape, values, setting, limit)
     if found is None:
