@@ -18,10 +18,42 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.distributed import DistributedConfig
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from recipe.outputs import Refused
 
 SCHEDULER = "scheduler.pt"
+
+
+class _SummedGradient(TensorParallelLayer):
+    """A weight that every rank holds whole and of whose gradient each has a part: norms of single heads.
+
+    transformers 5.23 sums over the ranks what has accumulated, after every micro-batch, so that with
+    accumulation the first micro-batch counts several times. Here each micro-batch's own gradient is summed.
+    """
+
+    def install_forward(self, module: torch.nn.Module, mesh: Any) -> torch.nn.Module:
+        forward, hooked = module.forward, set()
+
+        def summed(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=mesh.get_group())
+            return gradient
+
+        def tp_forward(*arguments: Any, **keywords: Any) -> Any:
+            # Only now: loading replaces the parameters that stand here while the plan is applied.
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad and parameter not in hooked:
+                    parameter.register_hook(summed)
+                    hooked.add(parameter)
+            return forward(*arguments, **keywords)
+
+        module.forward = tp_forward
+        return module
+
+
+ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", _SummedGradient())
 
 
 def shard(
