@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,8 +243,8 @@ def train(stage: Stage, script: Path) -> None:
         (stage.folder / name).unlink(missing_ok=True)
 
 
-def _run_child(stage: Stage, script: Path, plans: Path) -> None:
-    """Write the plan into the folder `plans`, start the launcher and wait for it."""
+def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
+    """Write the plan into the folder `plans`, start the launcher and wait for it (see `_wait`)."""
     launch = launch_of(stage.arguments)
     deepspeed = launch.check(stage.config, STAGES[script.name][1][-1])
     plan = {
@@ -267,7 +267,7 @@ def _run_child(stage: Stage, script: Path, plans: Path) -> None:
     environment = child_environment(os.environ, launch.processes, for_hosts)
     lock = () if launch.node_rank else (stage.lock,)
     child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
-    code = _wait(child, stage)
+    code = _wait(child, stage, published)
     if code == EXIT_REFUSED:
         raise Refused("the training refused to start; the reason stands above")
     if code:
@@ -294,19 +294,33 @@ def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
         if arguments.dry_run:
             print(f"{name:15} would join node 0 at {arguments.master_addr}")
             return
+        before = _identity(final / "stage.json")
         with tempfile.TemporaryDirectory() as plans:
-            _run_child(stage, script, Path(plans))
+            _run_child(
+                stage, script, Path(plans), lambda: _identity(final / "stage.json") not in (None, before)
+            )
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _wait(child: subprocess.Popen[bytes], stage: Stage) -> int:
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
+
+
+def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], bool] | None = None) -> int:
     """Wait for the child. On SIGINT or SIGTERM write the stop file and raise Interrupted once all has ended;
     likewise when somebody else wrote it (``touch outputs/RECIPE/.05_pretrain.work/stop``).
 
     A file, because it reaches every rank under every launcher and on every machine: DeepSpeed's dies of a
     signal and leaves its ranks behind.
+
+    published: whether node 0 has the stage's result, for the other nodes: it may have one without training,
+    and ranks of theirs would wait for its ranks for ever.
     """
     received: list[int] = []
     stop = stage.folder / "stop"
@@ -324,6 +338,17 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage) -> int:
 
     old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
+        while published and child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(2)
+            if published():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(20)  # for ranks that have trained and are on their way out
+                if child.poll() is None:
+                    child.terminate()
+                    child.wait()
+                    stage.say("node 0 has the result without training")
+                    return 0
         code = child.wait()
     finally:
         for signum, handler in old.items():
