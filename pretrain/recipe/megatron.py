@@ -1,0 +1,237 @@
+"""The way to Megatron-LM, for models that need pipeline parallelism: its arguments for a recipe, checked.
+
+    python -m recipe.megatron --recipe NAME [--tensor-parallel T] [--pipeline-parallel P]
+
+Standard output holds the arguments of Megatron-LM's pretrain_gpt.py for the recipe's model, tokenizer and
+token files, so that they can stand in its command line; what was checked, and how weights of stage 05 are
+converted, goes to standard error. The token files of stage 04 are Megatron-LM's own and serve as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from recipe.config import load_recipe
+from recipe.outputs import RecipeError, Refused, read_json, stage_folder
+
+# Architectures that Megatron-LM's GPT model can be, by model_type, and the converter's name for them.
+CONVERTER = {"llama": "llama3", "mistral": "mistral", "qwen3": None}
+VOCABULARY_MULTIPLE = 128  # Megatron-LM's default; rows of the embedding are padded to it, on each rank
+
+
+def arguments_for(config: Any, seq_length: int, tensor: int = 1, pipeline: int = 1) -> dict[str, str | None]:
+    """Megatron-LM's arguments for a Hugging Face model config; a flag has the value None.
+
+    Raises Refused for what Megatron-LM's GPT model or so many ranks cannot be.
+    """
+    if config.model_type not in CONVERTER:
+        raise Refused(f"model_type: {config.model_type}, wanted one of {', '.join(CONVERTER)}")
+    heads = config.num_attention_heads
+    groups = config.num_key_value_heads
+    rope = config.rope_parameters
+    window = getattr(config, "sliding_window", None)
+    for fault, wrong in {
+        f"hidden_act: {config.hidden_act}, wanted silu": config.hidden_act != "silu",
+        f"rope_parameters: rope_type {rope['rope_type']}, wanted default": rope["rope_type"] != "default",
+        "attention_bias, mlp_bias: wanted false": any(
+            getattr(config, key, False) for key in ("attention_bias", "mlp_bias")
+        ),
+        f"sliding_window: {window} is less than the {seq_length} tokens of a block, and the converter would "
+        "drop it": window and window < seq_length and getattr(config, "use_sliding_window", True),
+        f"--pipeline-parallel {pipeline} does not divide {config.num_hidden_layers} layers": (
+            config.num_hidden_layers % pipeline
+        ),
+        f"--tensor-parallel {tensor} does not divide {groups} key-value heads": groups % tensor,
+    }.items():
+        if wrong:
+            raise Refused(f"not to be handed to Megatron-LM: {fault}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    found = {
+        "--num-layers": config.num_hidden_layers,
+        "--hidden-size": config.hidden_size,
+        "--ffn-hidden-size": config.intermediate_size,
+        "--num-attention-heads": heads,
+        "--kv-channels": head_dim,
+        "--group-query-attention": None,
+        "--num-query-groups": groups,
+        "--max-position-embeddings": config.max_position_embeddings,
+        "--seq-length": seq_length,
+        "--position-embedding-type": "rope",
+        "--rotary-base": int(rope["rope_theta"]),
+        "--normalization": "RMSNorm",
+        "--norm-epsilon": config.rms_norm_eps,
+        "--swiglu": None,
+        "--disable-bias-linear": None,
+        "--attention-dropout": config.attention_dropout,
+        "--hidden-dropout": 0.0,
+        "--init-method-std": config.initializer_range,
+        "--make-vocab-size-divisible-by": VOCABULARY_MULTIPLE,
+        "--tensor-model-parallel-size": tensor,
+        "--pipeline-model-parallel-size": pipeline,
+    }
+    if config.model_type == "qwen3":
+        found["--qk-layernorm"] = None
+    if not config.tie_word_embeddings:
+        found["--untie-embeddings-and-output-weights"] = None
+    return {name: None if value is None else str(value) for name, value in found.items()}
+
+
+def data_arguments(tokenizer: Path, tokens: Path) -> dict[str, str | None]:
+    """Megatron-LM's arguments for the tokenizer and the token files, documents kept apart as in stage 05."""
+    return {
+        "--tokenizer-type": "HuggingFaceTokenizer",
+        "--tokenizer-model": str(tokenizer),
+        "--train-data-path": str(tokens / "train"),
+        "--valid-data-path": str(tokens / "valid"),
+        "--reset-position-ids": None,
+        "--reset-attention-mask": None,
+        "--eod-mask-loss": None,
+    }
+
+
+def check_tokens(prefix: Path, vocab_size: int) -> tuple[int, int]:
+    """(documents, tokens) of a token file, read by megatron-core's reader and compared with ours.
+
+    The lengths of all documents are compared, and the ids of the first and the last thousand. Raises
+    RecipeError where they differ; ImportError without megatron-core.
+    """
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from recipe.packing import TokenFile
+
+    theirs, ours = IndexedDataset(str(prefix)), TokenFile(prefix)
+    starts = np.asarray(ours.starts) // ours.dtype.itemsize
+    ends = np.append(starts[1:], len(ours.tokens))
+    if not np.array_equal(theirs.sequence_lengths, ends - starts):
+        raise RecipeError(f"{prefix}: megatron-core reads other documents. Run stage 04 with --force")
+    count = len(starts)
+    for number in sorted({*range(min(count, 1000)), *range(max(0, count - 1000), count)}):
+        ids = theirs[number]
+        if not np.array_equal(ids, ours.tokens[starts[number] : ends[number]]) or ids.max() >= vocab_size:
+            raise RecipeError(f"{prefix}: megatron-core reads other ids in document {number}")
+    return count, len(ours.tokens)
+
+
+def converter_weights(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that Megatron-LM's llama_mistral loader reads from a Hugging Face folder."""
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = (head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(config.num_hidden_layers):
+        for name, shape in {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def check_weights(folder: Path, config: Any) -> None:
+    """Raise Refused unless a Hugging Face folder holds exactly the weights that the converter reads.
+
+    It would leave others out without a word, such as the norms of Qwen3's heads.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (no mapping)
+                found[name] = tuple(weights.get_slice(name).get_shape())
+    wanted = converter_weights(config)
+    wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if wrong:
+        name = wrong[0]
+        raise Refused(
+            f"{folder}: {len(wrong)} weights are not what Megatron-LM's converter reads, such as {name}: "
+            f"{found.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
+        )
+
+
+def conversion(folder: Path, config: Any, tensor: int, pipeline: int) -> str:
+    """The command that converts stage 05's weights, to be run in a clone of Megatron-LM (or, for Qwen3, with
+    Megatron Bridge), checked as far as the folder goes. Raises Refused.
+    """
+    kind = CONVERTER[config.model_type]
+    if kind is None:
+        where = f"hf_model_id={str(folder)!r}, megatron_path='CHECKPOINT'"
+        return f'python -c "from megatron.bridge import AutoBridge; AutoBridge.import_ckpt({where})"'
+    check_weights(folder, config)
+    words = ["python", "tools/checkpoint/convert.py", "--model-type", "GPT", "--loader", "llama_mistral"]
+    words += ["--saver", "core", "--checkpoint-type", "hf", "--model-size", kind]
+    words += ["--load-dir", str(folder), "--tokenizer-model", str(folder), "--save-dir", "CHECKPOINT"]
+    words += ["--target-tensor-parallel-size", str(tensor), "--target-pipeline-parallel-size", str(pipeline)]
+    return shlex.join(words)
+
+
+def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) -> None:
+    from transformers import AutoConfig
+
+    config = load_recipe(recipe, overrides)
+    tokenizer, tokens = stage_folder(recipe, "03_tokenizer"), stage_folder(recipe, "04_tokenize")
+    if not (tokens / "stage.json").exists():
+        raise Refused(f"{tokens}: missing. Run `bash run_all.sh --recipe {recipe} --to 04`")
+    vocab_size = len(read_json(tokenizer / "tokenizer.json")["model"]["vocab"])
+    values = dict(config["model"])
+    model = AutoConfig.for_model(values.pop("model_type"), **values | {"vocab_size": vocab_size})
+    pretrain = config["pretrain"]
+    arguments = arguments_for(model, pretrain["block_size"], tensor, pipeline)
+    arguments |= {"--global-batch-size": str(pretrain["global_batch_size"])}
+    arguments |= data_arguments(tokenizer, tokens)
+    multiple = VOCABULARY_MULTIPLE * tensor
+    notes = [f"vocabulary: {vocab_size:,} ids, {-(-vocab_size // multiple) * multiple:,} rows"]
+    for side in ("train", "valid"):
+        try:
+            documents, count = check_tokens(tokens / side, vocab_size)
+            notes.append(f"{side}: megatron-core reads {documents:,} documents, {count:,} tokens, as we do")
+        except ImportError:
+            notes.append(f"{side}: not checked, because megatron-core is not installed")
+    trained = stage_folder(recipe, "05_pretrain")
+    if (trained / "stage.json").exists():
+        notes.append("to start from the weights of stage 05, convert them and add `--load CHECKPOINT`:")
+        notes.append(f"  {conversion(trained, model, tensor, pipeline)}")
+    print("\n".join(notes), file=sys.stderr)
+    print(
+        "\n".join(
+            name if value is None else f"{name} {shlex.quote(value)}" for name, value in arguments.items()
+        )
+    )
+
+
+def main() -> None:
+    """Print the arguments of a recipe; exit 2 with the reason when it cannot be handed over."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FILE.KEY=VALUE")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="T")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="P")
+    arguments = parser.parse_args()
+    try:
+        _hand_over(
+            arguments.recipe, arguments.overrides, arguments.tensor_parallel, arguments.pipeline_parallel
+        )
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
