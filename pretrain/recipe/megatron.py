@@ -18,8 +18,8 @@ from typing import Any
 from recipe.config import load_recipe
 from recipe.outputs import RecipeError, Refused, read_json, stage_folder
 
-# Architectures that Megatron-LM's GPT model can be, by model_type, and the converter's name for them.
-CONVERTER = {"llama": "llama3", "mistral": "mistral", "qwen3": None}
+# Architectures that Megatron-LM's GPT model can be.
+MODEL_TYPES = ("llama", "mistral", "qwen3")
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's default; rows of the embedding are padded to it, on each rank
 
 
@@ -28,8 +28,8 @@ def arguments_for(config: Any, seq_length: int, tensor: int = 1, pipeline: int =
 
     Raises Refused for what Megatron-LM's GPT model or so many ranks cannot be.
     """
-    if config.model_type not in CONVERTER:
-        raise Refused(f"model_type: {config.model_type}, wanted one of {', '.join(CONVERTER)}")
+    if config.model_type not in MODEL_TYPES:
+        raise Refused(f"model_type: {config.model_type}, wanted one of {', '.join(MODEL_TYPES)}")
     heads = config.num_attention_heads
     groups = config.num_key_value_heads
     rope = config.rope_parameters
@@ -40,8 +40,9 @@ def arguments_for(config: Any, seq_length: int, tensor: int = 1, pipeline: int =
         "attention_bias, mlp_bias: wanted false": any(
             getattr(config, key, False) for key in ("attention_bias", "mlp_bias")
         ),
-        f"sliding_window: {window} is less than the {seq_length} tokens of a block, and the converter would "
-        "drop it": window and window < seq_length and getattr(config, "use_sliding_window", True),
+        f"sliding_window: {window} is less than the {seq_length} tokens of a block": window
+        and window < seq_length
+        and getattr(config, "use_sliding_window", True),
         f"--pipeline-parallel {pipeline} does not divide {config.num_hidden_layers} layers": (
             config.num_hidden_layers % pipeline
         ),
@@ -117,36 +118,37 @@ def check_tokens(prefix: Path, vocab_size: int) -> tuple[int, int]:
     return count, len(ours.tokens)
 
 
-def converter_weights(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that Megatron-LM's llama_mistral loader reads from a Hugging Face folder."""
+def expected_weights(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Hugging Face folder's weights from which Megatron-LM's model is made."""
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = (head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(config.num_hidden_layers):
-        for name, shape in {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    shapes["model.norm.weight"] = (hidden,)
+    per_layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    if config.model_type == "qwen3":
+        per_layer |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+    shapes = {
+        f"model.layers.{layer}.{name}.weight": shape
+        for layer in range(config.num_hidden_layers)
+        for name, shape in per_layer.items()
+    }
+    shapes |= {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
 
 
-def check_weights(folder: Path, config: Any) -> None:
-    """Raise Refused unless a Hugging Face folder holds exactly the weights that the converter reads.
-
-    It would leave others out without a word, such as the norms of Qwen3's heads.
-    """
+def check_weights(folder: Path, config: Any) -> int:
+    """The number of weights in a Hugging Face folder; Refused unless it holds exactly `expected_weights`."""
     from safetensors import safe_open
 
     found = {}
@@ -154,30 +156,15 @@ def check_weights(folder: Path, config: Any) -> None:
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (no mapping)
                 found[name] = tuple(weights.get_slice(name).get_shape())
-    wanted = converter_weights(config)
+    wanted = expected_weights(config)
     wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if wrong:
         name = wrong[0]
         raise Refused(
-            f"{folder}: {len(wrong)} weights are not what Megatron-LM's converter reads, such as {name}: "
+            f"{folder}: {len(wrong)} weights are not those of model.json's model, such as {name}: "
             f"{found.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
         )
-
-
-def conversion(folder: Path, config: Any, tensor: int, pipeline: int) -> str:
-    """The command that converts stage 05's weights, to be run in a clone of Megatron-LM (or, for Qwen3, with
-    Megatron Bridge), checked as far as the folder goes. Raises Refused.
-    """
-    kind = CONVERTER[config.model_type]
-    if kind is None:
-        where = f"hf_model_id={str(folder)!r}, megatron_path='CHECKPOINT'"
-        return f'python -c "from megatron.bridge import AutoBridge; AutoBridge.import_ckpt({where})"'
-    check_weights(folder, config)
-    words = ["python", "tools/checkpoint/convert.py", "--model-type", "GPT", "--loader", "llama_mistral"]
-    words += ["--saver", "core", "--checkpoint-type", "hf", "--model-size", kind]
-    words += ["--load-dir", str(folder), "--tokenizer-model", str(folder), "--save-dir", "CHECKPOINT"]
-    words += ["--target-tensor-parallel-size", str(tensor), "--target-pipeline-parallel-size", str(pipeline)]
-    return shlex.join(words)
+    return len(found)
 
 
 def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) -> None:
@@ -204,8 +191,12 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
             notes.append(f"{side}: not checked, because megatron-core is not installed")
     trained = stage_folder(recipe, "05_pretrain")
     if (trained / "stage.json").exists():
-        notes.append("to start from the weights of stage 05, convert them and add `--load CHECKPOINT`:")
-        notes.append(f"  {conversion(trained, model, tensor, pipeline)}")
+        where = f"hf_model_id={str(trained)!r}, megatron_path='CHECKPOINT'"
+        notes += [
+            f"stage 05: {check_weights(trained, model)} weights, by name and shape what Megatron-LM's model is",
+            "made of. To start from them convert them with Megatron Bridge, and add `--load CHECKPOINT`:",
+            f'  python -c "from megatron.bridge import AutoBridge; AutoBridge.import_ckpt({where})"',
+        ]
     print("\n".join(notes), file=sys.stderr)
     print(
         "\n".join(
