@@ -3,8 +3,8 @@
     python -m recipe.megatron --recipe NAME [--tensor-parallel T] [--pipeline-parallel P]
 
 Standard output holds the arguments of Megatron-LM's pretrain_gpt.py for the recipe's model, tokenizer and
-token files, so that they can stand in its command line; what was checked, and how weights of stage 05 are
-converted, goes to standard error. The token files of stage 04 are Megatron-LM's own and serve as they are.
+token files, so that they can stand in its command line; what was checked, and how the weights of stage 05
+are converted, goes to standard error. The token files of stage 04 are Megatron-LM's own and serve as they are.
 """
 
 from __future__ import annotations
@@ -34,20 +34,24 @@ def arguments_for(config: Any, seq_length: int, tensor: int = 1, pipeline: int =
     groups = config.num_key_value_heads
     rope = config.rope_parameters
     window = getattr(config, "sliding_window", None)
-    for fault, wrong in {
-        f"hidden_act: {config.hidden_act}, wanted silu": config.hidden_act != "silu",
-        f"rope_parameters: rope_type {rope['rope_type']}, wanted default": rope["rope_type"] != "default",
-        "attention_bias, mlp_bias: wanted false": any(
-            getattr(config, key, False) for key in ("attention_bias", "mlp_bias")
+    faults = (
+        (config.hidden_act != "silu", f"hidden_act: {config.hidden_act}, wanted silu"),
+        (rope["rope_type"] != "default", f"rope_parameters: rope_type {rope['rope_type']}, wanted default"),
+        (
+            getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
+            "attention_bias, mlp_bias: wanted false",
         ),
-        f"sliding_window: {window} is less than the {seq_length} tokens of a block": window
-        and window < seq_length
-        and getattr(config, "use_sliding_window", True),
-        f"--pipeline-parallel {pipeline} does not divide {config.num_hidden_layers} layers": (
-            config.num_hidden_layers % pipeline
+        (
+            window and window < seq_length and getattr(config, "use_sliding_window", True),
+            f"sliding_window: {window} is less than the {seq_length} tokens of a block",
         ),
-        f"--tensor-parallel {tensor} does not divide {groups} key-value heads": groups % tensor,
-    }.items():
+        (
+            config.num_hidden_layers % pipeline,
+            f"--pipeline-parallel {pipeline} does not divide {config.num_hidden_layers} layers",
+        ),
+        (groups % tensor, f"--tensor-parallel {tensor} does not divide {groups} key-value heads"),
+    )
+    for wrong, fault in faults:
         if wrong:
             raise Refused(f"not to be handed to Megatron-LM: {fault}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -193,8 +197,8 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
     if (trained / "stage.json").exists():
         where = f"hf_model_id={str(trained)!r}, megatron_path='CHECKPOINT'"
         notes += [
-            f"stage 05: {check_weights(trained, model)} weights, by name and shape what Megatron-LM's model is",
-            "made of. To start from them convert them with Megatron Bridge, and add `--load CHECKPOINT`:",
+            f"stage 05: {check_weights(trained, model)} weights, by name and shape those of such a model. To",
+            "start from them convert them with Megatron Bridge, and add `--load CHECKPOINT`:",
             f'  python -c "from megatron.bridge import AutoBridge; AutoBridge.import_ckpt({where})"',
         ]
     print("\n".join(notes), file=sys.stderr)
