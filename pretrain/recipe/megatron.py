@@ -4,7 +4,7 @@
 
 Standard output holds the arguments of Megatron-LM's pretrain_gpt.py for the recipe's model, tokenizer and
 token files, so that they can stand in its command line; what was checked, and how the weights of stage 05
-are converted, goes to standard error. The token files of stage 04 are Megatron-LM's own and serve as they are.
+are converted, goes to standard error. The token files of stage 04 are in its own format.
 """
 
 from __future__ import annotations
