@@ -8,7 +8,7 @@ edited: one passage (another document's text of that length), or characters here
 of the corpus). A copy counts as found when it is in one cluster with its original. Pairs are judged by the
 Jaccard similarity of their folded texts' 5-grams.
 
-Run (about 2 minutes, nothing else running):
+Run (about 1 minute, nothing else running):
     PYTHONPATH=pretrain .venv/bin/python tests/bench/dedup.py [outputs/tiny/02_dataset]
 """
 
