@@ -526,3 +526,31 @@ def test_space_for_all_sources_is_looked_for_before_the_first(site, tmp_path):
     with pytest.raises(Refused, match=rf"b/c: all needs {free * 2:,} bytes, and"):
         download.require_space(tmp_path / "b/c", free * 2, "all")
     download.require_space(tmp_path / "b/c", 1, "all")
+
+
+def test_stopped_stage_goes_on_with_the_file_it_was_at(site, make_project):
+    project = make_project()
+    spec = {"source": "files", "url": site.url.replace(".bin", ".txt"), "sha256": sha256(CONTENT)}
+    project.edit("mini", "dataset", sources={"web": spec})
+    project.environment["no_proxy"] = "127.0.0.1"
+    site.pause = 0.02
+    child = project.start("pretrain/01_download.py", "--recipe", "mini")
+    part = project.folder / "data/web/text.txt.part"
+    ends = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size > 500_000):
+        assert time.monotonic() < ends and child.poll() is None, "the download did not get there"
+        time.sleep(0.01)
+    child.terminate()
+    said, _ = child.communicate()
+    assert child.returncode == 143 and "Run the same command again" in said
+    have = part.stat().st_size
+    site.pause = 0.0
+    project.run("pretrain/01_download.py", "--recipe", "mini")
+    assert site.requests[-1] == ["GET", f"bytes={have}-", 206, len(CONTENT) - have]
+    (file,) = project.figures("mini", "01_download")["sources"]["web"]["files"].values()
+    assert (file["sha256"], file["version"]) == (sha256(CONTENT), '"one"')
+    site.claims, site.content = 10**18, OTHER
+    project.edit("mini", "dataset", sources={"web": {"source": "files", "url": site.url}})
+    refused = project.run("pretrain/01_download.py", "--recipe", "mini", "--force", check=False)
+    assert refused.returncode == 2 and f"downloading needs {10**18:,} bytes" in refused.stderr
+    assert site.requests[-1][0] == "HEAD"
