@@ -23,9 +23,9 @@ from recipe.outputs import RecipeError
 LONGEST_RUN = 1000  # characters
 # SentencePiece's pieces never cross from one script to another, except from kanji to kana, so text may be cut
 # there: equal runs are counted once. A space belongs to what follows it.
-_JAPANESE = "ぁ-ゟァ-ヿｦ-ﾟ々-〇㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff"
+JAPANESE = "ぁ-ゟァ-ヿｦ-ﾟ々-〇㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff"
 _RUN = re.compile(
-    rf" ?(?:[{_JAPANESE}]{{1,{LONGEST_RUN}}}|(?:(?![{_JAPANESE}])[^\W\d_]){{1,{LONGEST_RUN}}}"
+    rf" ?(?:[{JAPANESE}]{{1,{LONGEST_RUN}}}|(?:(?![{JAPANESE}])[^\W\d_]){{1,{LONGEST_RUN}}}"
     rf"|(?:[\d_]|[^\w\t ]){{1,{LONGEST_RUN}}})| "
 )
 # SentencePiece adds up in as many parts as it has threads: with a fixed number every machine gets the same
@@ -103,8 +103,11 @@ def train_tokenizer(sentences: Iterable[str], config: dict[str, Any]) -> Trained
     return Trained(as_fast(core, tokens, config.get("segmenter") if kind == "word-bpe" else None), None)
 
 
-def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any]) -> bytes:
-    """A SentencePiece model, serialised, of the kind ``unigram`` or ``bpe``."""
+def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict: bool = True) -> bytes:
+    """A SentencePiece model, serialised, of the kind ``unigram`` or ``bpe``.
+
+    strict: refuse a text that does not support the vocabulary; otherwise make a smaller one.
+    """
     ids, tokens, size = special_ids(config), special_tokens(config), vocabulary_size(config)
     control: dict[str, Any] = {}
     for key, token in tokens.items():
@@ -125,6 +128,7 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any]) -> byt
             num_threads=THREADS,
             model_type=config.get("kind", "unigram"),
             vocab_size=size,
+            hard_vocab_limit=strict,
             byte_fallback=True,
             character_coverage=config.get("character_coverage", 0.9995),
             split_digits=config.get("split_digits", True),
@@ -133,8 +137,9 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any]) -> byt
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # A space is a piece also where the sample has none: spelt in bytes it would come back as U+2581.
-            required_chars="▁",
+            # Pieces also where the sample has none: a space, which spelt in bytes would come back as U+2581,
+            # and whatever names of control and byte pieces are spelt with in a text.
+            required_chars="".join(sorted({*"▁<0x123456789ABCDEF>", *"".join(filter(None, tokens.values()))})),
             # Longer ones would be skipped silently; a run has at most LONGEST_RUN characters of 4 bytes.
             max_sentence_length=4 * LONGEST_RUN + 100,
             # Half the defaults' rounds, from a quarter of the candidates or fewer: measured to compress as
