@@ -1,4 +1,4 @@
-"""Stage 03: train a tokenizer, or take over a published one, as a fast Hugging Face tokenizer; prove it; report.
+"""Stage 03: train a tokenizer or take over a published one, as a fast Hugging Face tokenizer; prove it; report.
 
 Edit: configs/<recipe>/tokenizer.json. Writes: a folder that AutoTokenizer loads, spm.model (kinds unigram and
 bpe), report.json, report.md, report.png.
@@ -19,7 +19,7 @@ PROOF_TEXTS = 2_000
 
 
 def main(stage: Stage) -> None:
-    """Train on a seeded sample of the training side, save, prove what was saved, measure on the held-out side."""
+    """Make the tokenizer from the training side, save it, prove what was saved, measure it on held-out text."""
     import sentencepiece as spm
     from recipe.config import check_special_ids
     from recipe.tokenizer_report import describe, gate, losses, markdown, picture
@@ -33,7 +33,10 @@ def main(stage: Stage) -> None:
         (stage.folder / "spm.model").write_bytes(model)
     # From here on what is tested is what a user loads: the saved folder.
     tokenizer = AutoTokenizer.from_pretrained(stage.folder)
-    ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "unk_token_id", "bos_token_id", "eos_token_id")}
+    ids = {
+        key: getattr(tokenizer, key)
+        for key in ("pad_token_id", "unk_token_id", "bos_token_id", "eos_token_id")
+    }
     check_special_ids(stage.config, ids, len(tokenizer), f"configs/{stage.recipe}")
     valid = {s: list(read_texts(dataset, "valid", s, SIDE_BYTES)) for s in side_sources(dataset, "valid")}
     texts = [text for part in valid.values() for text in part]

@@ -321,12 +321,18 @@ def _check_tokenizer(values: dict[str, Any], where: str) -> None:
         if values.get(key, 1) <= 0:
             raise Refused(f"{where}: {key}: {values[key]}, wanted more than 0")
     if not 0 < values.get("character_coverage", 1.0) <= 1:
-        raise Refused(f"{where}: character_coverage: {values['character_coverage']}, wanted above 0, at most 1")
+        raise Refused(
+            f"{where}: character_coverage: {values['character_coverage']}, wanted above 0, at most 1"
+        )
     if not trained and "round_to" in values and not values.get("new_pieces"):
         raise Refused(f"{where}: round_to: needs new_pieces: only they can fill the vocabulary up")
     for key in ("user_symbols", "compare"):
         for symbol in values.get(key, []):
-            if not isinstance(symbol, str) or not symbol or (key == "user_symbols" and set(" ▁") & set(symbol)):
+            if (
+                not isinstance(symbol, str)
+                or not symbol
+                or (key == "user_symbols" and set(" ▁") & set(symbol))
+            ):
                 raise Refused(f"{where}: {key}: {_show(symbol)}, wanted a string without spaces")
     _check_special_tokens(values, where)
 
@@ -363,11 +369,13 @@ def special_tokens(tokenizer: dict[str, Any]) -> dict[str, str | None]:
     For the kind ``published`` only what the file names: the rest is as it was published.
     """
     default = {} if tokenizer.get("kind") == "published" else SPECIAL_TOKENS
-    return {key: tokenizer.get(key, default.get(key)) for key in SPECIAL_TOKENS if key in tokenizer or default}
+    return {
+        key: tokenizer.get(key, default.get(key)) for key in SPECIAL_TOKENS if key in tokenizer or default
+    }
 
 
 def special_ids(tokenizer: dict[str, Any]) -> dict[str, int | None]:
-    """The ids that a trained tokenizer's control tokens will have, by tokenizer.json: ``pad_token_id`` and so on.
+    """The ids that a trained tokenizer's control tokens will have: ``pad_token_id`` and so on, or None.
 
     Padding falls to the end token where there is no padding token. Empty for the kind ``published``: its ids
     are known when it is loaded.
@@ -481,11 +489,11 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
 def check_special_ids(
     config: dict[str, dict[str, Any]], ids: dict[str, int | None], size: int | None, where: str
 ) -> None:
-    """Refuse a vocabulary size or special ids in model.json or generation.json that are not the tokenizer's."""
+    """Refuse a vocabulary size or special ids in model.json or generation.json other than the tokenizer's."""
     if size is not None and config["model"].get("vocab_size", size) != size:
         raise Refused(
-            f"{where}/model.json: vocab_size: {config['model']['vocab_size']}, but {where}/tokenizer.json has "
-            f"{size}. Leave it out of model.json: it comes from the tokenizer"
+            f"{where}/model.json: vocab_size: {config['model']['vocab_size']}, but {where}/tokenizer.json "
+            f"has {size}. Leave it out of model.json: it comes from the tokenizer"
         )
     for key, wanted in ids.items():
         for file in ("model", "generation"):

@@ -64,7 +64,7 @@ def from_sentencepiece(model: bytes) -> Tokenizer:
         core = _bpe(proto)
     else:
         raise RecipeError(
-            f"a SentencePiece model of the type {kinds.ModelType.Name(spec.model_type)}, wanted UNIGRAM or BPE"
+            f"SentencePiece model of type {kinds.ModelType.Name(spec.model_type)}, wanted UNIGRAM or BPE"
         )
     tokenizer = Tokenizer(core)
     steps: list[Any] = []
@@ -79,7 +79,11 @@ def from_sentencepiece(model: bytes) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    symbols = [p.piece for p in proto.pieces if p.type == sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED]
+    symbols = [
+        p.piece
+        for p in proto.pieces
+        if p.type == sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    ]
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
     return tokenizer
 
@@ -114,7 +118,7 @@ def _unknown(proto: Any) -> int:
 
 
 def sentencepiece_tokens(processor: spm.SentencePieceProcessor) -> dict[str, str | None]:
-    """The control tokens of a SentencePiece model: ``pad_token`` and so on, None for those it does not have."""
+    """The control tokens of a SentencePiece model: ``pad_token`` and so on, None for one it has not got."""
     ids = {"pad_token": processor.pad_id(), "unk_token": processor.unk_id()}
     ids |= {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
     return {key: processor.id_to_piece(i) if i >= 0 else None for key, i in ids.items()}

@@ -19,14 +19,21 @@ from recipe.conversion import as_fast, from_sentencepiece, hide_control_pieces, 
 from recipe.outputs import ROOT, RecipeError
 from recipe.tokenizer_training import JAPANESE, LONGEST_RUN, train_sentencepiece
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.model", "vocab.*", "merges.txt")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+)
 _RUN = re.compile(f"[{JAPANESE}]{{1,{LONGEST_RUN}}}")
 _FIRST_MARK = 0x20000  # tokens are shown to the BPE trainer as characters from here on
 
 
 class Published(NamedTuple):
-    """A published tokenizer: the control tokens that it names (``pad_token`` and so on), and the SentencePiece
-    model it is made from where no tokenizer.json is there.
+    """A published tokenizer: the control tokens that it names (``pad_token`` and so on), and the
+    SentencePiece model it is made from where no tokenizer.json is there.
 
     ``bos_token`` is only among them when the tokenizer itself puts it before a text.
     """
@@ -160,7 +167,8 @@ def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> Tokeni
         raise RecipeError(f"new_pieces: works for BPE and Unigram, not for {model['type']}. Leave it out")
     if len(new) < count:
         raise RecipeError(
-            f"new_pieces: {count} wanted, but the text gives {len(new)}. Lower tokenizer.new_pieces or add text"
+            f"new_pieces: {count} wanted, but the text gives {len(new)}. Lower tokenizer.new_pieces or "
+            "add text"
         )
     return Tokenizer.from_str(json.dumps(state))
 
@@ -197,9 +205,9 @@ def _further_merges(tokenizer: Tokenizer, runs: Counter[str], count: int) -> lis
 
 
 def _likeliest_pieces(runs: Counter[str], count: int, old: set[str]) -> list[list[Any]]:
-    """Up to `count` pieces with their scores that a Unigram model of the text has and the vocabulary has not."""
+    """Up to `count` pieces, with scores, that a Unigram model of the text has and the vocabulary has not."""
     text = (run for run, times in runs.items() for _ in range(times))
-    model = train_sentencepiece(text, {"vocab_size": count + len(old)}, strict=False)
+    model = train_sentencepiece(text, {"vocab_size": 8000 + count + len(old)}, strict=False)
     processor = spm.SentencePieceProcessor(model_proto=model)
     pieces = [
         (processor.get_score(i), processor.id_to_piece(i))

@@ -46,11 +46,11 @@ _MOST_LINES = 20_000
 def gate(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], processor: spm.SentencePieceProcessor | None = None
 ) -> dict[str, int]:
-    """Prove a trained tokenizer on `texts`, the hard cases and a line of a megabyte; the figures of the proof.
+    """Prove a trained tokenizer on `texts`, the hard cases and a line of a megabyte; figures of the proof.
 
     Every text must come back from its ids exactly, and with `processor` have the ids that SentencePiece gives
-    it. One rule is stated: with SentencePiece U+2581 reads as a space, so a text that holds it comes back with
-    spaces; such texts are counted. Raises RecipeError with the first text that differs.
+    it. One rule is stated: with SentencePiece U+2581 reads as a space, so a text that holds it comes back
+    with spaces; such texts are counted. Raises RecipeError with the first text that differs.
     """
     long_line = "".join(texts).replace("\n", "").encode("utf-8")[:LONG_LINE].decode("utf-8", errors="ignore")
     cases = [*HARD_CASES, *texts, long_line]
@@ -61,8 +61,8 @@ def gate(
             theirs = processor.encode(case)
             if ids != theirs:
                 raise RecipeError(
-                    f"parity gate: SentencePiece and the fast tokenizer disagree on {_around(case, ids, theirs)}. "
-                    "Report it with configs/*/tokenizer.json; another seed or vocab_size may avoid it"
+                    "parity gate: SentencePiece and the fast tokenizer disagree on "
+                    f"{_around(case, ids, theirs)}. Another tokenizer.seed or vocab_size may avoid it"
                 )
             report["identical_ids"] = report.get("identical_ids", 0) + 1
             wanted = case.replace("▁", " ")
@@ -154,7 +154,18 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-SCRIPTS = ("hiragana", "katakana", "kanji", "mixed Japanese", "Latin", "digits", "symbols", "other", "bytes", "control")
+SCRIPTS = (
+    "hiragana",
+    "katakana",
+    "kanji",
+    "mixed Japanese",
+    "Latin",
+    "digits",
+    "symbols",
+    "other",
+    "bytes",
+    "control",
+)
 
 
 def script(piece: str | bytes) -> str:
@@ -168,12 +179,17 @@ def script(piece: str | bytes) -> str:
 
 
 def _character_script(character: str) -> str:
+    if character in "ー々〆〇":  # their names tell otherwise
+        return "katakana" if character == "ー" else "kanji"
     name = unicodedata.name(character, "")
-    for word, kind in (("HIRAGANA", "hiragana"), ("KATAKANA", "katakana"), ("CJK", "kanji"), ("LATIN", "Latin")):
+    for word, kind in (
+        ("HIRAGANA", "hiragana"),
+        ("KATAKANA", "katakana"),
+        ("CJK", "kanji"),
+        ("LATIN", "Latin"),
+    ):
         if word in name and character.isalpha():
             return kind
-    if character in "ー々〆〇":
-        return "katakana" if character == "ー" else "kanji"
     if character.isdigit():
         return "digits"
     return "other" if character.isalpha() else "symbols"
@@ -218,7 +234,9 @@ def describe(tokenizers: dict[str, PreTrainedTokenizerFast], texts: dict[str, li
 def markdown(tokenizers: dict[str, dict[str, Any]], proof: dict[str, Any], missing: dict[str, str]) -> str:
     """The report as tables. tokenizers: what `describe` gives; missing: why one could not be compared."""
     lines = ["# Tokenizer", "", "| proof | |", "|---|---:|"]
-    lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in proof.items() if key != "changed"]
+    lines += [
+        f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in proof.items() if key != "changed"
+    ]
     lines += ["", "## Held-out text", "", "| tokenizer | source | bytes/token | characters/token | "]
     lines[-1] += "tokens below a character | unknown |"
     lines.append("|---|---|---:|---:|---:|---:|")

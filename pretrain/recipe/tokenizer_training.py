@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recipe.config import special_ids, special_tokens, vocabulary_size
@@ -139,7 +139,9 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict
             remove_extra_whitespaces=False,
             # Pieces also where the sample has none: a space, which spelt in bytes would come back as U+2581,
             # and whatever names of control and byte pieces are spelt with in a text.
-            required_chars="".join(sorted({*"▁<0x123456789ABCDEF>", *"".join(filter(None, tokens.values()))})),
+            required_chars="".join(
+                sorted({*"▁<0x123456789ABCDEF>", *"".join(filter(None, tokens.values()))})
+            ),
             # Longer ones would be skipped silently; a run has at most LONGEST_RUN characters of 4 bytes.
             max_sentence_length=4 * LONGEST_RUN + 100,
             # Half the defaults' rounds, from a quarter of the candidates or fewer: measured to compress as
@@ -150,7 +152,7 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict
             **control,
         )
     except (RuntimeError, OSError) as error:
-        raise _too_large(size, re.search(r"value <= (\d+)", str(error)), error) from error
+        raise _wrong_size(size, str(error)) from error
     return exact_scores(model.getvalue()) if config.get("kind", "unigram") == "unigram" else model.getvalue()
 
 
@@ -167,11 +169,17 @@ def exact_scores(model: bytes) -> bytes:
     return proto.SerializeToString()
 
 
-def _too_large(size: int, limit: re.Match[str] | None, error: Exception) -> RecipeError:
-    # SentencePiece's own words are about its source lines; the one number that helps is the limit.
-    found = f"it supports at most {limit.group(1)} pieces" if limit else str(error).strip() or repr(error)
+def _wrong_size(size: int, error: str) -> RecipeError:
+    # SentencePiece's own words are about its source lines; what helps is the limit in them.
+    most, least = re.search(r"value <= (\d+)", error), re.search(r"required_chars\. \d+ vs (\d+)", error)
+    if least:
+        reason = f"its characters, the 256 bytes and the control tokens need {least[1]}. Raise"
+        return RecipeError(
+            f"cannot train a vocabulary of {size}: {reason} tokenizer.vocab_size or lower character_coverage"
+        )
+    reason = f"it supports at most {most[1]} pieces" if most else error.strip()
     return RecipeError(
-        f"cannot train a vocabulary of {size} on this text: {found}. Lower tokenizer.vocab_size or add text"
+        f"cannot train a vocabulary of {size} on this text: {reason}. Lower tokenizer.vocab_size or add text"
     )
 
 
@@ -187,7 +195,9 @@ def train_bpe(sentences: Iterable[str], config: dict[str, Any]) -> Tokenizer:
     symbols = config.get("user_symbols", [])
     tokenizer = Tokenizer(models.BPE(unk_token=tokens["unk_token"]))
     steps = [pre_tokenizers.Digits(individual_digits=True)] if config.get("split_digits", True) else []
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False) if byte_level else pre_tokenizers.Whitespace())
+    steps.append(
+        pre_tokenizers.ByteLevel(add_prefix_space=False) if byte_level else pre_tokenizers.Whitespace()
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if byte_level:
         tokenizer.decoder = decoders.ByteLevel()

@@ -197,7 +197,9 @@ def test_keys_that_decide_nothing_are_left_out():
 
 
 def test_special_ids_follow_the_tokens_that_are_there():
-    assert config.special_ids({}) == {f"{name}_token_id": i for i, name in enumerate(("pad", "unk", "bos", "eos"))}
+    assert config.special_ids({}) == {
+        f"{name}_token_id": i for i, name in enumerate(("pad", "unk", "bos", "eos"))
+    }
     words = {"kind": "word-bpe", "pad_token": None}
     assert config.special_ids(words) == {
         "pad_token_id": 2,
