@@ -1,4 +1,4 @@
-"""Stage 03: train a tokenizer or take over a published one, as a fast Hugging Face tokenizer; prove it; report.
+"""Stage 03: train a tokenizer or take over a published one, as a fast Hugging Face tokenizer, and prove it.
 
 Edit: configs/<recipe>/tokenizer.json. Writes: a folder that AutoTokenizer loads, spm.model (kinds unigram and
 bpe), report.json, report.md, report.png.
@@ -19,7 +19,7 @@ PROOF_TEXTS = 2_000
 
 
 def main(stage: Stage) -> None:
-    """Make the tokenizer from the training side, save it, prove what was saved, measure it on held-out text."""
+    """Make the tokenizer by the training side, save it, prove what was saved, measure on held-out text."""
     import sentencepiece as spm
     from recipe.config import check_special_ids
     from recipe.tokenizer_report import describe, gate, losses, markdown, picture
@@ -80,26 +80,16 @@ def make(stage: Stage) -> tuple[Any, bytes | None]:
 
 def sample(stage: Stage) -> Iterator[str]:
     """The seeded sample of the training side, by source weight; segmented where the kind wants it."""
-    from recipe.tokenizer_training import sample_lines, sample_shares
+    from recipe.tokenizer_training import draw_sample
 
-    config, dataset = stage.config["tokenizer"], stage.inputs["02_dataset"]
-    most = int(config.get("training_megabytes", 10) * 1e6)
-    sizes = {
-        source: sum(len(text.encode("utf-8")) for text in read_texts(dataset, "train", source))
-        for source in side_sources(dataset, "train")
-    }
-    shares = sample_shares(sizes, weights(stage.config)["weights"], most)
-    drawn = sum(sizes[source] * share for source, share in shares.items())
-    stage.say(f"samples {drawn / 1e6:.1f} MB of {sum(sizes.values()) / 1e6:.1f} MB")
-    lines = (
-        line
-        for source, share in shares.items()
-        for line in sample_lines(
-            read_texts(dataset, "train", source), share, random.Random(f"{config.get('seed', 0)} {source}")
-        )
+    config = stage.config["tokenizer"]
+    bound = int(config.get("training_megabytes", 10) * 1e6)
+    found = draw_sample(
+        stage.inputs["02_dataset"], weights(stage.config)["weights"], bound, config.get("seed", 0)
     )
-    lines = progress(lines, "sampling", "sentences")
-    if config.get("kind") == "word-bpe" and config.get("segmenter"):
+    stage.say(f"samples {found.drawn / 1e6:.1f} MB of {found.bytes / 1e6:.1f} MB")
+    lines = progress(found.lines, "sampling", "sentences")
+    if config.get("segmenter"):
         from recipe.segmentation import make_segmenter
 
         return make_segmenter(config["segmenter"], DATA).parallel(lines, os.cpu_count() or 1)

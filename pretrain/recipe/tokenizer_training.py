@@ -9,6 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece as spm
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from recipe.config import special_ids, special_tokens, vocabulary_size
 from recipe.conversion import as_fast, from_sentencepiece, sentencepiece_tokens
 from recipe.outputs import RecipeError
+from recipe.shards import read_texts, side_sources
 
 LONGEST_RUN = 1000  # characters
 # SentencePiece's pieces never cross from one script to another, except from kanji to kana, so text may be cut
@@ -31,9 +33,10 @@ _RUN = re.compile(
 # SentencePiece adds up in as many parts as it has threads: with a fixed number every machine gets the same
 # sums.
 THREADS = 16
-# How the segmented form writes white space (recipe/segmentation.py), and with it the text that word-bpe
-# decodes to.
+# How the segmented form of recipe/segmentation.py writes white space, and what it puts before such a mark in
+# the text itself. A word BPE always knows them, and decodes the marks.
 MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
+ESCAPE = "␛"
 
 
 class Trained(NamedTuple):
@@ -41,6 +44,14 @@ class Trained(NamedTuple):
 
     tokenizer: PreTrainedTokenizerFast
     sentencepiece: bytes | None
+
+
+class Sample(NamedTuple):
+    """Sentences drawn from a corpus of so many bytes; about `drawn` bytes of it."""
+
+    bytes: int
+    drawn: float
+    lines: Iterator[str]
 
 
 # ------------------------------------------------------------------------------------------------- sample
@@ -73,6 +84,23 @@ def sample_lines(texts: Iterable[str], share: float, draw: random.Random) -> Ite
         for line in text.split("\n"):
             if draw.random() < share:
                 yield from filter(None, re.split(r"(?<=。)", line))
+
+
+def draw_sample(dataset: Path, weights: dict[str, float], most_bytes: int, seed: int) -> Sample:
+    """About `most_bytes` of the training side of stage 02, by source weight; the same for the same seed."""
+    sizes = {
+        source: sum(len(text.encode("utf-8")) for text in read_texts(dataset, "train", source))
+        for source in side_sources(dataset, "train")
+    }
+    shares = sample_shares(sizes, weights, most_bytes)
+    lines = (
+        line
+        for source, share in shares.items()
+        for line in sample_lines(
+            read_texts(dataset, "train", source), share, random.Random(f"{seed} {source}")
+        )
+    )
+    return Sample(sum(sizes.values()), sum(sizes[name] * share for name, share in shares.items()), lines)
 
 
 def expected_memory(kind: str, sample_bytes: int) -> int:
@@ -204,10 +232,10 @@ def train_bpe(sentences: Iterable[str], config: dict[str, Any]) -> Tokenizer:
     else:
         read = [decoders.Replace(mark, character) for character, mark in MARKS.items()]
         tokenizer.decoder = decoders.Sequence([decoders.Fuse(), *read])
-    alphabet: dict[str, Any] = {}
-    if byte_level:
-        alphabet["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    elif "limit_alphabet" in config:
+    alphabet: dict[str, Any] = {
+        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet() if byte_level else [*MARKS.values(), ESCAPE]
+    }
+    if "limit_alphabet" in config:
         alphabet["limit_alphabet"] = config["limit_alphabet"]
     trainer = trainers.BpeTrainer(
         vocab_size=size,

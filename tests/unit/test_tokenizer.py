@@ -227,14 +227,10 @@ def test_normalising_models_are_taken_over():
 
 def test_words_decode_to_the_text(make):
     fast, _ = make(WORDS)
-    assert fast.init_kwargs["segmenter"] == "stub"
     text = "今日、 私は\n家で9回\t本を読みました。"
     ids = subject.encode_text(fast, text)
-    known = text.replace(" ", "").replace("\n", "").replace("\t", "")
-    assert fast.decode(ids, skip_special_tokens=True) == known  # the marks are not in this text's vocabulary
-    assert ids.count(fast.unk_token_id) == 3
-    marked = training.train_tokenizer(Segmenter().segment([*TEXT, text]), WORDS).tokenizer
-    assert marked.decode(subject.encode_text(marked, text)) == text
+    assert fast.decode(ids) == text
+    assert fast.init_kwargs["segmenter"] == "stub"
 
 
 def test_losses_are_reported(make):
@@ -246,7 +242,7 @@ def test_losses_are_reported(make):
 
 
 def test_limits_of_the_alphabet_and_of_frequency():
-    few = training.train_tokenizer(TEXT, WORDS | {"vocab_size": 40, "limit_alphabet": 20}).tokenizer
+    few = training.train_tokenizer(TEXT, WORDS | {"vocab_size": 36, "limit_alphabet": 20}).tokenizer
     assert sum(len(token) == 1 for token in few.get_vocab()) == 20
     with pytest.raises(RecipeError, match="lower min_frequency"):
         training.train_tokenizer(TEXT, WORDS | {"min_frequency": 10**6})
