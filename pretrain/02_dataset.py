@@ -1,7 +1,7 @@
 """Stage 02: clean the text: normalise, filter, drop exact duplicates, split into train and valid.
 
-Edit: configs/<recipe>/dataset.json. Writes: train-<source>.parquet, valid-<source>.parquet, funnel.json,
-funnel.md.
+Edit: configs/<recipe>/dataset.json. Writes: train-<source>-<k>.parquet, valid-<source>-<k>.parquet,
+funnel.json, funnel.md.
 Run:  python pretrain/02_dataset.py --recipe tiny
 """
 
@@ -26,7 +26,7 @@ def main(stage: Stage) -> None:
     for name, spec in config["sources"].items():
         funnel = funnels[name] = Funnel()
         writers = {
-            side: pq.ParquetWriter(stage.folder / f"{side}-{name}.parquet", SCHEMA, compression="zstd")
+            side: pq.ParquetWriter(stage.folder / f"{side}-{name}-00000.parquet", SCHEMA, compression="zstd")
             for side in (["valid"] if spec.get("held_out") else ["train", "valid"])
         }
         rows = {side: [] for side in writers}

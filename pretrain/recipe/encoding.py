@@ -1,0 +1,198 @@
+"""Bulk tokenisation: the shards of stage 02 to token files, a task per shard, a worker per core.
+
+Workers import neither torch nor transformers: a tokenizer folder is read with the libraries that encode,
+sentencepiece and tokenizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tokenizers
+
+from recipe.outputs import RecipeError, read_json, write_json
+from recipe.progress import progress
+from recipe.token_files import write_token_file
+
+BATCH = 128  # documents encoded at once: what a worker holds in memory
+
+Encoder = Callable[[list[str]], list[np.ndarray]]
+
+
+def make_encoder(folder: Path) -> Encoder:
+    """The fastest exact encoder of a tokenizer folder: texts to ids, one thread, no control tokens added.
+
+    SentencePiece itself where there is an ``spm.model``: stage 03 has proved its ids identical. Else the
+    tokenizers library. Strings that spell a special token are text in both.
+    """
+    model = folder / "spm.model"
+    if model.is_file():
+        import sentencepiece as spm
+
+        processor = spm.SentencePieceProcessor(model_file=str(model))
+        return lambda texts: processor.encode(texts, return_type="numpy", num_threads=1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = _load(folder)
+    tokenizer.encode_special_tokens = True
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    return encode
+
+
+def _load(folder: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def document_frame(folder: Path) -> tuple[list[int], list[int]]:
+    """(ids before, ids after) each document: the document-start token, if there is one, and the EOS.
+
+    A document-start token is one that the saved tokenizer itself puts before a text: a ``bos_token`` that its
+    post-processor does not add is for other uses. Raises RecipeError without an EOS.
+    """
+    tokenizer, config = _load(folder), read_json(folder / "tokenizer_config.json")
+
+    def id_of(name: str) -> int | None:
+        token = config.get(name)
+        return tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "")
+
+    bos, eos = id_of("bos_token"), id_of("eos_token")
+    if eos is None:
+        raise RecipeError(
+            f"{folder}/tokenizer_config.json: eos_token: {config.get('eos_token')!r} is no token of "
+            "tokenizer.json. Every document must end with one: make the tokenizer with an EOS (stage 03)"
+        )
+    starts = bos is not None and tokenizer.encode("あ").ids[0] == bos
+    return [bos] if starts else [], [eos]
+
+
+def vocab_size(folder: Path) -> int:
+    """One more than the largest id of a saved tokenizer, added tokens included."""
+    return max(_load(folder).get_vocab(with_added_tokens=True).values()) + 1
+
+
+@dataclass
+class ShardEncoder:
+    """A pipeline step: task `rank` encodes shard `rank` into a token file of the shard's name in `parts`.
+
+    shards: paths of Parquet shards. tokenizer: folder of stage 03. Beside each token file lies a ``.json``,
+    written last, with its documents, bytes (UTF-8, of the text alone), tokens and largest_id.
+    """
+
+    shards: list[str]
+    tokenizer: str
+    parts: str
+
+    def __call__(self, data: object, rank: int, world_size: int) -> None:
+        """Encode one shard; called by the data engine in a worker."""
+        shard, folder = Path(self.shards[rank]), Path(self.tokenizer)
+        prefix = Path(self.parts) / shard.stem
+        counts = {"documents": 0, "bytes": 0, "tokens": 0, "largest_id": 0}
+        documents = encode_shard(shard, make_encoder(folder), *document_frame(folder), counts)
+        written = write_token_file(prefix, documents, vocab_size(folder))
+        counts["documents"], counts["tokens"], counts["largest_id"] = written
+        rows = pq.read_metadata(shard).num_rows
+        if counts["documents"] != rows:
+            raise RecipeError(f"{shard}: {rows} rows, but {counts['documents']} documents were encoded")
+        record = prefix.with_suffix(".json.part")
+        write_json(record, counts)
+        record.rename(prefix.with_suffix(".json"))
+
+
+def encode_shard(
+    shard: Path, encode: Encoder, before: list[int], after: list[int], counts: dict[str, int]
+) -> Iterator[np.ndarray]:
+    """The documents of a shard as int32 ids, framed by `before` and `after`; adds to ``counts["bytes"]``.
+
+    Raises RecipeError for a shard that cannot be read and for a document that has no tokens of its own.
+    """
+    head, tail = np.array(before, np.int32), np.array(after, np.int32)
+    for names, texts, size in _read(shard):
+        counts["bytes"] += size
+        for name, text, ids in zip(names, texts, encode(texts), strict=True):
+            if not len(ids):
+                raise RecipeError(
+                    f"{shard}: document {name} ({text[:40]!r}) has no tokens. Stage 02 must drop such text: "
+                    "see dataset.minimum_characters"
+                )
+            yield np.concatenate((head, ids, tail))
+
+
+def _read(shard: Path) -> Iterator[tuple[list[str], list[str], int]]:
+    """A shard in batches: the documents' ids and texts, and the UTF-8 bytes of the texts together."""
+    try:
+        for batch in pq.ParquetFile(shard).iter_batches(BATCH, columns=["id", "text"]):
+            names, texts = batch.column("id").to_pylist(), batch.column("text")
+            if texts.null_count:
+                raise RecipeError(
+                    f"{shard}: document {names[texts.is_null().index(True).as_py()]} has no text"
+                )
+            yield names, texts.to_pylist(), pc.sum(pc.binary_length(texts)).as_py()
+    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise RecipeError(f"{shard}: cannot be read: {error}. Run stage 02 again with --force") from error
+
+
+def run_phase(name: str, pipeline: list[Any], tasks: int, config: dict[str, Any], folder: Path) -> None:
+    """Run the tasks of a data pipeline in processes, one per core; those that are complete are not redone.
+
+    config: what the result depends on. Its hash is in the path of the completion marks, so that marks of
+    other settings are never believed. folder: where marks and logs go. Raises RecipeError when a task fails.
+    """
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8).hexdigest()
+    logs = folder / f"{name}-{digest}"
+    executor = LocalPipelineExecutor(pipeline, tasks, logging_dir=str(logs))
+    ranks = executor.get_incomplete_ranks()
+    workers = max(1, min(len(os.sched_getaffinity(0)), len(ranks)))
+    # The executor's own pool waits for ever when a worker is killed (out of memory); this one says so.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        # A local rank other than 0 keeps the engine's own log off the terminal.
+        futures = {pool.submit(executor._run_for_rank, rank, 1): rank for rank in ranks}
+        for future in progress(as_completed(futures), name, "shards", len(ranks)):
+            _result(future, name, f"{logs}/logs/task_{futures[future]:05d}.log")
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future, name: str, log: str) -> None:
+    """Wait for a task; say what became of it when it failed."""
+    try:
+        future.result()
+    except RecipeError:
+        raise
+    except BrokenProcessPool as error:
+        raise RecipeError(
+            f"{name}: a worker was killed, most likely for want of memory. Free some or use fewer cores "
+            f"(taskset), then run again to continue. Logs: {Path(log).parent}"
+        ) from error
+    except Exception as error:
+        raise RecipeError(f"{name}: a task failed: {error!r}. Log: {log}") from error
+
+
+def _end_with_parent() -> None:
+    """Let a worker die with the process that started it, so that no orphan writes beside the next run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
