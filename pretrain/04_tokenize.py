@@ -19,9 +19,10 @@ KEYS = ("documents", "bytes", "tokens")
 
 def main(stage: Stage) -> None:
     """Encode each shard into a part, join the parts by side, count by source."""
-    from recipe.encoding import ShardEncoder, run_phase
+    from recipe.encoding import ShardEncoder, document_frame, run_phase, vocab_size
 
     dataset, tokenizer = stage.inputs["02_dataset"], stage.inputs["03_tokenizer"]
+    frame, vocabulary = document_frame(tokenizer), vocab_size(tokenizer)
     held_out = {name for name, spec in stage.config["dataset"]["sources"].items() if spec.get("held_out")}
     shards = [shard for shard in list_shards(dataset) if shard.source not in held_out]
     for side in SIDES:
@@ -33,7 +34,8 @@ def main(stage: Stage) -> None:
     inputs = {name: _digest(folder / "stage.json") for name, folder in stage.inputs.items()}
     marks, parts = stage.folder / "marks", stage.folder / ("parts-" + "-".join(inputs.values()))
     parts.mkdir(exist_ok=True)
-    encoder = ShardEncoder([str(shard.path) for shard in shards], str(tokenizer), str(parts))
+    paths = [str(shard.path) for shard in shards]
+    encoder = ShardEncoder(paths, str(tokenizer), *frame, vocabulary, str(parts))
     run_phase("tokenize", [encoder], len(shards), inputs, marks)
     totals, counts = {}, {}
     for side in SIDES:

@@ -32,7 +32,7 @@ DATASET = {
     "valid_share": "float",
 }
 NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int"}
-SOURCE = {"source": "str", "held_out": "bool", "minimum_megabytes": "float"}
+SOURCE = {"source": "str", "held_out": "bool", "weight": "float", "minimum_megabytes": "float"}
 SOURCE_KINDS = {
     "manpages": {"packages": "list"},
     "html-help": {"packages": "list"},
@@ -83,6 +83,7 @@ NOT_DECIDING = (
     "save_total_limit",
     "project",
     "minimum_megabytes",
+    "weight",  # of a source: only stages that draw by it depend on it, and say so by their facts
 )
 # What has one home elsewhere, and where.
 ELSEWHERE = {
@@ -276,6 +277,11 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
             )
         _check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
         _require(source, tuple(set(SOURCE_KINDS[kind]) - OPTIONAL), here)
+        if source.get("weight", 1) <= 0:
+            raise Refused(
+                f"{here}: weight: {source['weight']}, wanted above 0 (2 = seen twice an epoch, 0.5 = half of it "
+                "an epoch). Remove the source to do without it"
+            )
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     for key in ("minimum_japanese_share", "valid_share"):

@@ -7,6 +7,7 @@ sentencepiece and tokenizers.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -34,6 +35,7 @@ BATCH = 128  # documents encoded at once: what a worker holds in memory
 Encoder = Callable[[list[str]], list[np.ndarray]]
 
 
+@functools.cache
 def make_encoder(folder: Path) -> Encoder:
     """The fastest exact encoder of a tokenizer folder: texts to ids, one thread, no control tokens added.
 
@@ -92,21 +94,26 @@ def vocab_size(folder: Path) -> int:
 class ShardEncoder:
     """A pipeline step: task `rank` encodes shard `rank` into a token file of the shard's name in `parts`.
 
-    shards: paths of Parquet shards. tokenizer: folder of stage 03. Beside each token file lies a ``.json``,
-    written last, with its documents, bytes (UTF-8, of the text alone), tokens and largest_id.
+    shards: paths of Parquet shards. tokenizer: folder of stage 03. before, after, vocab_size: see
+    `document_frame` and `vocab_size`. Beside each token file lies a ``.json``, written last, with its
+    documents, bytes (UTF-8, of the text alone), tokens and largest_id.
     """
 
     shards: list[str]
     tokenizer: str
+    before: list[int]
+    after: list[int]
+    vocab_size: int
     parts: str
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Encode one shard; called by the data engine in a worker."""
-        shard, folder = Path(self.shards[rank]), Path(self.tokenizer)
+        shard = Path(self.shards[rank])
         prefix = Path(self.parts) / shard.stem
         counts = {"documents": 0, "bytes": 0, "tokens": 0, "largest_id": 0}
-        documents = encode_shard(shard, make_encoder(folder), *document_frame(folder), counts)
-        written = write_token_file(prefix, documents, vocab_size(folder))
+        encode = make_encoder(Path(self.tokenizer))
+        documents = encode_shard(shard, encode, self.before, self.after, counts)
+        written = write_token_file(prefix, documents, self.vocab_size)
         counts["documents"], counts["tokens"], counts["largest_id"] = written
         rows = pq.read_metadata(shard).num_rows
         if counts["documents"] != rows:
@@ -141,9 +148,8 @@ def _read(shard: Path) -> Iterator[tuple[list[str], list[str], int]]:
         for batch in pq.ParquetFile(shard).iter_batches(BATCH, columns=["id", "text"]):
             names, texts = batch.column("id").to_pylist(), batch.column("text")
             if texts.null_count:
-                raise RecipeError(
-                    f"{shard}: document {names[texts.is_null().index(True).as_py()]} has no text"
-                )
+                name = names[texts.is_null().index(True).as_py()]
+                raise RecipeError(f"{shard}: document {name}: its text is null. Run stage 02 with --force")
             yield names, texts.to_pylist(), pc.sum(pc.binary_length(texts)).as_py()
     except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
         raise RecipeError(f"{shard}: cannot be read: {error}. Run stage 02 again with --force") from error

@@ -123,6 +123,16 @@ def epoch_tokens(file: TokenFile, sources: Sequence[Source] | None) -> int:
     return round(sum(w * (file.first_token(end) - file.first_token(first)) for first, end, w in sources))
 
 
+def check_vocabulary(file: TokenFile, largest_id: int, vocab_size: int) -> None:
+    """Refuse a token file whose largest id, as stage 04 counted it, is no row of the model's embeddings."""
+    if largest_id >= vocab_size:
+        raise RecipeError(
+            f"{file.prefix}.bin: holds the id {largest_id}, but the model's vocabulary has {vocab_size} "
+            "entries: it was made with a larger tokenizer. Use the tokenizer of this model, or give the model "
+            "the tokenizer's size (leave vocab_size out of model.json)"
+        )
+
+
 def weighted_sources(
     counts: dict[str, dict[str, int]], config: dict[str, dict[str, object]]
 ) -> list[Source] | None:
@@ -140,7 +150,7 @@ def weighted_sources(
 
 
 def pack(window: np.ndarray, starts: np.ndarray, block_size: int, pad: int) -> dict[str, torch.Tensor]:
-    """One training sample from up to ``block_size + 1`` tokens and the ascending starts of documents in them."""
+    """One training sample from up to ``block_size + 1`` tokens and where documents start in them."""
     ids = np.full(block_size, pad, np.int64)
     real = min(len(window), block_size)
     ids[:real] = window[:real]
