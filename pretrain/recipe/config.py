@@ -279,7 +279,7 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
         _require(source, tuple(set(SOURCE_KINDS[kind]) - OPTIONAL), here)
         if source.get("weight", 1) <= 0:
             raise Refused(
-                f"{here}: weight: {source['weight']}, wanted above 0 (2 = seen twice an epoch, 0.5 = half of it "
+                f"{here}: weight: {source['weight']}, wanted above 0 (2 = twice an epoch, 0.5 = half of it "
                 "an epoch). Remove the source to do without it"
             )
     if not any(not source.get("held_out") for source in values["sources"].values()):

@@ -128,8 +128,8 @@ def check_vocabulary(file: TokenFile, largest_id: int, vocab_size: int) -> None:
     if largest_id >= vocab_size:
         raise RecipeError(
             f"{file.prefix}.bin: holds the id {largest_id}, but the model's vocabulary has {vocab_size} "
-            "entries: it was made with a larger tokenizer. Use the tokenizer of this model, or give the model "
-            "the tokenizer's size (leave vocab_size out of model.json)"
+            "entries: it was made with a larger tokenizer. Use the tokenizer of this model, or give the "
+            "model the tokenizer's size (leave vocab_size out of model.json)"
         )
 
 
