@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import tokenizers
 
 from recipe.outputs import RecipeError, read_json, write_json
 from recipe.progress import progress
+from recipe.shards import count_rows, read_shard
 from recipe.token_files import write_token_file
 
 BATCH = 128  # documents encoded at once: what a worker holds in memory
@@ -115,7 +115,7 @@ class ShardEncoder:
         documents = encode_shard(shard, encode, self.before, self.after, counts)
         written = write_token_file(prefix, documents, self.vocab_size)
         counts["documents"], counts["tokens"], counts["largest_id"] = written
-        rows = pq.read_metadata(shard).num_rows
+        rows = count_rows(shard)
         if counts["documents"] != rows:
             raise RecipeError(f"{shard}: {rows} rows, but {counts['documents']} documents were encoded")
         record = prefix.with_suffix(".json.part")
@@ -131,28 +131,16 @@ def encode_shard(
     Raises RecipeError for a shard that cannot be read and for a document that has no tokens of its own.
     """
     head, tail = np.array(before, np.int32), np.array(after, np.int32)
-    for names, texts, size in _read(shard):
-        counts["bytes"] += size
-        for name, text, ids in zip(names, texts, encode(texts), strict=True):
+    for rows in read_shard(shard, BATCH):
+        texts = rows["text"].to_pylist()
+        counts["bytes"] += pc.sum(pc.binary_length(rows["text"])).as_py()
+        for row, ids in enumerate(encode(texts)):
             if not len(ids):
                 raise RecipeError(
-                    f"{shard}: document {name} ({text[:40]!r}) has no tokens. Stage 02 must drop such text: "
-                    "see dataset.minimum_characters"
+                    f"{shard}: document {rows['id'][row]} ({texts[row][:40]!r}) has no tokens. "
+                    "Stage 02 must drop such text: see dataset.minimum_characters"
                 )
             yield np.concatenate((head, ids, tail))
-
-
-def _read(shard: Path) -> Iterator[tuple[list[str], list[str], int]]:
-    """A shard in batches: the documents' ids and texts, and the UTF-8 bytes of the texts together."""
-    try:
-        for batch in pq.ParquetFile(shard).iter_batches(BATCH, columns=["id", "text"]):
-            names, texts = batch.column("id").to_pylist(), batch.column("text")
-            if texts.null_count:
-                name = names[texts.is_null().index(True).as_py()]
-                raise RecipeError(f"{shard}: document {name}: its text is null. Run stage 02 with --force")
-            yield names, texts.to_pylist(), pc.sum(pc.binary_length(texts)).as_py()
-    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise RecipeError(f"{shard}: cannot be read: {error}. Run stage 02 again with --force") from error
 
 
 def run_phase(name: str, pipeline: list[Any], tasks: int, config: dict[str, Any], folder: Path) -> None:
@@ -167,12 +155,13 @@ def run_phase(name: str, pipeline: list[Any], tasks: int, config: dict[str, Any]
     logs = folder / f"{name}-{digest}"
     executor = LocalPipelineExecutor(pipeline, tasks, logging_dir=str(logs))
     ranks = executor.get_incomplete_ranks()
+    if len(ranks) < tasks:
+        print(f"{name}: continues, {tasks - len(ranks)} of {tasks} shards are done", flush=True)
     workers = max(1, min(len(os.sched_getaffinity(0)), len(ranks)))
     # The executor's own pool waits for ever when a worker is killed (out of memory); this one says so.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     try:
-        # A local rank other than 0 keeps the engine's own log off the terminal.
-        futures = {pool.submit(executor._run_for_rank, rank, 1): rank for rank in ranks}
+        futures = {pool.submit(executor._run_for_rank, rank): rank for rank in ranks}
         for future in progress(as_completed(futures), name, "shards", len(ranks)):
             _result(future, name, f"{logs}/logs/task_{futures[future]:05d}.log")
     except BaseException:
@@ -198,7 +187,9 @@ def _result(future: Future, name: str, log: str) -> None:
         raise RecipeError(f"{name}: a task failed: {error!r}. Log: {log}") from error
 
 
-def _end_with_parent() -> None:
-    """Let a worker die with the process that started it, so that no orphan writes beside the next run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+def _start_worker() -> None:
+    """Settle a worker process: it dies with its parent, so that no orphan writes beside the next run."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    # The engine prints what it also logs and raises: a page of traceback before the one line that helps.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
