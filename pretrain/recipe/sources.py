@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.aozora import read_work
 from recipe.archives import gunzip, tar_members
 from recipe.download import source_paths
 from recipe.outputs import ROOT, RecipeError
