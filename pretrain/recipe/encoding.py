@@ -19,6 +19,7 @@ import tokenizers
 from recipe.outputs import RecipeError, read_json, write_json
 from recipe.shards import count_rows, read_shard
 from recipe.token_files import write_token_file
+from recipe.tokenizer import segmenter, without_control_tokens
 
 BATCH = 128  # documents encoded at once: what a worker holds in memory
 
@@ -30,7 +31,8 @@ def make_encoder(folder: Path) -> Encoder:
     """The fastest exact encoder of a tokenizer folder: texts to ids, one thread, no control tokens added.
 
     SentencePiece itself where there is an ``spm.model``: stage 03 has proved its ids identical. Else the
-    tokenizers library. Strings that spell a special token are text in both.
+    tokenizers library, after the word segmenter that the folder names, if it names one. Strings that spell a
+    special token are text in both.
     """
     model = folder / "spm.model"
     if model.is_file():
@@ -39,12 +41,13 @@ def make_encoder(folder: Path) -> Encoder:
         processor = spm.SentencePieceProcessor(model_file=str(model))
         return lambda texts: processor.encode(texts, return_type="numpy", num_threads=1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = _load(folder)
-    tokenizer.encode_special_tokens = True
+    tokenizer = without_control_tokens((folder / "tokenizer.json").read_text("utf-8"))
+    name = read_json(folder / "tokenizer_config.json").get("segmenter")
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        if name:
+            texts = segmenter(name).segment(texts)
+        return [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(texts)]
 
     return encode
 

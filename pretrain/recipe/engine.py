@@ -97,8 +97,8 @@ class Engine:
             print(f"{phase}: continues, {tasks - len(ranks)} of {tasks} tasks are done", flush=True)
         if self.pool is None:
             self.logs.mkdir(parents=True, exist_ok=True)
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([type(step).__module__ for step in pipeline])
+            # Not forkserver: it outlives a killed parent, and its workers with it.
+            context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (str(self.logs),))
         futures = {self.pool.submit(_run_rank, executor, rank): rank for rank in ranks}
         try:

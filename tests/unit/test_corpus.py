@@ -33,7 +33,7 @@ def build(folder: Path, sources: dict, **config: object):
     """(funnels, rows by side) of a corpus made of `sources`."""
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    settings = {"engine": {"workers": 2}, "valid_share": 0.1} | config
+    settings = {"engine": {"workers": 1}, "valid_share": 0.1} | config
     funnels, leaks = corpus.build(settings | {"sources": sources}, folder, out)
     corpus.remove_scaffold(out)
     rows: dict[str, list] = {"train": [], "valid": []}

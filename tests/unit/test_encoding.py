@@ -31,12 +31,12 @@ def load(folder):
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory):
     """A folder as stage 03 writes it for the SentencePiece kind."""
-    from recipe.tokenizer import save, to_fast, train_sentencepiece
-    from sentencepiece import SentencePieceProcessor
+    from recipe.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("sentencepiece")
-    model = train_sentencepiece(iter(sentences(2000, 1)), {"vocab_size": 400}, 1)
-    save(folder, model, to_fast(SentencePieceProcessor(model_proto=model)))
+    tokenizer, model = train_tokenizer(sentences(2000, 1), {"kind": "unigram", "vocab_size": 400})
+    tokenizer.save_pretrained(folder)
+    (folder / "spm.model").write_bytes(model)
     return folder
 
 
