@@ -35,7 +35,10 @@ OPEN: dict[str, tuple[Callable, Callable]] = {
     ".xz": (lzma.open, lzma.compress),
     ".zst": (zstandard.open, zstandard.compress),
 }
-WORK = "　私は山路《やまじ》を｜一人旅《ひとりたび》で歩いた。※［＃「口＋世」、第3水準1-14-91］の紅葉［＃「紅葉」に傍点］を見た。\n"
+WORK = (
+    "　私は山路《やまじ》を｜一人旅《ひとりたび》で歩いた。※［＃「口＋世」、第3水準1-14-91］の"
+    "紅葉［＃「紅葉」に傍点］を見た。\n"
+)
 
 
 def made_up_documents() -> Iterator[str]:

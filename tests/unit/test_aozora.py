@@ -135,6 +135,8 @@ def test_carriage_returns_change_nothing():
         ("※［＃「口＋世」］", "呭"),
         ("※［＃「知らない字」、99-1］", "〓"),
         ("※［＃無い面区点、1-99-99］", "〓"),
+        ("※［＃頁と行、31-2-22］", "〓"),
+        ("字※［＃始め二重山括弧、1-1-52］字※［＃終わり二重山括弧、1-1-53］", "字《字》"),
         ("※［＃無い面区点、1-15-95］", "〓"),
         ("※［＃代用対、U+D842］", "〓"),
         ("※［＃大き過ぎる、U+110000］", "〓"),
@@ -172,6 +174,12 @@ def test_text_that_is_no_heading_and_no_colophon_stays(raw):
     assert prose(raw)[0] == raw.strip("\n")
 
 
+@pytest.mark.parametrize("lines", [1, 7])
+def test_heading_without_a_legend_has_two_to_six_lines(lines):
+    raw = "題" + "\n続き" * (lines - 1) + "\n\n本文"
+    assert prose(raw + COLOPHON)[0] == raw
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 
@@ -207,7 +215,7 @@ def test_work_is_read_from_every_form(tmp_path, name, content, tolerant):
     path = write(tmp_path, name, content)
     (document,) = read_work(path, tolerant)
     assert (document.name, document.dropped) == (str(path), "")
-    assert prose(document.text)[0] == FOREST_PROSE
+    assert document.text.replace("\r\n", "\n") == FOREST
 
 
 def test_characters_that_only_cp932_has(tmp_path):
