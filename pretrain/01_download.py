@@ -7,7 +7,8 @@ Run:  python pretrain/01_download.py --recipe tiny
 
 import time
 
-from recipe.download import download, missing_bytes, require_space, source_facts
+from recipe.download import download, missing_bytes, source_facts
+from recipe.fetching import require_space
 from recipe.outputs import DATA, Stage, data_lock, run_stage
 
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.download import _download_apt
+from recipe.download import download_packages
 from recipe.outputs import RecipeError, Refused, fsync_tree
 
 SEGMENTERS = ("jumanpp", "mecab", "sudachi")
@@ -391,7 +391,7 @@ def _fetched_mecab(folder: Path) -> list[str]:
 def _build_mecab(part: Path, data: Path) -> None:
     """Fetch, unpack and compile into an empty folder. Raises RecipeError."""
     try:
-        _download_apt("mecab", {"source": "packages", "packages": _MECAB_PACKAGES}, part, data)
+        download_packages("mecab", {"source": "packages", "packages": _MECAB_PACKAGES}, part, data)
     except RecipeError as error:
         what = "\n".join(str(error).splitlines()[:-1])  # the last line is advice for a source of text
         raise RecipeError(

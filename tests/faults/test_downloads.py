@@ -20,7 +20,7 @@ import tracemalloc
 import types
 
 import pytest
-from recipe import download
+from recipe import download, fetching
 from recipe.outputs import RecipeError, Refused
 
 CONTENT = random.Random(1).randbytes(3_000_000)
@@ -127,7 +127,7 @@ def sha256(content):
 
 def fetch(site, target, **wishes):
     """`fetch` with short pauses; the file must be whole, and nothing else may lie beside it but its state."""
-    facts = download.fetch(site.url, target, **{"timeout": 30, "pause": 0.001} | wishes)
+    facts = fetching.fetch(site.url, target, **{"timeout": 30, "pause": 0.001} | wishes)
     assert target.read_bytes() == site.content
     assert sorted(p.name for p in target.parent.iterdir()) == [f".{target.name}.json", target.name]
     assert (facts["bytes"], facts["sha256"]) == (len(site.content), sha256(site.content))
@@ -167,7 +167,7 @@ def test_passing_trouble_of_the_server_is_waited_out(site, tmp_path, status):
 def pauses(monkeypatch):
     """The seconds that downloads would have slept."""
     slept = []
-    monkeypatch.setattr(download, "time", types.SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(fetching, "time", types.SimpleNamespace(sleep=slept.append))
     return slept
 
 
@@ -191,23 +191,23 @@ def test_pauses_double_with_jitter_and_tries_end(site, tmp_path, pauses, capsys)
     site.faults = [{"status": 503}] * 99
     with pytest.raises(RecipeError, match=r"does not come: HTTP 503.*run again"):
         fetch(site, tmp_path / "x", pause=1.0)
-    assert len(site.requests) == download.TRIES
-    assert len(pauses) == capsys.readouterr().err.count("HTTP 503") == download.TRIES - 1
+    assert len(site.requests) == fetching.TRIES
+    assert len(pauses) == capsys.readouterr().err.count("HTTP 503") == fetching.TRIES - 1
     shares = [pause / min(2**i, 60) for i, pause in enumerate(pauses)]
     assert all(0.5 <= share <= 1 for share in shares) and len(set(shares)) > 1
 
 
 def test_tries_count_only_while_nothing_more_comes(site, tmp_path):
-    site.faults = [{"cut": 100_000}] * (2 * download.TRIES)
+    site.faults = [{"cut": 100_000}] * (2 * fetching.TRIES)
     fetch(site, tmp_path / "x")
-    assert len(site.requests) == 2 * download.TRIES + 1
+    assert len(site.requests) == 2 * fetching.TRIES + 1
 
 
 def test_server_without_ranges_that_always_drops_is_given_up(site, tmp_path):
     site.ranges, site.faults = False, [{"cut": HALF}] * 99
     with pytest.raises(RecipeError, match="ended at 1,500,000 of 3,000,000 bytes"):
         fetch(site, tmp_path / "x")
-    assert len(site.requests) == download.TRIES
+    assert len(site.requests) == fetching.TRIES
 
 
 def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, capsys):
@@ -216,8 +216,8 @@ def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, caps
         free.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
         with pytest.raises(RecipeError, match=r"Connection refused.*Check the network"):
-            download.fetch(url, tmp_path / "x", pause=0.001)
-    assert capsys.readouterr().err.count("again in") == download.TRIES - 1
+            fetching.fetch(url, tmp_path / "x", pause=0.001)
+    assert capsys.readouterr().err.count("again in") == fetching.TRIES - 1
 
 
 def test_short_content_is_not_taken_for_whole(site, tmp_path):
@@ -317,7 +317,7 @@ def test_altered_byte_is_refused_and_removed(site, tmp_path, name):
 
 
 def test_damaged_beginning_is_thrown_away_once(site, tmp_path):
-    site.faults = [{"cut": HALF}] + [{"status": 503}] * (download.TRIES - 1)
+    site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetching.TRIES - 1)
     with pytest.raises(RecipeError):
         fetch(site, tmp_path / "x", sha256=sha256(CONTENT))
     damaged = bytearray((tmp_path / "x.part").read_bytes())
@@ -357,7 +357,7 @@ def test_final_answer_is_not_asked_for_again(site, tmp_path, status):
 )
 def test_only_http_is_fetched(tmp_path, url):
     with pytest.raises(Refused, match="wanted a URL that starts with http"):
-        download.fetch(url, tmp_path / "x")
+        fetching.fetch(url, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -377,9 +377,9 @@ def test_redirect_is_followed_and_the_range_goes_along(site, tmp_path):
 
 
 def test_redirect_from_https_to_http_is_refused():
-    request = download.urllib.request.Request("https://example.org/x")
+    request = fetching.urllib.request.Request("https://example.org/x")
     with pytest.raises(RecipeError, match="wanted https"):
-        download._Redirects().redirect_request(request, None, 302, "Found", {}, "http://example.org/x")
+        fetching._Redirects().redirect_request(request, None, 302, "Found", {}, "http://example.org/x")
 
 
 def test_redirects_in_a_circle_end(site, tmp_path):
@@ -409,12 +409,12 @@ def test_full_disk_is_named(site, tmp_path):
 FETCH = """
 import resource, sys
 from pathlib import Path
-from recipe import download
+from recipe import fetching
 from recipe.outputs import RecipeError
 if int(sys.argv[3]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
-    download.fetch(sys.argv[1], Path(sys.argv[2]))
+    fetching.fetch(sys.argv[1], Path(sys.argv[2]))
 except RecipeError as error:
     sys.exit(f"refused: {error}")
 """
@@ -422,7 +422,7 @@ except RecipeError as error:
 
 def start(site, target, limit=0):
     command = [sys.executable, "-c", FETCH, site.url, str(target), str(limit)]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(download.__file__))}
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(fetching.__file__))}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -480,7 +480,7 @@ def test_memory_does_not_grow_with_the_file(site, tmp_path):
     site.content = bytes(64 << 20)
     pin = sha256(site.content)
     tracemalloc.start()
-    download.fetch(site.url, tmp_path / "x", sha256=pin)
+    fetching.fetch(site.url, tmp_path / "x", sha256=pin)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20
@@ -524,8 +524,8 @@ def test_space_for_all_sources_is_looked_for_before_the_first(site, tmp_path):
     assert download.missing_bytes("b", specs["b"], tmp_path) == HALF
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(Refused, match=rf"b/c: all needs {free * 2:,} bytes, and"):
-        download.require_space(tmp_path / "b/c", free * 2, "all")
-    download.require_space(tmp_path / "b/c", 1, "all")
+        fetching.require_space(tmp_path / "b/c", free * 2, "all")
+    fetching.require_space(tmp_path / "b/c", 1, "all")
 
 
 def test_stopped_stage_goes_on_with_the_file_it_was_at(site, make_project):
