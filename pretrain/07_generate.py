@@ -12,7 +12,7 @@ def main(stage: Stage) -> None:
     from recipe.chat import generate_all, generation_config, side_by_side
     from recipe.evaluation import repetition
     from recipe.modeling import build_model, for_inference, load_model
-    from recipe.tokenizer import encode_text
+    from recipe.tokenizer import prompt_ids
     from transformers import AutoTokenizer
 
     values = stage.config["generation"]
@@ -22,7 +22,7 @@ def main(stage: Stage) -> None:
         "before": for_inference(build_model(stage.config["model"], tokenizer, "sdpa", seed)),
         "after": for_inference(load_model(stage.inputs["05_pretrain"])),
     }
-    prompts = [[tokenizer.bos_token_id, *encode_text(tokenizer, prompt)] for prompt in values["prompts"]]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in values["prompts"]]
     samples = {
         name: generate_all(
             model, tokenizer, prompts, generation_config(values, tokenizer), values.get("seed", 42)

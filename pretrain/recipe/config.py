@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from recipe import rules
 from recipe.outputs import CONFIGS, EXIT_REFUSED, RecipeError, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
@@ -27,29 +28,94 @@ DATASET = {
     "sources": "dict",
     "neologdn": "dict",
     "keep_wave_dash": "bool",
+    "nfkc": "bool",
     "minimum_characters": "int",
     "minimum_japanese_share": "float",
+    "rules": "dict",
+    "minhash": "dict|null",
     "valid_share": "float",
+    "engine": "dict",
 }
-NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int"}
-SOURCE = {"source": "str", "held_out": "bool", "minimum_megabytes": "float"}
+NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int", "tilde": "str"}
+SOURCE = {
+    "source": "str",
+    "held_out": "bool",
+    "rules": "str|null",
+    "weight": "float",
+    "licence": "str",
+    "minimum_megabytes": "float",
+    "maximum_megabytes": "float",
+    "maximum_documents": "int",
+    "maximum_bad_share": "float",
+}
+# Files of a user's own (`paths`), or fetched from `url` and checked against a hash.
+FILES_OR_URL = {
+    "paths": "list",
+    "url": "str|list",
+    "sha256": "str|list",
+    "sha1": "str|list",
+    "md5": "str|list",
+}
 SOURCE_KINDS = {
     "manpages": {"packages": "list"},
     "html-help": {"packages": "list"},
     "descriptions": {},
     "tatoeba": {"requirement": "str", "sha256": "str", "lines_per_document": "int"},
-    "files": {"paths": "list", "column": "str"},
+    "files": FILES_OR_URL | {"column": "str"},
+    "wikipedia": FILES_OR_URL,
+    "aozora": FILES_OR_URL,
+    "datasets-folder": {"path": "str", "column": "str"},
     "hub": {"dataset": "str", "configuration": "str", "split": "str", "column": "str", "revision": "str"},
 }
-OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"}
+OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"} | set(FILES_OR_URL)
+MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
+ENGINES = {
+    "local": {"workers": "int"},
+    "slurm": {
+        "workers": "int",
+        "partition": "str",
+        "time": "str",
+        "mem_per_cpu_gb": "int",
+        "env_command": "str",
+        "sbatch_args": "dict",
+    },
+    "ray": {"workers": "int", "address": "str", "mem_per_cpu_gb": "float"},
+}
+# The kinds of tokenizers, with the keys that each takes beside TOKENIZER and, where it is trained, TRAINED.
+TOKENIZER_KINDS = {
+    "unigram": {"character_coverage": "float", "split_digits": "bool"},
+    "bpe": {"character_coverage": "float", "split_digits": "bool"},
+    "byte-level-bpe": {"min_frequency": "int", "split_digits": "bool"},
+    "word-bpe": {
+        "min_frequency": "int",
+        "limit_alphabet": "int",
+        "split_digits": "bool",
+        "segmenter": "str|null",
+    },
+    "published": {"published": "str", "revision": "str", "new_pieces": "int"},
+}
 TOKENIZER = {
-    "model_type": "str",
-    "vocab_size": "int",
-    "character_coverage": "float",
-    "split_digits": "bool",
+    "kind": "str",
+    "pad_token": "str|null",
+    "unk_token": "str|null",
+    "bos_token": "str|null",
+    "eos_token": "str",
+    "round_to": "int",
     "training_megabytes": "float",
     "seed": "int",
+    "compare": "list",
 }
+TRAINED = {
+    "vocab_size": "int",
+    "pad_token_id": "int",
+    "unk_token_id": "int",
+    "bos_token_id": "int",
+    "eos_token_id": "int",
+    "user_symbols": "list",
+}
+# The control tokens of a tokenizer that is trained here; without ids of their own they get 0, 1, ... in this
+# order.
+SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 TRAINING = {
     "global_batch_size": "int",
     "block_size": "int",
@@ -83,6 +149,8 @@ NOT_DECIDING = (
     "save_total_limit",
     "project",
     "minimum_megabytes",
+    "weight",  # stages 03 and 05 name it among their facts: it does not change the documents
+    "engine",
 )
 # What has one home elsewhere, and where.
 ELSEWHERE = {
@@ -93,9 +161,6 @@ ELSEWHERE = {
     "remove_unused_columns": "recipe/training.py",
     "use_cpu": "the hardware (CUDA_VISIBLE_DEVICES= hides the GPUs)",
 }
-# The ids of the special tokens in every tokenizer that stage 03 trains; model and generation configs follow
-# them.
-SPECIAL_IDS = {"pad_token_id": 0, "unk_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -274,20 +339,143 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
                 f"{here}: source: unknown kind {_show(kind)}.{_nearest(str(kind), SOURCE_KINDS)} "
                 f"Known: {', '.join(SOURCE_KINDS)}"
             )
-        _check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
-        _require(source, tuple(set(SOURCE_KINDS[kind]) - OPTIONAL), here)
+        _check_source(source, here)
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     for key in ("minimum_japanese_share", "valid_share"):
         if not 0 <= values.get(key, 0) < 1:
             raise Refused(f"{where}: {key}: {values[key]} wanted 0 or more and below 1")
+    for kind, changes in values.get("rules", {}).items():
+        rules.check_rules(kind, changes, f"{where}: rules.{kind}")
+    _check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
+    _check_engine(values.get("engine", {}), f"{where}: engine")
+
+
+def _check_source(source: dict[str, Any], here: str) -> None:
+    kind = source["source"]
+    _check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
+    _require(source, tuple(key for key in SOURCE_KINDS[kind] if key not in OPTIONAL), here)
+    if "paths" in SOURCE_KINDS[kind] and ("paths" in source) == ("url" in source):
+        raise Refused(f"{here}: wanted either `paths` (files of your own) or `url`")
+    if source.get("rules") is not None:
+        rules.check_rules(source["rules"], {}, f"{here}: rules")
+    for key in ("weight", "maximum_megabytes", "maximum_documents"):
+        if source.get(key, 1) <= 0:
+            raise Refused(f"{here}: {key}: {source[key]}, wanted more than 0")
+    if not 0 <= source.get("maximum_bad_share", 0) < 1:
+        raise Refused(
+            f"{here}: maximum_bad_share: {source['maximum_bad_share']}, wanted 0 or more and below 1"
+        )
+
+
+def _check_engine(values: dict[str, Any], where: str) -> None:
+    executor = values.get("executor", "local")
+    if not isinstance(executor, str) or executor not in ENGINES:
+        raise Refused(
+            f"{where}: executor: unknown {_show(executor)}.{_nearest(str(executor), ENGINES)} "
+            f"Known: {', '.join(ENGINES)}"
+        )
+    _check_keys(values, ENGINES[executor] | {"executor": "str"}, where)
+    if executor == "slurm":
+        _require(values, ("partition", "time"), where)
+    if values.get("workers", 1) < 1:
+        raise Refused(f"{where}: workers: {values['workers']}, wanted 1 or more")
 
 
 def _check_tokenizer(values: dict[str, Any], where: str) -> None:
-    _check_keys(values, TOKENIZER, where)
-    _require(values, ("vocab_size",), where)
-    if values.get("model_type", "unigram") != "unigram":
-        raise Refused(f"{where}: model_type: {_show(values['model_type'])}, wanted unigram")
+    kind = values.get("kind", "unigram")
+    if kind not in TOKENIZER_KINDS:
+        raise Refused(
+            f"{where}: kind: unknown {_show(kind)}.{_nearest(str(kind), TOKENIZER_KINDS)} "
+            f"Known: {', '.join(TOKENIZER_KINDS)}"
+        )
+    trained = kind != "published"
+    _check_keys(values, TOKENIZER | TOKENIZER_KINDS[kind] | (TRAINED if trained else {}), where)
+    _require(values, ("vocab_size",) if trained else ("published",), where)
+    for key in ("vocab_size", "round_to", "training_megabytes", "min_frequency", "limit_alphabet"):
+        if values.get(key, 1) <= 0:
+            raise Refused(f"{where}: {key}: {values[key]}, wanted more than 0")
+    if not 0 < values.get("character_coverage", 1.0) <= 1:
+        raise Refused(
+            f"{where}: character_coverage: {values['character_coverage']}, wanted above 0, at most 1"
+        )
+    if not trained and "round_to" in values and not values.get("new_pieces"):
+        raise Refused(f"{where}: round_to: needs new_pieces: only they can fill the vocabulary up")
+    for key in ("user_symbols", "compare"):
+        for symbol in values.get(key, []):
+            if (
+                not isinstance(symbol, str)
+                or not symbol
+                or (key == "user_symbols" and set(" ▁") & set(symbol))
+            ):
+                raise Refused(f"{where}: {key}: {_show(symbol)}, wanted a string without spaces")
+    _check_special_tokens(values, where)
+
+
+def _check_special_tokens(values: dict[str, Any], where: str) -> None:
+    tokens = special_tokens(values)
+    for key, token in tokens.items():
+        if token is not None and (len(token) < 2 or set(token) & set(" \t\r\n\u3000▁:$")):
+            raise Refused(
+                f"{where}: {key}: {_show(token)}, wanted two characters or more, without spaces, ▁, : and $"
+            )
+    if values.get("kind") == "published":
+        return
+    named = [token for token in tokens.values() if token is not None]
+    for token in named:
+        if named.count(token) > 1 or token in values.get("user_symbols", []):
+            raise Refused(f"{where}: {_show(token)} stands there twice: every token needs a name of its own")
+    if values.get("kind", "unigram") != "byte-level-bpe" and tokens["unk_token"] is None:
+        raise Refused(f"{where}: unk_token: null, but only byte-level-bpe can spell every text without it")
+    for key, token in tokens.items():
+        if token is None and f"{key}_id" in values:
+            raise Refused(f"{where}: {key}_id: {values[f'{key}_id']}, but {key} is null. Remove one of them")
+    ids = [special_ids(values)[f"{key}_id"] for key, token in tokens.items() if token is not None]
+    if sorted(ids) != list(range(len(ids))):
+        raise Refused(
+            f"{where}: the ids of {', '.join(named)} are {ids}; wanted {list(range(len(ids)))} in any order. "
+            "Give all of pad_token_id, unk_token_id, bos_token_id, eos_token_id or none"
+        )
+
+
+def special_tokens(tokenizer: dict[str, Any]) -> dict[str, str | None]:
+    """The control tokens by tokenizer.json: ``pad_token`` and so on; None for one that shall not be there.
+
+    For the kind ``published`` only what the file names: the rest is as it was published.
+    """
+    default = {} if tokenizer.get("kind") == "published" else SPECIAL_TOKENS
+    return {
+        key: tokenizer.get(key, default.get(key)) for key in SPECIAL_TOKENS if key in tokenizer or default
+    }
+
+
+def special_ids(tokenizer: dict[str, Any]) -> dict[str, int | None]:
+    """The ids that a trained tokenizer's control tokens will have: ``pad_token_id`` and so on, or None.
+
+    Padding falls to the end token where there is no padding token. Empty for the kind ``published``: its ids
+    are known when it is loaded.
+    """
+    if tokenizer.get("kind") == "published":
+        return {}
+    tokens = [key for key, token in special_tokens(tokenizer).items() if token is not None]
+    ids = {f"{key}_id": tokenizer.get(f"{key}_id", place) for place, key in enumerate(tokens)}
+    missing = {f"{key}_id": None for key in SPECIAL_TOKENS if key not in tokens}
+    return missing | {"pad_token_id": ids["eos_token_id"]} | ids
+
+
+def vocabulary_size(tokenizer: dict[str, Any]) -> int | None:
+    """The size that a trained tokenizer will have: vocab_size, rounded up to a multiple of round_to.
+
+    None for the kind ``published``.
+    """
+    if tokenizer.get("kind") == "published":
+        return None
+    return round_up(tokenizer["vocab_size"], tokenizer.get("round_to", 1))
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `size`."""
+    return -(-size // multiple) * multiple
 
 
 def _check_model(values: dict[str, Any], where: str) -> None:
@@ -354,20 +542,8 @@ def _check_instruction(values: dict[str, Any], where: str) -> None:
 
 def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     """Facts that stand in two files must be the same fact."""
-    model, tokenizer = config["model"], config["tokenizer"]
-    if "vocab_size" in model and model["vocab_size"] != tokenizer["vocab_size"]:
-        raise Refused(
-            f"{where}/model.json: vocab_size: {model['vocab_size']}, but {where}/tokenizer.json has "
-            f"{tokenizer['vocab_size']}. Leave it out of model.json: it comes from the tokenizer"
-        )
-
-    for key, wanted in SPECIAL_IDS.items():
-        for file in ("model", "generation"):
-            if config[file].get(key, wanted) != wanted:
-                raise Refused(
-                    f"{where}/{file}.json: {key}: {config[file][key]}, but the tokenizer has {wanted}. "
-                    f"Leave it out of {file}.json"
-                )
+    model = config["model"]
+    check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)
     positions = model.get("max_position_embeddings") or model.get("n_positions")
     for name in ("pretrain", "finetune"):
         if positions and config[name]["block_size"] > positions:
@@ -383,6 +559,24 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
         )
     for name, pair in config["instruction"]["pairs"].items():
         _check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
+
+
+def check_special_ids(
+    config: dict[str, dict[str, Any]], ids: dict[str, int | None], size: int | None, where: str
+) -> None:
+    """Refuse a vocabulary size or special ids in model.json or generation.json other than the tokenizer's."""
+    if size is not None and config["model"].get("vocab_size", size) != size:
+        raise Refused(
+            f"{where}/model.json: vocab_size: {config['model']['vocab_size']}, but {where}/tokenizer.json "
+            f"has {size}. Leave it out of model.json: it comes from the tokenizer"
+        )
+    for key, wanted in ids.items():
+        for file in ("model", "generation"):
+            if config[file].get(key, wanted) != wanted:
+                raise Refused(
+                    f"{where}/{file}.json: {key}: {config[file][key]}, but the tokenizer has {wanted}. "
+                    f"Leave it out of {file}.json"
+                )
 
 
 def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: str) -> None:

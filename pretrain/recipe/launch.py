@@ -229,6 +229,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", metavar="FILE", help="machines for --deepspeed, lines `NAME slots=N`, reached by pdsh")
 
 
+def weights(config: dict[str, Any]) -> dict[str, Any]:
+    """The weights of sources in dataset.json other than 1: they decide what an epoch of training holds."""
+    sources = config["dataset"]["sources"].items()
+    return {"weights": {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}}
+
+
 def train(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
     result = stage.folder / "result.json"
@@ -391,6 +397,7 @@ def main() -> None:
         lambda stage: train(stage, script),
         sections,
         inputs,
+        weights if name == "05_pretrain" else None,
         options=add_options,
         resumable=True,
         skip=skip,

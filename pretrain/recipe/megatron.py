@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import load_recipe
-from recipe.outputs import RecipeError, Refused, read_json, stage_folder
+from recipe.outputs import RecipeError, Refused, stage_folder
+from recipe.token_files import TokenFile
 
 # Architectures that Megatron-LM's GPT model can be.
 MODEL_TYPES = ("llama", "mistral", "qwen3")
@@ -107,18 +108,18 @@ def check_tokens(prefix: Path, vocab_size: int) -> tuple[int, int]:
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from recipe.packing import TokenFile
-
     theirs, ours = IndexedDataset(str(prefix)), TokenFile(prefix)
-    starts = np.asarray(ours.starts) // ours.dtype.itemsize
-    ends = np.append(starts[1:], len(ours.tokens))
-    if not np.array_equal(theirs.sequence_lengths, ends - starts):
+    if not np.array_equal(theirs.sequence_lengths, ours.lengths):
         raise RecipeError(f"{prefix}: megatron-core reads other documents. Run stage 04 with --force")
-    count = len(starts)
+    count = ours.documents
     for number in sorted({*range(min(count, 1000)), *range(max(0, count - 1000), count)}):
         ids = theirs[number]
-        if not np.array_equal(ids, ours.tokens[starts[number] : ends[number]]) or ids.max() >= vocab_size:
-            raise RecipeError(f"{prefix}: megatron-core reads other ids in document {number}")
+        wanted = ours.tokens[ours.first_token(number) : ours.first_token(number + 1)]
+        if not np.array_equal(ids, wanted) or (len(ids) and ids.max() >= vocab_size):
+            raise RecipeError(
+                f"{prefix}: document {number} has other ids for megatron-core, or ids beyond the "
+                f"{vocab_size} of the vocabulary. Run stage 04 with --force"
+            )
     return count, len(ours.tokens)
 
 
@@ -172,13 +173,13 @@ def check_weights(folder: Path, config: Any) -> int:
 
 
 def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) -> None:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     config = load_recipe(recipe, overrides)
     tokenizer, tokens = stage_folder(recipe, "03_tokenizer"), stage_folder(recipe, "04_tokenize")
     if not (tokens / "stage.json").exists():
         raise Refused(f"{tokens}: missing. Run `bash run_all.sh --recipe {recipe} --to 04`")
-    vocab_size = len(read_json(tokenizer / "tokenizer.json")["model"]["vocab"])
+    vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
     values = dict(config["model"])
     model = AutoConfig.for_model(values.pop("model_type"), **values | {"vocab_size": vocab_size})
     pretrain = config["pretrain"]
@@ -193,6 +194,8 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
             notes.append(f"{side}: megatron-core reads {documents:,} documents, {count:,} tokens, as we do")
         except ImportError:
             notes.append(f"{side}: not checked, because megatron-core is not installed")
+    if any(source.get("weight", 1) != 1 for source in config["dataset"]["sources"].values()):
+        notes.append("the weights of sources (dataset.json) are not handed over: one file holds every source")
     trained = stage_folder(recipe, "05_pretrain")
     if (trained / "stage.json").exists():
         where = f"hf_model_id={str(trained)!r}, megatron_path='CHECKPOINT'"

@@ -1,19 +1,17 @@
 """The instruction format: real line ends, one <s>, answers trained to </s>, the same bytes in every place."""
 
 import pytest
-import sentencepiece as spm
 from conftest import SHAPE, sentences
 from recipe import chat
-from recipe import tokenizer as tokenizers
 from recipe.conversations import preview
+from recipe.tokenizer_training import train_tokenizer
 
 SYSTEM = 'あなたは"AI"です。'
 
 
 @pytest.fixture(scope="module")
 def fast():
-    model = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 400}, 2)
-    fast = tokenizers.to_fast(spm.SentencePieceProcessor(model_proto=model))
+    fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
     fast.chat_template = chat.chat_template(SYSTEM)
     return fast
 

@@ -88,7 +88,14 @@ def pair(config, **values):
             ["source: unknown kind [1]"],
         ),
         (lambda c: c["tokenizer"].pop("vocab_size"), ["tokenizer.json: vocab_size: missing"]),
-        (lambda c: c["tokenizer"].update(model_type="bpe"), ["wanted unigram"]),
+        (lambda c: c["tokenizer"].update(kind="byte-level"), ["kind: unknown", "'byte-level-bpe'"]),
+        (lambda c: c["tokenizer"].update(kind="published"), ["vocab_size: unknown key"]),
+        (lambda c: c["tokenizer"].update(kind="word-bpe"), ["character_coverage: unknown key"]),
+        (lambda c: c["tokenizer"].update(unk_token=None), ["unk_token: null"]),
+        (lambda c: c["tokenizer"].update(bos_token="x"), ["bos_token", "two characters"]),
+        (lambda c: c["tokenizer"].update(bos_token="</s>"), ['"</s>"', "twice"]),
+        (lambda c: c["tokenizer"].update(pad_token_id=3), ["[3, 1, 2, 3]", "[0, 1, 2, 3]"]),
+        (lambda c: c["tokenizer"].update(pad_token=None, pad_token_id=0), ["pad_token is null"]),
         (lambda c: c["generation"].pop("prompts"), ["generation.json: prompts: missing"]),
         (lambda c: c["generation"].update(max_new_tokens=2000), ["max_new_tokens: 2000", "1024 positions"]),
         (lambda c: c["pretrain"].update(use_cpu=True), ["use_cpu", "CUDA_VISIBLE_DEVICES"]),
@@ -187,3 +194,27 @@ def test_known_keys_are_those_of_the_installed_libraries():
 def test_keys_that_decide_nothing_are_left_out():
     kept = config.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
     assert kept == {"learning_rate": 1}
+
+
+def test_special_ids_follow_the_tokens_that_are_there():
+    assert config.special_ids({}) == {
+        f"{name}_token_id": i for i, name in enumerate(("pad", "unk", "bos", "eos"))
+    }
+    words = {"kind": "word-bpe", "pad_token": None}
+    assert config.special_ids(words) == {
+        "pad_token_id": 2,
+        "unk_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    assert config.special_ids({"kind": "published", "published": "x"}) == {}
+
+
+def test_vocabulary_is_rounded_up():
+    values = tiny()
+    values["tokenizer"].update(vocab_size=8001, round_to=64)
+    values["model"]["vocab_size"] = 8064
+    config.check_recipe(values, "configs/x")
+    values["model"]["vocab_size"] = 8001
+    with pytest.raises(Refused, match="tokenizer.json has 8064"):
+        config.check_recipe(values, "configs/x")
