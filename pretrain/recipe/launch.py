@@ -349,7 +349,7 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], 
                 child.wait(2)
             if published():
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(20)  # for ranks that have trained and are on their way out
+                    child.wait(10)  # for ranks that have trained and are on their way out
                 if child.poll() is None:
                     child.terminate()
                     child.wait()

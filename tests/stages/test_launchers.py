@@ -1,5 +1,6 @@
-"""Plain python, torchrun and deepspeed really train, on CPU with 2 ranks, and reach the same losses."""
+"""Every launcher and every way to join ranks really trains, on CPU, and reaches the losses of one process."""
 
+import functools
 import json
 import os
 import shutil
@@ -17,14 +18,15 @@ pytestmark = pytest.mark.slow
 COMMON = ("--set", "pretrain.muon_learning_rate=null", "--set", "pretrain.logging_steps=1")
 PRECISION = {"fp32": ("--set", "pretrain.bf16=false"), "bf16": ("--set", "pretrain.bf16=true")}
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-# Each way to join two ranks: its options, and what the proof must find.
+# Each way to join ranks: its options, and what the proof must find.
 WAYS = {
-    "ddp": ((), "DDP 2"),
-    "zero1": (("--deepspeed", "zero1"), "ZeRO-1"),
-    "zero2": (("--deepspeed", "zero2"), "ZeRO-2"),
-    "zero3": (("--deepspeed", "zero3"), "ZeRO-3"),
-    "fsdp": (("--fsdp",), "FSDP2 2"),
-    "tp": (("--tensor-parallel", "2"), "TP 2"),
+    "ddp": (("--nproc", "2"), "DDP 2"),
+    "zero1": (("--nproc", "2", "--deepspeed", "zero1"), "ZeRO-1"),
+    "zero2": (("--nproc", "2", "--deepspeed", "zero2"), "ZeRO-2"),
+    "zero3": (("--nproc", "2", "--deepspeed", "zero3"), "ZeRO-3"),
+    "fsdp": (("--nproc", "2", "--fsdp"), "FSDP2 2"),
+    "tp": (("--nproc", "2", "--tensor-parallel", "2"), "TP 2"),
+    "fsdp-tp": (("--nproc", "4", "--tensor-parallel", "2"), "FSDP2 2 x TP 2"),
 }
 
 
@@ -68,14 +70,23 @@ def alone(prepared):
     return {kind: train(prepared, f"alone-{kind}", *options)[0] for kind, options in PRECISION.items()}
 
 
+@pytest.fixture(scope="module")
+def together(prepared):
+    """Training in one of the WAYS, once for all tests: losses, figures, and what was printed."""
+    return functools.cache(
+        lambda way, kind: train(prepared, f"{way}-{kind}", *WAYS[way][0], *PRECISION[kind])
+    )
+
+
 @pytest.mark.parametrize("kind", PRECISION)
 @pytest.mark.parametrize("way", WAYS)
-def test_two_ranks_reach_the_losses_of_one(prepared, alone, way, kind):
+def test_ranks_together_reach_the_losses_of_one(together, alone, way, kind):
     options, parallel = WAYS[way]
-    losses, figures, result = train(prepared, f"{way}-{kind}", "--nproc", "2", *options, *PRECISION[kind])
+    losses, figures, result = together(way, kind)
     active = figures["active"]
-    assert active["ranks"] == 2 and active["global_batch"] == 8
-    assert active["accumulation"] == (2 if way == "tp" else 1)  # tensor parallel ranks read the same batches
+    assert active["ranks"] == int(options[1]) and active["global_batch"] == 8
+    # Ranks that share matrices read the same batches.
+    assert active["accumulation"] == (2 if way == "tp" else 1)
     assert active["precision"] == kind and active["parallel"] == parallel
     launcher = "deepspeed.launcher" if "--deepspeed" in options else "torch.distributed.run"
     assert launcher in result.stdout
@@ -99,9 +110,7 @@ def test_tuning_runs_on_two_ranks(prepared, way):
     shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
     prepared.edit(name, "pretrain", muon_learning_rate=None)
     prepared.run("run_all.sh", "--recipe", name, "--to", "11")
-    prepared.run(
-        "fine-tuning/12_finetune.sh", "--recipe", name, "--force", "--nproc", "2", *options, timeout=900
-    )
+    prepared.run("fine-tuning/12_finetune.sh", "--recipe", name, "--force", *options, timeout=900)
     assert prepared.figures(name, "12_finetune")["active"]["parallel"] == parallel
 
 
@@ -178,15 +187,13 @@ def test_deepspeed_over_a_hostfile(prepared, alone, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["fsdp", "tp"])
-def test_sharded_training_continues_where_it_was_stopped(prepared, way):
+def test_sharded_training_continues_where_it_was_stopped(prepared, together, way):
     """The same losses as without the stop, weights and optimizer sharded; and a whole model at the end."""
     options, parallel = WAYS[way]
-    options = ("--nproc", "2", *options, *PRECISION["fp32"])
-    straight, _, _ = train(prepared, f"straight-{way}", *options)
     name = f"stopped-{way}"
     shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
     prepared.run("run_all.sh", "--recipe", name, "--to", "04")
-    line = ("pretrain/05_pretrain.sh", "--recipe", name, *COMMON, *options)
+    line = ("pretrain/05_pretrain.sh", "--recipe", name, *COMMON, *options, *PRECISION["fp32"])
     process = prepared.start(*line, "--force")  # not the finished twin
     work = prepared.output(name, ".05_pretrain.work", "")
     wait_for(lambda: (work / "metrics.jsonl").exists(), process)
@@ -194,7 +201,7 @@ def test_sharded_training_continues_where_it_was_stopped(prepared, way):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     assert "continues from checkpoint" in prepared.run(*line).stdout
-    assert losses_of(prepared, name) == straight
+    assert losses_of(prepared, name) == together(way, "fp32")[0]
     assert prepared.figures(name, "05_pretrain")["active"]["parallel"] == parallel
     with safe_open(prepared.output(name, "05_pretrain", "model.safetensors"), "pt") as weights:
         assert weights.get_slice("model.layers.0.mlp.up_proj.weight").get_shape() == [64, 32]
