@@ -21,9 +21,9 @@ from transformers.distributed.checkpoint import load_optimizer_distributed, save
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
-from recipe.outputs import Refused
+from recipe.outputs import RecipeError, Refused
 
-SCHEDULER = "scheduler.pt"
+OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"
 
 
 class _SummedGradient(TensorParallelLayer):
@@ -154,15 +154,24 @@ class ShardedTrainer(Trainer):
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_optimizer_distributed(self.model, self.optimizer.optimizer, f"{output_dir}/optimizer")
+        save_optimizer_distributed(self.model, self.optimizer.optimizer, f"{output_dir}/{OPTIMIZER}")
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and not self.is_deepspeed_enabled:
+            # Without its optimizer the Trainer would go on, and silently begin with a new one.
+            name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
+            if not Path(checkpoint, name).exists():
+                raise RecipeError(
+                    f"{Path(checkpoint).name} was written under another way to join the ranks: it has no "
+                    f"{name}. Continue with the options it began with (--deepspeed, --fsdp, "
+                    "--tensor-parallel), or start over with --force"
+                )
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/optimizer")
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/{OPTIMIZER}")
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
