@@ -7,6 +7,7 @@ CPUs.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,8 @@ def shard(
     bf16: FSDP2 gathers the weights in bf16 and reduces gradients in float32.
     Raises Refused for an architecture without a tensor parallel plan.
     """
+    # On a mesh of two dimensions every rank would say, twice, that two collectives are slower than one.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     main, ranks = dist.get_rank() == 0, dist.get_world_size()
     if main:
         build().save_pretrained(scratch)
