@@ -139,6 +139,21 @@ class ShardedTrainer(Trainer):
         super().__init__(model=model, args=args, **keywords)
         args.save_only_model = wish
 
+    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
+        """Train, continuing from a checkpoint only when it holds the optimizer in the form these ranks need.
+
+        The Trainer would silently begin with a new one. Raises RecipeError.
+        """
+        name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
+        name = "global_step*" if self.is_deepspeed_enabled else name
+        if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob(name)):
+            raise RecipeError(
+                f"{Path(resume_from_checkpoint).name} was written under another way to join the ranks: it has "
+                f"no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
+                "--tensor-parallel), or start over with --force"
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+
     def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**keywords)
         # On CPUs accelerate refuses a parallelism_config when it starts, and works with it when set later.
@@ -162,15 +177,6 @@ class ShardedTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint and not self.is_deepspeed_enabled:
-            # Without its optimizer the Trainer would go on, and silently begin with a new one.
-            name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
-            if not Path(checkpoint, name).exists():
-                raise RecipeError(
-                    f"{Path(checkpoint).name} was written under another way to join the ranks: it has no "
-                    f"{name}. Continue with the options it began with (--deepspeed, --fsdp, "
-                    "--tensor-parallel), or start over with --force"
-                )
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
