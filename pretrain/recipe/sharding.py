@@ -148,8 +148,8 @@ class ShardedTrainer(Trainer):
         name = "global_step*" if self.is_deepspeed_enabled else name
         if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob(name)):
             raise RecipeError(
-                f"{Path(resume_from_checkpoint).name} was written under another way to join the ranks: it has "
-                f"no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
+                f"{Path(resume_from_checkpoint).name} was written under another way to join the ranks: it "
+                f"has no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
                 "--tensor-parallel), or start over with --force"
             )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
