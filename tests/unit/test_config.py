@@ -46,6 +46,10 @@ def pair(config, **values):
             ["learning_rate", '"fast" is str', "wanted float"],
         ),
         (lambda c: c["pretrain"].update(max_steps=True), ["max_steps", "bool"]),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(weight=0),
+            ["sources.tatoeba: weight: 0", "above 0"],
+        ),
         (lambda c: c["pretrain"].update(lr_scheduler_type="cosin"), ["lr_scheduler_type", "'cosine'"]),
         (lambda c: c["pretrain"].update(block_size=4096), ["block_size: 4096", "1024 positions"]),
         (lambda c: c["pretrain"].update(global_batch_size=0), ["global_batch_size: 0", "1 or more"]),
@@ -194,6 +198,8 @@ def test_known_keys_are_those_of_the_installed_libraries():
 def test_keys_that_decide_nothing_are_left_out():
     kept = config.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
     assert kept == {"learning_rate": 1}
+    # A weight is for training and the tokenizer to ask for: ten hours of data are not redone for it.
+    assert config.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}}) == {"sources": {"a": {}}}
 
 
 def test_special_ids_follow_the_tokens_that_are_there():
