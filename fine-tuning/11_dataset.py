@@ -8,11 +8,12 @@ from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from recipe.cleaning import make_normalizer, text_hash
 from recipe.download import require_data
 from recipe.instructions import Pair, no_pairs, pair_facts, pair_side, read_pairs, reason_to_drop
+from recipe.normalizing import make_normalizer
 from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
 from recipe.progress import progress
+from recipe.splitting import text_hash
 
 
 def main(stage: Stage) -> None:

@@ -7,15 +7,19 @@ Run:  python pretrain/01_download.py --recipe tiny
 
 import time
 
-from recipe.download import download, source_facts
+from recipe.download import download, missing_bytes, source_facts
+from recipe.fetching import require_space
 from recipe.outputs import DATA, Stage, data_lock, run_stage
 
 
 def main(stage: Stage) -> None:
     """Download every source, or find that it is there already."""
     records, megabytes, seconds = {}, 0.0, 0.0
+    sources = stage.config["dataset"]["sources"]
     with data_lock():
-        for name, spec in stage.config["dataset"]["sources"].items():
+        needed = sum(missing_bytes(name, spec, DATA) for name, spec in sources.items())
+        require_space(DATA, needed, "downloading")
+        for name, spec in sources.items():
             started = time.monotonic()
             records[name] = download(name, spec, DATA)
             took = time.monotonic() - started

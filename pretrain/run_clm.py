@@ -15,7 +15,8 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.curves import learning_curve
     from recipe.modeling import build_model, parameter_count
     from recipe.outputs import read_json, write_json
-    from recipe.packing import PackedBlocks, TokenFile
+    from recipe.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
+    from recipe.token_files import TokenFile
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
@@ -24,21 +25,29 @@ def main(plan: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["03_tokenizer"])
     tokens = Path(plan["inputs"]["04_tokenize"])
     train_file, valid_file = TokenFile(tokens / "train"), TokenFile(tokens / "valid")
-    totals = read_json(tokens / "stage.json")["figures"]["totals"]
+    counted = read_json(tokens / "stage.json")["figures"]
+    totals = counted["totals"]
+    sources = weighted_sources(counted["sources"]["train"], plan["config"]["dataset"]["sources"])
 
-    blocks = -(-len(train_file.tokens) // settings.block_size)
-    arguments.max_steps, epochs = total_steps(arguments, blocks, settings.global_batch_size)
-    samples = PackedBlocks(train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, epochs)
+    epoch = epoch_tokens(train_file, sources)
+    blocks = -(-epoch // settings.block_size)
+    arguments.max_steps, _ = total_steps(arguments, blocks, settings.global_batch_size)
+    wanted = arguments.max_steps * settings.global_batch_size
+    samples = PackedBlocks(
+        train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, wanted, sources
+    )
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
     with whole_model(arguments):
         model = build_model(plan["config"]["model"], tokenizer, run.choice.attention, arguments.seed)
+    for file in (train_file, valid_file):
+        check_vocabulary(file, totals[file.prefix.name]["largest_id"], model.config.vocab_size)
     if run.is_main:
-        share = arguments.max_steps * settings.global_batch_size / blocks
+        share = wanted / blocks
         print(
             f"{parameter_count(model):,} parameters, {arguments.max_steps:,} steps x "
             f"{settings.global_batch_size} x "
-            f"{settings.block_size} tokens = {share:.2f} epochs of {totals['train']['tokens']:,} tokens",
+            f"{settings.block_size} tokens = {share:.2f} epochs of {epoch:,} tokens",
             flush=True,
         )
     # Of a document's tokens all but <s> are predicted, and only they have a loss.

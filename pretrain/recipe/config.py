@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from recipe import rules
 from recipe.outputs import CONFIGS, EXIT_REFUSED, RecipeError, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
@@ -27,21 +28,59 @@ DATASET = {
     "sources": "dict",
     "neologdn": "dict",
     "keep_wave_dash": "bool",
+    "nfkc": "bool",
     "minimum_characters": "int",
     "minimum_japanese_share": "float",
+    "rules": "dict",
+    "minhash": "dict|null",
     "valid_share": "float",
+    "engine": "dict",
 }
-NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int"}
-SOURCE = {"source": "str", "held_out": "bool", "minimum_megabytes": "float"}
+NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int", "tilde": "str"}
+SOURCE = {
+    "source": "str",
+    "held_out": "bool",
+    "rules": "str|null",
+    "weight": "float",
+    "licence": "str",
+    "minimum_megabytes": "float",
+    "maximum_megabytes": "float",
+    "maximum_documents": "int",
+    "maximum_bad_share": "float",
+}
+# Files of a user's own (`paths`), or fetched from `url` and checked against a hash.
+FILES_OR_URL = {
+    "paths": "list",
+    "url": "str|list",
+    "sha256": "str|list",
+    "sha1": "str|list",
+    "md5": "str|list",
+}
 SOURCE_KINDS = {
     "manpages": {"packages": "list"},
     "html-help": {"packages": "list"},
     "descriptions": {},
     "tatoeba": {"requirement": "str", "sha256": "str", "lines_per_document": "int"},
-    "files": {"paths": "list", "column": "str"},
+    "files": FILES_OR_URL | {"column": "str"},
+    "wikipedia": FILES_OR_URL,
+    "aozora": FILES_OR_URL,
+    "datasets-folder": {"path": "str", "column": "str"},
     "hub": {"dataset": "str", "configuration": "str", "split": "str", "column": "str", "revision": "str"},
 }
-OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"}
+OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"} | set(FILES_OR_URL)
+MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
+ENGINES = {
+    "local": {"workers": "int"},
+    "slurm": {
+        "workers": "int",
+        "partition": "str",
+        "time": "str",
+        "mem_per_cpu_gb": "int",
+        "env_command": "str",
+        "sbatch_args": "dict",
+    },
+    "ray": {"workers": "int", "address": "str", "mem_per_cpu_gb": "float"},
+}
 # The kinds of tokenizers, with the keys that each takes beside TOKENIZER and, where it is trained, TRAINED.
 TOKENIZER_KINDS = {
     "unigram": {"character_coverage": "float", "split_digits": "bool"},
@@ -110,6 +149,8 @@ NOT_DECIDING = (
     "save_total_limit",
     "project",
     "minimum_megabytes",
+    "weight",  # stages 03 and 05 name it among their facts: it does not change the documents
+    "engine",
 )
 # What has one home elsewhere, and where.
 ELSEWHERE = {
@@ -298,13 +339,47 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
                 f"{here}: source: unknown kind {_show(kind)}.{_nearest(str(kind), SOURCE_KINDS)} "
                 f"Known: {', '.join(SOURCE_KINDS)}"
             )
-        _check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
-        _require(source, tuple(set(SOURCE_KINDS[kind]) - OPTIONAL), here)
+        _check_source(source, here)
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     for key in ("minimum_japanese_share", "valid_share"):
         if not 0 <= values.get(key, 0) < 1:
             raise Refused(f"{where}: {key}: {values[key]} wanted 0 or more and below 1")
+    for kind, changes in values.get("rules", {}).items():
+        rules.check_rules(kind, changes, f"{where}: rules.{kind}")
+    _check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
+    _check_engine(values.get("engine", {}), f"{where}: engine")
+
+
+def _check_source(source: dict[str, Any], here: str) -> None:
+    kind = source["source"]
+    _check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
+    _require(source, tuple(key for key in SOURCE_KINDS[kind] if key not in OPTIONAL), here)
+    if "paths" in SOURCE_KINDS[kind] and ("paths" in source) == ("url" in source):
+        raise Refused(f"{here}: wanted either `paths` (files of your own) or `url`")
+    if source.get("rules") is not None:
+        rules.check_rules(source["rules"], {}, f"{here}: rules")
+    for key in ("weight", "maximum_megabytes", "maximum_documents"):
+        if source.get(key, 1) <= 0:
+            raise Refused(f"{here}: {key}: {source[key]}, wanted more than 0")
+    if not 0 <= source.get("maximum_bad_share", 0) < 1:
+        raise Refused(
+            f"{here}: maximum_bad_share: {source['maximum_bad_share']}, wanted 0 or more and below 1"
+        )
+
+
+def _check_engine(values: dict[str, Any], where: str) -> None:
+    executor = values.get("executor", "local")
+    if not isinstance(executor, str) or executor not in ENGINES:
+        raise Refused(
+            f"{where}: executor: unknown {_show(executor)}.{_nearest(str(executor), ENGINES)} "
+            f"Known: {', '.join(ENGINES)}"
+        )
+    _check_keys(values, ENGINES[executor] | {"executor": "str"}, where)
+    if executor == "slurm":
+        _require(values, ("partition", "time"), where)
+    if values.get("workers", 1) < 1:
+        raise Refused(f"{where}: workers: {values['workers']}, wanted 1 or more")
 
 
 def _check_tokenizer(values: dict[str, Any], where: str) -> None:

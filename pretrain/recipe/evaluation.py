@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from recipe.packing import IGNORED, PackedBlocks, TokenFile, write_token_file
+from recipe.packing import IGNORED, PackedBlocks
 from recipe.progress import progress
+from recipe.token_files import TokenFile, write_token_file
 
 
 @torch.inference_mode()

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.cleaning import is_valid_side, japanese_share, text_hash
 from recipe.download import file_facts
 from recipe.outputs import DATA, ROOT, RecipeError, glob_files
+from recipe.rules import japanese_share
 from recipe.sources import read_descriptions, read_manpages, read_tatoeba
+from recipe.splitting import is_valid_side, text_hash
 
 TRANSLATIONS = {"ja-en": "次の文を英語に翻訳してください。", "en-ja": "次の文を日本語に翻訳してください。"}
 

