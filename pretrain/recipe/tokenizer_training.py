@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from recipe.config import special_ids, special_tokens, vocabulary_size
 from recipe.conversion import as_fast, from_sentencepiece, sentencepiece_tokens
 from recipe.outputs import RecipeError
+from recipe.segmentation import ESCAPE, MARKS
 from recipe.shards import read_texts, side_sources
 
 LONGEST_SENTENCE = 4000  # characters; it bounds the trainers' memory, not what is learnt
@@ -27,10 +28,6 @@ LONGEST_SENTENCE = 4000  # characters; it bounds the trainers' memory, not what 
 THREADS = 16
 # Resident bytes per byte of the sample.
 MEMORY = {"unigram": 30, "bpe": 15, "byte-level-bpe": 30, "word-bpe": 30, "published": 30}
-# How the segmented form of recipe/segmentation.py writes white space, and what it puts before such a mark in
-# the text itself. A word BPE always knows them, and decodes the marks.
-MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
-ESCAPE = "␛"
 
 
 class Trained(NamedTuple):
@@ -224,6 +221,7 @@ def train_bpe(sentences: Iterable[str], config: dict[str, Any]) -> Tokenizer:
     else:
         read = [decoders.Replace(mark, character) for character, mark in MARKS.items()]
         tokenizer.decoder = decoders.Sequence([decoders.Fuse(), *read])
+    # A word BPE always knows how the segmented form writes white space, and decodes it.
     alphabet: dict[str, Any] = {
         "initial_alphabet": pre_tokenizers.ByteLevel.alphabet() if byte_level else [*MARKS.values(), ESCAPE]
     }
