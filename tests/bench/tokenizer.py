@@ -132,7 +132,7 @@ def write_corpus(source: Path, folder: Path, size: int) -> None:
     lines = [line for text in read_texts(source, "train") for line in text.split("\n") if line]
     draw, written = random.Random(0), 0
     schema = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string())])
-    with pq.ParquetWriter(folder / "train-made.parquet", schema, compression="zstd") as writer:
+    with pq.ParquetWriter(folder / "train-made-00000.parquet", schema, compression="zstd") as writer:
         while written < size:
             texts = ["\n".join(draw.choices(lines, k=50)) for _ in range(2000)]
             written += sum(len(text.encode()) for text in texts)
