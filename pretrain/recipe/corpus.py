@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recipe import dedup
+from recipe import aozora, dedup, wikipedia
+from recipe.cleaning import make_cleaner
 from recipe.engine import Engine, engine
 from recipe.funnel import Funnel, from_record, to_record
 from recipe.outputs import RecipeError, write_json
+from recipe.sources import read
 from recipe.splitting import is_valid_side, text_hash
 
 SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: some ten seconds of cleaning
@@ -111,8 +114,6 @@ class Read:
     folder: Path
 
     def __call__(self, _: object, rank: int, tasks: int) -> None:
-        from recipe.sources import read
-
         name, spec = list(self.config["sources"].items())[rank]
         with _replacing(self.folder / name) as part:
             writer, size, shard = None, 0, 0
@@ -167,7 +168,7 @@ class Clean:
     def __call__(self, _: object, rank: int, tasks: int) -> None:
         source, path = self.shards[rank]
         funnel, hashes = Funnel(), bytearray()
-        clean = make_extractor(self.config, self.config["sources"][source])
+        clean = make_extractor(self.config, self.config["sources"][source], funnel.extraction)
         writer = ShardWriter(self.folder / f"{rank:05d}.parquet", CLEAN)
         for row in read_rows(path):
             raw, name = row["text"], row["name"]
@@ -203,22 +204,31 @@ def _save(path: Path, array: np.ndarray) -> None:
     part.replace(path)
 
 
-def make_extractor(config: dict[str, Any], spec: dict[str, Any]) -> Callable[[str, str], tuple[str, str]]:
+def make_extractor(
+    config: dict[str, Any], spec: dict[str, Any], figures: Counter[str]
+) -> Callable[[str, str], tuple[str, str]]:
     """From (name, raw text) to (clean text, reason for dropping it): extraction where the kind wants it, then
     cleaning.
+
+    figures: what extraction resolved or left out is counted there.
     """
-    from recipe.cleaning import make_cleaner
-
     clean = make_cleaner(config, spec)
-    if spec["source"] != "wikipedia":
-        return lambda name, text: clean(text)
-    from recipe.wikipedia import extract
+    if spec["source"] == "wikipedia":
 
-    def extract_and_clean(name: str, text: str) -> tuple[str, str]:
-        prose, reason = extract(name, text)
-        return ("", reason) if reason else clean(prose)
+        def from_wikitext(name: str, text: str) -> tuple[str, str]:
+            prose, reason = wikipedia.extract(name, text)
+            return ("", reason) if reason else clean(prose)
 
-    return extract_and_clean
+        return from_wikitext
+    if spec["source"] == "aozora":
+
+        def from_aozora(name: str, text: str) -> tuple[str, str]:
+            prose, found = aozora.prose(text)
+            figures.update(found)
+            return clean(prose)
+
+        return from_aozora
+    return lambda name, text: clean(text)
 
 
 @dataclass

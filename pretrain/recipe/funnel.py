@@ -17,7 +17,8 @@ class Funnel:
     """Documents and UTF-8 bytes of one source, or of one shard of it.
 
     documents in = out + sum(dropped), and bytes in = out + sum(dropped) + trimmed, hold exactly; `trimmed` is
-    what extraction and normalising took from kept documents. `samples` holds, per reason, a few of the
+    what extraction and normalising took from kept documents. `extraction` counts what was resolved or
+    left out of markup. `samples` holds, per reason, a few of the
     documents that were dropped for it: those with the smallest hash of their name, so that the choice does
     not depend on the shards.
     """
@@ -31,6 +32,7 @@ class Funnel:
     lines_out: int = 0
     documents_dropped: Counter[str] = field(default_factory=Counter)
     bytes_dropped: Counter[str] = field(default_factory=Counter)
+    extraction: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def drop(self, reason: str, size: int, name: str, text: str) -> None:
@@ -59,6 +61,7 @@ class Funnel:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.documents_dropped += other.documents_dropped
         self.bytes_dropped += other.bytes_dropped
+        self.extraction += other.extraction
         for reason, samples in other.samples.items():
             self._sample(reason, *samples)
 
@@ -85,6 +88,7 @@ class Funnel:
                 "trimmed": self.bytes_trimmed,
             },
             "lines_of_kept_documents": {"in": self.lines_in, "out": self.lines_out},
+            "extraction": dict(self.extraction),
         }
 
 
@@ -95,7 +99,7 @@ def to_record(funnel: Funnel) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> Funnel:
     """The inverse of `to_record`."""
-    counters = {key: Counter(record[key]) for key in ("documents_dropped", "bytes_dropped")}
+    counters = {key: Counter(record[key]) for key in ("documents_dropped", "bytes_dropped", "extraction")}
     return Funnel(**(record | counters))
 
 

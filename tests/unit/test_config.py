@@ -48,7 +48,32 @@ def pair(config, **values):
         (lambda c: c["pretrain"].update(max_steps=True), ["max_steps", "bool"]),
         (
             lambda c: c["dataset"]["sources"]["tatoeba"].update(weight=0),
-            ["sources.tatoeba: weight: 0", "above 0"],
+            ["sources.tatoeba: weight: 0", "more than 0"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"].update(w={"source": "wikipedia"}),
+            ["sources.w: wanted either `paths`", "or `url`"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(rules="wep"),
+            ["sources.tatoeba: rules: unknown set", "'web'"],
+        ),
+        (
+            lambda c: c["dataset"].update(rules={"web": {"minimum_hiragana": 0.1}}),
+            ["dataset.json: rules.web: minimum_hiragana: unknown rule", "'minimum_hiragana_share'"],
+        ),
+        (lambda c: c["dataset"].update(minhash={"band": 14}), ["minhash: band", "'bands'"]),
+        (
+            lambda c: c["dataset"].update(engine={"executor": "slrum"}),
+            ["engine: executor: unknown", "'slurm'"],
+        ),
+        (
+            lambda c: c["dataset"].update(engine={"executor": "slurm", "time": "1:00:00"}),
+            ["engine: partition: missing"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(maximum_bad_share=1.5),
+            ["maximum_bad_share: 1.5", "below 1"],
         ),
         (lambda c: c["pretrain"].update(lr_scheduler_type="cosin"), ["lr_scheduler_type", "'cosine'"]),
         (lambda c: c["pretrain"].update(block_size=4096), ["block_size: 4096", "1024 positions"]),
