@@ -7,7 +7,7 @@ Run:  bash fine-tuning/12_finetune.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, speed_of, total_steps, train
+from recipe.training import place, prepare, run_script, speed_of, total_steps, train
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def main(plan: dict[str, Any]) -> None:
     )
     valid = PackedConversations(held_out, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
-    model = load_model(Path(plan["inputs"]["05_pretrain"]), run.choice.attention)
+    model = place(run, lambda: load_model(Path(plan["inputs"]["05_pretrain"]), run.choice.attention))
     if run.is_main:
         print(preview(conversations[:3], tokenizer), flush=True)
         share = arguments.max_steps * settings.global_batch_size / len(once)

@@ -7,7 +7,7 @@ Run:  bash pretrain/05_pretrain.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, speed_of, total_steps, train, whole_model
+from recipe.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -39,7 +39,10 @@ def main(plan: dict[str, Any]) -> None:
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
     with whole_model(arguments):
-        model = build_model(plan["config"]["model"], tokenizer, run.choice.attention, arguments.seed)
+        model = place(
+            run,
+            lambda: build_model(plan["config"]["model"], tokenizer, run.choice.attention, arguments.seed),
+        )
     for file in (train_file, valid_file):
         check_vocabulary(file, totals[file.prefix.name]["largest_id"], model.config.vocab_size)
     if run.is_main:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from recipe.hardware import Choice
 from recipe.modeling import parameter_count
 from recipe.outputs import Refused
+from recipe.sharding import sharded_over
 
 if TYPE_CHECKING:
     from recipe.training import Settings
@@ -159,13 +161,8 @@ class Progress(TrainerCallback):
 class Proof(TrainerCallback):
     """After the first step, find out what is really active; stop when it is not what was asked for."""
 
-    def __init__(self, choice: Choice, deepspeed: str | None, wanted_ranks: int, settings: Settings) -> None:
-        self.choice, self.deepspeed, self.wanted_ranks, self.settings = (
-            choice,
-            deepspeed,
-            wanted_ranks,
-            settings,
-        )
+    def __init__(self, choice: Choice, parallel: str, ranks: int, settings: Settings) -> None:
+        self.choice, self.parallel, self.ranks, self.settings = choice, parallel, ranks, settings
         self.trainer: Trainer | None = None
         self.block: dict[str, Any] = {}
 
@@ -180,14 +177,12 @@ class Proof(TrainerCallback):
             "precision": self.choice.precision,
             "attention": self.choice.attention,
             "compiled": self.choice.compile,
-            "ranks": self.wanted_ranks,
+            "ranks": self.ranks,
+            "parallel": self.parallel,
             "global_batch": self.settings.global_batch_size,
-            "deepspeed": deepspeed_wishes(self.deepspeed),
         }
         if self.settings.muon_learning_rate:
             wanted["optimizer"] = "MuonAdamW"
-        if self.wanted_ranks > 1 and not self.deepspeed:
-            wanted["parallel"] = "DistributedDataParallel"
         wrong = [
             f"{key}: asked for {value}, active is {self.block[key]}"
             for key, value in wanted.items()
@@ -199,16 +194,46 @@ class Proof(TrainerCallback):
             raise Refused("not what was asked for is active. " + "; ".join(wrong))
 
 
-def deepspeed_wishes(path: str | None) -> dict[str, Any] | None:
-    """ZeRO stage and offload that a DeepSpeed file asks for; None without a file."""
-    if not path:
-        return None
-    zero = json.loads(Path(path).read_text("utf-8")).get("zero_optimization", {})
-    return {
-        "stage": zero.get("stage", 0),
-        "offload_optimizer": zero.get("offload_optimizer", {}).get("device", "none"),
-        "offload_parameters": zero.get("offload_param", {}).get("device", "none"),
-    }
+def parallel_wish(ranks: int, deepspeed: str | None, fsdp: bool, tensor_parallel: int) -> str:
+    """How the ranks are to be joined, in the words of `joined`. deepspeed: path of a file, or None."""
+    if deepspeed:
+        zero = json.loads(Path(deepspeed).read_text("utf-8")).get("zero_optimization", {})
+        devices = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
+        return _zero(zero.get("stage", 0), *devices)
+    if fsdp or tensor_parallel > 1:
+        return _sharded({"fsdp": ranks // tensor_parallel, "tp": tensor_parallel})
+    return f"DDP {ranks}" if ranks > 1 else "one process"
+
+
+def joined(model: Any) -> str:
+    """How the ranks are really joined, read from the model that trains: ``one process``, ``DDP 4``,
+    ``FSDP2 4``, ``TP 2``, ``FSDP2 2 x TP 2``, or ``ZeRO-2, optimizer on cpu``.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps around DistributedDataParallel
+    if hasattr(model, "zero_optimization_stage"):
+        offload = model.zero_offload_optimizer(), model.zero_offload_param()
+        return _zero(model.zero_optimization_stage(), *(getattr(part, "device", None) for part in offload))
+    if isinstance(model, DistributedDataParallel):
+        return f"DDP {dist.get_world_size(model.process_group)}"
+    sharded = sharded_over(model)
+    if sharded:
+        return _sharded(sharded)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return "one process" if ranks == 1 else f"nothing joins the {ranks} ranks"
+
+
+def _zero(stage: int, optimizer: Any, parameters: Any) -> str:
+    parts = [f"ZeRO-{stage}"]
+    for name, device in (("optimizer", optimizer), ("parameters", parameters)):
+        device = str(device).split(".")[-1]  # DeepSpeed's own are members of an enum
+        if device not in ("None", "none"):
+            parts.append(f"{name} on {device}")
+    return ", ".join(parts)
+
+
+def _sharded(sizes: dict[str, int]) -> str:
+    names = {"fsdp": "FSDP2", "tp": "TP"}
+    return " x ".join(f"{names[kind]} {sizes[kind]}" for kind in names if sizes.get(kind, 1) > 1)
 
 
 def active(trainer: Trainer) -> dict[str, Any]:
@@ -216,8 +241,7 @@ def active(trainer: Trainer) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     accelerator = trainer.accelerator
-    # torch.compile wraps around DistributedDataParallel: look inside for what joins the ranks.
-    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+    engine = trainer.model_wrapped
     optimizer: Any = trainer.optimizer
     while hasattr(optimizer, "optimizer"):  # accelerate's, then DeepSpeed's wrapper
         optimizer = optimizer.optimizer
@@ -229,22 +253,16 @@ def active(trainer: Trainer) -> dict[str, Any]:
         "compiled": counters["stats"]["unique_graphs"] > 0,
         "optimizer": type(optimizer).__name__,
         "scheduler": f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
-        "deepspeed": None,
-        "parallel": type(wrapped).__name__ if accelerator.num_processes > 1 else "one process",
+        "parallel": joined(engine),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "micro_batch": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
         "parameters": parameter_count(trainer.model),
     }
-    if hasattr(wrapped, "zero_optimization_stage"):
-        offload = wrapped.zero_offload_optimizer(), wrapped.zero_offload_param()
-        block["deepspeed"] = {
-            "stage": wrapped.zero_optimization_stage(),
-            "offload_optimizer": str(getattr(offload[0], "device", "none")).split(".")[-1],
-            "offload_parameters": str(getattr(offload[1], "device", "none")).split(".")[-1],
-        }
+    if hasattr(engine, "zero_optimization_stage"):
         block["precision"] = (
-            "bf16" if wrapped.bfloat16_enabled() else "fp16" if wrapped.fp16_enabled() else "fp32"
+            "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
         )
-    block["global_batch"] = block["micro_batch"] * block["accumulation"] * block["ranks"]
+    copies = block["ranks"] // sharded_over(trainer.model).get("tp", 1)
+    block["global_batch"] = block["micro_batch"] * block["accumulation"] * copies
     return block

@@ -643,24 +643,53 @@ def batch_layout(global_batch: int, most: int, ranks: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_launch(values: dict[str, Any], file: str, deepspeed: str | None, ranks: int) -> Path | None:
+def check_launch(
+    values: dict[str, Any],
+    file: str,
+    deepspeed: str | None,
+    ranks: int,
+    fsdp: bool = False,
+    tensor_parallel: int = 1,
+) -> Path | None:
     """Check what a training file and a launcher ask of each other; return the path of the DeepSpeed file.
 
-    file: ``pretrain`` or ``finetune``. deepspeed: a short name, or None. Raises Refused.
+    file: ``pretrain`` or ``finetune``. deepspeed: a short name, or None. tensor_parallel: ranks that share
+    each matrix. Raises Refused.
     """
-    batch_layout(values["global_batch_size"], values["per_device_train_batch_size"], ranks)
-    if not deepspeed:
-        return None
-    path = check_deepspeed(deepspeed)
-    if values.get("muon_learning_rate"):
+    option = "--tensor-parallel" if tensor_parallel > 1 else "--fsdp" if fsdp else ""
+    option = "--deepspeed" if deepspeed else option
+    if deepspeed and (fsdp or tensor_parallel > 1):
+        raise Refused("--deepspeed shards by itself. Drop it, or drop --fsdp and --tensor-parallel")
+    if tensor_parallel < 1 or ranks % tensor_parallel:
         raise Refused(
-            f"{file}.json: muon_learning_rate: under DeepSpeed's ZeRO the Trainer would silently use "
-            f"AdamW instead of "
-            f"Muon. Add --set {file}.muon_learning_rate=null, or drop --deepspeed"
+            f"--tensor-parallel {tensor_parallel}: wanted a number that divides the {ranks} ranks (--nproc)"
         )
-    if values.get("torch_compile"):
-        raise Refused(f"{file}.json: torch_compile: true does not work under --deepspeed. Leave the key out")
+    if fsdp and ranks // tensor_parallel < 2:
+        raise Refused(
+            f"--fsdp: nothing to shard over: {ranks} ranks, {tensor_parallel} for --tensor-parallel. "
+            "Give more ranks (--nproc), or drop the option"
+        )
+    batch_layout(values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel)
+    path = check_deepspeed(deepspeed) if deepspeed else None
+    if option and values.get("muon_learning_rate"):
+        raise Refused(
+            f"{file}.json: muon_learning_rate: Muon needs whole matrices, and under {option} a rank has "
+            "parts of them (under ZeRO the Trainer would silently use AdamW). "
+            f"Add --set {file}.muon_learning_rate=null, or drop {option}"
+        )
+    if option and values.get("torch_compile"):
+        raise Refused(f"{file}.json: torch_compile: true does not work under {option}. Leave the key out")
     return path
+
+
+def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
+    """Raise Refused when the heads of model.json do not divide among the ranks that share each matrix."""
+    heads = model.get("num_key_value_heads") or _heads(model)
+    if heads and heads % tensor_parallel:
+        raise Refused(
+            f"--tensor-parallel {tensor_parallel}: the {heads} key-value heads of model.json do not divide "
+            "among so many ranks"
+        )
 
 
 def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -680,20 +709,20 @@ def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Check a recipe with the options of run_all.sh; exit 2 with the fault."""
+    from recipe.download import source_facts
+    from recipe.instructions import pair_facts  # here: they import this module's names
+    from recipe.launch import add_options, launch_of
+
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--nproc", type=int, default=0)
-    parser.add_argument("--deepspeed")
+    add_options(parser)
     arguments = parser.parse_args()
-    from recipe.download import source_facts
-    from recipe.instructions import pair_facts  # here: they import this module's names
-    from recipe.launch import default_ranks
 
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
         for file in ("pretrain", "finetune"):
-            check_launch(config[file], file, arguments.deepspeed, arguments.nproc or default_ranks())
+            launch_of(arguments).check(config, file)
         source_facts(config)
         pair_facts(config)
     except RecipeError as error:

@@ -12,10 +12,11 @@ import functools
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,17 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from recipe.callbacks import Progress, Proof, StopOnSignal
+from recipe.callbacks import Progress, Proof, StopOnSignal, parallel_wish
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
 from recipe.config import batch_layout
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak
 from recipe.modeling import MuonAdamW, flops_per_token
 from recipe.outputs import EXIT_TERMINATED, RecipeError
+from recipe.sharding import ShardedTrainer, shard
 
 
 @dataclass
@@ -69,8 +70,15 @@ class Run:
     hardware: Hardware
     folder: Path
     deepspeed: str | None
+    fsdp: bool
+    tensor_parallel: int
     ranks: int
     parent: int
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are to be sharded by FSDP2 or tensor parallelism."""
+        return self.fsdp or self.tensor_parallel > 1
 
     @property
     def is_main(self) -> bool:
@@ -89,8 +97,9 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
     hardware = detect()
     choice = choose(hardware, values)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp, tensor_parallel = plan["fsdp"], plan["tensor_parallel"]
     micro_batch, accumulation = batch_layout(
-        values["global_batch_size"], values["per_device_train_batch_size"], ranks
+        values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel
     )
     native = {
         "ddp_find_unused_parameters": False,
@@ -104,7 +113,7 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
         "use_cpu": hardware.device == "cpu",
         "bf16": choice.precision == "bf16",
         "fp16": choice.precision == "fp16",
-        "torch_compile": choice.compile and not deepspeed,
+        "torch_compile": choice.compile and not (deepspeed or fsdp or tensor_parallel > 1),
         "deepspeed": deepspeed,
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
         "remove_unused_columns": False,
@@ -119,7 +128,20 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
 
         # The Trainer does so only later, too late for from_pretrained under ZeRO-3.
         library.init_distributed(dist_backend="gloo")
-    return Run(settings, arguments, choice, hardware, folder, deepspeed, plan["processes"], plan["parent"])
+    # The launcher whose end ends the training; ranks on other machines than its own cannot look for it.
+    parent = plan["parent"] if plan["host"] == platform.node() else os.getpid()
+    return Run(
+        settings,
+        arguments,
+        choice,
+        hardware,
+        folder,
+        deepspeed,
+        fsdp,
+        tensor_parallel,
+        plan["ranks"],
+        parent,
+    )
 
 
 def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
@@ -151,6 +173,14 @@ def whole_model(arguments: TrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
+def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model of `build`, sharded over the ranks where that was asked for, else whole on every rank."""
+    if not run.sharded:
+        return build()
+    bf16 = run.choice.precision == "bf16"
+    return shard(build, run.folder / "unsharded", run.tensor_parallel, run.choice.attention, bf16)
+
+
 def return_loss_only(model: PreTrainedModel) -> None:
     """Let the model's forward return nothing but the loss when it is given labels.
 
@@ -167,8 +197,8 @@ def return_loss_only(model: PreTrainedModel) -> None:
     model.forward = loss_of
 
 
-class RecipeTrainer(Trainer):
-    """The stock Trainer, with our optimizer choice and verified checkpoints."""
+class RecipeTrainer(ShardedTrainer):
+    """The Trainer with our optimizer choice and verified checkpoints."""
 
     def __init__(self, settings: Settings, **keywords: Any) -> None:
         self.settings = settings
@@ -225,7 +255,8 @@ def train(
     settings, arguments, folder = run.settings, run.arguments, run.folder
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
-    proof = Proof(run.choice, run.deepspeed, run.ranks, settings)
+    parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
+    proof = Proof(run.choice, parallel, run.ranks, settings)
     stop = StopOnSignal(folder / "stop", run.parent)
     tokens_per_step = settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
@@ -243,6 +274,7 @@ def train(
     trainer.remove_callback(transformers.PrinterCallback)
     proof.trainer = trainer
     checkpoint = newest_good_checkpoint(Path(arguments.output_dir))
+    _agree_on(checkpoint)
     if checkpoint and run.is_main:
         print(f"continues from {checkpoint.name}", flush=True)
     if dist.is_initialized():
@@ -278,6 +310,19 @@ def train(
         speed = sorted(speeds)[len(speeds) // 2]
         figures |= {"tokens_per_second": speed, "mfu": speed * progress.flops / progress.peak}
     return figures
+
+
+def _agree_on(checkpoint: Path | None) -> None:
+    """Raise RecipeError when another rank would continue from another checkpoint than this one."""
+    if not dist.is_initialized():
+        return
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, checkpoint.name if checkpoint else None)
+    if len(set(found)) > 1:
+        raise RecipeError(
+            f"the ranks see different checkpoints: {sorted(set(map(str, found)))}. Several nodes must share "
+            "the project's folder (outputs/) over a network file system"
+        )
 
 
 def speed_of(figures: dict[str, Any]) -> str:
