@@ -84,10 +84,12 @@ def sampled(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
         wrong.append(
             f"the scheduler stands at step {scheduler.last_epoch}, the training at {state.global_step}"
         )
-    for group, base, function in zip(
-        trainer.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        wanted = base * function(scheduler.last_epoch)
-        if not math.isclose(group["lr"], wanted, rel_tol=1e-6, abs_tol=1e-15):
-            wrong.append(f"the optimizer's learning rate is {group['lr']:.4g}, its scheduler's {wanted:.4g}")
+    active = [group["lr"] for group in trainer.optimizer.param_groups]
+    said = [
+        base * function(scheduler.last_epoch)
+        for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    same = len(active) == len(said) and all(map(math.isclose, active, said))
+    if not same:
+        wrong.append(f"the optimizer's learning rates are {active}, its scheduler's {said}")
     return rates, wrong
