@@ -555,20 +555,8 @@ def _check_schedule(values: dict[str, Any], where: str) -> None:
             )
     if kind == "constant" and values.get("warmup_steps"):
         raise Refused(
-            f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no warm-up. "
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            "Write constant_with_warmup, or leave warmup_steps out"
+            f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no "
+            "warm-up. Write constant_with_warmup, or leave warmup_steps out"
         )
     if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]

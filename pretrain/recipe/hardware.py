@@ -88,37 +88,13 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
     attention = values.get("attn_implementation", "auto")
     if attention.startswith("flash") and not hardware.flash_attention:
         raise Refused(
-            f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or more "
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f"with flash-attn installed; this is {hardware.name}. Write auto or sdpa"
+            f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or "
+            f"more with flash-attn installed; this is {hardware.name}. Write auto or sdpa"
         )
     if attention.startswith("flash") and precision == "fp32":
         raise Refused(
-            f"{where}: attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is asked for. "
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            "Write auto or sdpa"
+            f"{where}: attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is "
+            "asked for. Write auto or sdpa"
         )
     if attention == "auto":
         attention = "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
