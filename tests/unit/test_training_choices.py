@@ -327,9 +327,10 @@ def test_board_without_its_library_is_refused(train, monkeypatch):
 
 
 def test_wandb_offline_holds_the_figures(train, monkeypatch):
-    pytest.importorskip("wandb", reason="could not run: wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="could not run: wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     _, _, folder = train(report_to="wandb")
+    wandb.finish()  # else the end of the process does, and the record is not yet whole
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     content = record.read_bytes()
     assert b"train/rank0/memory_gib" in content and b"train/bits_per_byte" in content
