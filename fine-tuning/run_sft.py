@@ -14,12 +14,13 @@ def main(plan: dict[str, Any]) -> None:
     """Put the chat template into the tokenizer, pack the conversations, train, save; rank 0 writes
     result.json.
     """
-    from recipe.chat import chat_template
+    from recipe.chat import chat_template, encode_conversation
     from recipe.conversations import load_conversations, preview
     from recipe.curves import learning_curve
     from recipe.modeling import load_model
     from recipe.outputs import write_json
     from recipe.packing import PackedConversations
+    from recipe.sampling import Samples
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
@@ -46,7 +47,13 @@ def main(plan: dict[str, Any]) -> None:
             f"{share:.2f} epochs; left out: {counts}",
             flush=True,
         )
-    figures = train(model, tokenizer, samples, valid, run, None)
+    generation = plan["config"]["generation"]
+    questions = {
+        question: encode_conversation(tokenizer, [{"role": "user", "content": question}])[0]
+        for question in generation.get("questions", [])
+    }
+    sampling = Samples(settings.sample_steps, questions, generation, tokenizer, folder)
+    figures = train(model, tokenizer, samples, valid, run, None, sampling)
     if run.is_main:
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"tuning, recipe {plan['recipe']}"

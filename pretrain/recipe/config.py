@@ -122,6 +122,8 @@ TRAINING = {
     "muon_learning_rate": "float|null",
     "attn_implementation": "str",
     "eval_blocks": "int",
+    "z_loss": "float",
+    "sample_steps": "int|list|null",
 }
 EVALUATION = {"batch_size": "int", "megabytes_per_source": "float"}
 INSTRUCTION = {"system": "str", "pairs": "dict", "translation_share": "float", "valid_share": "float"}
@@ -148,6 +150,7 @@ NOT_DECIDING = (
     "dataloader_prefetch_factor",
     "save_total_limit",
     "project",
+    "sample_steps",
     "minimum_megabytes",
     "weight",  # stages 03 and 05 name it among their facts: it does not change the documents
     "engine",
@@ -159,7 +162,14 @@ ELSEWHERE = {
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage itself: it always continues from its newest good checkpoint",
     "remove_unused_columns": "recipe/training.py",
+    "train_sampling_strategy": "recipe/packing.py: the order of samples is a function of seed and epoch",
+    "data_seed": "seed, which decides the order of samples, too",
     "use_cpu": "the hardware (CUDA_VISIBLE_DEVICES= hides the GPUs)",
+}
+# Native keys that would break what a recipe promises, and why.
+UNFIT = {
+    "label_smoothing_factor": "the Trainer's smoothing would shift the labels a second time",
+    "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
 }
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -523,6 +533,87 @@ def _check_training(values: dict[str, Any], where: str) -> None:
             raise Refused(
                 f"{where}: {key}: {_show(values[key])} is not known.{_nearest(str(values[key]), options)}"
             )
+    for key, reason in UNFIT.items():
+        if values.get(key):
+            raise Refused(f"{where}: {key}: {_show(values[key])}: {reason}. Leave the key out")
+    _check_schedule(values, where)
+    _check_watching(values, where)
+
+
+def _check_schedule(values: dict[str, Any], where: str) -> None:
+    """The schedule's options belong to it, and nothing is asked for that it would leave out in silence."""
+    kind, options = values.get("lr_scheduler_type", "linear"), values.get("lr_scheduler_kwargs") or {}
+    here = f"{where}: lr_scheduler_kwargs"
+    if not isinstance(options, dict):
+        raise Refused(f"{here}: {_show(options)} is {_type_name(options)}, wanted an object")
+    known = known_keys()["scheduler_options"].get(kind, options)
+    for key in options:
+        if key not in known:
+            raise Refused(
+                f"{here}: {key}: {kind} has no such option.{_nearest(key, known)} "
+                f"Known: {', '.join(known) or 'none'}"
+            )
+    if kind == "constant" and values.get("warmup_steps"):
+        raise Refused(
+            f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no "
+            "warm-up. Write constant_with_warmup, or leave warmup_steps out"
+        )
+    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]
+        if len(floors) != 1:
+            raise Refused(
+                f'{here}: {_show(options)}: {kind} wants one floor: {{"min_lr_rate": 0.1}} (a share of '
+                'learning_rate) or {"min_lr": 1e-5}'
+            )
+        floor, most = options[floors[0]], values.get("learning_rate", 5e-5) if "min_lr" in floors else 1
+        if not _is_type(floor, "float") or not 0 <= floor < most:
+            raise Refused(f"{here}: {floors[0]}: {_show(floor)}, wanted 0 or more and below {most}")
+    if kind == "warmup_stable_decay":
+        _check_decay(values, options, here)
+
+
+def _check_decay(values: dict[str, Any], options: dict[str, Any], here: str) -> None:
+    decay = options.get("num_decay_steps")
+    if not _is_type(decay, "int") or decay < 1:
+        raise Refused(
+            f"{here}: num_decay_steps: {_show(decay)}: warmup_stable_decay wants the steps over which the "
+            'rate falls at the end: {"num_decay_steps": 1000}'
+        )
+    if "num_stable_steps" in options:
+        raise Refused(
+            f"{here}: num_stable_steps: it follows from the steps of the run, warmup_steps and "
+            f"num_decay_steps. "
+            "Leave it out"
+        )
+    total, warmup = values.get("max_steps", -1), values.get("warmup_steps", 0)
+    warmup = warmup if warmup >= 1 else warmup * total
+    if 0 < total < decay + warmup:
+        raise Refused(
+            f"{here}: num_decay_steps: {decay} and warmup_steps {warmup:g} are more than the {total} of "
+            f"max_steps"
+        )
+
+
+def _check_watching(values: dict[str, Any], where: str) -> None:
+    """Boards by name, steps of samples, a z-loss that is no negative number."""
+    asked = values.get("report_to") or []
+    known = [*known_keys()["boards"], "none"]
+    for board in [asked] if isinstance(asked, str) else asked:
+        if board not in known:
+            raise Refused(
+                f"{where}: report_to: {_show(board)} is no board.{_nearest(str(board), known)} "
+                f"Known: {', '.join(known)}. TensorBoard is written in any case"
+            )
+    steps = values.get("sample_steps")
+    for step in steps if isinstance(steps, list) else [] if steps is None else [steps]:
+        if not _is_type(step, "int") or step < 1:
+            raise Refused(
+                f"{where}: sample_steps: {_show(steps)}, wanted a number of steps or a list of steps, each 1 "
+                f"or "
+                "more (before the first step and after the last it always samples)"
+            )
+    if values.get("z_loss", 0) < 0:
+        raise Refused(f"{where}: z_loss: {values['z_loss']}, wanted 0 or more (PaLM took 1e-4)")
 
 
 def _check_instruction(values: dict[str, Any], where: str) -> None:

@@ -82,6 +82,25 @@ def _is_outer(name: str) -> bool:
     return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
 
 
+def decayed(model: torch.nn.Module) -> list[str]:
+    """The names of the parameters that weight decay applies to: matrices that are no embedding.
+
+    Norms and biases are vectors. An embedding is left alone also where it is tied to the output: its rows are
+    rarely seen, and decay would shrink them between.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters()
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if _ndim(parameter) >= 2 and id(parameter) not in embeddings
+    ]
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside the layers, AdamW for embeddings, output and everything that is no matrix.
 
@@ -99,11 +118,16 @@ class MuonAdamW(torch.optim.Optimizer):
         epsilon: float,
         weight_decay: float,
     ) -> None:
+        with_decay = set(decayed(model))
         matrices: list[torch.nn.Parameter] = []
-        others: list[torch.nn.Parameter] = []
+        others: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                (matrices if parameter.ndim == 2 and not _is_outer(name) else others).append(parameter)
+            if not parameter.requires_grad:
+                continue
+            if parameter.ndim == 2 and not _is_outer(name):
+                matrices.append(parameter)
+            else:
+                others.setdefault(weight_decay if name in with_decay else 0.0, []).append(parameter)
         self.parts = [
             torch.optim.Muon(
                 matrices,
@@ -113,11 +137,17 @@ class MuonAdamW(torch.optim.Optimizer):
                 adjust_lr_fn="match_rms_adamw",
             ),
             torch.optim.AdamW(
-                others, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0, fused=True
+                [{"params": group, "weight_decay": decay} for decay, group in others.items()],
+                lr=learning_rate,
+                betas=betas,
+                eps=epsilon,
+                fused=True,
             ),
         ]
-        # Shared with the parts: the scheduler writes learning rates into these very groups.
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        # Shared with the parts: the scheduler writes learning rates into these very groups. It reads the peak
+        # from the defaults where its floor is a rate of its own.
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__(groups, {"lr": learning_rate})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

@@ -37,6 +37,12 @@ def pair(config, **values):
     config["instruction"]["pairs"]["translation"].update(values)
 
 
+def schedule(kind, options=None, **values):
+    """A change of the schedule in pretrain.json."""
+    values = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options} | values
+    return lambda config: config["pretrain"].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -130,6 +136,27 @@ def pair(config, **values):
         (lambda c: c["pretrain"].update(use_cpu=True), ["use_cpu", "CUDA_VISIBLE_DEVICES"]),
         (lambda c: c["pretrain"].update(optim="adafactor"), ["optim: muon_learning_rate"]),
         (lambda c: c["generation"].update(temperatur=1.0), ["'temperature'"]),
+        (
+            lambda c: (c["model"].pop("head_dim"), c["model"].update(hidden_size=258)),
+            ["model.json: hidden size 258 does not divide by 4"],
+        ),
+        (schedule("constant", warmup_steps=10), ["warmup_steps: 10", "constant_with_warmup"]),
+        (schedule("cosine_with_min_lr"), ["lr_scheduler_kwargs", "one floor", "min_lr_rate"]),
+        (schedule("cosine_with_min_lr", {"min_lr": 1, "min_lr_rate": 0.1}), ["one floor"]),
+        (schedule("cosine_with_min_lr", {"min_lr": 0.0045}), ["min_lr: 0.0045", "below 0.0045"]),
+        (schedule("cosine", {"min_lr": 1e-5}), ["min_lr: cosine has no such option", "num_cycles"]),
+        (schedule("warmup_stable_decay"), ["num_decay_steps: null", '"num_decay_steps": 1000']),
+        (schedule("warmup_stable_decay", {"num_decay_steps": 760}), ["num_decay_steps: 760", "15.2", "760"]),
+        (schedule("linear", "x"), ["lr_scheduler_kwargs", "wanted an object"]),
+        (lambda c: c["pretrain"].update(report_to=["wanb"]), ["report_to", "'wandb'"]),
+        (lambda c: c["pretrain"].update(sample_steps=[10, 0]), ["sample_steps: [10, 0]", "1 or more"]),
+        (lambda c: c["pretrain"].update(z_loss=-1e-4), ["z_loss: -0.0001"]),
+        (
+            lambda c: c["pretrain"].update(label_smoothing_factor=0.1),
+            ["label_smoothing_factor", "second time"],
+        ),
+        (lambda c: c["finetune"].update(auto_find_batch_size=True), ["finetune.json: auto_find_batch_size"]),
+        (lambda c: c["pretrain"].update(data_seed=1), ["data_seed", "follows from seed"]),
     ],
 )
 def test_fault_is_named_with_the_way_out(change, words):
