@@ -7,13 +7,14 @@ Run:  python fine-tuning/15_generate.py --recipe tiny
 import pyarrow.parquet as pq
 from recipe.instructions import no_pairs
 from recipe.outputs import Stage, run_stage, write_json
+from recipe.templates import user_message
 
 HELD_OUT = 5  # instructions of the validation side that are asked beside the questions
 
 
 def main(stage: Stage) -> None:
     """Answer with the pretrained and with the tuned model, from the same seeds and the same prompts."""
-    from recipe.chat import encode_conversation, generate_all, generation_config, side_by_side, user_message
+    from recipe.chat import encode_conversation, generate_all, generation_config, side_by_side
     from recipe.evaluation import repetition
     from recipe.modeling import for_inference, load_model
     from transformers import AutoTokenizer
