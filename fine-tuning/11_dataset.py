@@ -74,7 +74,9 @@ def main(stage: Stage) -> None:
                 f"no pairs on the {side} side: too few. Add pairs or change instruction.valid_share"
             )
         rows = [{column: getattr(pair, column) for column in SCHEMA.names} for pair in pairs]
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), stage.folder / f"{side}.parquet", compression="zstd")
+        pq.write_table(
+            pa.Table.from_pylist(rows, SCHEMA), stage.folder / f"{side}.parquet", compression="zstd"
+        )
     overlap = pretraining_overlap(sides, read_texts(stage.inputs["02_dataset"], "valid"))
     stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
     stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}

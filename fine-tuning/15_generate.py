@@ -5,6 +5,7 @@ Run:  python fine-tuning/15_generate.py --recipe tiny
 """
 
 import pyarrow.parquet as pq
+from recipe.config import tuned_stage
 from recipe.instructions import no_pairs
 from recipe.outputs import Stage, run_stage, write_json
 from recipe.templates import user_message
@@ -19,7 +20,7 @@ def main(stage: Stage) -> None:
     from recipe.modeling import for_inference, load_model
     from transformers import AutoTokenizer
 
-    values, tuned = stage.config["generation"], stage.inputs["12_finetune"]
+    values, tuned = stage.config["generation"], stage.inputs[tuned_stage(stage.config)]
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     rows = [{"prompt": question, "wanted": ""} for question in values.get("questions", [])]
     pairs = pq.read_table(stage.inputs["11_dataset"] / "valid.parquet").to_pylist()
@@ -48,5 +49,10 @@ def main(stage: Stage) -> None:
 
 if __name__ == "__main__":
     run_stage(
-        __file__, __doc__, main, ("generation",), ("05_pretrain", "11_dataset", "12_finetune"), skip=no_pairs
+        __file__,
+        __doc__,
+        main,
+        ("generation",),
+        lambda config: ("05_pretrain", "11_dataset", tuned_stage(config)),
+        skip=no_pairs,
     )

@@ -44,7 +44,8 @@ def encode_trained(tokenizer: Any, messages: list[Message], where: str) -> Conve
     for message in messages:
         if message["role"] == "assistant" and not message["content"].strip():
             raise RecipeError(
-                f"{where}: the pair {messages[-2]['content'][:60]!r} has no trained token: an answer is empty. "
+                f"{where}: the pair {messages[-2]['content'][:60]!r} has no trained token: an answer is "
+                f"empty. "
                 "Redo stage 11, which drops such pairs"
             )
     ids, trained = encode_conversation(tokenizer, messages)
@@ -55,9 +56,7 @@ def encode_trained(tokenizer: Any, messages: list[Message], where: str) -> Conve
     return ids, trained
 
 
-def _shortened(
-    tokenizer: Any, messages: list[Message], block_size: int, where: str
-) -> Conversation | None:
+def _shortened(tokenizer: Any, messages: list[Message], block_size: int, where: str) -> Conversation | None:
     """The longest beginning of a conversation that ends with an answer and fits; None where none does."""
     for end in range(len(messages) - 2, 1, -2):
         conversation = encode_trained(tokenizer, messages[:end], where)

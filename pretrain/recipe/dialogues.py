@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.outputs import ROOT, RecipeError, glob_files
+from recipe.templates import user_message
 
 Message = dict[str, str]  # role (system, user or assistant) and content
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages to people, and its columns
@@ -121,8 +122,6 @@ def _dialogue(where: str, row: dict[str, Any]) -> list[Message]:
     for key in ("instruction", "output"):
         if key not in row:
             raise RecipeError(f"{where}: no column {key!r}; it has {sorted(row)}. Wanted {FORMS}")
-    from recipe.templates import user_message
-
     instruction, given = _text(where, row, "instruction"), _text(where, row, "input")
     return [
         {"role": "user", "content": user_message(instruction, given)},

@@ -217,7 +217,9 @@ def pretraining_overlap(sides: dict[str, list[Pair]], texts: Iterable[str]) -> d
     """
 
     def runs(pair: Pair) -> set[str]:
-        return {run for message in messages_of(pair._asdict()) for run in _SENTENCE.findall(message["content"])}
+        return {
+            run for message in messages_of(pair._asdict()) for run in _SENTENCE.findall(message["content"])
+        }
 
     wanted = {run for pairs in sides.values() for pair in pairs for run in runs(pair)}
     found = {run for text in texts for run in _SENTENCE.findall(text) if run in wanted}
