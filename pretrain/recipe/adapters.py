@@ -46,7 +46,8 @@ def load_with_adapter(folder: Path, attention: str, lora: dict[str, Any], argume
     else:
         model = load_model(folder, attention)
         if arguments.gradient_checkpointing:
-            model.enable_input_require_grads()  # else no gradient reaches a checkpointed layer: all inputs are frozen
+            # Else no gradient reaches a checkpointed layer, whose inputs are all frozen.
+            model.enable_input_require_grads()
     torch.manual_seed(arguments.seed)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
@@ -81,26 +82,14 @@ def merge_adapter(base: Path, adapter: Path) -> PreTrainedModel:
         raise RecipeError(
             f"{adapter}: an adapter for another base model: it was trained over weights of SHA-256 "
             f"{known[:12]}..., {base} has {weights_digest(base)[:12]}.... Give the model it was trained on, "
-            f"or "
-            "tune again with --force"
+            "or tune again with --force"
         )
     try:
         model = PeftModel.from_pretrained(load_model(base), str(adapter))
     except (RuntimeError, ValueError) as error:  # shapes or names of modules that do not fit
         raise RecipeError(
-            f"{adapter}: an adapter for another base model than {base}: {str(error).strip().splitlines()[0]}. "
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
+            f"{adapter}: an adapter for another base model than {base} "
+            f"({str(error).strip().splitlines()[0]}). "
             "Give the model it was trained on, or tune again with --force"
         ) from error
     merged = model.merge_and_unload()

@@ -226,54 +226,8 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
             config[name] = read_config(folder / f"{name}.json")
     stray = sorted(path.name for path in folder.glob("*.json") if path.stem not in FILES + OPTIONAL_FILES)
     if stray:
-        raise Refused(
-            f"configs/{recipe}/{stray[0]}: no stage reads this file.{_nearest(stray[0][:-5], FILES + "
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f"OPTIONAL_FILES)}"
-        )
+        nearest = _nearest(stray[0][:-5], FILES + OPTIONAL_FILES)
+        raise Refused(f"configs/{recipe}/{stray[0]}: no stage reads this file.{nearest}")
     for override in overrides:
         _apply(config, override)
     check_recipe(config, f"configs/{recipe}")

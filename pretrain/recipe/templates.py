@@ -11,24 +11,25 @@ import json
 
 INPUT_HEADING = "\n\n### 入力:\n"
 
-# What a user's turn adds, its content in `content`. It ends with a line end: no token crosses into the answer.
+# What a user's turn adds; `content` is what it says. It ends a line, so that no token crosses into the answer.
 _USER_TURNS = {
     "alpaca": """
 {%- if loop.first or loop.previtem.role == 'system' -%}
 {%- if INPUT_HEADING in content -%}
-{{- '以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。\\n\\n' -}}
+{{- '以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。' -}}
 {%- else -%}
-{{- '以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。\\n\\n' -}}
+{{- '以下は、タスクを説明する指示です。' -}}
 {%- endif -%}
+{{- '要求を適切に満たす応答を書きなさい。\\n\\n' -}}
 {%- endif -%}
 {{- '### 指示:\\n' + content + '\\n\\n### 応答:\\n' -}}""",
     "chat": "{{- 'User:\\n' + content + '\\n\\nAssistant:\\n' -}}",
 }
 FORMS = tuple(_USER_TURNS)
 
-# `generation` marks what is trained, for apply_chat_template(return_assistant_tokens_mask=True). The mark of an
-# answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is the line used when a
-# conversation brings none.
+# `generation` marks what is trained, for apply_chat_template(return_assistant_tokens_mask=True). The heading of
+# an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is the line used
+# when a conversation brings none.
 _TEMPLATE = """{{- bos_token -}}
 {%- if messages[0].role != 'system' and SYSTEM -%}
 {{- SYSTEM + '\\n\\n' -}}

@@ -3,6 +3,7 @@
 import pytest
 from conftest import SHAPE, sentences
 from recipe import chat
+from recipe import templates as forms
 from recipe.conversations import preview
 from recipe.tokenizer_training import train_tokenizer
 
