@@ -55,6 +55,7 @@ def main(plan: dict[str, Any]) -> None:
     else:
         model = load_model(base, run.choice.attention)
         reference = load_model(base, run.choice.attention)
+    lengths = [sum(map(len, row.values())) + len(row["prompt_ids"]) for row in rows["train"]]
     if run.is_main:
         print(f"{len(rows['train']):,} preferences, {arguments.max_steps:,} steps; {funnel}", flush=True)
     figures = train(
@@ -65,12 +66,14 @@ def main(plan: dict[str, Any]) -> None:
         run,
         None,
         PreferenceTrainer,
+        settings.global_batch_size * sum(lengths) / len(lengths),
         ref_model=reference,
         processing_class=tokenizer,
     )
     if run.is_main:
         if settings.lora:
             finish_adapter(base, folder)
+            figures["trained_parameters"] = model.num_parameters(only_trainable=True)
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"preferences, recipe {plan['recipe']}"
         )

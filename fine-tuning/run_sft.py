@@ -57,6 +57,7 @@ def main(plan: dict[str, Any]) -> None:
     if run.is_main:
         if settings.lora:
             finish_adapter(base, folder)
+            figures["trained_parameters"] = model.num_parameters(only_trainable=True)
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"tuning, recipe {plan['recipe']}"
         )

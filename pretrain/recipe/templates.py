@@ -11,7 +11,7 @@ import json
 
 INPUT_HEADING = "\n\n### 入力:\n"
 
-# What a user's turn adds; `content` is what it says. It ends a line, so that no token crosses into the answer.
+# What a turn of a user's adds; `content` is what it says. It ends a line: no token crosses into the answer.
 _USER_TURNS = {
     "alpaca": """
 {%- if loop.first or loop.previtem.role == 'system' -%}
@@ -27,9 +27,9 @@ _USER_TURNS = {
 }
 FORMS = tuple(_USER_TURNS)
 
-# `generation` marks what is trained, for apply_chat_template(return_assistant_tokens_mask=True). The heading of
-# an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is the line used
-# when a conversation brings none.
+# `generation` marks what is trained, for apply_chat_template(return_assistant_tokens_mask=True). The heading
+# of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is the line
+# used when a conversation brings none.
 _TEMPLATE = """{{- bos_token -}}
 {%- if messages[0].role != 'system' and SYSTEM -%}
 {{- SYSTEM + '\\n\\n' -}}

@@ -93,6 +93,8 @@ def prepare(
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # trl and peft still use the old name of a setting; nothing a user could mend.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     values, folder, deepspeed = plan["config"][file] | (also or {}), Path(plan["folder"]), plan["deepspeed"]
     hardware = detect()
     choice = choose(hardware, values)
@@ -225,12 +227,14 @@ def train(
     run: Run,
     bytes_per_token: float | None,
     trainer_class: type[RecipeTrainer] = RecipeTrainer,
+    tokens_per_step: float | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
     """Train to the last step, continuing from the newest good checkpoint; save a plain Hugging Face folder.
 
     A model under an adapter is saved as the adapter alone, in the folder ``adapter``. trainer_class,
-    keywords: another trainer than for packed blocks, and what it takes beside.
+    tokens_per_step, keywords: another trainer than for packed blocks, the tokens of its steps on average, and
+    what it takes beside.
 
     Returns the figures for stage.json. Ends the process with exit 143 when a signal stopped the training
     after its checkpoint was saved.
@@ -240,7 +244,7 @@ def train(
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     proof = Proof(run.choice, run.deepspeed, run.ranks, settings)
     stop = StopOnSignal(folder / "stop", run.parent)
-    tokens_per_step = settings.global_batch_size * settings.block_size
+    tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
     progress = Progress(folder, tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents

@@ -65,10 +65,10 @@ def test_the_merged_model_is_the_base_and_its_adapter(tuned):
 
 def test_only_the_adapter_was_trained(tuned):
     project, _ = tuned
-    active = project.figures("lora", "12_finetune")["active"]
+    figures = project.figures("lora", "12_finetune")
     folder = project.output("lora", "12_finetune", "adapter")
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == LORA["r"]
-    assert 0 < active["trained_parameters"] < active["parameters"] / 3
+    assert 0 < figures["trained_parameters"] < figures["active"]["parameters"] / 3
     assert not list(project.output("lora", "12_finetune", ".").rglob("training_args.bin"))[1:]
 
 
