@@ -89,7 +89,7 @@ def merge_adapter(base: Path, adapter: Path) -> PreTrainedModel:
     except (RuntimeError, ValueError) as error:  # shapes or names of modules that do not fit
         raise RecipeError(
             f"{adapter}: an adapter for another base model than {base} "
-            f"({str(error).strip().splitlines()[0]}). "
+            f"({' '.join(str(error).split())[:200]}...). "
             "Give the model it was trained on, or tune again with --force"
         ) from error
     merged = model.merge_and_unload()

@@ -21,7 +21,9 @@ def bases(tmp_path_factory):
     folders = {}
     for name, seed, shape in (("one", 1, {}), ("two", 2, {}), ("wide", 1, {"hidden_size": 64})):
         folders[name] = tmp_path_factory.mktemp(name)
-        build_model({"model_type": "qwen3", **SHAPE, **shape}, fast, "sdpa", seed).save_pretrained(folders[name])
+        build_model({"model_type": "qwen3", **SHAPE, **shape}, fast, "sdpa", seed).save_pretrained(
+            folders[name]
+        )
     return folders
 
 

@@ -44,9 +44,7 @@ def test_plain_chat_byte_for_byte(fast):
     text = fast.apply_chat_template(
         [QUESTION, ANSWER, QUESTION], tokenize=False, chat_template=forms.chat_template("chat")
     )
-    assert text == (
-        "<s>User:\n山は?\n\nAssistant:\n山に登りました。</s>\n\nUser:\n山は?\n\nAssistant:\n"
-    )
+    assert text == ("<s>User:\n山は?\n\nAssistant:\n山に登りました。</s>\n\nUser:\n山は?\n\nAssistant:\n")
 
 
 @pytest.mark.parametrize("form", forms.FORMS)

@@ -31,12 +31,14 @@ def write(tmp_path, *rows):
     return path
 
 
-LONG = "山に登りました。" * 20
+LONG = "山に登りました。" * 80
 BEFORE = [{"role": "user", "content": "海は?"}, {"role": "assistant", "content": "湖を見ました。"}]
 
 
 def test_last_turns_go_until_a_conversation_fits(tmp_path, fast):
-    found, counts = load_conversations(write(tmp_path, row("はい。"), row(LONG, BEFORE), row(LONG)), fast, 128)
+    found, counts = load_conversations(
+        write(tmp_path, row("はい。"), row(LONG, BEFORE), row(LONG)), fast, 128
+    )
     assert counts == {"longer than block_size": 1, "shortened": 1}
     assert found == [
         encode_conversation(fast, messages_of(row("はい。"))),
@@ -54,7 +56,7 @@ def test_an_answer_without_a_trained_token_is_an_error(tmp_path, fast):
         load_conversations(write(tmp_path, row(" ")), fast, 128)
 
 
-def test_a_template_that_marks_no_answer_is_an_error(tmp_path, fast):
+def test_an_empty_answer_before_the_last_is_an_error(tmp_path, fast):
     blank = [{"role": "user", "content": "海は?"}, {"role": "assistant", "content": ""}]
     with pytest.raises(RecipeError, match="an answer is empty"):
         load_conversations(write(tmp_path, row("はい。", blank)), fast, 128)

@@ -165,12 +165,17 @@ def test_normalising_leaves_the_heading_of_an_input_whole():
     from recipe.normalizing import make_normalizer
 
     message = instructions.user_message("ﾔﾏ\n\nを訳せ", "ｶﾜ")
-    found = instructions.make_pair([{"role": "user", "content": message}, *turns("", "あ")[1:]], "x", make_normalizer({}))
+    found = instructions.make_pair(
+        [{"role": "user", "content": message}, *turns("", "あ")[1:]], "x", make_normalizer({})
+    )
     assert found[:3] == ("ヤマ\nを訳せ", "カワ", "あ")
 
 
 def test_overlap_counts_pairs_with_a_sentence_of_the_validation_text():
     shared = "これは検証用の文書にもそのまま書かれている長い文です"
-    sides = {"train": [pair(f"はい。{shared}。"), pair(shared[:15]), pair("別の" + shared)], "valid": [pair("短い")]}
+    sides = {
+        "train": [pair(f"はい。{shared}。"), pair(shared[:15]), pair("別の" + shared)],
+        "valid": [pair("短い")],
+    }
     texts = iter([f"前置き。\n{shared}。後書き。", "短い"])
     assert instructions.pretraining_overlap(sides, texts) == {"train": 1, "valid": 0}

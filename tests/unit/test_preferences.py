@@ -49,7 +49,10 @@ def test_every_row_is_counted_in_and_out(tmp_path):
         FILL[0],
         {"prompt": "a", "chosen": "同じ ", "rejected": "同じ"},
         {"prompt": "a", "chosen": " ", "rejected": "低い"},
-        {"chosen": [QUESTION, answer("高い")], "rejected": [{"role": "user", "content": "海は?"}, answer("深い")]},
+        {
+            "chosen": [QUESTION, answer("高い")],
+            "rejected": [{"role": "user", "content": "海は?"}, answer("深い")],
+        },
     ]
     sides, funnel = load(tmp_path, rows)
     assert funnel["mine"] == {
@@ -85,7 +88,9 @@ def test_ids_are_the_prompt_and_the_answers_with_their_end():
     (row,) = preferences.encode_preferences([preference], encode, 256)
     assert fast.decode(row["prompt_ids"]) == "<s>User:\n山は?\n\nAssistant:\n"
     assert row["chosen_ids"].count(fast.eos_token_id) == row["rejected_ids"].count(fast.eos_token_id) == 1
-    assert fast.decode(row["chosen_ids"]) == "</s>高い</s>" and fast.decode(row["rejected_ids"]) == "低い山</s>"
+    assert (
+        fast.decode(row["chosen_ids"]) == "</s>高い</s>" and fast.decode(row["rejected_ids"]) == "低い山</s>"
+    )
     size = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     assert not list(preferences.encode_preferences([preference], encode, size - 1))
     assert list(preferences.encode_preferences([preference], encode, size)) == [row]
