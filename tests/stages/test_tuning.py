@@ -132,3 +132,24 @@ def test_a_stopped_tuning_of_an_adapter_continues_to_the_same_weights(tuned):
     assert "continues from checkpoint-2" in result.stdout
     second = load_file(done / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_noisy_embeddings_are_off_unless_asked_for(project):
+    """NEFTune: the same first batch has another loss, and evaluation is without noise."""
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/noisy")
+    project.edit("noisy", "finetune", neftune_noise_alpha=50.0, learning_rate=0.0)
+    project.run("run_all.sh", "--recipe", "noisy", "--to", "12")
+    project.edit("noisy", "finetune", neftune_noise_alpha=None)
+    noisy = rows_of(project, "noisy")
+    project.run("fine-tuning/12_finetune.sh", "--recipe", "noisy", "--force")
+    plain = rows_of(project, "noisy")
+    assert noisy[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
+    assert noisy[-1]["eval_loss"] == pytest.approx(plain[-1]["eval_loss"], rel=1e-6)
+
+
+def rows_of(project, recipe):
+    """The logged rows of stage 12."""
+    return [
+        json.loads(line)
+        for line in project.output(recipe, "12_finetune", "metrics.jsonl").read_text().splitlines()
+    ]
