@@ -7,7 +7,7 @@ Run:  bash fine-tuning/13_preference.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, total_steps, train
+from recipe.training import prepare, run_script, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -72,7 +72,8 @@ def main(plan: dict[str, Any]) -> None:
     )
     if run.is_main:
         if settings.lora:
-            finish_adapter(base, folder)
+            with whole_model(arguments):
+                finish_adapter(base, folder)
             figures["trained_parameters"] = model.num_parameters(only_trainable=True)
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"preferences, recipe {plan['recipe']}"

@@ -78,7 +78,7 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
 
 
 def _cost(parameter: torch.nn.Parameter) -> int:
-    """Operations for each weight and token: 2 forward, 2 for the gradient behind it, 2 for its own if trained."""
+    """Operations for each weight and token: forward 2, the gradient of its input 2, its own 2 if trained."""
     return 6 if parameter.requires_grad else 4
 
 
