@@ -66,7 +66,7 @@ def main(plan: dict[str, Any]) -> None:
         run,
         None,
         PreferenceTrainer,
-        settings.global_batch_size * sum(lengths) / len(lengths),
+        round(settings.global_batch_size * sum(lengths) / len(lengths)),
         ref_model=reference,
         processing_class=tokenizer,
     )

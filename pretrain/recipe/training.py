@@ -227,7 +227,7 @@ def train(
     run: Run,
     bytes_per_token: float | None,
     trainer_class: type[RecipeTrainer] = RecipeTrainer,
-    tokens_per_step: float | None = None,
+    tokens_per_step: int | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
     """Train to the last step, continuing from the newest good checkpoint; save a plain Hugging Face folder.

@@ -29,7 +29,7 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pretrain"))
-BLOCKS, BLOCK, WARM_UP, STEPS = 16, 256, 2, 10
+BLOCKS, BLOCK, WARM_UP, STEPS = 16, 256, 1, 5
 
 
 class Clock(TrainerCallback):
@@ -50,8 +50,8 @@ class Counted:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate, and count."""
-        tokens = sum(row.pop("tokens") for row in rows)
-        batch = self.collate(rows)
+        tokens = sum(row["tokens"] for row in rows)
+        batch = self.collate([{key: row[key] for key in row if key != "tokens"} for row in rows])
         self.batches.append((tokens, batch["input_ids"].numel()))
         return batch
 
@@ -71,6 +71,7 @@ def run(
             folder,
             max_steps=WARM_UP + STEPS,
             per_device_train_batch_size=batch,
+            use_cpu=not torch.cuda.is_available(),
             bf16=True,
             save_strategy="no",
             report_to=[],
