@@ -15,10 +15,9 @@ def tuned(project):
     """The recipe `lora`: mini with an adapter in stage 12 and preferences in stage 13."""
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs/lora")
     project.edit("lora", "finetune", lora=LORA)
-    texts = sentences(80, 5)
     rows = [
-        {"prompt": f"{i}番は何ですか?", "chosen": chosen, "rejected": rejected}
-        for i, (chosen, rejected) in enumerate(zip(texts[:40], texts[40:], strict=True))
+        {"prompt": f"{i}番は何ですか?", "chosen": text, "rejected": f"{i}番はわかりません。"}
+        for i, text in enumerate(sentences(40, 5))
     ]
     rows.append({"prompt": "同じ?", "chosen": "はい。", "rejected": "はい。"})
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -30,7 +29,7 @@ def tuned(project):
         "global_batch_size": 4,
         "per_device_train_batch_size": 2,
         "max_steps": 8,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-3,
         "beta": 0.1,
         "logging_steps": 1,
         "save_steps": 4,
@@ -76,11 +75,11 @@ def test_preferences_move_the_model_towards_the_chosen(tuned):
     project, result = tuned
     figures = project.figures("lora", "13_preference")
     assert figures["pairs"]["mine"]["dropped"] == {"chosen equals rejected": 1}
-    assert figures["steps"] == 8 and figures["eval_loss"] != pytest.approx(0.693, abs=1e-4)
+    assert figures["steps"] == 8 and figures["eval_loss"] < 0.6
     rows = project.output("lora", "13_preference", "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # -log sigmoid(0): the model is its own reference
-    assert losses[-1] < losses[0] - 0.01
+    assert losses[-1] < 0.6
 
 
 def test_the_last_model_is_evaluated_and_talked_to(tuned):
