@@ -6,7 +6,7 @@ Run:  .venv/bin/python fine-tuning/chat.py --recipe tiny
 import argparse
 import sys
 
-from recipe.config import load_recipe
+from recipe.config import load_recipe, tuned_stage
 from recipe.instructions import no_pairs
 from recipe.outputs import RecipeError, Refused, stage_folder
 
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
         values = config["generation"]
-        folder = stage_folder(arguments.recipe, "12_finetune")
+        folder = stage_folder(arguments.recipe, tuned_stage(config))
         if not (folder / "stage.json").exists():
             why = no_pairs(config)
             if why:

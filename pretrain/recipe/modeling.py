@@ -60,19 +60,26 @@ def _ndim(parameter: torch.nn.Parameter) -> int:
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
-    """Floating point operations of one training token: 6 per weight of a matrix product, and causal
-    attention.
+    """Floating point operations of one training token: 6 per weight of a matrix product (4 where it is
+    frozen), and causal attention.
 
     After Kaplan et al. (2020), appendix B, and Chowdhery et al. (2022), appendix B, with attention halved
     because it is causal. The input embedding is a look-up and costs nothing; the output matrix counts also
     when it is tied.
     """
     config = model.config
-    matrices = sum(_numel(p) for name, p in model.named_parameters() if _ndim(p) == 2 and not _is_outer(name))
-    output = config.vocab_size * config.hidden_size
+    matrices = sum(
+        _cost(p) * _numel(p) for name, p in model.named_parameters() if _ndim(p) == 2 and not _is_outer(name)
+    )
+    output = _cost(model.get_output_embeddings().weight) * config.vocab_size * config.hidden_size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_size * block_size
-    return 6 * (matrices + output) + attention
+    return matrices + output + attention
+
+
+def _cost(parameter: torch.nn.Parameter) -> int:
+    """Operations for each weight and token: forward 2, the gradient of its input 2, its own 2 if trained."""
+    return 6 if parameter.requires_grad else 4
 
 
 def _is_outer(name: str) -> bool:

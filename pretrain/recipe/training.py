@@ -54,6 +54,7 @@ class Settings:
     eval_blocks: blocks of the validation side that are measured during training; absent: all (stage 06
     measures all). z_loss: coefficient of the z-loss, 0 for none. sample_steps: after every so many steps, or
     after those named, measure the validation side and continue the prompts of generation.json.
+    lora: tune an adapter in place of all weights (see `recipe.adapters`).
     """
 
     global_batch_size: int
@@ -63,6 +64,7 @@ class Settings:
     eval_blocks: int | None = None
     z_loss: float = 0.0
     sample_steps: Any = None  # HfArgumentParser takes no int | list
+    lora: dict | None = None
 
 
 @dataclass
@@ -91,14 +93,23 @@ class Run:
         return self.arguments.process_index == 0
 
 
-def prepare(plan: dict[str, Any], file: str) -> Run:
-    """Settle a run by the plan that `recipe.launch` wrote; file: ``pretrain`` or ``finetune``.
+def prepare(
+    plan: dict[str, Any],
+    file: str,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    also: dict[str, Any] | None = None,
+) -> Run:
+    """Settle a run by the plan that `recipe.launch` wrote; file: ``pretrain``, ``finetune`` or
+    ``preference``.
 
+    arguments_class: the TrainingArguments of the trainer. also: what that trainer always wants of them.
     Raises Refused for what this hardware cannot do.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    values, folder, deepspeed = plan["config"][file], Path(plan["folder"]), plan["deepspeed"]
+    # trl and peft still use the old name of a setting; nothing a user could mend.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    values, folder, deepspeed = plan["config"][file] | (also or {}), Path(plan["folder"]), plan["deepspeed"]
     hardware = detect()
     choice = choose(hardware, values, f"{file}.json")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -131,7 +142,7 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     os.environ.setdefault("WANDB_PROJECT", native["project"])
     os.environ.setdefault("WANDB_DIR", str(folder))
-    settings, arguments = HfArgumentParser((Settings, TrainingArguments)).parse_dict(native)
+    settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
     if deepspeed and hardware.device == "cpu":
         import deepspeed as library
 
@@ -290,9 +301,16 @@ def train(
     valid: Dataset,
     run: Run,
     bytes_per_token: float | None,
-    sampling: Samples,
+    sampling: Samples | None = None,
+    trainer_class: type[RecipeTrainer] = RecipeTrainer,
+    tokens_per_step: int | None = None,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """Train to the last step, continuing from the newest good checkpoint; save a plain Hugging Face folder.
+
+    A model under an adapter is saved as the adapter alone, in the folder ``adapter``. trainer_class,
+    tokens_per_step, keywords: another trainer than for packed blocks, the tokens of its steps on average, and
+    what it takes beside.
 
     Returns the figures for stage.json. Ends the process with exit 143 when a signal stopped the training
     after its checkpoint was saved.
@@ -303,20 +321,28 @@ def train(
     parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
     proof = Proof(run.choice, parallel, run.ranks, settings)
     stop = StopOnSignal(folder / "stop", run.parent)
-    tokens_per_step = settings.global_batch_size * settings.block_size
+    tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     progress = Progress(folder, tokens_per_step)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
-    return_loss_only(model, settings.z_loss)
-    trainer = RecipeTrainer(
+    if trainer_class is RecipeTrainer:
+        return_loss_only(model, settings.z_loss)
+    trainer = trainer_class(
         settings,
         meter,
         model=model,
         args=arguments,
         train_dataset=samples,
         eval_dataset=valid,
-        callbacks=[stop, proof, meter, *([progress] if run.is_main else []), sampling],
+        callbacks=[
+            stop,
+            proof,
+            meter,
+            *([progress] if run.is_main else []),
+            *([sampling] if sampling else []),
+        ],
+        **keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     proof.trainer = trainer
@@ -336,11 +362,12 @@ def train(
     history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
     final = history.get(trainer.state.global_step) or trainer.evaluate()
     model.config.use_cache = True
-    trainer.save_model(str(folder))
+    target = folder / "adapter" if settings.lora else folder
+    trainer.save_model(str(target))
     if run.is_main:
         tokenizer.save_pretrained(folder)
         # A pickle, and what it says stands in stage.json.
-        (folder / "training_args.bin").unlink(missing_ok=True)
+        (target / "training_args.bin").unlink(missing_ok=True)
     rows = []
     if run.is_main:
         rows = [json.loads(line) for line in progress.path.read_text("utf-8").splitlines()]

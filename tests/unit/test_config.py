@@ -43,6 +43,18 @@ def schedule(kind, options=None, **values):
     return lambda config: config["pretrain"].update(values)
 
 
+def lora(config, **values):
+    """Tune an adapter, with AdamW."""
+    config["finetune"].pop("muon_learning_rate", None)
+    config["finetune"]["lora"] = values
+
+
+def preference(config, **values):
+    """Add a preference.json."""
+    batches = {"global_batch_size": 4, "per_device_train_batch_size": 4, "block_size": 256}
+    config["preference"] = {"pairs": {"mine": {"path": "p.jsonl"}}} | batches | values
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -157,6 +169,25 @@ def schedule(kind, options=None, **values):
         ),
         (lambda c: c["finetune"].update(auto_find_batch_size=True), ["finetune.json: auto_find_batch_size"]),
         (lambda c: c["pretrain"].update(data_seed=1), ["data_seed", "follows from seed"]),
+        (lambda c: c["instruction"].update(template="alpacca"), ['template: "alpacca"', "'alpaca'"]),
+        (
+            lambda c: c["instruction"]["pairs"].update(x={"path": "a.json", "dataset": "b"}),
+            ["pairs.x: wanted exactly one of", "`dataset`"],
+        ),
+        (lambda c: lora(c, ranks=4), ["finetune.json: lora: ranks: unknown key"]),
+        (lambda c: lora(c, r=0), ["lora.r: 0", "more than 0"]),
+        (lambda c: lora(c, quantization="int8"), ['lora.quantization: "int8"', "nf4"]),
+        (lambda c: c["finetune"].update(lora={"r": 4}), ["muon_learning_rate", "or lora"]),
+        (lambda c: c["pretrain"].update(lora={"r": 4}), ["pretrain.json: lora: unknown key"]),
+        (lambda c: preference(c, pairs={}), ["preference.json: pairs: empty", "delete the file"]),
+        (lambda c: preference(c, pairs={"x": {"source": "tatoeba"}}), ["pairs.x: source: unknown key"]),
+        (lambda c: preference(c, beta=0), ["beta: 0"]),
+        (lambda c: preference(c, bta=0.1), ["'beta'"]),
+        (lambda c: preference(c, block_size=4096), ["preference.json: block_size: 4096", "1024 positions"]),
+        (
+            lambda c: (preference(c), c["instruction"].update(pairs={})),
+            ["instruction.json names no pairs", "delete preference.json"],
+        ),
     ],
 )
 def test_fault_is_named_with_the_way_out(change, words):
@@ -276,3 +307,27 @@ def test_vocabulary_is_rounded_up():
     values["model"]["vocab_size"] = 8001
     with pytest.raises(Refused, match="tokenizer.json has 8064"):
         config.check_recipe(values, "configs/x")
+
+
+def test_preference_is_an_optional_file_and_its_model_the_last():
+    values = tiny()
+    assert config.tuned_stage(values) == "12_finetune"
+    preference(values)
+    config.check_recipe(values, "configs/x")
+    assert config.tuned_stage(values) == "13_preference"
+
+
+def test_nf4_wants_a_gpu():
+    values = {"lora": {"quantization": "nf4"}}
+    config.check_quantization(values, "finetune", 1)
+    config.check_quantization({"lora": None}, "finetune", 0)
+    with pytest.raises(Refused, match=r"lora.quantization: nf4 .*--set finetune.lora.quantization=null"):
+        config.check_quantization(values, "finetune", 0)
+
+
+def test_the_variant_of_a_recipe_differs_in_its_tuning_only():
+    one, other = config.load_recipe("mistral-300m"), config.load_recipe("mistral-300m-qlora")
+    assert {name for name in one if one[name] != other[name]} == {"instruction", "finetune"}
+    assert (one["finetune"]["learning_rate"], one["instruction"]["valid_share"]) == (5e-6, 0.1)
+    assert other["finetune"]["learning_rate"] == 3e-4
+    assert other["finetune"]["lora"]["r"] == other["finetune"]["lora"]["lora_alpha"] == 128
