@@ -82,10 +82,9 @@ def talk(talker, recipe: str, overrides: list[str]) -> None:
 def say(pieces) -> str:
     """Print an answer as it comes; what there is of it when Ctrl-C stops it."""
     answer = ""
+    print("Assistant: ", end="", flush=True)
     try:
         for piece in pieces:
-            if not answer:
-                print("Assistant: ", end="")
             answer += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -45,6 +45,7 @@ _CHECKS = {
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
     "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
 }
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 class Answer(NamedTuple):
@@ -61,6 +62,8 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     Raises Refused for values that transformers refuses, such as a temperature below 0.
     """
     native = {k: v for k, v in values.items() if k not in GENERATION and k != "num_return_sequences"}
+    # JSON, a slider and a user write 1 for 1.0, which transformers' own checks of these keys refuse.
+    native |= {key: float(native[key]) for key in _FLOATS if type(native.get(key)) is int}
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,

@@ -186,18 +186,6 @@ def test_list_names_every_stage(project):
     assert all(len(line.split()) > 3 for line in lines)
 
 
-def test_chat_answers_in_the_terminal(project):
-    result = subprocess.run(
-        [sys.executable, str(project.folder / "fine-tuning/chat.py"), "--recipe", "mini"],
-        input="山は?\n/reset\n</s>とは?\n/quit\n",
-        env=project.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Assistant: ") == 2
-
-
 def test_stale_input_is_noticed_by_a_later_stage(project):
     change = ("--set", "tokenizer.seed=9")
     result = project.run("run_all.sh", "--recipe", "mini", "--from", "05", *change, check=False)

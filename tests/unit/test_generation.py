@@ -141,6 +141,11 @@ def test_values_out_of_range_are_refused(fast, values, message):
         generation.generation_config({"max_new_tokens": 4, "do_sample": True} | values, fast)
 
 
+def test_whole_numbers_are_numbers(fast):
+    values = {"max_new_tokens": 4, "do_sample": True, "temperature": 1, "top_p": 1, "repetition_penalty": 1}
+    assert generation.generation_config(values, fast).temperature == 1.0
+
+
 def test_side_by_side_shows_every_sample():
     text = generation.side_by_side([{"prompt": "山", "before": ["a\nb", "c"], "after": "d"}])
     assert text == "## 山\n\n**before**: a b\n\n**before**: c\n\n**after**: d\n"
