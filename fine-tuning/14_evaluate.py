@@ -6,6 +6,7 @@ Run:  python fine-tuning/14_evaluate.py --recipe tiny
 
 import math
 
+from recipe.config import tuned_stage
 from recipe.instructions import no_pairs
 from recipe.outputs import Stage, run_stage, write_json
 
@@ -21,7 +22,7 @@ def main(stage: Stage) -> None:
     from recipe.packing import PackedConversations
     from transformers import AutoTokenizer
 
-    tuned = stage.inputs["12_finetune"]
+    tuned = stage.inputs[tuned_stage(stage.config)]
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     block_size = stage.config["finetune"]["block_size"]
     conversations, left_out = load_conversations(
@@ -57,6 +58,6 @@ if __name__ == "__main__":
         __doc__,
         main,
         ("evaluation", "generation"),
-        ("05_pretrain", "11_dataset", "12_finetune"),
+        lambda config: ("05_pretrain", "11_dataset", tuned_stage(config)),
         skip=no_pairs,
     )

@@ -5,21 +5,23 @@ Run:  python fine-tuning/15_generate.py --recipe tiny
 """
 
 import pyarrow.parquet as pq
+from recipe.config import tuned_stage
 from recipe.instructions import no_pairs
 from recipe.outputs import Stage, run_stage, write_json
+from recipe.templates import user_message
 
 HELD_OUT = 5  # instructions of the validation side that are asked beside the questions
 
 
 def main(stage: Stage) -> None:
     """Answer with the pretrained and with the tuned model, from the same seeds and the same prompts."""
-    from recipe.chat import encode_conversation, user_message
+    from recipe.chat import encode_conversation
     from recipe.evaluation import repetition
     from recipe.generation import check_room, clean_prompt, generate_all, generation_config, side_by_side
     from recipe.modeling import for_inference, load_model
     from transformers import AutoTokenizer
 
-    values, tuned = stage.config["generation"], stage.inputs["12_finetune"]
+    values, tuned = stage.config["generation"], stage.inputs[tuned_stage(stage.config)]
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     rows = [
         {"prompt": clean_prompt(stage.config, question), "wanted": ""}
@@ -48,5 +50,10 @@ def main(stage: Stage) -> None:
 
 if __name__ == "__main__":
     run_stage(
-        __file__, __doc__, main, ("generation",), ("05_pretrain", "11_dataset", "12_finetune"), skip=no_pairs
+        __file__,
+        __doc__,
+        main,
+        ("generation",),
+        lambda config: ("05_pretrain", "11_dataset", tuned_stage(config)),
+        skip=no_pairs,
     )

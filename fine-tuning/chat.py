@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 
-from recipe.config import load_recipe
+from recipe.config import load_recipe, tuned_stage
 from recipe.instructions import no_pairs
 from recipe.outputs import RecipeError, Refused, stage_folder
 
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
-        folder = stage_folder(arguments.recipe, "12_finetune")
+        folder = stage_folder(arguments.recipe, tuned_stage(config))
         if not (folder / "stage.json").exists():
             why = no_pairs(config)
             if why:

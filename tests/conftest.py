@@ -61,6 +61,7 @@ MINI = {
         "do_sample": True,
     },
     "instruction": {
+        "template": "chat",
         "system": "あなたは親切です。",
         "pairs": {"mine": {"path": "pairs.json"}},
         "valid_share": 0.2,

@@ -1,48 +1,13 @@
-"""The chat template, and conversations as tokens by it."""
+"""Conversations as tokens, by the chat template."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
 from recipe.tokenizer import encode_text
-
-# The Alpaca form (Taori et al., 2023) in Japanese. Answers end with </s>; `generation` marks what is trained,
-# for apply_chat_template(return_assistant_tokens_mask=True). SYSTEM is the line used when a conversation
-# brings
-# none.
-_TEMPLATE = """{{- bos_token -}}
-{%- if messages[0].role != 'system' -%}
-{{- SYSTEM + '\\n\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}
-{{- message.content + '\\n\\n' -}}
-{%- elif message.role == 'user' -%}
-{%- if loop.previtem is defined and loop.previtem.role == 'assistant' -%}{{- '\\n\\n' -}}{%- endif -%}
-{{- '### 指示:\\n' + message.content + '\\n\\n### 応答:\\n' -}}
-{%- elif message.role == 'assistant' -%}
-{%- generation -%}{{- message.content + eos_token -}}{%- endgeneration -%}
-{%- else -%}
-{{- raise_exception('unknown role ' + message.role + ': wanted system, user or assistant') -}}
-{%- endif -%}
-{%- endfor -%}"""
-INPUT_HEADING = "\n\n### 入力:\n"
-
-
-def chat_template(system: str) -> str:
-    """The chat template to keep in the tokenizer, with `system` as the line for conversations that bring
-    none.
-    """
-    return _TEMPLATE.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
-
-
-def user_message(instruction: str, given: str = "") -> str:
-    """The content of a user's message: the instruction, and the text to work on in a section of its own."""
-    return instruction + (INPUT_HEADING + given if given else "")
 
 
 def encode_conversation(

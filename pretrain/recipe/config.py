@@ -20,8 +20,10 @@ from typing import Any
 
 from recipe import rules
 from recipe.outputs import CONFIGS, EXIT_REFUSED, RecipeError, Refused
+from recipe.templates import FORMS
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
+OPTIONAL_FILES = ("preference",)  # stage 13 is skipped without it
 
 # Our own keys, with the JSON types they take. Everything else is native and comes from known_keys.json.
 DATASET = {
@@ -124,8 +126,36 @@ TRAINING = {
     "eval_blocks": "int",
 }
 EVALUATION = {"batch_size": "int", "megabytes_per_source": "float"}
-INSTRUCTION = {"system": "str", "pairs": "dict", "translation_share": "float", "valid_share": "float"}
-PAIRS = {"source": "str", "path": "str", "directions": "list"}
+INSTRUCTION = {
+    "template": "str",
+    "system": "str",
+    "pairs": "dict",
+    "translation_share": "float",
+    "valid_share": "float",
+}
+# Pairs are packaged (source), or of a user's own: files (path), or a data set of the hub or a folder
+# (dataset).
+OWN_PAIRS = {"path": "str", "dataset": "str", "configuration": "str", "split": "str", "revision": "str"}
+PAIRS = OWN_PAIRS | {"source": "str", "directions": "list"}
+# Beside TRAINING in finetune.json and preference.json: an adapter in place of all weights, by LoraConfig's
+# names.
+TUNING = {"lora": "dict|null"}
+LORA = {
+    "r": "int",
+    "lora_alpha": "int|float",
+    "lora_dropout": "float",
+    "target_modules": "str|list",
+    "use_rslora": "bool",
+    "quantization": "str|null",
+}
+# Beside those in preference.json, by the names of DPOConfig.
+PREFERENCE = {
+    "pairs": "dict",
+    "valid_share": "float",
+    "beta": "float",
+    "loss_type": "str",
+    "label_smoothing": "float",
+}
 # Packaged pairs, and the kind of source that each is made from.
 PAIR_SOURCES = {
     "command-summary": "manpages",
@@ -191,10 +221,58 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
         if not path.is_file():
             raise Refused(f"configs/{recipe}/{name}.json is missing. Copy it from configs/tiny/ and edit it")
         config[name] = read_config(path)
-    stray = sorted(path.name for path in folder.glob("*.json") if path.stem not in FILES)
+    for name in OPTIONAL_FILES:
+        if (folder / f"{name}.json").is_file():
+            config[name] = read_config(folder / f"{name}.json")
+    stray = sorted(path.name for path in folder.glob("*.json") if path.stem not in FILES + OPTIONAL_FILES)
     if stray:
         raise Refused(
-            f"configs/{recipe}/{stray[0]}: no stage reads this file.{_nearest(stray[0][:-5], FILES)}"
+            f"configs/{recipe}/{stray[0]}: no stage reads this file.{_nearest(stray[0][:-5], FILES + "
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f"OPTIONAL_FILES)}"
         )
     for override in overrides:
         _apply(config, override)
@@ -262,12 +340,14 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     _check_dataset(config["dataset"], f"{where}/dataset.json")
     _check_tokenizer(config["tokenizer"], f"{where}/tokenizer.json")
     _check_model(config["model"], f"{where}/model.json")
-    for name in ("pretrain", "finetune"):
-        _check_training(config[name], f"{where}/{name}.json")
+    _check_training(config["pretrain"], {}, f"{where}/pretrain.json")
+    _check_training(config["finetune"], TUNING, f"{where}/finetune.json")
     _check_keys(config["evaluation"], EVALUATION, f"{where}/evaluation.json")
     _check_keys(config["generation"], native["generation"] | GENERATION, f"{where}/generation.json")
     _require(config["generation"], ("prompts", "max_new_tokens"), f"{where}/generation.json")
     _check_instruction(config["instruction"], f"{where}/instruction.json")
+    if "preference" in config:
+        _check_preference(config, f"{where}/preference.json")
     _check_agreement(config, where)
 
 
@@ -500,9 +580,10 @@ def _heads(model: dict[str, Any]) -> int | None:
     return model.get("num_attention_heads") or model.get("n_head")
 
 
-def _check_training(values: dict[str, Any], where: str) -> None:
+def _check_training(values: dict[str, Any], more: dict[str, str], where: str) -> None:
+    """Check a training file; more: the keys that it takes beside those of every training file."""
     known = {key: kind for key, kind in known_keys()["training_arguments"].items() if key not in ELSEWHERE}
-    _check_keys(values, known | TRAINING, where)
+    _check_keys(values, known | TRAINING | more, where)
     _require(values, ("global_batch_size", "per_device_train_batch_size", "block_size"), where)
     for key in ("global_batch_size", "per_device_train_batch_size", "block_size"):
         if values[key] < 1:
@@ -524,20 +605,67 @@ def _check_training(values: dict[str, Any], where: str) -> None:
                 f"{where}: {key}: {_show(values[key])} is not known.{_nearest(str(values[key]), options)}"
             )
 
+    if values.get("lora"):
+        _check_lora(values, where)
+
+
+def _check_lora(values: dict[str, Any], where: str) -> None:
+    lora = values["lora"]
+    _check_keys(lora, LORA, f"{where}: lora")
+    for key in ("r", "lora_alpha"):
+        if lora.get(key, 1) <= 0:
+            raise Refused(f"{where}: lora.{key}: {lora[key]}, wanted more than 0")
+    if not 0 <= lora.get("lora_dropout", 0) < 1:
+        raise Refused(f"{where}: lora.lora_dropout: {lora['lora_dropout']}, wanted 0 or more and below 1")
+    if lora.get("quantization") not in (None, "nf4"):
+        raise Refused(f"{where}: lora.quantization: {_show(lora['quantization'])}, wanted nf4 or null")
+    if values.get("muon_learning_rate"):
+        raise Refused(
+            f"{where}: muon_learning_rate: Muon orthogonalises whole matrices, and LoRA's are halves of a "
+            "product. Remove it, or lora"
+        )
+
 
 def _check_instruction(values: dict[str, Any], where: str) -> None:
     _check_keys(values, INSTRUCTION, where)
+    _check_own_pairs(values, PAIRS, "`source` (a source of dataset.json), `path` or `dataset`", where)
+    if values.get("template", FORMS[0]) not in FORMS:
+        raise Refused(
+            f"{where}: template: {_show(values['template'])}, wanted one of {', '.join(FORMS)}."
+            f"{_nearest(values['template'], FORMS)}"
+        )
+
+
+def _check_own_pairs(values: dict[str, Any], known: dict[str, str], wanted: str, where: str) -> None:
+    """Check the key `pairs` of instruction.json or preference.json, and how they are split."""
     _require(values, ("pairs",), where)
     if not 0 < values.get("valid_share", 0.05) < 1:
         raise Refused(f"{where}: valid_share: {values['valid_share']}, wanted above 0 and below 1")
     for name, pair in values["pairs"].items():
         if not isinstance(pair, dict):
             raise Refused(f"{where}: pairs.{name}: {_show(pair)} is {_type_name(pair)}, wanted an object")
-        _check_keys(pair, PAIRS, f"{where}: pairs.{name}")
-        if ("source" in pair) == ("path" in pair):
-            raise Refused(
-                f"{where}: pairs.{name}: wanted either `source` (a source of dataset.json) or `path`"
-            )
+        _check_keys(pair, known, f"{where}: pairs.{name}")
+        if len({"source", "path", "dataset"} & pair.keys()) != 1:
+            raise Refused(f"{where}: pairs.{name}: wanted exactly one of {wanted}")
+
+
+def _check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
+    values = config["preference"]
+    _check_training(values, TUNING | PREFERENCE, where)
+    _check_own_pairs(values, OWN_PAIRS, "`path` or `dataset`", where)
+    if not values["pairs"]:
+        raise Refused(f"{where}: pairs: empty. Name some, or delete the file to do without stage 13")
+    if not config["instruction"]["pairs"]:
+        raise Refused(
+            f"{where}: preferences are trained after instructions, and instruction.json names no pairs. "
+            "Add pairs there, or delete preference.json"
+        )
+    if values.get("muon_learning_rate"):
+        raise Refused(f"{where}: muon_learning_rate: stage 13 trains with AdamW. Remove it")
+    if values.get("torch_compile"):
+        raise Refused(f"{where}: torch_compile: the lengths of its batches differ. Remove it")
+    if values.get("beta", 0.1) <= 0:
+        raise Refused(f"{where}: beta: {values['beta']}, wanted more than 0")
 
 
 def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
@@ -545,7 +673,7 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     model = config["model"]
     check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)
     positions = model.get("max_position_embeddings") or model.get("n_positions")
-    for name in ("pretrain", "finetune"):
+    for name in training_files(config):
         if positions and config[name]["block_size"] > positions:
             raise Refused(
                 f"{where}/{name}.json: block_size: {config[name]['block_size']}, more than the "
@@ -583,12 +711,12 @@ def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: 
     unknown = sorted(set(pair.get("directions", [])) - {"ja-en", "en-ja"})
     if unknown:
         raise Refused(f"{here}.directions: {_show(unknown)}, wanted ja-en or en-ja")
-    if "path" in pair:
+    if "source" not in pair:
         return
     if name not in PAIR_SOURCES:
         raise Refused(
             f"{here}: no packaged pairs of this name.{_nearest(name, PAIR_SOURCES)} Known: "
-            f"{', '.join(PAIR_SOURCES)}. For pairs of your own give `path`"
+            f"{', '.join(PAIR_SOURCES)}. For pairs of your own give `path` or `dataset`"
         )
     if pair["source"] not in sources:
         raise Refused(
@@ -599,6 +727,26 @@ def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: 
     kind = sources[pair["source"]]["source"]
     if kind != PAIR_SOURCES[name]:
         raise Refused(f"{here}.source: a source of kind {kind}, wanted {PAIR_SOURCES[name]}")
+
+
+def training_files(config: dict[str, dict[str, Any]]) -> list[str]:
+    """The files of a recipe that a training reads."""
+    return [name for name in ("pretrain", "finetune", "preference") if name in config]
+
+
+def tuned_stage(config: dict[str, dict[str, Any]]) -> str:
+    """The stage whose model is the recipe's last: what is evaluated, asked and talked to."""
+    return "13_preference" if "preference" in config else "12_finetune"
+
+
+def check_quantization(values: dict[str, Any], file: str, gpus: int) -> None:
+    """Refuse an adapter over 4-bit weights where there is no GPU. file: ``finetune`` or ``preference``."""
+    if (values.get("lora") or {}).get("quantization") and not gpus:
+        raise Refused(
+            f"{file}.json: lora.quantization: nf4 weights are unpacked by CUDA kernels of bitsandbytes, and "
+            f"no "
+            f"NVIDIA GPU is visible. Tune LoRA over unquantised weights: --set {file}.lora.quantization=null"
+        )
 
 
 def check_deepspeed(name: str) -> Path:
@@ -688,14 +836,17 @@ def main() -> None:
     arguments = parser.parse_args()
     from recipe.download import source_facts
     from recipe.instructions import pair_facts  # here: they import this module's names
-    from recipe.launch import default_ranks
+    from recipe.launch import default_ranks, visible_gpus
+    from recipe.preferences import preference_facts
 
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
-        for file in ("pretrain", "finetune"):
+        for file in training_files(config):
+            check_quantization(config[file], file, visible_gpus())
             check_launch(config[file], file, arguments.deepspeed, arguments.nproc or default_ranks())
         source_facts(config)
         pair_facts(config)
+        preference_facts(config)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)  # nothing has started yet, whatever it is

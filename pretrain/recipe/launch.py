@@ -1,4 +1,5 @@
-"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh and 12_finetune.sh.
+"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh, 12_finetune.sh and
+13_preference.sh.
 
     python -m recipe.launch SCRIPT --recipe tiny [--nproc N] [--deepspeed zero2]
 
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipe.config import check_launch
+from recipe.config import check_launch, check_quantization
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -36,11 +37,14 @@ from recipe.outputs import (
     run_stage,
     write_json,
 )
+from recipe.preferences import no_preference, preference_facts
 
 STAGES = {
     "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
     "run_sft.py": ("12_finetune", ("finetune",), ("05_pretrain", "11_dataset")),
+    "run_dpo.py": ("13_preference", ("preference",), ("12_finetune",)),
 }
+SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
 
 
 def command(
@@ -86,7 +90,12 @@ def _nvidia_smi() -> str:
 
 def default_ranks() -> int:
     """One rank per visible GPU, one without any."""
-    return max(1, count_gpus(os.environ, _nvidia_smi()))
+    return max(1, visible_gpus())
+
+
+def visible_gpus() -> int:
+    """GPUs that a training started now would see."""
+    return count_gpus(os.environ, _nvidia_smi())
 
 
 def child_environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
@@ -123,6 +132,7 @@ def train(stage: Stage, script: Path) -> None:
     arguments = stage.arguments
     processes = arguments.nproc or default_ranks()
     file = STAGES[script.name][1][-1]
+    check_quantization(stage.config[file], file, visible_gpus())
     path = check_launch(stage.config[file], file, arguments.deepspeed, processes)
     deepspeed = str(path) if path else None
     stop = stage.folder / "stop"
@@ -204,7 +214,6 @@ def main() -> None:
     if script.name not in STAGES:
         raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
     name, sections, inputs = STAGES[script.name]
-    skip = no_pairs if name == "12_finetune" else None
     doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc) or deepspeed (--deepspeed)."
     run_stage(
         f"{name}.sh",
@@ -212,10 +221,10 @@ def main() -> None:
         lambda stage: train(stage, script),
         sections,
         inputs,
-        weights if name == "05_pretrain" else None,
+        {"05_pretrain": weights, "13_preference": preference_facts}.get(name),
         options=_options,
         resumable=True,
-        skip=skip,
+        skip=SKIP.get(name),
     )
 
 

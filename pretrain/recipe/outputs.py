@@ -48,6 +48,8 @@ VERSIONED = (
     "mwparserfromhell",
     "aozora",
     "datatrove",
+    "trl",
+    "peft",
     "lxml",
     "pyarrow",
     "numpy",
@@ -167,7 +169,7 @@ def run_stage(
     doc: str,
     work: Callable[[Stage], None],
     sections: tuple[str, ...],
-    inputs: tuple[str, ...] = (),
+    inputs: tuple[str, ...] | Callable[[dict[str, Any]], tuple[str, ...]] = (),
     facts: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     options: Callable[[argparse.ArgumentParser], None] | None = None,
     resumable: bool = False,
@@ -177,9 +179,10 @@ def run_stage(
 
     script, doc: the stage's ``__file__`` and ``__doc__``.
     sections: the recipe's files that decide this stage's result; a change in one makes it stale.
-    inputs: earlier stages it reads. facts: further things the result depends on (a user's own files).
-    skip: gives the reason for which a recipe does without this stage, or an empty string.
-    resumable: the work folder of an unfinished run with the same wishes is kept and handed to `work` again.
+    inputs: earlier stages it reads, or a function of the config that names them. facts: further things the
+    result depends on (a user's own files). skip: gives the reason for which a recipe does without this stage,
+    or an empty string. resumable: the work folder of an unfinished run with the same wishes is kept and
+    handed to `work` again.
     """
     name = Path(script).stem
     parser = stage_arguments(doc)
@@ -222,7 +225,7 @@ def _run(
     arguments: argparse.Namespace,
     work: Callable[[Stage], None],
     sections: tuple[str, ...],
-    inputs: tuple[str, ...],
+    inputs: tuple[str, ...] | Callable[[dict[str, Any]], tuple[str, ...]],
     facts: Callable[[dict[str, Any]], dict[str, Any]] | None,
     resumable: bool,
     skip: Callable[[dict[str, Any]], str] | None,
@@ -234,6 +237,7 @@ def _run(
     if reason:
         print(f"{name:15} skipped: {reason}")
         return
+    inputs = inputs(config) if callable(inputs) else inputs
     folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
     missing = [stage for stage, folder in folders.items() if not (folder / "stage.json").exists()]
     if missing:

@@ -49,7 +49,7 @@ class Settings:
     block_size: tokens per sequence. muon_learning_rate: Muon for the layers' matrices; absent: AdamW for
     everything.
     eval_blocks: blocks of the validation side that are measured during training; absent: all (stage 06
-    measures all).
+    measures all). lora: tune an adapter in place of all weights (see `recipe.adapters`).
     """
 
     global_batch_size: int
@@ -57,6 +57,7 @@ class Settings:
     muon_learning_rate: float | None = None
     attn_implementation: str = "auto"
     eval_blocks: int | None = None
+    lora: dict | None = None
 
 
 @dataclass
@@ -78,14 +79,21 @@ class Run:
         return self.arguments.process_index == 0
 
 
-def prepare(plan: dict[str, Any], file: str) -> Run:
-    """Settle a run by the plan that `recipe.launch` wrote; file: ``pretrain`` or ``finetune``.
+def prepare(
+    plan: dict[str, Any],
+    file: str,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    also: dict[str, Any] | None = None,
+) -> Run:
+    """Settle a run by the plan that `recipe.launch` wrote; file: ``pretrain``, ``finetune`` or
+    ``preference``.
 
+    arguments_class: the TrainingArguments of the trainer. also: what that trainer always wants of them.
     Raises Refused for what this hardware cannot do.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    values, folder, deepspeed = plan["config"][file], Path(plan["folder"]), plan["deepspeed"]
+    values, folder, deepspeed = plan["config"][file] | (also or {}), Path(plan["folder"]), plan["deepspeed"]
     hardware = detect()
     choice = choose(hardware, values)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -113,7 +121,7 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
     }
     choice = Choice(choice.precision, choice.attention, native["torch_compile"])
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    settings, arguments = HfArgumentParser((Settings, TrainingArguments)).parse_dict(native)
+    settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
     if deepspeed and hardware.device == "cpu":
         import deepspeed as library
 
@@ -216,8 +224,13 @@ def train(
     valid: Dataset,
     run: Run,
     bytes_per_token: float | None,
+    trainer_class: type[RecipeTrainer] = RecipeTrainer,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """Train to the last step, continuing from the newest good checkpoint; save a plain Hugging Face folder.
+
+    A model under an adapter is saved as the adapter alone, in the folder ``adapter``. trainer_class,
+    keywords: another trainer than for packed blocks, and what it takes beside.
 
     Returns the figures for stage.json. Ends the process with exit 143 when a signal stopped the training
     after its checkpoint was saved.
@@ -231,14 +244,16 @@ def train(
     flops = flops_per_token(model, settings.block_size)
     progress = Progress(folder, tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
-    return_loss_only(model)
-    trainer = RecipeTrainer(
+    if trainer_class is RecipeTrainer:
+        return_loss_only(model)
+    trainer = trainer_class(
         settings,
         model=model,
         args=arguments,
         train_dataset=samples,
         eval_dataset=valid,
         callbacks=[stop, proof, *([progress] if run.is_main else [])],
+        **keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     proof.trainer = trainer
@@ -257,11 +272,12 @@ def train(
     history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
     final = history.get(trainer.state.global_step) or trainer.evaluate()
     model.config.use_cache = True
-    trainer.save_model(str(folder))
+    target = folder / "adapter" if settings.lora else folder
+    trainer.save_model(str(target))
     if run.is_main:
         tokenizer.save_pretrained(folder)
         # A pickle, and what it says stands in stage.json.
-        (folder / "training_args.bin").unlink(missing_ok=True)
+        (target / "training_args.bin").unlink(missing_ok=True)
     rows = []
     if run.is_main:
         rows = [json.loads(line) for line in progress.path.read_text("utf-8").splitlines()]

@@ -12,7 +12,7 @@ SYSTEM = 'あなたは"AI"です。'
 @pytest.fixture(scope="module")
 def fast():
     fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
-    fast.chat_template = chat.chat_template(SYSTEM)
+    fast.chat_template = chat.chat_template("alpaca", SYSTEM)
     return fast
 
 
