@@ -9,6 +9,7 @@ segmented words joins them itself when it decodes.
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -245,12 +246,19 @@ class _Stop(StoppingCriteria):
 
 
 def side_by_side(rows: list[dict[str, Any]]) -> str:
-    """Samples as Markdown: the prompt as a heading, then each version, or each of several."""
-    lines = []
+    """Samples as a Markdown table: a row for each prompt, a column for each version.
+
+    rows: each has ``prompt`` and the versions, all the same ones; a version is a text or several. What
+    Markdown would take for its own stands there as it was written.
+    """
+    columns = list(rows[0])
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
-        lines.append(f"## {row['prompt']}\n")
-        for name, found in row.items():
-            if name != "prompt":
-                texts = found if isinstance(found, list) else [found]
-                lines += [f"**{name}**: {' '.join(str(text).split())}\n" for text in texts]
-    return "\n".join(lines)
+        cells = [found if isinstance(found, list) else [found] for found in row.values()]
+        lines.append("| " + " | ".join("<br>".join(map(_cell, texts)) for texts in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text for a cell of a Markdown table: on one line, every mark of Markdown's escaped."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))

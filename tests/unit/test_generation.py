@@ -1,5 +1,7 @@
 """Generation: batches change nothing, streams lose nothing, input and output as the model was trained."""
 
+import html
+import re
 import threading
 
 import pytest
@@ -146,6 +148,10 @@ def test_whole_numbers_are_numbers(fast):
     assert generation.generation_config(values, fast).temperature == 1.0
 
 
-def test_side_by_side_shows_every_sample():
-    text = generation.side_by_side([{"prompt": "山", "before": ["a\nb", "c"], "after": "d"}])
-    assert text == "## 山\n\n**before**: a b\n\n**before**: c\n\n**after**: d\n"
+def test_side_by_side_is_a_table_that_shows_what_was_written():
+    from markdown_it import MarkdownIt
+
+    rows = [{"prompt": "# 山|*a*", "before": ["a\nb", "<b>`c`"], "after": "[d](e) \\f"}]
+    page = MarkdownIt("commonmark").enable("table").render(generation.side_by_side(rows))
+    cells = re.findall("<td>(.*?)</td>", page)
+    assert [html.unescape(cell) for cell in cells] == ["# 山|*a*", "a b<br><b>`c`", "[d](e) \\f"]
