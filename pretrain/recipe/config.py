@@ -177,6 +177,8 @@ NOT_DECIDING = (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
     "save_total_limit",
+    "push_to_hub",  # stage 16 names it among its facts
+    "hub_*",
     "project",
     "minimum_megabytes",
     "weight",  # stages 03 and 05 name it among their facts: it does not change the documents
@@ -186,6 +188,7 @@ NOT_DECIDING = (
 ELSEWHERE = {
     "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the ranks",
     "output_dir": "recipe/outputs.py",
+    "hub_token": "the environment variable HF_TOKEN, or `hf auth login`: a token in a file gets published",
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage itself: it always continues from its newest good checkpoint",
     "remove_unused_columns": "recipe/training.py",

@@ -56,15 +56,20 @@ def _overview(records: list[dict[str, Any]]) -> str:
 
 
 def _stage(folder: Path, record: dict[str, Any]) -> str:
-    """A stage's section: its texts and pictures, or its figures where it has no text."""
+    """A stage's section: its texts and pictures, or its figures where it has no text.
+
+    A model's card is left out, with its pictures: it repeats the others.
+    """
     name = record["stage"]
-    texts = [_markdown(path.read_text("utf-8")) for path in sorted((folder / name).glob("*.md"))]
+    is_card = (folder / name / "README.md").exists()
+    found = [] if is_card else sorted((folder / name).iterdir())
+    texts = [_markdown(path.read_text("utf-8")) for path in found if path.suffix == ".md"]
     if not texts:
-        rows = list(_flat(record["figures"]))
+        rows = list(flat_figures(record["figures"]))
         texts = [_table(("figure", "value"), rows[:MOST_FIGURES])]
         if len(rows) > MOST_FIGURES:
             texts.append(f"<p>and {len(rows) - MOST_FIGURES} more in {name}/stage.json</p>")
-    pictures = [_picture(path) for path in sorted((folder / name).glob("*.png"))]
+    pictures = [_picture(path) for path in found if path.suffix == ".png"]
     config = json.dumps(record["config"], ensure_ascii=False, indent=2)
     settings = f"<details><summary>settings</summary><pre>{html.escape(config)}</pre></details>"
     heading = f"<h2>{html.escape(name)}</h2>\n<p>{html.escape(record['headline'])}</p>"
@@ -91,11 +96,11 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def flat_figures(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Every figure of a nested JSON value, as its path and the value for people."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else key)
+            yield from flat_figures(inner, f"{path}.{key}" if path else key)
     elif isinstance(value, float):
         yield path, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     else:

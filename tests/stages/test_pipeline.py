@@ -20,6 +20,7 @@ STAGES = (
     "12_finetune",
     "14_evaluate",
     "15_generate",
+    "16_export",
 )
 
 

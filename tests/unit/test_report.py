@@ -46,7 +46,9 @@ def page_of(recipe="r"):
 def test_stages_times_texts_and_pictures_are_there(run):
     run("02_dataset", funnel_md=b"| source | kept |\n|---|---:|\n| wiki | 12 |\n")
     run("05_pretrain", {"eval_loss": 3.25, "active": {"device": "cpu"}}, curve_png=PICTURE)
+    run("16_export", README_md=b"# card", curve_png=PICTURE)
     page, _ = page_of()
+    assert len(list(page.iter("img"))) == 1  # the card repeats it
     cells = [cell.text_content() for cell in page.iter("td")]
     assert "05_pretrain <done>" in cells and "1,024" in cells and "3.0" in cells  # memory; seconds in all
     assert "wiki" in cells and "12" in cells
