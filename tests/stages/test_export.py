@@ -98,7 +98,7 @@ def test_nothing_is_pushed_unless_asked_for_and_then_the_folder_is(project, hub,
     result = project.run(*stage, *wanted)
     assert "/me/model/commit/abc" in result.stdout
     created = json.loads(hub.calls[0][2])
-    assert created["private"] is True and hub.calls[0][0] == "/api/repos/create"
+    assert created["visibility"] == "private" and hub.calls[0][0] == "/api/repos/create"
     lines = [json.loads(line) for line in hub.calls[-1][2].splitlines()]
     sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
     folder = project.output("mini", "16_export", ".")

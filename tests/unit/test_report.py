@@ -50,7 +50,7 @@ def test_stages_times_texts_and_pictures_are_there(run):
     page, _ = page_of()
     assert len(list(page.iter("img"))) == 1  # the card repeats it
     cells = [cell.text_content() for cell in page.iter("td")]
-    assert "05_pretrain <done>" in cells and "1,024" in cells and "3.0" in cells  # memory; seconds in all
+    assert "05_pretrain <done>" in cells and "1,024" in cells and "4.5" in cells  # memory; seconds in all
     assert "wiki" in cells and "12" in cells
     assert cells[cells.index("eval_loss") + 1] == "3.25" and cells[cells.index("active.device") + 1] == "cpu"
     assert base64.b64decode(next(page.iter("img")).get("src").partition(",")[2]) == PICTURE
