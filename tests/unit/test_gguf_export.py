@@ -30,7 +30,7 @@ def converted(kind, tmp_path):
     model.save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)
     spm = tmp_path / "spm.model"
-    spm.write_bytes(trained.sentencepiece.serialized_model_proto())
+    spm.write_bytes(trained.sentencepiece)
     return trained.tokenizer, model, write_gguf(folder, spm, kind, work)
 
 
