@@ -15,9 +15,9 @@ ANSWERED = 32  # held-out instructions that are answered, to see whether answers
 
 def main(stage: Stage) -> None:
     """Response loss on the validation pairs of both models; how the tuned one answers the first of them."""
-    from recipe.chat import generate_all, generation_config
     from recipe.conversations import load_conversations
     from recipe.evaluation import repetition, total_loss
+    from recipe.generation import generate_all, generation_config
     from recipe.modeling import for_inference, load_model
     from recipe.packing import PackedConversations
     from transformers import AutoTokenizer

@@ -179,6 +179,8 @@ NOT_DECIDING = (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
     "save_total_limit",
+    "push_to_hub",  # stage 16 names it among its facts
+    "hub_*",
     "project",
     "sample_steps",
     "minimum_megabytes",
@@ -189,6 +191,7 @@ NOT_DECIDING = (
 ELSEWHERE = {
     "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the ranks",
     "output_dir": "recipe/outputs.py",
+    "hub_token": "the environment variable HF_TOKEN, or `hf auth login`: a token in a file gets published",
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage itself: it always continues from its newest good checkpoint",
     "remove_unused_columns": "recipe/training.py",

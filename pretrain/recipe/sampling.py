@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from recipe.callbacks import keep_rows
-from recipe.chat import generate_all, generation_config, side_by_side
+from recipe.generation import generate_all, generation_config, side_by_side
 
 
 class Samples(TrainerCallback):

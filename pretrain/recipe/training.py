@@ -136,6 +136,7 @@ def prepare(
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        "push_to_hub": False,  # stage 16 pushes, once, what was measured
         "dataloader_pin_memory": hardware.device == "cuda",
     }
     choice = Choice(choice.precision, choice.attention, native["torch_compile"])

@@ -1,7 +1,7 @@
 """The instruction format: real line ends, one <s>, answers trained to </s>, the same bytes in every place."""
 
 import pytest
-from conftest import SHAPE, sentences
+from conftest import sentences
 from recipe import chat
 from recipe import templates as forms
 from recipe.conversations import preview
@@ -105,25 +105,3 @@ def test_unknown_role_is_refused(fast):
 def test_preview_marks_what_is_trained(fast):
     shown = preview([chat.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])], fast)
     assert shown.count("### 応答:\n【山に登りました。</s>】") == 2
-
-
-def test_batched_generation_is_that_of_single_prompts(fast):
-    """Left padding must not change what a prompt gets."""
-    from recipe.modeling import build_model
-
-    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
-    config = chat.generation_config({"max_new_tokens": 12, "do_sample": False, "prompts": []}, fast)
-    prompts = [fast("山")["input_ids"], fast("今日、先生は学校で")["input_ids"]]
-    together = chat.generate_all(model, fast, prompts, config, 0)
-    assert together == [chat.generate_all(model, fast, [prompt], config, 0)[0] for prompt in prompts]
-    streamed = "".join(chat.stream(model, fast, prompts[1], config))
-    assert streamed == together[1].text
-
-
-def test_prompt_longer_than_the_context_is_named(fast):
-    from recipe.modeling import build_model
-
-    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
-    config = chat.generation_config({"max_new_tokens": 252}, fast)
-    with pytest.raises(ValueError, match=r"at most 4 fit"):
-        chat.generate_all(model, fast, [[5] * 10], config, 0)
