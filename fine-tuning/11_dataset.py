@@ -9,7 +9,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 from recipe.download import require_data
-from recipe.instructions import Pair, no_pairs, pair_facts, pair_side, read_pairs, reason_to_drop
+from recipe.instructions import Pair, no_pairs, pair_side, read_pairs, reason_to_drop
 from recipe.normalizing import make_normalizer
 from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
 from recipe.progress import progress
@@ -79,6 +79,5 @@ if __name__ == "__main__":
         main,
         ("instruction", "dataset"),
         ("01_download",),
-        facts=pair_facts,
         skip=no_pairs,
     )

@@ -19,7 +19,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from recipe.config import check_launch
 from recipe.instructions import no_pairs
@@ -110,12 +109,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--nproc", type=int, default=0, help="processes (ranks) on this machine; default: one per GPU, else 1"
     )
     parser.add_argument("--deepspeed", metavar="NAME", help="use configs/deepspeed/NAME.json, e.g. zero2")
-
-
-def weights(config: dict[str, Any]) -> dict[str, Any]:
-    """The weights of sources in dataset.json other than 1: they decide what an epoch of training holds."""
-    sources = config["dataset"]["sources"].items()
-    return {"weights": {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}}
 
 
 def train(stage: Stage, script: Path) -> None:
@@ -212,7 +205,6 @@ def main() -> None:
         lambda stage: train(stage, script),
         sections,
         inputs,
-        weights if name == "05_pretrain" else None,
         options=_options,
         resumable=True,
         skip=skip,

@@ -224,7 +224,7 @@ def test_keys_that_decide_nothing_are_left_out():
     kept = config.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
     assert kept == {"learning_rate": 1}
     # A weight is for training and the tokenizer to ask for: ten hours of data are not redone for it.
-    assert config.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}}) == {"sources": {"a": {}}}
+    assert config.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}})["sources"] == {"a": {}}
 
 
 def test_special_ids_follow_the_tokens_that_are_there():
@@ -249,3 +249,11 @@ def test_vocabulary_is_rounded_up():
     values["model"]["vocab_size"] = 8001
     with pytest.raises(Refused, match="tokenizer.json has 8064"):
         config.check_recipe(values, "configs/x")
+
+
+def test_a_source_may_have_any_name_and_the_order_of_sources_decides():
+    values = {"sources": {"project": {"source": "files", "rules": "web"}, "log_a": {"weight": 2.0}}}
+    kept = config.deciding_keys("dataset", values)
+    assert kept["sources"] == {"project": {"source": "files", "rules": "web"}, "log_a": {}}
+    turned = {"sources": dict(reversed(values["sources"].items()))}
+    assert kept != config.deciding_keys("dataset", turned)

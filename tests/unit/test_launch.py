@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from recipe.config import batch_layout, check_launch
-from recipe.launch import child_environment, command, count_gpus, weights
+from recipe.launch import child_environment, command, count_gpus
 from recipe.outputs import Refused
 
 LISTING = "GPU 0: A100 (UUID: a)\nGPU 1: A100 (UUID: b)\n"
@@ -74,8 +74,3 @@ def test_muon_and_compile_are_refused_under_zero():
         check_launch(values | {"torch_compile": True}, "finetune", "zero2", 2)
     with pytest.raises(Refused, match="'zero2'"):
         check_launch(values, "pretrain", "zero_2", 2)
-
-
-def test_only_weights_other_than_one_decide_what_is_trained():
-    sources = {"a": {"weight": 2}, "b": {"weight": 1.0}, "c": {}}
-    assert weights({"dataset": {"sources": sources}}) == {"weights": {"a": 2}}
