@@ -13,7 +13,6 @@ from recipe.instructions import (
     Pair,
     identity,
     no_pairs,
-    pair_facts,
     pair_side,
     pretraining_overlap,
     read_pairs,
@@ -96,6 +95,5 @@ if __name__ == "__main__":
         main,
         ("instruction", "dataset"),
         ("01_download", "02_dataset"),
-        facts=pair_facts,
         skip=no_pairs,
     )

@@ -8,8 +8,9 @@ Run:  python fine-tuning/16_export.py --recipe tiny
 import shutil
 
 from recipe.config import tuned_stage
+from recipe.facts import hub
 from recipe.instructions import no_pairs
-from recipe.outputs import Refused, Stage, run_stage
+from recipe.outputs import Stage, run_stage
 
 PRETRAINED = ("01_download", "02_dataset", "03_tokenizer", "05_pretrain", "06_evaluate", "07_generate")
 
@@ -23,17 +24,6 @@ def inputs(config: dict) -> tuple[str, ...]:
     """Every stage that the card tells of."""
     tuned = () if no_pairs(config) else ("12_finetune", "14_evaluate", "15_generate")
     return tuple(sorted({*PRETRAINED, *tuned, last_model(config)}))
-
-
-def hub(config: dict) -> dict:
-    """Where the model is pushed to: ``repository`` (None: nowhere) and ``private``."""
-    file = "pretrain" if no_pairs(config) else "finetune"
-    values = config[file]
-    if not values.get("push_to_hub"):
-        return {"repository": None, "private": True}
-    if not values.get("hub_model_id"):
-        raise Refused(f"{file}.json: push_to_hub: wanted hub_model_id beside it, as OWNER/NAME")
-    return {"repository": values["hub_model_id"], "private": values.get("hub_private_repo") is not False}
 
 
 def main(stage: Stage) -> None:
@@ -55,4 +45,4 @@ def main(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, (), inputs, facts=hub)
+    run_stage(__file__, __doc__, main, (), inputs)

@@ -65,8 +65,8 @@ def main(plan: dict[str, Any]) -> None:
         in_order(rows["valid"], 0, 1),
         run,
         None,
-        PreferenceTrainer,
-        round(settings.global_batch_size * sum(lengths) / len(lengths)),
+        trainer_class=PreferenceTrainer,
+        tokens_per_step=round(settings.global_batch_size * sum(lengths) / len(lengths)),
         ref_model=reference,
         processing_class=tokenizer,
     )

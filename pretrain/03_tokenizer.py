@@ -8,10 +8,10 @@ Run:  python pretrain/03_tokenizer.py --recipe tiny
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from recipe.outputs import DATA, ROOT, RecipeError, Stage, run_stage, write_json
+from recipe.facts import weights
+from recipe.outputs import DATA, RecipeError, Stage, run_stage, write_json
 from recipe.progress import progress
 from recipe.shards import read_texts, side_sources
 
@@ -86,9 +86,8 @@ def sample(stage: Stage) -> Iterator[str]:
 
     config = stage.config["tokenizer"]
     bound = int(config.get("training_megabytes", 10) * 1e6)
-    found = draw_sample(
-        stage.inputs["02_dataset"], facts(stage.config)["weights"], bound, config.get("seed", 0)
-    )
+    drawn_by = weights(stage.config)["weights"]
+    found = draw_sample(stage.inputs["02_dataset"], drawn_by, bound, config.get("seed", 0))
     stage.say(f"samples {found.drawn / 1e6:.1f} MB of {found.bytes / 1e6:.1f} MB")
     lines = progress(found.lines, "sampling", "sentences")
     if config.get("segmenter"):
@@ -112,16 +111,5 @@ def published_to_compare(names: list[str]) -> tuple[dict[str, Any], dict[str, st
     return found, missing
 
 
-def facts(config: dict[str, Any]) -> dict[str, Any]:
-    """What the result depends on beside tokenizer.json: source weights, the files of a local tokenizer."""
-    path = ROOT / Path(config["tokenizer"].get("published", "no path")).expanduser()
-    files = sorted(path.glob("*token*")) + sorted(path.glob("*.model")) if path.is_dir() else [path]
-    own = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return {
-        "weights": {name: spec.get("weight", 1.0) for name, spec in config["dataset"]["sources"].items()},
-        "published": own,
-    }
-
-
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, ("tokenizer",), ("02_dataset",), facts=facts)
+    run_stage(__file__, __doc__, main, ("tokenizer",), ("02_dataset",))

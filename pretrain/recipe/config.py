@@ -71,6 +71,8 @@ SOURCE_KINDS = {
 }
 OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"} | set(FILES_OR_URL)
 MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
+TILDES = ("remove", "ignore", "normalize", "normalize_zenkaku")  # of neologdn
+SEGMENTERS = ("jumanpp", "mecab", "sudachi")
 ENGINES = {
     "local": {"workers": "int"},
     "slurm": {
@@ -183,10 +185,9 @@ NOT_DECIDING = (
     "hub_*",
     "project",
     "sample_steps",
-    "minimum_megabytes",
-    "weight",  # stages 03 and 05 name it among their facts: it does not change the documents
-    "engine",
 )
+# The same of a source in dataset.json: weights are facts of the stages that draw by them (recipe/facts.py).
+NOT_DECIDING_OF_SOURCE = ("minimum_megabytes", "weight")
 # What has one home elsewhere, and where.
 ELSEWHERE = {
     "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the ranks",
@@ -395,6 +396,12 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
     for kind, changes in values.get("rules", {}).items():
         rules.check_rules(kind, changes, f"{where}: rules.{kind}")
     _check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
+    for key, value in (values.get("minhash") or {}).items():
+        if value < (key != "seed"):
+            raise Refused(f"{where}: minhash: {key}: {value}, wanted 1 or more")
+    tilde = values.get("neologdn", {}).get("tilde", "ignore")
+    if tilde not in TILDES:
+        raise Refused(f"{where}: neologdn: tilde: {_show(tilde)}, wanted one of {', '.join(TILDES)}")
     _check_engine(values.get("engine", {}), f"{where}: engine")
 
 
@@ -456,6 +463,11 @@ def _check_tokenizer(values: dict[str, Any], where: str) -> None:
                 or (key == "user_symbols" and set(" ▁") & set(symbol))
             ):
                 raise Refused(f"{where}: {key}: {_show(symbol)}, wanted a string without spaces")
+    if values.get("segmenter") not in (None, *SEGMENTERS):
+        near = _nearest(str(values["segmenter"]), SEGMENTERS)
+        raise Refused(
+            f"{where}: segmenter: unknown {_show(values['segmenter'])}.{near} Known: {', '.join(SEGMENTERS)}"
+        )
     _check_special_tokens(values, where)
 
 
@@ -890,17 +902,21 @@ def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
 
 def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
     """The part of a file that can change a result: what a stage's freshness is judged by."""
+    if section == "dataset":
+        sources = {
+            name: {key: value for key, value in spec.items() if key not in NOT_DECIDING_OF_SOURCE}
+            for name, spec in values["sources"].items()
+        }
+        # Their order is their priority in deduplication.
+        kept = {key: value for key, value in values.items() if key != "engine"}
+        return kept | {"sources": sources, "order": list(sources)}
 
     def decides(key: str) -> bool:
         return not any(
             key == name or (name[-1] == "*" and key.startswith(name[:-1])) for name in NOT_DECIDING
         )
 
-    return {
-        key: deciding_keys(section, value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if decides(key)
-    }
+    return {key: value for key, value in values.items() if decides(key)}
 
 
 def main() -> None:

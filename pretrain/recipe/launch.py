@@ -46,7 +46,7 @@ from recipe.outputs import (
     stage_folder,
     write_json,
 )
-from recipe.preferences import no_preference, preference_facts
+from recipe.preferences import no_preference
 
 STAGES = {
     "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
@@ -238,12 +238,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", metavar="FILE", help="machines for --deepspeed, lines `NAME slots=N`, reached by pdsh")
 
 
-def weights(config: dict[str, Any]) -> dict[str, Any]:
-    """The weights of sources in dataset.json other than 1: they decide what an epoch of training holds."""
-    sources = config["dataset"]["sources"].items()
-    return {"weights": {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}}
-
-
 def train(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
     result = stage.folder / "result.json"
@@ -407,7 +401,6 @@ def main() -> None:
         lambda stage: train(stage, script),
         sections,
         inputs,
-        {"05_pretrain": weights, "13_preference": preference_facts}.get(name),
         options=add_options,
         resumable=True,
         skip=SKIP.get(name),

@@ -282,7 +282,7 @@ def test_keys_that_decide_nothing_are_left_out():
     kept = config.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
     assert kept == {"learning_rate": 1}
     # A weight is for training and the tokenizer to ask for: ten hours of data are not redone for it.
-    assert config.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}}) == {"sources": {"a": {}}}
+    assert config.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}})["sources"] == {"a": {}}
 
 
 def test_special_ids_follow_the_tokens_that_are_there():
@@ -331,3 +331,11 @@ def test_the_variant_of_a_recipe_differs_in_its_tuning_only():
     assert (one["finetune"]["learning_rate"], one["instruction"]["valid_share"]) == (5e-6, 0.1)
     assert other["finetune"]["learning_rate"] == 3e-4
     assert other["finetune"]["lora"]["r"] == other["finetune"]["lora"]["lora_alpha"] == 128
+
+
+def test_a_source_may_have_any_name_and_the_order_of_sources_decides():
+    values = {"sources": {"project": {"source": "files", "rules": "web"}, "log_a": {"weight": 2.0}}}
+    kept = config.deciding_keys("dataset", values)
+    assert kept["sources"] == {"project": {"source": "files", "rules": "web"}, "log_a": {}}
+    turned = {"sources": dict(reversed(values["sources"].items()))}
+    assert kept != config.deciding_keys("dataset", turned)

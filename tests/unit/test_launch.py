@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from recipe.config import batch_layout, check_launch, check_tensor_parallel
-from recipe.launch import Launch, add_options, child_environment, command, count_gpus, launch_of, weights
+from recipe.launch import Launch, add_options, child_environment, command, count_gpus, launch_of
 from recipe.outputs import Refused
 
 LISTING = "GPU 0: A100 (UUID: a)\nGPU 1: A100 (UUID: b)\n"
@@ -174,8 +174,3 @@ def test_launches_that_cannot_be_are_refused():
     check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 2)
     with pytest.raises(Refused, match="2 key-value heads"):
         check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 4)
-
-
-def test_only_weights_other_than_one_decide_what_is_trained():
-    sources = {"a": {"weight": 2}, "b": {"weight": 1.0}, "c": {}}
-    assert weights({"dataset": {"sources": sources}}) == {"weights": {"a": 2}}

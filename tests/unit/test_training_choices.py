@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import signal
 
 import pytest
@@ -70,7 +71,13 @@ def train(corpus, tmp_path, monkeypatch):
         folder.mkdir()
         config = {"pretrain": VALUES | changes, "generation": GENERATION, "model": GPT2}
         plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder)}
-        plan |= {"processes": 1, "parent": os.getpid()}
+        plan |= {
+            "ranks": 1,
+            "fsdp": False,
+            "tensor_parallel": 1,
+            "host": platform.node(),
+            "parent": os.getpid(),
+        }
         run = training.prepare(plan, "pretrain")
         tokenizer = AutoTokenizer.from_pretrained(corpus)
         samples = PackedBlocks(TokenFile(corpus / "train"), 32, tokenizer.pad_token_id, run.arguments.seed)
