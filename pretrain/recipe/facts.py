@@ -8,7 +8,7 @@ from typing import Any
 
 from recipe.download import source_facts
 from recipe.instructions import no_pairs, pair_facts
-from recipe.outputs import ROOT
+from recipe.outputs import ROOT, Refused
 from recipe.preferences import preference_facts
 
 
