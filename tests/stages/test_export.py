@@ -32,7 +32,7 @@ def test_the_card_says_what_was_measured(project):
         f"{trained['active']['parameters']:,} parameters" in card and f"{trained['tokens']:,} tokens" in card
     )
     bits = project.figures("mini", "06_evaluate")["in_domain"]["bits_per_byte"]
-    assert f"{bits:.4f}" in card
+    assert f"{bits:.3f}" in card
     assert project.output("mini", "07_generate", "samples.md").read_text("utf-8").strip() in card
     assert '"learning_rate": 0.01' in card and "](learning_curve.png)" in card
     assert str(project.folder) not in card  # nobody's paths are published

@@ -301,7 +301,7 @@ def test_z_loss_is_logged_apart(train):
     assert rows[0]["z_loss"] == pytest.approx(1e-6 * math.log(400) ** 2, rel=0.05)
     assert all("z_loss" in row for row in rows) and figures["active"]["z_loss"] == 1e-6
     large = [row for row in train("large", z_loss=1.0)[1] if "loss" in row]
-    assert large[-1]["z_loss"] < 0.8 * large[0]["z_loss"]  # it is trained away
+    assert large[-1]["z_loss"] < 0.85 * large[0]["z_loss"]  # it is trained away
 
 
 # ------------------------------------------------------------------------------------------------ watching
@@ -366,12 +366,9 @@ def test_samples_at_chosen_steps_change_nothing(train, steps):
     evaluated = {row["step"]: row["eval_loss"] for row in sampled[1] if "eval_loss" in row}
     assert {row["step"]: row["eval_loss"] for row in rows if row["step"]} == evaluated
     page = (sampled[2] / "samples.md").read_text()
-    assert (
-        page.index("## 今日は")
-        < page.index("**step 0**")
-        < page.index("**step 2, valid loss")
-        < page.index("## 彼女は")
-    )
+    head, _, *body = page.splitlines()
+    assert head.startswith("| prompt | step 0 | step 2, valid loss") and "step 6, valid loss" in head
+    assert [line.split(" | ")[0] for line in body] == [f"| {prompt}" for prompt in GENERATION["prompts"]]
     assert not (sampled[2].parent / "plain/samples.jsonl").exists()
 
 
