@@ -86,6 +86,7 @@ main() {
   if ! $talk; then return; fi
   printf '\n'
   "$python" -m recipe.outputs "$recipe"
+  "$python" -m recipe.report "$recipe"
   printf '\n%d s in all.\n' $((SECONDS - started))
   if [[ -f outputs/$recipe/12_finetune/stage.json ]]; then
     printf 'Talk to the model: %s fine-tuning/chat.py --recipe %s\n' "${python#"$here"/}" "$recipe"

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from recipe.facts import weights
 from recipe.outputs import DATA, RecipeError, Stage, run_stage, write_json
 from recipe.progress import progress
 from recipe.shards import read_texts, side_sources
@@ -70,11 +71,12 @@ def make(stage: Stage) -> tuple[Any, bytes | None]:
 
     config = stage.config["tokenizer"]
     kind = config.get("kind", "unigram")
+    bound = expected_memory(kind, int(config.get("training_megabytes", 10) * 1e6))
+    if kind != "published" or config.get("new_pieces"):
+        stage.say(f"trains in at most {bound / 1e9:.1f} GB of memory")
     if kind == "published":
         published = load_published(find_published(config["published"], config.get("revision")))
         return take_over(published, config, sample(stage) if config.get("new_pieces") else ()), None
-    bound = expected_memory(kind, int(config.get("training_megabytes", 10) * 1e6))
-    stage.say(f"trains in at most {bound / 1e9:.1f} GB of memory")
     return train_tokenizer(sample(stage), config)
 
 
@@ -84,9 +86,8 @@ def sample(stage: Stage) -> Iterator[str]:
 
     config = stage.config["tokenizer"]
     bound = int(config.get("training_megabytes", 10) * 1e6)
-    found = draw_sample(
-        stage.inputs["02_dataset"], weights(stage.config)["weights"], bound, config.get("seed", 0)
-    )
+    drawn_by = weights(stage.config)["weights"]
+    found = draw_sample(stage.inputs["02_dataset"], drawn_by, bound, config.get("seed", 0))
     stage.say(f"samples {found.drawn / 1e6:.1f} MB of {found.bytes / 1e6:.1f} MB")
     lines = progress(found.lines, "sampling", "sentences")
     if config.get("segmenter"):
@@ -110,10 +111,5 @@ def published_to_compare(names: list[str]) -> tuple[dict[str, Any], dict[str, st
     return found, missing
 
 
-def weights(config: dict[str, Any]) -> dict[str, Any]:
-    """What the sample depends on beside tokenizer.json: the weights of the sources."""
-    return {"weights": {name: spec.get("weight", 1.0) for name, spec in config["dataset"]["sources"].items()}}
-
-
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, ("tokenizer",), ("02_dataset",), facts=weights)
+    run_stage(__file__, __doc__, main, ("tokenizer",), ("02_dataset",))

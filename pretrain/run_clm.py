@@ -16,7 +16,9 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.modeling import build_model, parameter_count
     from recipe.outputs import read_json, write_json
     from recipe.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
+    from recipe.sampling import Samples
     from recipe.token_files import TokenFile
+    from recipe.tokenizer import prompt_ids
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
@@ -55,7 +57,10 @@ def main(plan: dict[str, Any]) -> None:
         )
     # Of a document's tokens all but <s> are predicted, and only they have a loss.
     bytes_per_token = totals["valid"]["bytes"] / (totals["valid"]["tokens"] - totals["valid"]["documents"])
-    figures = train(model, tokenizer, samples, valid, run, bytes_per_token)
+    generation = plan["config"]["generation"]
+    prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in generation["prompts"]}
+    sampling = Samples(settings.sample_steps, prompts, generation, tokenizer, folder)
+    figures = train(model, tokenizer, samples, valid, run, bytes_per_token, sampling)
     if run.is_main:
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"pretraining, recipe {plan['recipe']}"

@@ -95,17 +95,18 @@ def _unigram(proto: Any) -> models.Unigram:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """The merges are rebuilt: every way to join two pieces into a third, by the third's rank."""
+    """The merges are rebuilt: every way to join two pieces into a third, that with the best score first."""
     normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
-    ids = {p.piece: i for i, p in enumerate(proto.pieces)}
-    ranked = {p.piece: -p.score for p in proto.pieces if p.type == normal}
-    merges = []
-    for piece, rank in ranked.items():
-        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        merges += [(rank, ids[a], ids[b], a, b) for a, b in cuts if a in ranked and b in ranked]
+    scores = {p.piece: p.score for p in proto.pieces if p.type == normal}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(scores, key=lambda piece: -scores[piece])
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
     return models.BPE(
-        ids,
-        [(a, b) for *_, a, b in sorted(merges)],
+        {p.piece: i for i, p in enumerate(proto.pieces)},
+        merges,
         unk_token=proto.pieces[_unknown(proto)].piece,
         byte_fallback=proto.trainer_spec.byte_fallback,
         fuse_unk=True,

@@ -191,6 +191,11 @@ def expand_paths(name: str, patterns: list[str]) -> list[Path]:
                 f"dataset.json: sources.{name}.paths: {pattern!r} matches no file (from {ROOT}). "
                 "Give the path of a .txt, .jsonl or .parquet file, or a pattern such as my_text/*.txt"
             )
+        for path in matches:
+            try:
+                str(path).encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RecipeError(f"{str(path)!r}: its name is not UTF-8. Rename the file") from error
         found.update(matches)
     return sorted(found)
 
@@ -208,6 +213,11 @@ def require_data(record: dict[str, Any], config: dict[str, Any], data: Path) -> 
                 raise RecipeError(
                     f"{path}: not the {facts['bytes']:,} bytes that stage 01 recorded. Bring it back with "
                     "`bash run_all.sh --recipe NAME --to 01 --force`"
+                )
+            if path.stat().st_mtime_ns != facts.get("mtime_ns", path.stat().st_mtime_ns):
+                raise RecipeError(
+                    f"{path}: changed since stage 01 recorded it. Run "
+                    "`bash run_all.sh --recipe NAME --from 01 --force`"
                 )
 
 

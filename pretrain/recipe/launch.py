@@ -1,4 +1,5 @@
-"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh and 12_finetune.sh.
+"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh, 12_finetune.sh and
+13_preference.sh.
 
     python -m recipe.launch SCRIPT --recipe tiny [--nproc N] [--deepspeed zero2]
 
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import check_launch, check_tensor_parallel, load_recipe
+from recipe.config import check_launch, check_quantization, check_tensor_parallel, load_recipe
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -45,11 +46,14 @@ from recipe.outputs import (
     stage_folder,
     write_json,
 )
+from recipe.preferences import no_preference
 
 STAGES = {
     "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
     "run_sft.py": ("12_finetune", ("finetune",), ("05_pretrain", "11_dataset")),
+    "run_dpo.py": ("13_preference", ("preference",), ("12_finetune",)),
 }
+SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,12 @@ def _nvidia_smi() -> str:
 
 def default_ranks() -> int:
     """One rank per visible GPU, one without any."""
-    return max(1, count_gpus(os.environ, _nvidia_smi()))
+    return max(1, visible_gpus())
+
+
+def visible_gpus() -> int:
+    """GPUs that a training started now would see."""
+    return count_gpus(os.environ, _nvidia_smi())
 
 
 def _defaults(environment: Mapping[str, str], processes: int) -> dict[str, str]:
@@ -229,12 +238,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", metavar="FILE", help="machines for --deepspeed, lines `NAME slots=N`, reached by pdsh")
 
 
-def weights(config: dict[str, Any]) -> dict[str, Any]:
-    """The weights of sources in dataset.json other than 1: they decide what an epoch of training holds."""
-    sources = config["dataset"]["sources"].items()
-    return {"weights": {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}}
-
-
 def train(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
     result = stage.folder / "result.json"
@@ -252,7 +255,9 @@ def train(stage: Stage, script: Path) -> None:
 def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
     """Write the plan into the folder `plans`, start the launcher and wait for it (see `_wait`)."""
     launch = launch_of(stage.arguments)
-    deepspeed = launch.check(stage.config, STAGES[script.name][1][-1])
+    file = STAGES[script.name][1][-1]
+    check_quantization(stage.config[file], file, visible_gpus())
+    deepspeed = launch.check(stage.config, file)
     plan = {
         "recipe": stage.recipe,
         "config": stage.config,
@@ -384,7 +389,6 @@ def main() -> None:
     if script.name not in STAGES:
         raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
     name, sections, inputs = STAGES[script.name]
-    skip = no_pairs if name == "12_finetune" else None
     doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc, --nnodes) or deepspeed."
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     probe.add_argument("--node-rank", type=int, default=0)
@@ -397,10 +401,9 @@ def main() -> None:
         lambda stage: train(stage, script),
         sections,
         inputs,
-        weights if name == "05_pretrain" else None,
         options=add_options,
         resumable=True,
-        skip=skip,
+        skip=SKIP.get(name),
     )
 
 

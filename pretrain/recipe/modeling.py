@@ -60,19 +60,26 @@ def _ndim(parameter: torch.nn.Parameter) -> int:
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
-    """Floating point operations of one training token: 6 per weight of a matrix product, and causal
-    attention.
+    """Floating point operations of one training token: 6 per weight of a matrix product (4 where it is
+    frozen), and causal attention.
 
     After Kaplan et al. (2020), appendix B, and Chowdhery et al. (2022), appendix B, with attention halved
     because it is causal. The input embedding is a look-up and costs nothing; the output matrix counts also
     when it is tied.
     """
     config = model.config
-    matrices = sum(_numel(p) for name, p in model.named_parameters() if _ndim(p) == 2 and not _is_outer(name))
-    output = config.vocab_size * config.hidden_size
+    matrices = sum(
+        _cost(p) * _numel(p) for name, p in model.named_parameters() if _ndim(p) == 2 and not _is_outer(name)
+    )
+    output = _cost(model.get_output_embeddings().weight) * config.vocab_size * config.hidden_size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_size * block_size
-    return 6 * (matrices + output) + attention
+    return matrices + output + attention
+
+
+def _cost(parameter: torch.nn.Parameter) -> int:
+    """Operations for each weight and token: forward 2, the gradient of its input 2, its own 2 if trained."""
+    return 6 if parameter.requires_grad else 4
 
 
 def _is_outer(name: str) -> bool:
@@ -80,6 +87,25 @@ def _is_outer(name: str) -> bool:
     recipes.
     """
     return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+
+
+def decayed(model: torch.nn.Module) -> list[str]:
+    """The names of the parameters that weight decay applies to: matrices that are no embedding.
+
+    Norms and biases are vectors. An embedding is left alone also where it is tied to the output: its rows are
+    rarely seen, and decay would shrink them between.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters()
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if _ndim(parameter) >= 2 and id(parameter) not in embeddings
+    ]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -99,11 +125,16 @@ class MuonAdamW(torch.optim.Optimizer):
         epsilon: float,
         weight_decay: float,
     ) -> None:
+        with_decay = set(decayed(model))
         matrices: list[torch.nn.Parameter] = []
-        others: list[torch.nn.Parameter] = []
+        others: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                (matrices if parameter.ndim == 2 and not _is_outer(name) else others).append(parameter)
+            if not parameter.requires_grad:
+                continue
+            if parameter.ndim == 2 and not _is_outer(name):
+                matrices.append(parameter)
+            else:
+                others.setdefault(weight_decay if name in with_decay else 0.0, []).append(parameter)
         self.parts = [
             torch.optim.Muon(
                 matrices,
@@ -113,11 +144,17 @@ class MuonAdamW(torch.optim.Optimizer):
                 adjust_lr_fn="match_rms_adamw",
             ),
             torch.optim.AdamW(
-                others, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0, fused=True
+                [{"params": group, "weight_decay": decay} for decay, group in others.items()],
+                lr=learning_rate,
+                betas=betas,
+                eps=epsilon,
+                fused=True,
             ),
         ]
-        # Shared with the parts: the scheduler writes learning rates into these very groups.
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        # Shared with the parts: the scheduler writes learning rates into these very groups. It reads the peak
+        # from the defaults where its floor is a rate of its own.
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__(groups, {"lr": learning_rate})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

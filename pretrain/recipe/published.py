@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from recipe.config import SPECIAL_TOKENS, round_up, special_tokens
 from recipe.conversion import as_fast, from_sentencepiece, hide_control_pieces, sentencepiece_tokens
 from recipe.outputs import ROOT, RecipeError
-from recipe.tokenizer_training import JAPANESE, LONGEST_RUN, train_sentencepiece
+from recipe.tokenizer_training import train_sentencepiece
 
 FILES = (
     "tokenizer.json",
@@ -27,7 +27,7 @@ FILES = (
     "vocab.*",
     "merges.txt",
 )
-_RUN = re.compile(f"[{JAPANESE}]{{1,{LONGEST_RUN}}}")
+_JAPANESE = re.compile("[ぁ-ゟァ-ヿｦ-ﾟ々-〇㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff]{1,1000}")
 _FIRST_MARK = 0x20000  # tokens are shown to the BPE trainer as characters from here on
 
 
@@ -147,7 +147,7 @@ def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> Tokeni
     Unigram: the likeliest pieces of a model trained on the text, with the scores they have there. Raises
     RecipeError when the text gives fewer, and for other kinds.
     """
-    runs = Counter(run for sentence in sentences for run in _RUN.findall(sentence))
+    runs = Counter(run for sentence in sentences for run in _JAPANESE.findall(sentence))
     state = json.loads(tokenizer.to_str())
     model, size = state["model"], tokenizer.get_vocab_size()
     old = tokenizer.get_vocab()

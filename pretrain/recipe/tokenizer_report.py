@@ -276,7 +276,7 @@ def _visible(piece: str) -> str:
 
 
 def picture(tokenizers: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw bytes per token by source, and the vocabulary by script, of all tokenizers side by side."""
+    """Draw bytes per token by source, and the scripts' shares of the vocabulary, of all side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -286,12 +286,14 @@ def picture(tokenizers: dict[str, dict[str, Any]], path: Path) -> None:
     width = 0.8 / len(tokenizers)
     for place, (name, figures) in enumerate(tokenizers.items()):
         rows = {source: row["bytes_per_token"] for source, row in figures["sources"].items()}
-        for axis, bars in zip(axes, (rows, figures["vocabulary"]["scripts"]), strict=True):
+        vocabulary_size = figures["vocabulary"]["size"]
+        shares = {kind: count / vocabulary_size for kind, count in figures["vocabulary"]["scripts"].items()}
+        for axis, bars in zip(axes, (rows, shares), strict=True):
             axis.bar([i + place * width for i in range(len(bars))], bars.values(), width, label=name)
             axis.set_xticks([i + 0.4 - width / 2 for i in range(len(bars))], bars, rotation=30, ha="right")
             axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("bytes per token, held-out text")
-    axes[1].set_ylabel("pieces of the vocabulary")
-    axes[0].legend()
+    axes[1].set_ylabel("share of the vocabulary")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,23 +19,15 @@ from transformers import PreTrainedTokenizerFast
 from recipe.config import special_ids, special_tokens, vocabulary_size
 from recipe.conversion import as_fast, from_sentencepiece, sentencepiece_tokens
 from recipe.outputs import RecipeError
+from recipe.segmentation import ESCAPE, MARKS
 from recipe.shards import read_texts, side_sources
 
-LONGEST_RUN = 1000  # characters
-# SentencePiece's pieces never cross from one script to another, except from kanji to kana, so text may be cut
-# there: equal runs are counted once. A space belongs to what follows it.
-JAPANESE = "ぁ-ゟァ-ヿｦ-ﾟ々-〇㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff"
-_RUN = re.compile(
-    rf" ?(?:[{JAPANESE}]{{1,{LONGEST_RUN}}}|(?:(?![{JAPANESE}])[^\W\d_]){{1,{LONGEST_RUN}}}"
-    rf"|(?:[\d_]|[^\w\t ]){{1,{LONGEST_RUN}}})| "
-)
+LONGEST_SENTENCE = 4000  # characters; it bounds the trainers' memory, not what is learnt
 # SentencePiece adds up in as many parts as it has threads: with a fixed number every machine gets the same
 # sums.
 THREADS = 16
-# How the segmented form of recipe/segmentation.py writes white space, and what it puts before such a mark in
-# the text itself. A word BPE always knows them, and decodes the marks.
-MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
-ESCAPE = "␛"
+# Resident bytes per byte of the sample.
+MEMORY = {"unigram": 30, "bpe": 15, "byte-level-bpe": 30, "word-bpe": 30, "published": 30}
 
 
 class Trained(NamedTuple):
@@ -79,11 +70,13 @@ def sample_shares(sizes: dict[str, int], weights: dict[str, float], most_bytes: 
 
 
 def sample_lines(texts: Iterable[str], share: float, draw: random.Random) -> Iterator[str]:
-    """Lines of texts, each drawn with the probability `share`, cut after 。."""
+    """Lines of texts, each drawn with the probability `share`, cut after 。 and at LONGEST_SENTENCE."""
     for text in texts:
         for line in text.split("\n"):
             if draw.random() < share:
-                yield from filter(None, re.split(r"(?<=。)", line))
+                for sentence in re.split(r"(?<=。)", line):
+                    for begin in range(0, len(sentence), LONGEST_SENTENCE):
+                        yield sentence[begin : begin + LONGEST_SENTENCE]
 
 
 def draw_sample(dataset: Path, weights: dict[str, float], most_bytes: int, seed: int) -> Sample:
@@ -104,12 +97,12 @@ def draw_sample(dataset: Path, weights: dict[str, float], most_bytes: int, seed:
 
 
 def expected_memory(kind: str, sample_bytes: int) -> int:
-    """An upper bound of the resident bytes that training on a sample takes, the program itself included.
+    """An upper bound of the resident bytes of training on a sample, the program itself included.
 
-    Measured by tests/bench/tokenizer.py; memory follows from the sample alone, whatever the size of the
-    corpus.
+    It follows from the sample alone, whatever the size of the corpus: measured by tests/bench/tokenizer.py at
+    10 and 50 MB, with a fifth to spare.
     """
-    return 600_000_000 + 40 * sample_bytes
+    return 1_300_000_000 + MEMORY[kind] * sample_bytes
 
 
 # --------------------------------------------------------------------------------------------------- kinds
@@ -143,14 +136,10 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict
         control[f"{name}_id"] = -1 if token is None else ids[f"{key}_id"]
         if token is not None:
             control[f"{name}_piece"] = token
-    runs = Counter(run for sentence in sentences for run in _RUN.findall(sentence))
-    if not runs:
-        raise RecipeError("no text to train a tokenizer on: the training side of stage 02 is empty. Add text")
-    model = io.BytesIO()
+    counted, model = _Counting(sentences), io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=(f"{run}\t{count}" for run, count in runs.items()),
-            input_format="tsv",
+            sentence_iterator=iter(counted),
             model_writer=model,
             minloglevel=2,
             num_threads=THREADS,
@@ -170,16 +159,16 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict
             required_chars="".join(
                 sorted({*"▁<0x123456789ABCDEF>", *"".join(filter(None, tokens.values()))})
             ),
-            # Longer ones would be skipped silently; a run has at most LONGEST_RUN characters of 4 bytes.
-            max_sentence_length=4 * LONGEST_RUN + 100,
-            # Half the defaults' rounds, from a quarter of the candidates or fewer: measured to compress as
-            # well (tests/bench/tokenizer.py).
-            seed_sentencepiece_size=max(50_000, 8 * size),
+            max_sentence_length=2**30,  # longer ones would be skipped silently
+            # The defaults start from a million candidates and take ten times as long; fewer of the most
+            # frequent ones compress better (tests/bench/tokenizer.py).
+            seed_sentencepiece_size=max(10_000, 2 * size),
             num_sub_iterations=1,
             shrinking_factor=0.5,
             **control,
         )
     except (RuntimeError, OSError) as error:
+        counted.refuse_empty()
         raise _wrong_size(size, str(error)) from error
     return exact_scores(model.getvalue()) if config.get("kind", "unigram") == "unigram" else model.getvalue()
 
@@ -232,6 +221,7 @@ def train_bpe(sentences: Iterable[str], config: dict[str, Any]) -> Tokenizer:
     else:
         read = [decoders.Replace(mark, character) for character, mark in MARKS.items()]
         tokenizer.decoder = decoders.Sequence([decoders.Fuse(), *read])
+    # A word BPE always knows how the segmented form writes white space, and decodes it.
     alphabet: dict[str, Any] = {
         "initial_alphabet": pre_tokenizers.ByteLevel.alphabet() if byte_level else [*MARKS.values(), ESCAPE]
     }
@@ -244,10 +234,9 @@ def train_bpe(sentences: Iterable[str], config: dict[str, Any]) -> Tokenizer:
         special_tokens=[*(tokens[key] for key in named), *symbols],
         show_progress=False,
     )
-    counter = _Counting(sentences)
-    tokenizer.train_from_iterator(counter, trainer)
-    if not counter.seen:
-        raise RecipeError("no text to train a tokenizer on: the training side of stage 02 is empty. Add text")
+    counted = _Counting(sentences)
+    tokenizer.train_from_iterator(counted, trainer)
+    counted.refuse_empty()
     found = tokenizer.get_vocab_size()
     if found != size:
         raise RecipeError(
@@ -271,3 +260,8 @@ class _Counting:
         for item in self.items:
             self.seen = True
             yield item
+
+    def refuse_empty(self) -> None:
+        """Raise RecipeError when nothing came."""
+        if not self.seen:
+            raise RecipeError("no text to train a tokenizer on. Add text to the training side of stage 02")

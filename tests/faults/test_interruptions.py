@@ -183,7 +183,7 @@ def test_stage_that_fails_stops_the_chain(make_project):
     (project.folder / "other.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xff"}\n')
     result = project.run("run_all.sh", "--recipe", "mini", check=False)
     assert result.returncode == 1
-    assert "other.jsonl:2: not UTF-8" in result.stderr
+    assert "other.jsonl:2: bad UTF-8" in result.stderr
     assert "03_tokenizer" not in result.stdout
     assert not project.output("mini", "02_dataset").exists()
 
