@@ -334,8 +334,8 @@ def _stale_inputs(
             yield from _stale_inputs(recipe, sorted(wanted["inputs"]), config)
             now = {section: deciding_keys(section, config[section]) for section in wanted["config"]}
             changes = differences(wanted["config"], now)
-            if stage in FACTS:
-                changes += differences(wanted.get("facts"), FACTS[stage](config), "facts")
+            if stage in FACTS and "facts" in wanted:
+                changes += differences(wanted["facts"], FACTS[stage](config), "facts")
             if changes:
                 yield stage, changes
 

@@ -230,7 +230,7 @@ def test_killed_run_all_takes_its_stage_along(make_project):
 
 def test_changed_pairs_make_tuning_stale(make_project):
     project = make_project()
-    project.run("pretrain/01_download.py", "--recipe", "mini")
+    project.run("run_all.sh", "--recipe", "mini", "--to", "02")
     project.run("fine-tuning/11_dataset.py", "--recipe", "mini")
     path = project.folder / "pairs.json"
     path.write_text(path.read_text().replace("0番", "00番"), "utf-8")

@@ -65,6 +65,9 @@ def train(corpus, tmp_path, monkeypatch):
     for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # What a test before this one compiled in this process is not what this training compiles.
+    torch._dynamo.reset()
+    counters.clear()
 
     def run(name="run", **changes):
         folder = tmp_path / name
