@@ -78,8 +78,9 @@ def together(prepared):
     )
 
 
-@pytest.mark.parametrize("kind", PRECISION)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "kind"), [(way, kind) for way in WAYS for kind in PRECISION if (way, kind) != ("fsdp-tp", "bf16")]
+)
 def test_ranks_together_reach_the_losses_of_one(together, alone, way, kind):
     options, parallel = WAYS[way]
     losses, figures, result = together(way, kind)
@@ -223,10 +224,11 @@ arguments = TrainingArguments(output_dir=sys.argv[1], fsdp=True, use_cpu=True, m
                               save_strategy="no", per_device_train_batch_size=1, disable_tqdm=True)
 small = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 model = AutoModelForCausalLM.from_config(Qwen3Config(num_key_value_heads=2, head_dim=8, **small))
-proof = Proof(Choice("fp32", "sdpa", False), parallel_wish(2, None, True, 1), 2, Settings(2, 8))
+settings = Settings(2, 8)
+proof = Proof(Choice("fp32", "sdpa", False), parallel_wish(2, None, True, 1), 2, settings)
 samples = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
 trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[proof])
-proof.trainer = trainer
+trainer.settings, proof.trainer = settings, trainer
 try:
     trainer.train()
 except Refused as refusal:
