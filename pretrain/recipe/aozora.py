@@ -9,19 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
-import lzma
 import re
-import stat
-import struct
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
 
 import aozora as notation
 
+from recipe.archives import HostileArchive, zip_members
 from recipe.outputs import RecipeError
 from recipe.readers import MAXIMUM_BYTES, Document, fault
 
@@ -34,11 +29,6 @@ _UNDEFINED = re.compile("[\ue000-\uf8ff\x80]")
 # ------------------------------------------------------------------------------------------------- files
 
 
-# What zipfile raises for damage, also by the modules below it.
-_DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, struct.error)
-_DAMAGE += (zlib.error, lzma.LZMAError)
-
-
 class _Unusable(Exception):
     """Why an archive is not read: one of `readers.FAULTS`, and what was seen."""
 
@@ -46,8 +36,8 @@ class _Unusable(Exception):
 def read_work(path: Path, tolerant: bool = False) -> Iterator[Document]:
     """The work in a .txt file, or in a .zip with exactly one .txt in it, with its notation.
 
-    Files are UTF-8 if they are valid UTF-8, and Shift_JIS (cp932) otherwise. Archives are read in memory;
-    links, encrypted members and texts above `readers.MAXIMUM_BYTES` are refused.
+    Files are UTF-8 if they are valid UTF-8, and Shift_JIS (cp932) otherwise. Archives are read in memory by
+    `archives.zip_members`, which refuses hostile ones; texts above `readers.MAXIMUM_BYTES` are refused, too.
     Strict: raises RecipeError for what cannot be read, also a single byte that is not Shift_JIS. Tolerant: a
     document dropped with one of `readers.FAULTS`. Single bytes that are not Shift_JIS become U+FFFD, which
     `prose` counts; more than MAXIMUM_BAD_SHARE of them drop the work.
@@ -80,33 +70,26 @@ def _read_bytes(path: Path) -> bytes:
     kind = path.suffix.lower()
     if kind not in (".txt", ".zip"):
         raise RecipeError(f"{path}: unknown kind of file {path.suffix!r}; wanted .txt or .zip")
-    with path.open("rb") as file:
-        return _read_zip(file) if kind == ".zip" else _at_most(file)
-
-
-def _read_zip(file: BinaryIO) -> bytes:
-    """The bytes of the one .txt in an archive; what else is in it (pictures) is never opened."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = [member for member in archive.infolist() if member.filename.lower().endswith(".txt")]
-            if len(members) != 1:
-                raise _Unusable("unusable archive", f"it holds {len(members)} .txt files, wanted one")
-            (member,) = members
-            if stat.S_ISLNK(member.external_attr >> 16):
-                raise _Unusable("unusable archive", f"{member.filename} is a link")
-            if member.flag_bits & 1:
-                raise _Unusable("unusable archive", f"{member.filename} is encrypted")
-            with archive.open(member) as text:
-                return _at_most(text)
-    except _DAMAGE as error:
-        raise _Unusable("damaged archive", f"{error}. Get the file again") from error
-
-
-def _at_most(file: IO[bytes]) -> bytes:
-    raw = file.read(MAXIMUM_BYTES + 1)  # an archive may lie about sizes, so what is read decides
+    if kind == ".zip":
+        raw = _read_zip(path)
+    else:
+        with path.open("rb") as file:
+            raw = file.read(MAXIMUM_BYTES + 1)
     if len(raw) > MAXIMUM_BYTES:
         raise _Unusable("too long", f"more than {MAXIMUM_BYTES:,} bytes of text")
     return raw
+
+
+def _read_zip(path: Path) -> bytes:
+    """The bytes of the one .txt in an archive; what else is in it (pictures) is never opened."""
+    try:
+        texts = [content for _, content in zip_members(path, re.compile(r"\.txt$", re.IGNORECASE))]
+    except RecipeError as error:
+        reason = "unusable archive" if isinstance(error, HostileArchive) else "damaged archive"
+        raise _Unusable(reason, str(error).removeprefix(f"{path}: ")) from error
+    if len(texts) != 1:
+        raise _Unusable("unusable archive", f"it holds {len(texts)} .txt files, wanted one")
+    return texts[0]
 
 
 # ------------------------------------------------------------------------------------------------- prose

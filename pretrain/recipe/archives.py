@@ -11,6 +11,7 @@ import io
 import lzma
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -19,6 +20,11 @@ from pathlib import Path
 from typing import IO
 
 from recipe.outputs import RecipeError
+
+
+class HostileArchive(RecipeError):
+    """An archive that no honest publisher of text makes."""
+
 
 MAX_MEMBERS = 100_000
 MAX_BYTES = 1 << 30  # unpacked, a whole archive
@@ -33,6 +39,7 @@ _DAMAGE = (
     EOFError,
     OSError,
     ValueError,
+    struct.error,
     NotImplementedError,
 )
 
@@ -129,12 +136,14 @@ def _check_name(where: Path, name: str) -> None:
         raise _refused(where, name, "has a name that leads outside")
 
 
-def _refused(where: Path, member: str, why: str) -> RecipeError:
+def _refused(where: Path, member: str, why: str) -> HostileArchive:
     shown = member[:200]  # a name can be as long as the archive
-    return RecipeError(f"{where}: refused: {shown!r} {why}. No honest archive of text does that: remove it")
+    return HostileArchive(
+        f"{where}: refused: {shown!r} {why}. No honest archive of text does that: remove it"
+    )
 
 
-def _bomb(where: Path, member: str, limit: int) -> RecipeError:
+def _bomb(where: Path, member: str, limit: int) -> HostileArchive:
     return _refused(where, member, f"unpacks to more than {limit:,} bytes, the most for a file of its size")
 
 
