@@ -38,7 +38,8 @@ from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoin
 from recipe.config import batch_layout
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak
 from recipe.losses import return_loss_only
-from recipe.modeling import MuonAdamW, decayed, flops_per_token
+from recipe.modeling import flops_per_token
+from recipe.optimizers import MuonAdamW, decayed
 from recipe.outputs import EXIT_TERMINATED, RecipeError, Refused
 from recipe.sampling import Samples
 from recipe.sharding import ShardedTrainer, shard

@@ -7,7 +7,8 @@ import pytest
 import torch
 from recipe import checkpoints, training
 from recipe.callbacks import joined, parallel_wish
-from recipe.modeling import MuonAdamW, flops_per_token
+from recipe.modeling import flops_per_token
+from recipe.optimizers import MuonAdamW
 from transformers import AutoModelForCausalLM, Qwen3Config, TrainingArguments
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import sentences
 from recipe import callbacks, losses, schedules, training
-from recipe.modeling import build_model, decayed
+from recipe.modeling import build_model
+from recipe.optimizers import decayed
 from recipe.outputs import Refused
 from recipe.packing import IGNORED, PackedBlocks
 from recipe.sampling import Samples
