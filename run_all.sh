@@ -2,14 +2,14 @@
 # Run a recipe from download to chat: every numbered stage found in pretrain/ and fine-tuning/, in order.
 #
 # Usage: bash run_all.sh [--recipe NAME] [--from NN] [--to NN] [--force] [--dry-run] [--list]
-#                        [--set FILE.KEY=VALUE]... [--nproc N] [--deepspeed NAME]
+#                        [--set FILE.KEY=VALUE]... [--nproc N] [--deepspeed NAME | --fsdp] [--tensor-parallel N]
 #
 #   --recipe NAME    folder below configs/ (default: tiny)
 #   --from, --to NN  first and last stage, by number
 #   --force          redo these stages even if they are done; their old output is replaced
 #   --dry-run        check the configuration and say what would be done
 #   --list           list the stages
-#   --set, --nproc, --deepspeed   handed on to the stages
+#   --set, --nproc, --deepspeed, --fsdp, --tensor-parallel   handed on to the stages
 #
 # Exit codes: 0 done, 1 a stage failed, 2 refused (wrong option or configuration, stale output, folder in use),
 # 130 interrupted, 143 terminated. Running the same command again continues.
@@ -30,7 +30,7 @@ main() {
   local recipe=tiny from=00 to=99 list=false talk=true common=() overrides=() launch=()
   while (($#)); do
     case $1 in
-      --recipe | --from | --to | --set | --nproc | --deepspeed)
+      --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel)
         (($# > 1)) || refuse "$1 wants a value"
         case $1 in
           --recipe) recipe=$2 ;;
@@ -42,6 +42,7 @@ main() {
         shift ;;
       --force) common+=("$1") ;;
       --dry-run) common+=("$1") talk=false ;;
+      --fsdp) launch+=("$1") ;;
       --list) list=true ;;
       -h | --help) usage; exit 0 ;;
       *) refuse "unknown option $1" ;;
@@ -85,6 +86,7 @@ main() {
   if ! $talk; then return; fi
   printf '\n'
   "$python" -m recipe.outputs "$recipe"
+  "$python" -m recipe.report "$recipe"
   printf '\n%d s in all.\n' $((SECONDS - started))
   if [[ -f outputs/$recipe/12_finetune/stage.json ]]; then
     printf 'Talk to the model: %s fine-tuning/chat.py --recipe %s\n' "${python#"$here"/}" "$recipe"

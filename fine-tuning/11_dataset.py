@@ -9,11 +9,24 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 from recipe.download import require_data
-from recipe.instructions import Pair, no_pairs, pair_facts, pair_side, read_pairs, reason_to_drop
+from recipe.instructions import (
+    Pair,
+    identity,
+    no_pairs,
+    pair_side,
+    pretraining_overlap,
+    read_pairs,
+    reason_to_drop,
+)
 from recipe.normalizing import make_normalizer
 from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
 from recipe.progress import progress
+from recipe.shards import read_texts
 from recipe.splitting import text_hash
+
+TEXTS = ("instruction", "input", "output", "source", "headword")
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SCHEMA = pa.schema([*((column, pa.string()) for column in TEXTS), ("history", TURNS)])
 
 
 def main(stage: Stage) -> None:
@@ -32,16 +45,15 @@ def main(stage: Stage) -> None:
         dropped: Counter[str] = Counter()
         kept: dict[str, list[Pair]] = {"train": [], "valid": []}
         for pair in progress(read_pairs(kind, spec, normalize), kind, "pairs"):
-            reason = reason_to_drop(pair)
-            identity = text_hash("\0".join(pair[:3]))
-            if not reason and identity in seen:
+            reason = reason_to_drop(pair, packaged="source" in spec)
+            if not reason and identity(pair) in seen:
                 reason = "duplicate"
             if reason:
                 dropped[reason] += 1
                 continue
-            seen.add(identity)
+            seen.add(identity(pair))
             kept[pair_side(pair, valid_share)].append(pair)
-        if kind == "translation":
+        if "source" in spec and kind == "translation":
             for side, pairs in kept.items():
                 most = allowed(len(sides[side]), config.get("translation_share", 1.0))
                 # By hash, so that which pairs stay does not depend on their order.
@@ -60,10 +72,14 @@ def main(stage: Stage) -> None:
             raise RecipeError(
                 f"no pairs on the {side} side: too few. Add pairs or change instruction.valid_share"
             )
-        table = pa.Table.from_pylist([pair._asdict() for pair in pairs])
-        pq.write_table(table, stage.folder / f"{side}.parquet", compression="zstd")
-    write_json(stage.folder / "funnel.json", {"pairs": funnel})
-    stage.figures = funnel
+        rows = [{column: getattr(pair, column) for column in SCHEMA.names} for pair in pairs]
+        pq.write_table(
+            pa.Table.from_pylist(rows, SCHEMA), stage.folder / f"{side}.parquet", compression="zstd"
+        )
+    overlap = pretraining_overlap(sides, read_texts(stage.inputs["02_dataset"], "valid"))
+    stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
+    stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}
+    write_json(stage.folder / "funnel.json", stage.figures)
     stage.headline = f"{len(sides['train']):,} training pairs, {len(sides['valid']):,} for validation"
 
 
@@ -78,7 +94,6 @@ if __name__ == "__main__":
         __doc__,
         main,
         ("instruction", "dataset"),
-        ("01_download",),
-        facts=pair_facts,
+        ("01_download", "02_dataset"),
         skip=no_pairs,
     )

@@ -6,6 +6,7 @@ Run:  python fine-tuning/14_evaluate.py --recipe tiny
 
 import math
 
+from recipe.config import tuned_stage
 from recipe.instructions import no_pairs
 from recipe.outputs import Stage, run_stage, write_json
 
@@ -14,14 +15,14 @@ ANSWERED = 32  # held-out instructions that are answered, to see whether answers
 
 def main(stage: Stage) -> None:
     """Response loss on the validation pairs of both models; how the tuned one answers the first of them."""
-    from recipe.chat import generate_all, generation_config
     from recipe.conversations import load_conversations
     from recipe.evaluation import repetition, total_loss
+    from recipe.generation import generate_all, generation_config
     from recipe.modeling import for_inference, load_model
     from recipe.packing import PackedConversations
     from transformers import AutoTokenizer
 
-    tuned = stage.inputs["12_finetune"]
+    tuned = stage.inputs[tuned_stage(stage.config)]
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     block_size = stage.config["finetune"]["block_size"]
     conversations, left_out = load_conversations(
@@ -57,6 +58,6 @@ if __name__ == "__main__":
         __doc__,
         main,
         ("evaluation", "generation"),
-        ("05_pretrain", "11_dataset", "12_finetune"),
+        lambda config: ("05_pretrain", "11_dataset", tuned_stage(config)),
         skip=no_pairs,
     )

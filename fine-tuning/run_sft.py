@@ -7,26 +7,32 @@ Run:  bash fine-tuning/12_finetune.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, speed_of, total_steps, train
+from recipe.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
     """Put the chat template into the tokenizer, pack the conversations, train, save; rank 0 writes
     result.json.
     """
-    from recipe.chat import chat_template
+    from recipe.adapters import finish_adapter, load_with_adapter
+    from recipe.chat import encode_conversation
     from recipe.conversations import load_conversations, preview
     from recipe.curves import learning_curve
     from recipe.modeling import load_model
     from recipe.outputs import write_json
     from recipe.packing import PackedConversations
+    from recipe.sampling import Samples
+    from recipe.templates import FORMS, chat_template
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
     run = prepare(plan, "finetune")
     settings, arguments, folder = run.settings, run.arguments, run.folder
-    tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["05_pretrain"])
-    tokenizer.chat_template = chat_template(plan["config"]["instruction"].get("system", ""))
+    base, instruction = Path(plan["inputs"]["05_pretrain"]), plan["config"]["instruction"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = chat_template(
+        instruction.get("template", FORMS[0]), instruction.get("system", "")
+    )
     pairs = Path(plan["inputs"]["11_dataset"])
     conversations, counts = load_conversations(pairs / "train.parquet", tokenizer, settings.block_size)
     held_out, valid_counts = load_conversations(pairs / "valid.parquet", tokenizer, settings.block_size)
@@ -37,7 +43,10 @@ def main(plan: dict[str, Any]) -> None:
     )
     valid = PackedConversations(held_out, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
-    model = load_model(Path(plan["inputs"]["05_pretrain"]), run.choice.attention)
+    if settings.lora:
+        model = load_with_adapter(base, run.choice.attention, settings.lora, arguments)
+    else:
+        model = place(run, lambda: load_model(base, run.choice.attention))
     if run.is_main:
         print(preview(conversations[:3], tokenizer), flush=True)
         share = arguments.max_steps * settings.global_batch_size / len(once)
@@ -46,8 +55,18 @@ def main(plan: dict[str, Any]) -> None:
             f"{share:.2f} epochs; left out: {counts}",
             flush=True,
         )
-    figures = train(model, tokenizer, samples, valid, run, None)
+    generation = plan["config"]["generation"]
+    questions = {
+        question: encode_conversation(tokenizer, [{"role": "user", "content": question}])[0]
+        for question in generation.get("questions", [])
+    }
+    sampling = Samples(settings.sample_steps, questions, generation, tokenizer, folder)
+    figures = train(model, tokenizer, samples, valid, run, None, sampling)
     if run.is_main:
+        if settings.lora:
+            with whole_model(arguments):
+                finish_adapter(base, folder)
+            figures["trained_parameters"] = model.num_parameters(only_trainable=True)
         learning_curve(
             folder / "metrics.jsonl", folder / "learning_curve.png", f"tuning, recipe {plan['recipe']}"
         )

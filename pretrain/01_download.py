@@ -7,7 +7,8 @@ Run:  python pretrain/01_download.py --recipe tiny
 
 import time
 
-from recipe.download import download, missing_bytes, require_space, source_facts
+from recipe.download import download, missing_bytes
+from recipe.fetching import require_space
 from recipe.outputs import DATA, Stage, data_lock, run_stage
 from recipe.preflight import require_data_space
 
@@ -32,4 +33,4 @@ def main(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, ("dataset",), facts=source_facts)
+    run_stage(__file__, __doc__, main, ("dataset",))

@@ -1,71 +1,114 @@
-"""Stage 03: train a SentencePiece tokenizer with byte fallback and prove its fast Hugging Face form
-identical.
+"""Stage 03: train a tokenizer or take over a published one, as a fast Hugging Face tokenizer, and prove it.
 
-Edit: configs/<recipe>/tokenizer.json. Writes: spm.model, a folder that AutoTokenizer loads, report.json.
+Edit: configs/<recipe>/tokenizer.json. Writes: a folder that AutoTokenizer loads, spm.model (kinds unigram and
+bpe), report.json, report.md, report.png.
 Run:  python pretrain/03_tokenizer.py --recipe tiny
 """
 
 import os
 import random
+from collections.abc import Iterator
+from typing import Any
 
-from recipe.outputs import RecipeError, Stage, run_stage, write_json
+from recipe.facts import weights
+from recipe.outputs import DATA, RecipeError, Stage, run_stage, write_json
 from recipe.progress import progress
-from recipe.shards import document_bytes, read_texts, side_sources
+from recipe.shards import read_texts, side_sources
 
 SIDE_BYTES = 1_000_000  # text per source for the compression table
-PARITY_TEXTS = 2_000
+PROOF_TEXTS = 2_000
 
 
 def main(stage: Stage) -> None:
-    """Train on a seeded sample of the training side, convert, pass the parity gate, measure on the held-out
-    side.
-    """
+    """Make the tokenizer by the training side, save it, prove what was saved, measure on held-out text."""
     import sentencepiece as spm
-    from recipe.tokenizer import compression, parity, sample_lines, save, to_fast, train_sentencepiece
+    from recipe.config import check_special_ids
+    from recipe.tokenizer_report import describe, gate, losses, markdown, picture
     from transformers import AutoTokenizer
 
-    config, dataset, threads = stage.config["tokenizer"], stage.inputs["02_dataset"], os.cpu_count() or 1
-    seed = config.get("seed", 0)
-    total = document_bytes(dataset, "train")
-    sentences = sample_lines(
-        read_texts(dataset, "train"), int(config.get("training_megabytes", 10) * 1e6), total, seed
-    )
-    stage.say(
-        f"trains on up to {config.get('training_megabytes', 10)} MB of {total / 1e6:.1f} MB with "
-        f"{threads} threads"
-    )
-    model = train_sentencepiece(progress(sentences, "sampling", "sentences"), config, threads)
-    processor = spm.SentencePieceProcessor(model_proto=model)
-    save(stage.folder, model, to_fast(processor))
+    config, dataset = stage.config["tokenizer"], stage.inputs["02_dataset"]
+    kind = config.get("kind", "unigram")
+    tokenizer, model = make(stage)
+    tokenizer.save_pretrained(stage.folder)
+    if model:
+        (stage.folder / "spm.model").write_bytes(model)
     # From here on what is tested is what a user loads: the saved folder.
-    fast = AutoTokenizer.from_pretrained(stage.folder)
-    valid = {
-        source: list(read_texts(dataset, "valid", source, SIDE_BYTES))
-        for source in side_sources(dataset, "valid")
+    tokenizer = AutoTokenizer.from_pretrained(stage.folder)
+    ids = {
+        key: getattr(tokenizer, key)
+        for key in ("pad_token_id", "unk_token_id", "bos_token_id", "eos_token_id")
     }
+    check_special_ids(stage.config, ids, len(tokenizer), f"configs/{stage.recipe}")
+    valid = {s: list(read_texts(dataset, "valid", s, SIDE_BYTES)) for s in side_sources(dataset, "valid")}
     texts = [text for part in valid.values() for text in part]
-    random.Random(seed).shuffle(texts)
-    report = {"parity": parity(processor, fast, list(progress(texts[:PARITY_TEXTS], "parity", "documents")))}
-    if report["parity"]["identical_ids"] < 10:
-        raise RecipeError("parity gate: fewer than 10 texts could be compared. Add text to the dataset")
-    report["sources"] = {
-        source: compression(processor, part, threads) for source, part in valid.items() if part
-    }
-    report["vocabulary"] = {
-        "size": len(fast),
-        "longest": sorted((fast.convert_ids_to_tokens(i) for i in range(len(fast))), key=len, reverse=True)[
-            :20
-        ],
-    }
-    write_json(stage.folder / "report.json", report)
+    if not texts:
+        raise RecipeError("no held-out text to prove the tokenizer on. Add text or raise dataset.valid_share")
+    random.Random(config.get("seed", 0)).shuffle(texts)
+    if kind in ("published", "word-bpe"):
+        proof = losses(tokenizer, texts[:PROOF_TEXTS])
+        result = f"{proof['exact_lines']:.1%} of lines come back exactly"
+    else:
+        processor = spm.SentencePieceProcessor(model_proto=model) if model else None
+        proof = gate(tokenizer, texts[:PROOF_TEXTS], processor)
+        result = f"{proof['lossless']:,} texts come back exactly"
+    others, missing = published_to_compare(config.get("compare", []))
+    described = describe({"this": tokenizer, **others}, valid)
+    write_json(stage.folder / "report.json", {"proof": proof, "tokenizers": described, "missing": missing})
+    (stage.folder / "report.md").write_text(markdown(described, proof, missing), "utf-8")
+    picture(described, stage.folder / "report.png")
     held_out = {name for name, spec in stage.config["dataset"]["sources"].items() if spec.get("held_out")}
-    inside = [figures for source, figures in report["sources"].items() if source not in held_out]
+    sources = described["this"]["sources"]
+    inside = [figures for source, figures in sources.items() if source not in held_out]
     mean = sum(f["tokens"] * f["bytes_per_token"] for f in inside) / max(1, sum(f["tokens"] for f in inside))
-    stage.figures = report | {"bytes_per_token": mean}
-    stage.headline = (
-        f"{len(fast):,} pieces, {mean:.2f} bytes/token on held-out text, "
-        f"{report['parity']['identical_ids']:,} texts with identical ids"
-    )
+    stage.figures = {"proof": proof, "bytes_per_token": mean, **described["this"], "special_ids": ids}
+    stage.headline = f"{kind}, {len(tokenizer):,} pieces, {mean:.2f} bytes/token on held-out text, {result}"
+
+
+def make(stage: Stage) -> tuple[Any, bytes | None]:
+    """The tokenizer that tokenizer.json asks for, and its SentencePiece model if it was trained as one."""
+    from recipe.published import find_published, load_published, take_over
+    from recipe.tokenizer_training import expected_memory, train_tokenizer
+
+    config = stage.config["tokenizer"]
+    kind = config.get("kind", "unigram")
+    bound = expected_memory(kind, int(config.get("training_megabytes", 10) * 1e6))
+    if kind != "published" or config.get("new_pieces"):
+        stage.say(f"trains in at most {bound / 1e9:.1f} GB of memory")
+    if kind == "published":
+        published = load_published(find_published(config["published"], config.get("revision")))
+        return take_over(published, config, sample(stage) if config.get("new_pieces") else ()), None
+    return train_tokenizer(sample(stage), config)
+
+
+def sample(stage: Stage) -> Iterator[str]:
+    """The seeded sample of the training side, by source weight; segmented where the kind wants it."""
+    from recipe.tokenizer_training import draw_sample
+
+    config = stage.config["tokenizer"]
+    bound = int(config.get("training_megabytes", 10) * 1e6)
+    drawn_by = weights(stage.config)["weights"]
+    found = draw_sample(stage.inputs["02_dataset"], drawn_by, bound, config.get("seed", 0))
+    stage.say(f"samples {found.drawn / 1e6:.1f} MB of {found.bytes / 1e6:.1f} MB")
+    lines = progress(found.lines, "sampling", "sentences")
+    if config.get("segmenter"):
+        from recipe.segmentation import make_segmenter
+
+        return make_segmenter(config["segmenter"], DATA).parallel(lines, os.cpu_count() or 1)
+    return lines
+
+
+def published_to_compare(names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Published tokenizers that are at hand, by name, and for each that is not the reason."""
+    from recipe.published import find_published, load_published, take_over
+
+    found, missing = {}, {}
+    for name in names:
+        try:
+            published = load_published(find_published(name, local_files_only=True))
+            found[name] = take_over(published, {"kind": "published", "published": name}, ())
+        except RecipeError as error:
+            missing[name] = str(error)
+    return found, missing
 
 
 if __name__ == "__main__":

@@ -1,67 +1,80 @@
-"""Stage 04: turn the documents into token files in Megatron-LM's indexed format: <s> document </s>.
+"""Stage 04: turn the documents into token files in Megatron-LM's indexed format, each ended by one EOS.
+
+Every core encodes shards of stage 02; the parts are then joined in the shards' order. Stopped, it continues
+with the shards that are not done.
 
 Edit: nothing. Writes: train.bin, train.idx, valid.bin, valid.idx (held-out sources stay out of valid).
 Run:  python pretrain/04_tokenize.py --recipe tiny
 """
 
-import itertools
-import os
+import shutil
+from pathlib import Path
 
-from recipe.outputs import RecipeError, Stage, run_stage
-from recipe.progress import progress
-from recipe.shards import count_documents, read_texts, side_sources
+from recipe.outputs import RecipeError, Stage, read_json, run_stage
+from recipe.shards import SIDES, Shard, count_documents, list_shards
 
-BATCH = 512  # documents encoded at once, by all cores
+KEYS = ("documents", "bytes", "tokens")
 
 
 def main(stage: Stage) -> None:
-    """Encode with SentencePiece itself: stage 03 has proved its ids identical, and it is several times
-    faster.
-    """
-    import sentencepiece as spm
-    from recipe.packing import TokenFile, write_token_file
+    """Encode each shard into a part, join the parts by side, count by source."""
+    from recipe.encoding import ShardEncoder, document_frame, vocab_size
+    from recipe.engine import engine
 
-    processor = spm.SentencePieceProcessor(model_file=str(stage.inputs["03_tokenizer"] / "spm.model"))
-    bos, eos = processor.bos_id(), processor.eos_id()
-    dataset, threads = stage.inputs["02_dataset"], os.cpu_count() or 1
+    dataset, tokenizer = stage.inputs["02_dataset"], stage.inputs["03_tokenizer"]
+    frame, vocabulary = document_frame(tokenizer), vocab_size(tokenizer)
     held_out = {name for name, spec in stage.config["dataset"]["sources"].items() if spec.get("held_out")}
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-
-    def encode(side: str):
-        for source in side_sources(dataset, side):
-            if source in held_out:
-                continue
-            count = counts.setdefault(side, {}).setdefault(source, {"documents": 0, "bytes": 0, "tokens": 0})
-            texts = read_texts(dataset, side, source)
-            while batch := list(itertools.islice(texts, BATCH)):
-                for text, ids in zip(batch, processor.encode(batch, num_threads=threads), strict=True):
-                    count["documents"] += 1
-                    count["bytes"] += len(text.encode("utf-8"))
-                    count["tokens"] += len(ids) + 2
-                    yield [bos, *ids, eos]
-
-    for side in ("train", "valid"):
-        documents = progress(encode(side), side, "documents", count_documents(dataset, side))
-        written = write_token_file(stage.folder / side, documents, processor.vocab_size())
-        counted = [sum(c[key] for c in counts.get(side, {}).values()) for key in ("documents", "tokens")]
-        file = TokenFile(stage.folder / side)
-        if list(written) != counted or [file.documents, len(file.tokens)] != counted:
+    shards = [shard for shard in list_shards(dataset) if shard.source not in held_out]
+    for side in SIDES:
+        if not sum(count_documents(dataset, side, source) for source in {s.source for s in shards}):
             raise RecipeError(
-                f"{side}: {counted} documents and tokens were encoded, {written} were written. Disk fault?"
+                f"{side}: no document on this side of the split in {dataset}. Add text or change "
+                "dataset.valid_share"
             )
-        if not written[1]:
-            raise RecipeError(
-                f"{side}: no document on this side of the split. Add text or change dataset.valid_share"
-            )
-    totals = {
-        side: {key: sum(c[key] for c in sources.values()) for key in ("documents", "bytes", "tokens")}
-        for side, sources in counts.items()
-    }
+    parts = stage.folder / "parts"
+    parts.mkdir(exist_ok=True)
+    paths = [str(shard.path) for shard in shards]
+    encoder = ShardEncoder(paths, str(tokenizer), *frame, vocabulary, str(parts))
+    with engine(stage.config["dataset"].get("engine", {}), stage.folder) as phases:
+        phases.run("tokenize", [encoder], len(shards))
+    totals, counts = {}, {}
+    for side in SIDES:
+        of_side = [shard for shard in shards if shard.side == side]
+        totals[side], counts[side] = join(of_side, parts, stage.folder / side)
+    shutil.rmtree(stage.folder / "logs")  # first: a mark without its part would be believed
+    shutil.rmtree(parts)
     stage.figures = {"sources": counts, "totals": totals}
     stage.headline = (
         f"{totals['train']['tokens']:,} training tokens, {totals['valid']['tokens']:,} for validation"
     )
 
 
+def join(shards: list[Shard], parts: Path, prefix: Path) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Join the parts of a side's shards into one token file; its figures in all and by source.
+
+    A source's documents lie together; `first_document` and `first_token` say where they begin.
+    """
+    from recipe.token_files import TokenFile, join_token_files
+
+    total = dict.fromkeys(KEYS, 0) | {"largest_id": 0}
+    sources: dict[str, dict[str, int]] = {}
+    for shard in shards:
+        begin = {"first_document": total["documents"], "first_token": total["tokens"]}
+        count = sources.setdefault(shard.source, begin | dict.fromkeys(KEYS, 0))
+        part = read_json(parts / f"{shard.path.stem}.json")
+        for key in KEYS:
+            count[key] += part[key]
+            total[key] += part[key]
+        total["largest_id"] = max(total["largest_id"], part["largest_id"])
+    written = join_token_files([parts / shard.path.stem for shard in shards], prefix)
+    file = TokenFile(prefix)
+    if not written == (file.documents, len(file.tokens)) == (total["documents"], total["tokens"]):
+        raise RecipeError(
+            f"{prefix}: {total['documents']} documents and {total['tokens']} tokens were encoded, {written} "
+            f"written. Disk fault? Remove {parts} and run again"
+        )
+    return total, sources
+
+
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, (), ("02_dataset", "03_tokenizer"))
+    run_stage(__file__, __doc__, main, (), ("02_dataset", "03_tokenizer"), resumable=True)

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Stage 05: train the model from scratch: plain python, torchrun (--nproc N) or deepspeed (--deepspeed zero2).
 #
+# Several GPUs: one rank each by itself. Weights that do not fit: --deepspeed zero3, --fsdp, --tensor-parallel N.
+# Several nodes: --nnodes, --node-rank and --master-addr on each, or --deepspeed with --hostfile; slurm.sh.
 # Edit: configs/<recipe>/model.json, pretrain.json. Writes: checkpoints/, a plain Hugging Face folder, metrics.jsonl.
 # Run:  bash pretrain/05_pretrain.sh --recipe tiny
 set -euo pipefail

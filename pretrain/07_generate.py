@@ -9,10 +9,10 @@ from recipe.outputs import Stage, run_stage, write_json
 
 def main(stage: Stage) -> None:
     """Generate with the freshly initialised model and with the trained one, from the same seeds."""
-    from recipe.chat import generate_all, generation_config, side_by_side
     from recipe.evaluation import repetition
+    from recipe.generation import check_room, clean_prompt, generate_all, generation_config, side_by_side
     from recipe.modeling import build_model, for_inference, load_model
-    from recipe.tokenizer import encode_text
+    from recipe.tokenizer import prompt_ids
     from transformers import AutoTokenizer
 
     values = stage.config["generation"]
@@ -22,22 +22,22 @@ def main(stage: Stage) -> None:
         "before": for_inference(build_model(stage.config["model"], tokenizer, "sdpa", seed)),
         "after": for_inference(load_model(stage.inputs["05_pretrain"])),
     }
-    prompts = [[tokenizer.bos_token_id, *encode_text(tokenizer, prompt)] for prompt in values["prompts"]]
-    samples = {
-        name: generate_all(
-            model, tokenizer, prompts, generation_config(values, tokenizer), values.get("seed", 42)
-        )
-        for name, model in models.items()
-    }
-    rows = [
-        {"prompt": prompt} | {name: texts[i].text for name, texts in samples.items()}
-        for i, prompt in enumerate(values["prompts"])
-    ]
-    rate = sum(repetition(row["after"]) for row in rows) / len(rows)
+    config, count = generation_config(values, tokenizer), values.get("num_return_sequences", 1)
+    prompts = [prompt_ids(tokenizer, clean_prompt(stage.config, prompt)) for prompt in values["prompts"]]
+    for prompt, ids in zip(values["prompts"], prompts, strict=True):
+        check_room(models["after"], ids, config, prompt)
+    rows = [{"prompt": prompt} for prompt in values["prompts"]]
+    for name, model in models.items():
+        several = [ids for ids in prompts for _ in range(count)]
+        answers = generate_all(model, tokenizer, several, config, values.get("seed", 42))
+        for i, row in enumerate(rows):
+            texts = [answer.text for answer in answers[i * count : (i + 1) * count]]
+            row[name] = texts if count > 1 else texts[0]
+    rate = sum(repetition(answer.text) for answer in answers) / len(answers)
     write_json(stage.folder / "samples.json", rows)
     (stage.folder / "samples.md").write_text(side_by_side(rows), "utf-8")
     stage.figures = {"samples": rows, "repetition": rate}
-    stage.headline = f"{len(rows)} samples, repetition {rate:.1%} of character 8-grams"
+    stage.headline = f"{len(answers)} samples, repetition {rate:.1%} of character 8-grams"
 
 
 if __name__ == "__main__":

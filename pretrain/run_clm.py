@@ -7,7 +7,7 @@ Run:  bash pretrain/05_pretrain.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, speed_of, total_steps, train, whole_model
+from recipe.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -15,7 +15,10 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.curves import learning_curve
     from recipe.modeling import build_model, parameter_count
     from recipe.outputs import read_json, write_json
-    from recipe.packing import PackedBlocks, TokenFile
+    from recipe.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
+    from recipe.sampling import Samples
+    from recipe.token_files import TokenFile
+    from recipe.tokenizer import prompt_ids
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
@@ -24,27 +27,41 @@ def main(plan: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["03_tokenizer"])
     tokens = Path(plan["inputs"]["04_tokenize"])
     train_file, valid_file = TokenFile(tokens / "train"), TokenFile(tokens / "valid")
-    totals = read_json(tokens / "stage.json")["figures"]["totals"]
+    counted = read_json(tokens / "stage.json")["figures"]
+    totals = counted["totals"]
+    sources = weighted_sources(counted["sources"]["train"], plan["config"]["dataset"]["sources"])
 
-    blocks = -(-len(train_file.tokens) // settings.block_size)
-    arguments.max_steps, epochs = total_steps(arguments, blocks, settings.global_batch_size)
-    samples = PackedBlocks(train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, epochs)
+    epoch = epoch_tokens(train_file, sources)
+    blocks = -(-epoch // settings.block_size)
+    arguments.max_steps, _ = total_steps(arguments, blocks, settings.global_batch_size)
+    wanted = arguments.max_steps * settings.global_batch_size
+    samples = PackedBlocks(
+        train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, wanted, sources
+    )
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
     with whole_model(arguments):
-        model = build_model(plan["config"]["model"], tokenizer, run.choice.attention, arguments.seed)
+        model = place(
+            run,
+            lambda: build_model(plan["config"]["model"], tokenizer, run.choice.attention, arguments.seed),
+        )
+    for file in (train_file, valid_file):
+        check_vocabulary(file, totals[file.prefix.name]["largest_id"], model.config.vocab_size)
     if run.is_main:
-        share = arguments.max_steps * settings.global_batch_size / blocks
+        share = wanted / blocks
         print(
             f"{parameter_count(model):,} parameters, {arguments.max_steps:,} steps x "
             f"{settings.global_batch_size} x "
-            f"{settings.block_size} tokens = {share:.2f} epochs of {totals['train']['tokens']:,} tokens",
+            f"{settings.block_size} tokens = {share:.2f} epochs of {epoch:,} tokens",
             flush=True,
         )
     # Of a document's tokens all but <s> are predicted, and only they have a loss.
     bytes_per_token = totals["valid"]["bytes"] / (totals["valid"]["tokens"] - totals["valid"]["documents"])
-    figures = train(model, tokenizer, samples, valid, run, bytes_per_token)
-    if run.is_main and run.probe:
+    generation = plan["config"]["generation"]
+    prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in generation["prompts"]}
+    sampling = Samples(settings.sample_steps, prompts, generation, tokenizer, folder)
+    figures = train(model, tokenizer, samples, valid, run, bytes_per_token, sampling)
+    if run.probe and run.is_main:
         write_json(folder / "result.json", figures)
     elif run.is_main:
         learning_curve(

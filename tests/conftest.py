@@ -34,6 +34,7 @@ MINI = {
             "other": {"source": "files", "paths": ["other.jsonl"], "held_out": True},
         },
         "valid_share": 0.1,
+        "engine": {"workers": 1},  # a process costs more than it saves here
     },
     "tokenizer": {"vocab_size": 400, "training_megabytes": 1},
     "model": {"model_type": "qwen3", "tie_word_embeddings": True} | SHAPE,
@@ -61,6 +62,7 @@ MINI = {
         "do_sample": True,
     },
     "instruction": {
+        "template": "chat",
         "system": "あなたは親切です。",
         "pairs": {"mine": {"path": "pairs.json"}},
         "valid_share": 0.2,

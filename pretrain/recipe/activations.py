@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from recipe.known_keys import MODEL_TYPES
+from recipe.losses import return_loss_only
 from recipe.packing import pack
-from recipe.training import return_loss_only
 
 # How a layer computes. mixed: float32 weights under autocast. half: bf16 weights, as under DeepSpeed.
 MODES = ("mixed", "fp32", "half", "mixed compiled", "fp32 compiled")

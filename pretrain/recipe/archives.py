@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import lzma
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -19,10 +21,27 @@ from typing import IO
 
 from recipe.outputs import RecipeError
 
+
+class HostileArchive(RecipeError):
+    """An archive that no honest publisher of text makes."""
+
+
 MAX_MEMBERS = 100_000
 MAX_BYTES = 1 << 30  # unpacked, a whole archive
 MAX_RATIO = 200  # unpacked over packed bytes; the packaged sources have 1 to 7.4, deflate can reach 1,032
 FREE_BYTES = 16 << 20  # up to here any ratio is harmless
+# What the libraries raise for damage. ValueError: a bad name. NotImplementedError: an unknown compression.
+_DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    struct.error,
+    NotImplementedError,
+)
 
 
 def tar_members(
@@ -55,7 +74,7 @@ def tar_members(
                     content = archive.extractfile(member)
                     assert content is not None  # isfile() has just said so
                     yield member.name, content.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except _DAMAGE as error:
         raise RecipeError(f"{where}: damaged archive ({error}). {_REMEDY}") from error
 
 
@@ -83,7 +102,7 @@ def zip_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, byte
             for member in members:
                 if not member.is_dir() and wanted.search(member.filename):
                     yield member.filename, archive.read(member)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, zlib.error) as error:
+    except _DAMAGE as error:
         raise RecipeError(f"{path}: damaged archive ({error}). {_REMEDY}") from error
 
 
@@ -93,7 +112,7 @@ def gunzip(packed: bytes, where: Path, member: str) -> bytes:
     try:
         with gzip.open(io.BytesIO(packed)) as handle:
             content = handle.read(limit + 1)
-    except (EOFError, OSError, zlib.error) as error:
+    except _DAMAGE as error:
         raise RecipeError(f"{where}: {member}: damaged gzip file ({error}). {_REMEDY}") from error
     if len(content) > limit:
         raise _bomb(where, member, limit)
@@ -110,17 +129,21 @@ def _limit(packed: int) -> int:
 
 def _check_name(where: Path, name: str) -> None:
     """Refuse a member name that leads out of the folder it would be unpacked into, on any system."""
+    if not name:
+        raise _refused(where, name, "has no name")
     parts = re.split(r"[/\\]", name)
     if ".." in parts or not parts[0] and len(parts) > 1 or re.match("[A-Za-z]:", name):
         raise _refused(where, name, "has a name that leads outside")
 
 
-def _refused(where: Path, member: str, why: str) -> RecipeError:
+def _refused(where: Path, member: str, why: str) -> HostileArchive:
     shown = member[:200]  # a name can be as long as the archive
-    return RecipeError(f"{where}: refused: {shown!r} {why}. No honest archive of text does that: remove it")
+    return HostileArchive(
+        f"{where}: refused: {shown!r} {why}. No honest archive of text does that: remove it"
+    )
 
 
-def _bomb(where: Path, member: str, limit: int) -> RecipeError:
+def _bomb(where: Path, member: str, limit: int) -> HostileArchive:
     return _refused(where, member, f"unpacks to more than {limit:,} bytes, the most for a file of its size")
 
 

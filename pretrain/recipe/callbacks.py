@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from recipe.hardware import Choice
 from recipe.modeling import parameter_count
 from recipe.outputs import Refused
+from recipe.schedules import sampled
+from recipe.sharding import sharded_over
 
 if TYPE_CHECKING:
     from recipe.training import Settings
@@ -64,36 +68,91 @@ def _is_running(process: int) -> bool:
     return True
 
 
-class Progress(TrainerCallback):
-    """One line with loss, speed, MFU and time left; every logged value also goes to ``metrics.jsonl``."""
+class Meter(TrainerCallback):
+    """Measure speed and memory on every rank; `complete` adds them to what is logged, for all boards
+    alike.
+    """
 
     def __init__(
-        self, folder: Path, tokens_per_step: int, flops: float, peak: float, bytes_per_token: float | None
+        self, tokens_per_step: int, flops: float, peak: float, bytes_per_token: float | None
     ) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.tokens_per_step, self.flops, self.peak, self.bytes_per_token = (
-            tokens_per_step,
-            flops,
-            peak,
-            bytes_per_token,
-        )
-        self.seconds_before = 0.0
+        """flops: per token. peak: FLOP/s of all ranks together. bytes_per_token: of the validation text."""
+        self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak
+        self.bytes_per_token = bytes_per_token
         self.compiled = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Continue the curve where the checkpoint stands: later lines belong to a try that was cut off."""
-        kept = []
-        if self.path.exists():
-            rows = [
-                json.loads(line) for line in self.path.read_text("utf-8").splitlines() if line.endswith("}")
-            ]
-            kept = [row for row in rows if row["step"] <= state.global_step]
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-            part.rename(self.path)
+        """Start the clock."""
+        self._restart(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the first step, which compiles, out of the speed."""
+        if not self.compiled:
+            self.compiled = True
+            self._restart(state)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluation is not training time: the speed starts afresh after it."""
+        self._restart(state)
+
+    def _restart(self, state: TrainerState) -> None:
+        self.mark, self.mark_step = time.perf_counter(), state.global_step
+
+    def complete(self, logs: dict[str, float], state: TrainerState, device: torch.device) -> None:
+        """Add to a training log tokens/s, MFU, seconds left, and each rank's tokens/s and memory (all ranks
+        must call); to every loss its bits per byte.
+
+        Memory is the peak so far: of the GPU's allocator, or resident in the process on a CPU.
+        """
+        for key in ("loss", "eval_loss"):
+            if key in logs and self.bytes_per_token:
+                name = key.removesuffix("loss") + "bits_per_byte"
+                logs[name] = logs[key] / math.log(2) / self.bytes_per_token
+        if "loss" not in logs or state.global_step == self.mark_step:
+            return
+        steps, seconds = state.global_step - self.mark_step, time.perf_counter() - self.mark
+        rows = gather([seconds, peak_memory(device)], device)
+        slowest = max(row[0] for row in rows)
+        speed = steps * self.tokens_per_step / slowest
+        logs |= {"tokens_per_second": round(speed, 1), "mfu": round(speed * self.flops / self.peak, 4)}
+        logs["seconds_left"] = round((state.max_steps - state.global_step) * slowest / steps)
+        for rank, (taken, memory) in enumerate(rows):
+            share = steps * self.tokens_per_step / len(rows)
+            logs[f"rank{rank}/tokens_per_second"] = round(share / taken, 1)
+            logs[f"rank{rank}/memory_gib"] = round(memory / 2**30, 3)
+        self._restart(state)
+
+
+def gather(values: list[float], device: torch.device) -> list[list[float]]:
+    """The values of every rank, by rank. All ranks must call."""
+    row = torch.tensor(values, dtype=torch.float32, device=device)
+    if not dist.is_initialized():
+        return [row.tolist()]
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, row)
+    return [row.tolist() for row in rows]
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this rank has held: of the GPU's allocator, or resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Progress(TrainerCallback):
+    """One line with loss, speed, MFU and time left; every logged value also goes to ``metrics.jsonl``."""
+
+    def __init__(self, folder: Path, tokens_per_step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.tokens_per_step = tokens_per_step
+        self.seconds_before = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Continue the curve where the checkpoint stands."""
+        kept = keep_rows(self.path, state.global_step)
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        self.started = self.mark = time.perf_counter()
-        self.mark_step = state.global_step
+        self.started = time.perf_counter()
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -104,68 +163,69 @@ class Progress(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar; leave the first step, which compiles, out of the speed."""
+        """Move the bar."""
         self.bar.update(state.global_step - self.bar.n)
-        if not self.compiled:
-            self.compiled = True
-            self.mark, self.mark_step = time.perf_counter(), state.global_step
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Evaluation is not training time: the speed starts afresh after it."""
-        self.mark, self.mark_step = time.perf_counter(), state.global_step
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Write one row, show it on the bar. Seconds count all tries, evaluation and compiling too."""
-        now = time.perf_counter()
-        row: dict[str, Any] = {
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        row = {
             "step": state.global_step,
             "tokens": state.global_step * self.tokens_per_step,
-            "seconds": round(self.seconds_before + now - self.started, 3),
+            "seconds": round(self.seconds_before + time.perf_counter() - self.started, 3),
         }
-        shown = {}
-        for key in ("loss", "eval_loss", "learning_rate", "grad_norm"):
-            if key in logs:
-                row[key] = logs[key]
-        for key in ("loss", "eval_loss"):
-            if key in row and self.bytes_per_token:
-                bits = row[key] / math.log(2) / self.bytes_per_token
-                row[f"{'eval_' * (key == 'eval_loss')}bits_per_byte"] = bits
-                shown["bits/byte" if key == "loss" else "valid bits/byte"] = f"{bits:.3f}"
-        if "loss" in row and state.global_step > self.mark_step:
-            speed = (state.global_step - self.mark_step) * self.tokens_per_step / (now - self.mark)
-            row |= {"tokens_per_second": round(speed, 1), "mfu": round(speed * self.flops / self.peak, 4)}
-            shown |= {"tokens/s": f"{speed:,.0f}", "MFU": f"{row['mfu']:.0%}"}
-            self.mark, self.mark_step = now, state.global_step
-        if len(row) > 3:
-            with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
+        row |= {key: value for key, value in logs.items() if key not in NOT_WRITTEN}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        shown = "  ".join(text.format(row[key]) for key, text in SHOWN.items() if key in row)
         if "loss" in row:
-            self.bar.set_postfix_str(
-                ", ".join([f"loss {row['loss']:.3f}", *(f"{k} {v}" for k, v in shown.items())])
-            )
-        elif "eval_loss" in row:
-            self.bar.write(
-                f"step {state.global_step}: valid loss {row['eval_loss']:.4f}  "
-                + "  ".join(f"{k} {v}" for k, v in shown.items())
-            )
+            self.bar.set_postfix_str(shown)
+        else:
+            self.bar.write(f"step {state.global_step}: {shown}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the finished line standing."""
         self.bar.close()
 
 
+# The Trainer's own figures of an evaluation: its speed says nothing about the model.
+NOT_WRITTEN = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "z_loss": "z-loss {:.1e}",
+    "bits_per_byte": "{:.3f} bits/byte",
+    "eval_loss": "valid loss {:.4f}",
+    "eval_bits_per_byte": "{:.4f} bits/byte",
+    "grad_norm": "gradient {:.2f}",
+    "learning_rate": "lr {:.1e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
+}
+
+
+def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut a file of JSON lines with ``step`` off after a step, and return what is left.
+
+    Later lines belong to a try that was cut off; the last one may be half a line.
+    """
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
+    kept = [row for row in map(json.loads, lines) if row["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "utf-8")
+    part.rename(path)
+    return kept
+
+
 class Proof(TrainerCallback):
     """After the first step, find out what is really active; stop when it is not what was asked for."""
 
-    def __init__(self, choice: Choice, deepspeed: str | None, wanted_ranks: int, settings: Settings) -> None:
-        self.choice, self.deepspeed, self.wanted_ranks, self.settings = (
-            choice,
-            deepspeed,
-            wanted_ranks,
-            settings,
-        )
+    def __init__(self, choice: Choice, parallel: str, ranks: int, settings: Settings) -> None:
+        self.choice, self.parallel, self.ranks, self.settings = choice, parallel, ranks, settings
         self.trainer: Trainer | None = None
         self.block: dict[str, Any] = {}
 
@@ -180,35 +240,64 @@ class Proof(TrainerCallback):
             "precision": self.choice.precision,
             "attention": self.choice.attention,
             "compiled": self.choice.compile,
-            "ranks": self.wanted_ranks,
+            "ranks": self.ranks,
+            "parallel": self.parallel,
             "global_batch": self.settings.global_batch_size,
-            "deepspeed": deepspeed_wishes(self.deepspeed),
         }
         if self.settings.muon_learning_rate:
             wanted["optimizer"] = "MuonAdamW"
-        if self.wanted_ranks > 1 and not self.deepspeed:
-            wanted["parallel"] = "DistributedDataParallel"
+        self.block["learning_rates"], wrong_rates = sampled(self.trainer)
         wrong = [
             f"{key}: asked for {value}, active is {self.block[key]}"
             for key, value in wanted.items()
             if self.block[key] != value
-        ]
+        ] + wrong_rates
         if state.is_world_process_zero:
             tqdm.write("active: " + ", ".join(f"{key} {value}" for key, value in self.block.items()))
         if wrong:
             raise Refused("not what was asked for is active. " + "; ".join(wrong))
 
 
-def deepspeed_wishes(path: str | None) -> dict[str, Any] | None:
-    """ZeRO stage and offload that a DeepSpeed file asks for; None without a file."""
-    if not path:
-        return None
-    zero = json.loads(Path(path).read_text("utf-8")).get("zero_optimization", {})
-    return {
-        "stage": zero.get("stage", 0),
-        "offload_optimizer": zero.get("offload_optimizer", {}).get("device", "none"),
-        "offload_parameters": zero.get("offload_param", {}).get("device", "none"),
-    }
+def parallel_wish(ranks: int, deepspeed: str | None, fsdp: bool, tensor_parallel: int) -> str:
+    """How the ranks are to be joined, in the words of `joined`. deepspeed: path of a file, or None."""
+    if deepspeed:
+        zero = json.loads(Path(deepspeed).read_text("utf-8")).get("zero_optimization", {})
+        devices = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
+        return _zero(zero.get("stage", 0), *devices)
+    if fsdp or tensor_parallel > 1:
+        return _sharded({"fsdp": ranks // tensor_parallel, "tp": tensor_parallel})
+    return f"DDP {ranks}" if ranks > 1 else "one process"
+
+
+def joined(model: Any) -> str:
+    """How the ranks are really joined, read from the model that trains: ``one process``, ``DDP 4``,
+    ``FSDP2 4``, ``TP 2``, ``FSDP2 2 x TP 2``, or ``ZeRO-2, optimizer on cpu``.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps around DistributedDataParallel
+    if hasattr(model, "zero_optimization_stage"):
+        offload = model.zero_offload_optimizer(), model.zero_offload_param()
+        return _zero(model.zero_optimization_stage(), *(getattr(part, "device", None) for part in offload))
+    if isinstance(model, DistributedDataParallel):
+        return f"DDP {dist.get_world_size(model.process_group)}"
+    sharded = sharded_over(model)
+    if sharded:
+        return _sharded(sharded)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return "one process" if ranks == 1 else f"nothing joins the {ranks} ranks"
+
+
+def _zero(stage: int, optimizer: Any, parameters: Any) -> str:
+    parts = [f"ZeRO-{stage}"]
+    for name, device in (("optimizer", optimizer), ("parameters", parameters)):
+        device = str(device).split(".")[-1]  # DeepSpeed's own are members of an enum
+        if device not in ("None", "none"):
+            parts.append(f"{name} on {device}")
+    return ", ".join(parts)
+
+
+def _sharded(sizes: dict[str, int]) -> str:
+    names = {"fsdp": "FSDP2", "tp": "TP"}
+    return " x ".join(f"{names[kind]} {sizes[kind]}" for kind in names if sizes.get(kind, 1) > 1)
 
 
 def active(trainer: Trainer) -> dict[str, Any]:
@@ -216,8 +305,7 @@ def active(trainer: Trainer) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     accelerator = trainer.accelerator
-    # torch.compile wraps around DistributedDataParallel: look inside for what joins the ranks.
-    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+    engine = trainer.model_wrapped
     optimizer: Any = trainer.optimizer
     while hasattr(optimizer, "optimizer"):  # accelerate's, then DeepSpeed's wrapper
         optimizer = optimizer.optimizer
@@ -228,23 +316,21 @@ def active(trainer: Trainer) -> dict[str, Any]:
         "attention": trainer.model.config._attn_implementation,
         "compiled": counters["stats"]["unique_graphs"] > 0,
         "optimizer": type(optimizer).__name__,
+        "fused": bool(optimizer.param_groups[0].get("fused")),
         "scheduler": f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
-        "deepspeed": None,
-        "parallel": type(wrapped).__name__ if accelerator.num_processes > 1 else "one process",
+        "parallel": joined(engine),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "micro_batch": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
         "parameters": parameter_count(trainer.model),
+        "gradient_clipping": trainer.args.max_grad_norm or None,
+        "z_loss": trainer.settings.z_loss or None,
+        "seed": trainer.args.seed,
     }
-    if hasattr(wrapped, "zero_optimization_stage"):
-        offload = wrapped.zero_offload_optimizer(), wrapped.zero_offload_param()
-        block["deepspeed"] = {
-            "stage": wrapped.zero_optimization_stage(),
-            "offload_optimizer": str(getattr(offload[0], "device", "none")).split(".")[-1],
-            "offload_parameters": str(getattr(offload[1], "device", "none")).split(".")[-1],
-        }
+    if hasattr(engine, "zero_optimization_stage"):
         block["precision"] = (
-            "bf16" if wrapped.bfloat16_enabled() else "fp16" if wrapped.fp16_enabled() else "fp32"
+            "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
         )
-    block["global_batch"] = block["micro_batch"] * block["accumulation"] * block["ranks"]
+    copies = block["ranks"] // sharded_over(trainer.model).get("tp", 1)
+    block["global_batch"] = block["micro_batch"] * block["accumulation"] * copies
     return block

@@ -1,59 +1,13 @@
-"""Talking to a model: the instruction template, prompts as tokens, generation."""
+"""Conversations as tokens, by the chat template."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from threading import Thread
-from typing import Any, NamedTuple
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import PreTrainedTokenizerFast
 
-from recipe.config import GENERATION
 from recipe.tokenizer import encode_text
-
-# The Alpaca form (Taori et al., 2023) in Japanese. Answers end with </s>; `generation` marks what is trained,
-# for apply_chat_template(return_assistant_tokens_mask=True). SYSTEM is the line used when a conversation
-# brings
-# none.
-_TEMPLATE = """{{- bos_token -}}
-{%- if messages[0].role != 'system' -%}
-{{- SYSTEM + '\\n\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}
-{{- message.content + '\\n\\n' -}}
-{%- elif message.role == 'user' -%}
-{%- if loop.previtem is defined and loop.previtem.role == 'assistant' -%}{{- '\\n\\n' -}}{%- endif -%}
-{{- '### 指示:\\n' + message.content + '\\n\\n### 応答:\\n' -}}
-{%- elif message.role == 'assistant' -%}
-{%- generation -%}{{- message.content + eos_token -}}{%- endgeneration -%}
-{%- else -%}
-{{- raise_exception('unknown role ' + message.role + ': wanted system, user or assistant') -}}
-{%- endif -%}
-{%- endfor -%}"""
-INPUT_HEADING = "\n\n### 入力:\n"
-
-
-def chat_template(system: str) -> str:
-    """The chat template to keep in the tokenizer, with `system` as the line for conversations that bring
-    none.
-    """
-    return _TEMPLATE.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
-
-
-class Answer(NamedTuple):
-    """What a model wrote, and whether it ended by itself with </s> rather than at the length limit."""
-
-    text: str
-    stopped: bool
-
-
-def user_message(instruction: str, given: str = "") -> str:
-    """The content of a user's message: the instruction, and the text to work on in a section of its own."""
-    return instruction + (INPUT_HEADING + given if given else "")
 
 
 def encode_conversation(
@@ -92,73 +46,3 @@ def _rendered(
         text = str(tokenizer.apply_chat_template(messages[:count], tokenize=False))
         yield text.removeprefix(before), message["role"] == "assistant"
         before = text
-
-
-def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """The native part of generation.json, with the tokenizer's special ids."""
-    native = {key: value for key, value in values.items() if key not in GENERATION}
-    ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    return GenerationConfig(**native | ids)
-
-
-@torch.inference_mode()
-def generate_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[list[int]],
-    config: GenerationConfig,
-    seed: int,
-) -> list[Answer]:
-    """Continue prompts (lists of ids) in one batch, padded on the left; the same for the same seed."""
-    model.eval()
-    torch.manual_seed(seed)
-    longest = max(map(len, prompts))
-    room = model.config.max_position_embeddings - config.max_new_tokens
-    if longest > room:
-        raise ValueError(
-            f"a prompt has {longest} tokens; with max_new_tokens {config.max_new_tokens} at most {room} fit"
-        )
-    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-    )
-    answers = []
-    for row in output[:, longest:].tolist():
-        stopped = tokenizer.eos_token_id in row
-        row = row[: row.index(tokenizer.eos_token_id)] if stopped else row
-        answers.append(Answer(tokenizer.decode(row, skip_special_tokens=True), stopped))
-    return answers
-
-
-def stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], config: GenerationConfig
-) -> Iterator[str]:
-    """Continue one prompt and yield the text piece by piece as it is made."""
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = torch.tensor([prompt], device=model.device)
-    arguments = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "generation_config": config,
-        "streamer": streamer,
-    }
-    thread = Thread(target=model.generate, kwargs=arguments, daemon=True)
-    thread.start()
-    yield from streamer
-    thread.join()
-
-
-def side_by_side(rows: list[dict[str, str]]) -> str:
-    """Samples as Markdown: the prompt as a heading, then each version."""
-    lines = []
-    for row in rows:
-        lines.append(f"## {row['prompt']}\n")
-        lines += [
-            f"**{name}**: {' '.join(str(text).split())}\n" for name, text in row.items() if name != "prompt"
-        ]
-    return "\n".join(lines)

@@ -20,8 +20,10 @@ from typing import Any
 
 from recipe import rules
 from recipe.outputs import CONFIGS, EXIT_REFUSED, RecipeError, Refused
+from recipe.templates import FORMS
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
+OPTIONAL_FILES = ("preference",)  # stage 13 is skipped without it
 
 # Our own keys, with the JSON types they take. Everything else is native and comes from known_keys.json.
 DATASET = {
@@ -37,7 +39,7 @@ DATASET = {
     "disk_gigabytes": "float",
     "engine": "dict",
 }
-NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int"}
+NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int", "tilde": "str"}
 SOURCE = {
     "source": "str",
     "held_out": "bool",
@@ -70,6 +72,8 @@ SOURCE_KINDS = {
 }
 OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"} | set(FILES_OR_URL)
 MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
+TILDES = ("remove", "ignore", "normalize", "normalize_zenkaku")  # of neologdn
+SEGMENTERS = ("jumanpp", "mecab", "sudachi")
 ENGINES = {
     "local": {"workers": "int"},
     "slurm": {
@@ -82,24 +86,81 @@ ENGINES = {
     },
     "ray": {"workers": "int", "address": "str", "mem_per_cpu_gb": "float"},
 }
+# The kinds of tokenizers, with the keys that each takes beside TOKENIZER and, where it is trained, TRAINED.
+TOKENIZER_KINDS = {
+    "unigram": {"character_coverage": "float", "split_digits": "bool"},
+    "bpe": {"character_coverage": "float", "split_digits": "bool"},
+    "byte-level-bpe": {"min_frequency": "int", "split_digits": "bool"},
+    "word-bpe": {
+        "min_frequency": "int",
+        "limit_alphabet": "int",
+        "split_digits": "bool",
+        "segmenter": "str|null",
+    },
+    "published": {"published": "str", "revision": "str", "new_pieces": "int"},
+}
 TOKENIZER = {
-    "model_type": "str",
-    "vocab_size": "int",
-    "character_coverage": "float",
-    "split_digits": "bool",
+    "kind": "str",
+    "pad_token": "str|null",
+    "unk_token": "str|null",
+    "bos_token": "str|null",
+    "eos_token": "str",
+    "round_to": "int",
     "training_megabytes": "float",
     "seed": "int",
+    "compare": "list",
 }
+TRAINED = {
+    "vocab_size": "int",
+    "pad_token_id": "int",
+    "unk_token_id": "int",
+    "bos_token_id": "int",
+    "eos_token_id": "int",
+    "user_symbols": "list",
+}
+# The control tokens of a tokenizer that is trained here; without ids of their own they get 0, 1, ... in this
+# order.
+SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 TRAINING = {
     "global_batch_size": "int",
     "block_size": "int",
     "muon_learning_rate": "float|null",
     "attn_implementation": "str",
     "eval_blocks": "int",
+    "z_loss": "float",
+    "sample_steps": "int|list|null",
 }
 EVALUATION = {"batch_size": "int", "megabytes_per_source": "float"}
-INSTRUCTION = {"system": "str", "pairs": "dict", "translation_share": "float", "valid_share": "float"}
-PAIRS = {"source": "str", "path": "str", "directions": "list"}
+INSTRUCTION = {
+    "template": "str",
+    "system": "str",
+    "pairs": "dict",
+    "translation_share": "float",
+    "valid_share": "float",
+}
+# Pairs are packaged (source), or of a user's own: files (path), or a data set of the hub or a folder
+# (dataset).
+OWN_PAIRS = {"path": "str", "dataset": "str", "configuration": "str", "split": "str", "revision": "str"}
+PAIRS = OWN_PAIRS | {"source": "str", "directions": "list"}
+# Beside TRAINING in finetune.json and preference.json: an adapter in place of all weights, by LoraConfig's
+# names.
+TUNING = {"lora": "dict|null"}
+LORA = {
+    "r": "int",
+    "lora_alpha": "int|float",
+    "lora_dropout": "float",
+    "target_modules": "str|list",
+    "use_rslora": "bool",
+    "quantization": "str|null",
+}
+# Beside those in preference.json, by the names of DPOConfig.
+PREFERENCE = {
+    "pairs": "dict",
+    "valid_share": "float",
+    "beta": "float",
+    "loss_type": "str",
+    "label_smoothing": "float",
+}
 # Packaged pairs, and the kind of source that each is made from.
 PAIR_SOURCES = {
     "command-summary": "manpages",
@@ -121,24 +182,30 @@ NOT_DECIDING = (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
     "save_total_limit",
+    "push_to_hub",  # stage 16 names it among its facts
+    "hub_*",
     "project",
-    "minimum_megabytes",
-    "weight",  # stages 03 and 05 name it among their facts: it does not change the documents
-    "engine",
-    "disk_gigabytes",
+    "sample_steps",
 )
+# The same of a source in dataset.json: weights are facts of the stages that draw by them (recipe/facts.py).
+NOT_DECIDING_OF_SOURCE = ("minimum_megabytes", "weight")
 # What has one home elsewhere, and where.
 ELSEWHERE = {
     "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the ranks",
     "output_dir": "recipe/outputs.py",
+    "hub_token": "the environment variable HF_TOKEN, or `hf auth login`: a token in a file gets published",
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage itself: it always continues from its newest good checkpoint",
     "remove_unused_columns": "recipe/training.py",
+    "train_sampling_strategy": "recipe/packing.py: the order of samples is a function of seed and epoch",
+    "data_seed": "seed, which decides the order of samples, too",
     "use_cpu": "the hardware (CUDA_VISIBLE_DEVICES= hides the GPUs)",
 }
-# The ids of the special tokens in every tokenizer that stage 03 trains; model and generation configs follow
-# them.
-SPECIAL_IDS = {"pad_token_id": 0, "unk_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+# Native keys that would break what a recipe promises, and why.
+UNFIT = {
+    "label_smoothing_factor": "the Trainer's smoothing would shift the labels a second time",
+    "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
+}
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -169,11 +236,13 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
         if not path.is_file():
             raise Refused(f"configs/{recipe}/{name}.json is missing. Copy it from configs/tiny/ and edit it")
         config[name] = read_config(path)
-    stray = sorted(path.name for path in folder.glob("*.json") if path.stem not in FILES)
+    for name in OPTIONAL_FILES:
+        if (folder / f"{name}.json").is_file():
+            config[name] = read_config(folder / f"{name}.json")
+    stray = sorted(path.name for path in folder.glob("*.json") if path.stem not in FILES + OPTIONAL_FILES)
     if stray:
-        raise Refused(
-            f"configs/{recipe}/{stray[0]}: no stage reads this file.{_nearest(stray[0][:-5], FILES)}"
-        )
+        nearest = _nearest(stray[0][:-5], FILES + OPTIONAL_FILES)
+        raise Refused(f"configs/{recipe}/{stray[0]}: no stage reads this file.{nearest}")
     for override in overrides:
         _apply(config, override)
     check_recipe(config, f"configs/{recipe}")
@@ -240,12 +309,14 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     _check_dataset(config["dataset"], f"{where}/dataset.json")
     _check_tokenizer(config["tokenizer"], f"{where}/tokenizer.json")
     _check_model(config["model"], f"{where}/model.json")
-    for name in ("pretrain", "finetune"):
-        _check_training(config[name], f"{where}/{name}.json")
+    _check_training(config["pretrain"], {}, f"{where}/pretrain.json")
+    _check_training(config["finetune"], TUNING, f"{where}/finetune.json")
     _check_keys(config["evaluation"], EVALUATION, f"{where}/evaluation.json")
     _check_keys(config["generation"], native["generation"] | GENERATION, f"{where}/generation.json")
     _require(config["generation"], ("prompts", "max_new_tokens"), f"{where}/generation.json")
     _check_instruction(config["instruction"], f"{where}/instruction.json")
+    if "preference" in config:
+        _check_preference(config, f"{where}/preference.json")
     _check_agreement(config, where)
 
 
@@ -326,6 +397,12 @@ def _check_dataset(values: dict[str, Any], where: str) -> None:
     for kind, changes in values.get("rules", {}).items():
         rules.check_rules(kind, changes, f"{where}: rules.{kind}")
     _check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
+    for key, value in (values.get("minhash") or {}).items():
+        if value < (key != "seed"):
+            raise Refused(f"{where}: minhash: {key}: {value}, wanted 1 or more")
+    tilde = values.get("neologdn", {}).get("tilde", "ignore")
+    if tilde not in TILDES:
+        raise Refused(f"{where}: neologdn: tilde: {_show(tilde)}, wanted one of {', '.join(TILDES)}")
     _check_engine(values.get("engine", {}), f"{where}: engine")
 
 
@@ -361,10 +438,104 @@ def _check_engine(values: dict[str, Any], where: str) -> None:
 
 
 def _check_tokenizer(values: dict[str, Any], where: str) -> None:
-    _check_keys(values, TOKENIZER, where)
-    _require(values, ("vocab_size",), where)
-    if values.get("model_type", "unigram") != "unigram":
-        raise Refused(f"{where}: model_type: {_show(values['model_type'])}, wanted unigram")
+    kind = values.get("kind", "unigram")
+    if kind not in TOKENIZER_KINDS:
+        raise Refused(
+            f"{where}: kind: unknown {_show(kind)}.{_nearest(str(kind), TOKENIZER_KINDS)} "
+            f"Known: {', '.join(TOKENIZER_KINDS)}"
+        )
+    trained = kind != "published"
+    _check_keys(values, TOKENIZER | TOKENIZER_KINDS[kind] | (TRAINED if trained else {}), where)
+    _require(values, ("vocab_size",) if trained else ("published",), where)
+    for key in ("vocab_size", "round_to", "training_megabytes", "min_frequency", "limit_alphabet"):
+        if values.get(key, 1) <= 0:
+            raise Refused(f"{where}: {key}: {values[key]}, wanted more than 0")
+    if not 0 < values.get("character_coverage", 1.0) <= 1:
+        raise Refused(
+            f"{where}: character_coverage: {values['character_coverage']}, wanted above 0, at most 1"
+        )
+    if not trained and "round_to" in values and not values.get("new_pieces"):
+        raise Refused(f"{where}: round_to: needs new_pieces: only they can fill the vocabulary up")
+    for key in ("user_symbols", "compare"):
+        for symbol in values.get(key, []):
+            if (
+                not isinstance(symbol, str)
+                or not symbol
+                or (key == "user_symbols" and set(" ▁") & set(symbol))
+            ):
+                raise Refused(f"{where}: {key}: {_show(symbol)}, wanted a string without spaces")
+    if values.get("segmenter") not in (None, *SEGMENTERS):
+        near = _nearest(str(values["segmenter"]), SEGMENTERS)
+        raise Refused(
+            f"{where}: segmenter: unknown {_show(values['segmenter'])}.{near} Known: {', '.join(SEGMENTERS)}"
+        )
+    _check_special_tokens(values, where)
+
+
+def _check_special_tokens(values: dict[str, Any], where: str) -> None:
+    tokens = special_tokens(values)
+    for key, token in tokens.items():
+        if token is not None and (len(token) < 2 or set(token) & set(" \t\r\n\u3000▁:$")):
+            raise Refused(
+                f"{where}: {key}: {_show(token)}, wanted two characters or more, without spaces, ▁, : and $"
+            )
+    if values.get("kind") == "published":
+        return
+    named = [token for token in tokens.values() if token is not None]
+    for token in named:
+        if named.count(token) > 1 or token in values.get("user_symbols", []):
+            raise Refused(f"{where}: {_show(token)} stands there twice: every token needs a name of its own")
+    if values.get("kind", "unigram") != "byte-level-bpe" and tokens["unk_token"] is None:
+        raise Refused(f"{where}: unk_token: null, but only byte-level-bpe can spell every text without it")
+    for key, token in tokens.items():
+        if token is None and f"{key}_id" in values:
+            raise Refused(f"{where}: {key}_id: {values[f'{key}_id']}, but {key} is null. Remove one of them")
+    ids = [special_ids(values)[f"{key}_id"] for key, token in tokens.items() if token is not None]
+    if sorted(ids) != list(range(len(ids))):
+        raise Refused(
+            f"{where}: the ids of {', '.join(named)} are {ids}; wanted {list(range(len(ids)))} in any order. "
+            "Give all of pad_token_id, unk_token_id, bos_token_id, eos_token_id or none"
+        )
+
+
+def special_tokens(tokenizer: dict[str, Any]) -> dict[str, str | None]:
+    """The control tokens by tokenizer.json: ``pad_token`` and so on; None for one that shall not be there.
+
+    For the kind ``published`` only what the file names: the rest is as it was published.
+    """
+    default = {} if tokenizer.get("kind") == "published" else SPECIAL_TOKENS
+    return {
+        key: tokenizer.get(key, default.get(key)) for key in SPECIAL_TOKENS if key in tokenizer or default
+    }
+
+
+def special_ids(tokenizer: dict[str, Any]) -> dict[str, int | None]:
+    """The ids that a trained tokenizer's control tokens will have: ``pad_token_id`` and so on, or None.
+
+    Padding falls to the end token where there is no padding token. Empty for the kind ``published``: its ids
+    are known when it is loaded.
+    """
+    if tokenizer.get("kind") == "published":
+        return {}
+    tokens = [key for key, token in special_tokens(tokenizer).items() if token is not None]
+    ids = {f"{key}_id": tokenizer.get(f"{key}_id", place) for place, key in enumerate(tokens)}
+    missing = {f"{key}_id": None for key in SPECIAL_TOKENS if key not in tokens}
+    return missing | {"pad_token_id": ids["eos_token_id"]} | ids
+
+
+def vocabulary_size(tokenizer: dict[str, Any]) -> int | None:
+    """The size that a trained tokenizer will have: vocab_size, rounded up to a multiple of round_to.
+
+    None for the kind ``published``.
+    """
+    if tokenizer.get("kind") == "published":
+        return None
+    return round_up(tokenizer["vocab_size"], tokenizer.get("round_to", 1))
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `size`."""
+    return -(-size // multiple) * multiple
 
 
 def _check_model(values: dict[str, Any], where: str) -> None:
@@ -389,9 +560,10 @@ def _heads(model: dict[str, Any]) -> int | None:
     return model.get("num_attention_heads") or model.get("n_head")
 
 
-def _check_training(values: dict[str, Any], where: str) -> None:
+def _check_training(values: dict[str, Any], more: dict[str, str], where: str) -> None:
+    """Check a training file; more: the keys that it takes beside those of every training file."""
     known = {key: kind for key, kind in known_keys()["training_arguments"].items() if key not in ELSEWHERE}
-    _check_keys(values, known | TRAINING, where)
+    _check_keys(values, known | TRAINING | more, where)
     _require(values, ("global_batch_size", "per_device_train_batch_size", "block_size"), where)
     for key in ("global_batch_size", "per_device_train_batch_size", "block_size"):
         if values[key] < 1:
@@ -412,41 +584,157 @@ def _check_training(values: dict[str, Any], where: str) -> None:
             raise Refused(
                 f"{where}: {key}: {_show(values[key])} is not known.{_nearest(str(values[key]), options)}"
             )
+    for key, reason in UNFIT.items():
+        if values.get(key):
+            raise Refused(f"{where}: {key}: {_show(values[key])}: {reason}. Leave the key out")
+    _check_schedule(values, where)
+    _check_watching(values, where)
+
+
+def _check_schedule(values: dict[str, Any], where: str) -> None:
+    """The schedule's options belong to it, and nothing is asked for that it would leave out in silence."""
+    kind, options = values.get("lr_scheduler_type", "linear"), values.get("lr_scheduler_kwargs") or {}
+    here = f"{where}: lr_scheduler_kwargs"
+    if not isinstance(options, dict):
+        raise Refused(f"{here}: {_show(options)} is {_type_name(options)}, wanted an object")
+    known = known_keys()["scheduler_options"].get(kind, options)
+    for key in options:
+        if key not in known:
+            raise Refused(
+                f"{here}: {key}: {kind} has no such option.{_nearest(key, known)} "
+                f"Known: {', '.join(known) or 'none'}"
+            )
+    if kind == "constant" and values.get("warmup_steps"):
+        raise Refused(
+            f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no "
+            "warm-up. Write constant_with_warmup, or leave warmup_steps out"
+        )
+    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]
+        if len(floors) != 1:
+            raise Refused(
+                f'{here}: {_show(options)}: {kind} wants one floor: {{"min_lr_rate": 0.1}} (a share of '
+                'learning_rate) or {"min_lr": 1e-5}'
+            )
+        floor, most = options[floors[0]], values.get("learning_rate", 5e-5) if "min_lr" in floors else 1
+        if not _is_type(floor, "float") or not 0 <= floor < most:
+            raise Refused(f"{here}: {floors[0]}: {_show(floor)}, wanted 0 or more and below {most}")
+    if kind == "warmup_stable_decay":
+        _check_decay(values, options, here)
+
+
+def _check_decay(values: dict[str, Any], options: dict[str, Any], here: str) -> None:
+    decay = options.get("num_decay_steps")
+    if not _is_type(decay, "int") or decay < 1:
+        raise Refused(
+            f"{here}: num_decay_steps: {_show(decay)}: warmup_stable_decay wants the steps over which the "
+            'rate falls at the end: {"num_decay_steps": 1000}'
+        )
+    if "num_stable_steps" in options:
+        raise Refused(
+            f"{here}: num_stable_steps: it follows from the steps of the run, warmup_steps and "
+            f"num_decay_steps. "
+            "Leave it out"
+        )
+    total, warmup = values.get("max_steps", -1), values.get("warmup_steps", 0)
+    warmup = warmup if warmup >= 1 else warmup * total
+    if 0 < total < decay + warmup:
+        raise Refused(
+            f"{here}: num_decay_steps: {decay} and warmup_steps {warmup:g} are more than the {total} of "
+            f"max_steps"
+        )
+
+
+def _check_watching(values: dict[str, Any], where: str) -> None:
+    """Boards by name, steps of samples, a z-loss that is no negative number."""
+    asked = values.get("report_to") or []
+    known = [*known_keys()["boards"], "none"]
+    for board in [asked] if isinstance(asked, str) else asked:
+        if board not in known:
+            raise Refused(
+                f"{where}: report_to: {_show(board)} is no board.{_nearest(str(board), known)} "
+                f"Known: {', '.join(known)}. TensorBoard is written in any case"
+            )
+    steps = values.get("sample_steps")
+    for step in steps if isinstance(steps, list) else [] if steps is None else [steps]:
+        if not _is_type(step, "int") or step < 1:
+            raise Refused(
+                f"{where}: sample_steps: {_show(steps)}, wanted a number of steps or a list of steps, each 1 "
+                f"or "
+                "more (before the first step and after the last it always samples)"
+            )
+    if values.get("z_loss", 0) < 0:
+        raise Refused(f"{where}: z_loss: {values['z_loss']}, wanted 0 or more (PaLM took 1e-4)")
+
+    if values.get("lora"):
+        _check_lora(values, where)
+
+
+def _check_lora(values: dict[str, Any], where: str) -> None:
+    lora = values["lora"]
+    _check_keys(lora, LORA, f"{where}: lora")
+    for key in ("r", "lora_alpha"):
+        if lora.get(key, 1) <= 0:
+            raise Refused(f"{where}: lora.{key}: {lora[key]}, wanted more than 0")
+    if not 0 <= lora.get("lora_dropout", 0) < 1:
+        raise Refused(f"{where}: lora.lora_dropout: {lora['lora_dropout']}, wanted 0 or more and below 1")
+    if lora.get("quantization") not in (None, "nf4"):
+        raise Refused(f"{where}: lora.quantization: {_show(lora['quantization'])}, wanted nf4 or null")
+    if values.get("muon_learning_rate"):
+        raise Refused(
+            f"{where}: muon_learning_rate: Muon orthogonalises whole matrices, and LoRA's are halves of a "
+            "product. Remove it, or lora"
+        )
 
 
 def _check_instruction(values: dict[str, Any], where: str) -> None:
     _check_keys(values, INSTRUCTION, where)
+    _check_own_pairs(values, PAIRS, "`source` (a source of dataset.json), `path` or `dataset`", where)
+    if values.get("template", FORMS[0]) not in FORMS:
+        raise Refused(
+            f"{where}: template: {_show(values['template'])}, wanted one of {', '.join(FORMS)}."
+            f"{_nearest(values['template'], FORMS)}"
+        )
+
+
+def _check_own_pairs(values: dict[str, Any], known: dict[str, str], wanted: str, where: str) -> None:
+    """Check the key `pairs` of instruction.json or preference.json, and how they are split."""
     _require(values, ("pairs",), where)
     if not 0 < values.get("valid_share", 0.05) < 1:
         raise Refused(f"{where}: valid_share: {values['valid_share']}, wanted above 0 and below 1")
     for name, pair in values["pairs"].items():
         if not isinstance(pair, dict):
             raise Refused(f"{where}: pairs.{name}: {_show(pair)} is {_type_name(pair)}, wanted an object")
-        _check_keys(pair, PAIRS, f"{where}: pairs.{name}")
-        if ("source" in pair) == ("path" in pair):
-            raise Refused(
-                f"{where}: pairs.{name}: wanted either `source` (a source of dataset.json) or `path`"
-            )
+        _check_keys(pair, known, f"{where}: pairs.{name}")
+        if len({"source", "path", "dataset"} & pair.keys()) != 1:
+            raise Refused(f"{where}: pairs.{name}: wanted exactly one of {wanted}")
+
+
+def _check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
+    values = config["preference"]
+    _check_training(values, TUNING | PREFERENCE, where)
+    _check_own_pairs(values, OWN_PAIRS, "`path` or `dataset`", where)
+    if not values["pairs"]:
+        raise Refused(f"{where}: pairs: empty. Name some, or delete the file to do without stage 13")
+    if not config["instruction"]["pairs"]:
+        raise Refused(
+            f"{where}: preferences are trained after instructions, and instruction.json names no pairs. "
+            "Add pairs there, or delete preference.json"
+        )
+    if values.get("muon_learning_rate"):
+        raise Refused(f"{where}: muon_learning_rate: stage 13 trains with AdamW. Remove it")
+    if values.get("torch_compile"):
+        raise Refused(f"{where}: torch_compile: the lengths of its batches differ. Remove it")
+    if values.get("beta", 0.1) <= 0:
+        raise Refused(f"{where}: beta: {values['beta']}, wanted more than 0")
 
 
 def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     """Facts that stand in two files must be the same fact."""
-    model, tokenizer = config["model"], config["tokenizer"]
-    if "vocab_size" in model and model["vocab_size"] != tokenizer["vocab_size"]:
-        raise Refused(
-            f"{where}/model.json: vocab_size: {model['vocab_size']}, but {where}/tokenizer.json has "
-            f"{tokenizer['vocab_size']}. Leave it out of model.json: it comes from the tokenizer"
-        )
-
-    for key, wanted in SPECIAL_IDS.items():
-        for file in ("model", "generation"):
-            if config[file].get(key, wanted) != wanted:
-                raise Refused(
-                    f"{where}/{file}.json: {key}: {config[file][key]}, but the tokenizer has {wanted}. "
-                    f"Leave it out of {file}.json"
-                )
+    model = config["model"]
+    check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)
     positions = model.get("max_position_embeddings") or model.get("n_positions")
-    for name in ("pretrain", "finetune"):
+    for name in training_files(config):
         if positions and config[name]["block_size"] > positions:
             raise Refused(
                 f"{where}/{name}.json: block_size: {config[name]['block_size']}, more than the "
@@ -462,16 +750,34 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
         _check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
 
 
+def check_special_ids(
+    config: dict[str, dict[str, Any]], ids: dict[str, int | None], size: int | None, where: str
+) -> None:
+    """Refuse a vocabulary size or special ids in model.json or generation.json other than the tokenizer's."""
+    if size is not None and config["model"].get("vocab_size", size) != size:
+        raise Refused(
+            f"{where}/model.json: vocab_size: {config['model']['vocab_size']}, but {where}/tokenizer.json "
+            f"has {size}. Leave it out of model.json: it comes from the tokenizer"
+        )
+    for key, wanted in ids.items():
+        for file in ("model", "generation"):
+            if config[file].get(key, wanted) != wanted:
+                raise Refused(
+                    f"{where}/{file}.json: {key}: {config[file][key]}, but the tokenizer has {wanted}. "
+                    f"Leave it out of {file}.json"
+                )
+
+
 def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: str) -> None:
     unknown = sorted(set(pair.get("directions", [])) - {"ja-en", "en-ja"})
     if unknown:
         raise Refused(f"{here}.directions: {_show(unknown)}, wanted ja-en or en-ja")
-    if "path" in pair:
+    if "source" not in pair:
         return
     if name not in PAIR_SOURCES:
         raise Refused(
             f"{here}: no packaged pairs of this name.{_nearest(name, PAIR_SOURCES)} Known: "
-            f"{', '.join(PAIR_SOURCES)}. For pairs of your own give `path`"
+            f"{', '.join(PAIR_SOURCES)}. For pairs of your own give `path` or `dataset`"
         )
     if pair["source"] not in sources:
         raise Refused(
@@ -482,6 +788,26 @@ def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: 
     kind = sources[pair["source"]]["source"]
     if kind != PAIR_SOURCES[name]:
         raise Refused(f"{here}.source: a source of kind {kind}, wanted {PAIR_SOURCES[name]}")
+
+
+def training_files(config: dict[str, dict[str, Any]]) -> list[str]:
+    """The files of a recipe that a training reads."""
+    return [name for name in ("pretrain", "finetune", "preference") if name in config]
+
+
+def tuned_stage(config: dict[str, dict[str, Any]]) -> str:
+    """The stage whose model is the recipe's last: what is evaluated, asked and talked to."""
+    return "13_preference" if "preference" in config else "12_finetune"
+
+
+def check_quantization(values: dict[str, Any], file: str, gpus: int) -> None:
+    """Refuse an adapter over 4-bit weights where there is no GPU. file: ``finetune`` or ``preference``."""
+    if (values.get("lora") or {}).get("quantization") and not gpus:
+        raise Refused(
+            f"{file}.json: lora.quantization: nf4 weights are unpacked by CUDA kernels of bitsandbytes, and "
+            f"no "
+            f"NVIDIA GPU is visible. Tune LoRA over unquantised weights: --set {file}.lora.quantization=null"
+        )
 
 
 def check_deepspeed(name: str) -> Path:
@@ -526,59 +852,97 @@ def batch_layout(global_batch: int, most: int, ranks: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_launch(values: dict[str, Any], file: str, deepspeed: str | None, ranks: int) -> Path | None:
+def check_launch(
+    values: dict[str, Any],
+    file: str,
+    deepspeed: str | None,
+    ranks: int,
+    fsdp: bool = False,
+    tensor_parallel: int = 1,
+) -> Path | None:
     """Check what a training file and a launcher ask of each other; return the path of the DeepSpeed file.
 
-    file: ``pretrain`` or ``finetune``. deepspeed: a short name, or None. Raises Refused.
+    file: ``pretrain`` or ``finetune``. deepspeed: a short name, or None. tensor_parallel: ranks that share
+    each matrix. Raises Refused.
     """
-    batch_layout(values["global_batch_size"], values["per_device_train_batch_size"], ranks)
-    if not deepspeed:
-        return None
-    path = check_deepspeed(deepspeed)
-    if values.get("muon_learning_rate"):
+    option = "--tensor-parallel" if tensor_parallel > 1 else "--fsdp" if fsdp else ""
+    option = "--deepspeed" if deepspeed else option
+    if deepspeed and (fsdp or tensor_parallel > 1):
+        raise Refused("--deepspeed shards by itself. Drop it, or drop --fsdp and --tensor-parallel")
+    if tensor_parallel < 1 or ranks % tensor_parallel:
         raise Refused(
-            f"{file}.json: muon_learning_rate: under DeepSpeed's ZeRO the Trainer would silently use "
-            f"AdamW instead of "
-            f"Muon. Add --set {file}.muon_learning_rate=null, or drop --deepspeed"
+            f"--tensor-parallel {tensor_parallel}: wanted a number that divides the {ranks} ranks (--nproc)"
         )
-    if values.get("torch_compile"):
-        raise Refused(f"{file}.json: torch_compile: true does not work under --deepspeed. Leave the key out")
+    if fsdp and ranks // tensor_parallel < 2:
+        raise Refused(
+            f"--fsdp: nothing to shard over: {ranks} ranks, {tensor_parallel} for --tensor-parallel. "
+            "Give more ranks (--nproc), or drop the option"
+        )
+    batch_layout(values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel)
+    path = check_deepspeed(deepspeed) if deepspeed else None
+    if option and values.get("muon_learning_rate"):
+        raise Refused(
+            f"{file}.json: muon_learning_rate: Muon needs whole matrices, and under {option} a rank has "
+            "parts of them (under ZeRO the Trainer would silently use AdamW). "
+            f"Add --set {file}.muon_learning_rate=null, or drop {option}"
+        )
+    if option and values.get("torch_compile"):
+        raise Refused(f"{file}.json: torch_compile: true does not work under {option}. Leave the key out")
     return path
+
+
+def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
+    """Raise Refused when the heads of model.json do not divide among the ranks that share each matrix."""
+    heads = model.get("num_key_value_heads") or _heads(model)
+    if heads and heads % tensor_parallel:
+        raise Refused(
+            f"--tensor-parallel {tensor_parallel}: the {heads} key-value heads of model.json do not divide "
+            "among so many ranks"
+        )
 
 
 def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
     """The part of a file that can change a result: what a stage's freshness is judged by."""
+    if section == "dataset":
+        sources = {
+            name: {key: value for key, value in spec.items() if key not in NOT_DECIDING_OF_SOURCE}
+            for name, spec in values["sources"].items()
+        }
+        # Their order is their priority in deduplication.
+        kept = {key: value for key, value in values.items() if key not in ("engine", "disk_gigabytes")}
+        return kept | {"sources": sources, "order": list(sources)}
 
     def decides(key: str) -> bool:
         return not any(
             key == name or (name[-1] == "*" and key.startswith(name[:-1])) for name in NOT_DECIDING
         )
 
-    return {
-        key: deciding_keys(section, value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if decides(key)
-    }
+    return {key: value for key, value in values.items() if decides(key)}
 
 
 def main() -> None:
     """Check a recipe with the options of run_all.sh; exit 2 with the fault."""
+    from recipe.download import source_facts
+    from recipe.instructions import pair_facts  # here: they import this module's names
+    from recipe.launch import add_options, launch_of
+
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--nproc", type=int, default=0)
-    parser.add_argument("--deepspeed")
+    add_options(parser)
     arguments = parser.parse_args()
-    from recipe.download import source_facts
-    from recipe.instructions import pair_facts  # here: they import this module's names
-    from recipe.launch import default_ranks
+
+    from recipe.launch import visible_gpus
+    from recipe.preferences import preference_facts
 
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
-        for file in ("pretrain", "finetune"):
-            check_launch(config[file], file, arguments.deepspeed, arguments.nproc or default_ranks())
+        for file in training_files(config):
+            check_quantization(config[file], file, visible_gpus())
+            launch_of(arguments).check(config, file)
         source_facts(config)
         pair_facts(config)
+        preference_facts(config)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)  # nothing has started yet, whatever it is

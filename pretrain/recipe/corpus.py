@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +30,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recipe import dedup
+from recipe import aozora, dedup, wikipedia
+from recipe.cleaning import make_cleaner
 from recipe.engine import Engine, engine
-from recipe.funnel import Funnel, from_record, to_record
+from recipe.funnel import SAMPLE_CHARACTERS, Funnel, from_record, to_record
 from recipe.outputs import RecipeError, write_json
+from recipe.readers import cap_bad
+from recipe.sources import read
 from recipe.splitting import is_valid_side, text_hash
 
 SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: some ten seconds of cleaning
@@ -111,12 +115,12 @@ class Read:
     folder: Path
 
     def __call__(self, _: object, rank: int, tasks: int) -> None:
-        from recipe.sources import read
-
         name, spec = list(self.config["sources"].items())[rank]
         with _replacing(self.folder / name) as part:
             writer, size, shard = None, 0, 0
-            for document in capped(read(name, spec, self.data), spec):
+            reached: list[str] = []
+            documents = capped(read(name, spec, self.data), spec, reached)
+            for document in cap_bad(documents, f"sources.{name}", spec.get("maximum_bad_share", 0.0)):
                 if writer is None:
                     writer, size, shard = ShardWriter(part / f"{shard:05d}.parquet", RAW), 0, shard + 1
                 writer.write(raw_row(document))
@@ -126,6 +130,7 @@ class Read:
                     writer = None
             if writer is not None:
                 writer.close()
+            write_json(part / "capped.json", reached)
 
 
 def raw_row(document: Any) -> dict[str, str]:
@@ -141,14 +146,18 @@ def raw_row(document: Any) -> dict[str, str]:
     return {"name": document.name, "text": text, "dropped": dropped}
 
 
-def capped(documents: Iterable[Any], spec: dict[str, Any]) -> Iterator[Any]:
-    """The documents of a source up to its ``maximum_documents`` or ``maximum_megabytes`` of usable text."""
+def capped(documents: Iterable[Any], spec: dict[str, Any], reached: list[str]) -> Iterator[Any]:
+    """The documents of a source up to its ``maximum_documents`` or ``maximum_megabytes`` of usable text.
+
+    The cap that ends it, if one does, is added to `reached`.
+    """
     most = spec.get("maximum_documents") or float("inf")
     room = (spec.get("maximum_megabytes") or float("inf")) * 1e6
     for document in documents:
         if not document.dropped:
             size = len(document.text.encode("utf-8", errors="replace"))
             if most < 1 or room < size:
+                reached.append("maximum_documents" if most < 1 else "maximum_megabytes")
                 return
             most, room = most - 1, room - size
         yield document
@@ -167,7 +176,7 @@ class Clean:
     def __call__(self, _: object, rank: int, tasks: int) -> None:
         source, path = self.shards[rank]
         funnel, hashes = Funnel(), bytearray()
-        clean = make_extractor(self.config, self.config["sources"][source])
+        clean = make_extractor(self.config, self.config["sources"][source], funnel.extraction)
         writer = ShardWriter(self.folder / f"{rank:05d}.parquet", CLEAN)
         for row in read_rows(path):
             raw, name = row["text"], row["name"]
@@ -203,22 +212,31 @@ def _save(path: Path, array: np.ndarray) -> None:
     part.replace(path)
 
 
-def make_extractor(config: dict[str, Any], spec: dict[str, Any]) -> Callable[[str, str], tuple[str, str]]:
+def make_extractor(
+    config: dict[str, Any], spec: dict[str, Any], figures: Counter[str]
+) -> Callable[[str, str], tuple[str, str]]:
     """From (name, raw text) to (clean text, reason for dropping it): extraction where the kind wants it, then
     cleaning.
+
+    figures: what extraction resolved or left out is counted there.
     """
-    from recipe.cleaning import make_cleaner
-
     clean = make_cleaner(config, spec)
-    if spec["source"] != "wikipedia":
-        return lambda name, text: clean(text)
-    from recipe.wikipedia import extract
+    if spec["source"] == "wikipedia":
 
-    def extract_and_clean(name: str, text: str) -> tuple[str, str]:
-        prose, reason = extract(name, text)
-        return ("", reason) if reason else clean(prose)
+        def from_wikitext(name: str, text: str) -> tuple[str, str]:
+            prose, reason = wikipedia.extract(name, text)
+            return ("", reason) if reason else clean(prose)
 
-    return extract_and_clean
+        return from_wikitext
+    if spec["source"] == "aozora":
+
+        def from_aozora(name: str, text: str) -> tuple[str, str]:
+            prose, found = aozora.prose(text)
+            figures.update(found)
+            return clean(prose)
+
+        return from_aozora
+    return lambda name, text: clean(text)
 
 
 @dataclass
@@ -274,12 +292,16 @@ def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, F
         phases.run("read", [Read(config, data, raw)], len(sources))
         shards = [(name, path) for name in sources for path in sorted((raw / name).glob("*.parquet"))]
         phases.run("clean", [Clean(config, shards, clean)], len(shards))
+        if not shards:
+            for name in sources:
+                check_size(name, sources[name], Funnel())
         removed = _find_duplicates(phases, config, clean, len(shards))
         numbered = [(name, int(path.stem)) for name, path in shards]
         phases.run("write", [Write(config, numbered, clean, removed, folder)], len(shards))
     funnels = _merge_funnels(clean, numbered, sources)
     leaks = _drop_leaks(folder, clean, funnels)
     for name, funnel in funnels.items():
+        funnel.capped = ", ".join(json.loads((raw / name / "capped.json").read_text("utf-8")))
         funnel.check(name)
         check_size(name, sources[name], funnel)
     return funnels, leaks
@@ -316,29 +338,39 @@ def _drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[s
     if not record.exists():
         found = dedup.leakage(sorted(folder.glob("train-*.parquet")), shards)
         ids = pa.array(found.same_text, pa.string())
-        rows = [row for path in shards for row in _rows_with(path, ids).to_pylist()]
-        write_json(record.with_suffix(".part"), {"rows": rows, "figures": found.figures})
+        rows: dict[str, dict[str, Any]] = {}
+        for path in sorted(clean.glob("*.parquet")) if found.same_text else ():
+            for row in _leaked(path, ids):
+                rows.setdefault(row["id"], row)  # of equal texts the first one is the one that was kept
+        write_json(record.with_suffix(".part"), {"rows": list(rows.values()), "figures": found.figures})
         record.with_suffix(".part").replace(record)
     leaks = json.loads(record.read_text("utf-8"))
     for row in leaks["rows"]:
-        funnel, size = funnels[row["source"]], len(row["text"].encode("utf-8"))
+        funnel = funnels[row["source"]]
         funnel.documents_out -= 1
-        funnel.bytes_out -= size
-        funnel.lines_out -= row["text"].count("\n") + 1
-        funnel.drop("in the training side", size, row["id"], row["text"])
+        funnel.bytes_out -= row["bytes"]
+        funnel.bytes_trimmed -= row["raw_bytes"] - row["bytes"]
+        funnel.lines_in -= row["raw_lines"]
+        funnel.lines_out -= row["lines"]
+        funnel.drop("in the training side", row["raw_bytes"], row["name"], row["text"])
     ids = pa.array([row["id"] for row in leaks["rows"]], pa.string())
-    for path in shards:
-        if len(_rows_with(path, ids)):
-            table = pq.read_table(path)
+    for path in shards if leaks["rows"] else ():
+        table = pq.read_table(path)
+        leaked = pc.is_in(table["id"], ids)
+        if pc.any(leaked).as_py():
             part = path.with_name(f".{path.name}.part")
-            pq.write_table(table.filter(pc.invert(pc.is_in(table["id"], ids))), part, compression="zstd")
+            pq.write_table(table.filter(pc.invert(leaked)), part, compression="zstd")
             part.replace(path)
     return leaks["figures"]
 
 
-def _rows_with(path: Path, ids: pa.Array) -> pa.Table:
+def _leaked(path: Path, ids: pa.Array) -> Iterator[dict[str, Any]]:
+    """What the funnel has to know of those rows of a clean shard that have one of these ids."""
     table = pq.read_table(path)
-    return table.filter(pc.is_in(table["id"], ids))
+    for row in table.filter(pc.is_in(table["id"], ids)).to_pylist():
+        text = row.pop("text")
+        size, lines = len(text.encode("utf-8")), text.count("\n") + 1
+        yield row | {"text": text[:SAMPLE_CHARACTERS], "bytes": size, "lines": lines}
 
 
 def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable[str]) -> dict[str, Funnel]:
@@ -353,7 +385,13 @@ def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable
 def check_size(name: str, spec: dict[str, Any], funnel: Funnel) -> None:
     """Stop when a source is suspiciously small: a half-empty mirror must not become a half-trained model."""
     least = spec.get("minimum_megabytes", 0)
-    if funnel.bytes_out < least * 1e6 or not funnel.documents_out:
+    if not funnel.documents_out:
+        raise RecipeError(
+            f"sources.{name}: nothing is left of {funnel.documents_in} documents, dropped "
+            f"{dict(funnel.documents_dropped)}. Look at data/{name}/, its rules and caps, or remove the "
+            f"source"
+        )
+    if funnel.bytes_out < least * 1e6:
         raise RecipeError(
             f"sources.{name}: only {funnel.bytes_out / 1e6:.2f} MB are left, dataset.json wants "
             f"minimum_megabytes "

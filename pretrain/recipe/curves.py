@@ -1,10 +1,25 @@
-"""Learning curves as pictures."""
+"""Learning curves as pictures, of one run and of several.
+
+    python -m recipe.curves RUN RUN ... [--output PICTURE]
+
+lays runs over each other at equal tokens and at equal time and prints both as a table. RUN: a recipe's name
+(its stage 05), a folder with metrics.jsonl, or such a file.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
+
+from recipe.outputs import OUTPUTS, RecipeError, Refused
+
+# What runs are compared by, the first that all of them have: bits per byte also compare over tokenizers.
+MEASURES = {"eval_bits_per_byte": "valid bits/byte", "eval_loss": "valid loss", "loss": "training loss"}
+AXES = {"tokens": ("million tokens", 1e6), "seconds": ("minutes", 60)}
 
 
 def learning_curve(metrics: Path, picture: Path, title: str) -> None:
@@ -29,3 +44,102 @@ def learning_curve(metrics: Path, picture: Path, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
+
+
+def read_run(name: str) -> list[dict[str, Any]]:
+    """The rows of a run by a recipe's name, a folder, or a metrics.jsonl.
+
+    Raises Refused where there is none.
+    """
+    places = [Path(name), Path(name) / "metrics.jsonl"]
+    places += [OUTPUTS / name / folder / "metrics.jsonl" for folder in ("05_pretrain", ".05_pretrain.work")]
+    for place in places:
+        if place.is_file():
+            lines = place.read_text("utf-8").splitlines()
+            return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half written
+    raise Refused(
+        f"{name}: no run: wanted a recipe that stage 05 has trained, or a folder with metrics.jsonl. "
+        f"Looked for {', '.join(map(str, places))}"
+    )
+
+
+def common_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """The first of `MEASURES` that every run has. Raises Refused when there is none."""
+    for measure in MEASURES:
+        if all(any(measure in row for row in rows) for rows in runs.values()):
+            return measure
+    raise Refused(f"{', '.join(runs)}: no figure that all of them have; wanted one of {', '.join(MEASURES)}")
+
+
+def value_at(rows: list[dict[str, Any]], measure: str, axis: str, place: float) -> float | None:
+    """A run's figure at so many tokens or seconds, by a straight line between its rows; None outside them."""
+    points = [(row[axis], row[measure]) for row in rows if measure in row]
+    for (left, low), (right, high) in zip(points, points[1:] or points, strict=False):
+        if left <= place <= right:
+            return low if left == right else low + (high - low) * (place - left) / (right - left)
+    return None
+
+
+def comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table: what each run reached, and where all stood when the shortest ended, by tokens and by
+    time.
+    """
+    measure = common_measure(runs)
+    ends = {axis: min(_end(rows, measure, axis) for rows in runs.values()) for axis in AXES}
+    heads = ["run", f"{MEASURES[measure]} at the end", "million tokens", "minutes"]
+    heads += [f"at {ends[axis] / scale:,.3g} {name}" for axis, (name, scale) in AXES.items()]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for name, rows in runs.items():
+        last = [row[measure] for row in rows if measure in row][-1]
+        cells = [f"{last:.4f}"]
+        cells += [f"{_end(rows, measure, axis) / scale:,.3g}" for axis, (_, scale) in AXES.items()]
+        for axis, end in ends.items():
+            value = value_at(rows, measure, axis, end)
+            cells.append("" if value is None else f"{value:.4f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _end(rows: list[dict[str, Any]], measure: str, axis: str) -> float:
+    return [row[axis] for row in rows if measure in row][-1]
+
+
+def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    """Draw several runs into one picture: left at equal tokens, right at equal time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measure = common_measure(runs)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for panel, (axis, (label, scale)) in zip(panels, AXES.items(), strict=True):
+        for name, rows in runs.items():
+            points = [(row[axis] / scale, row[measure]) for row in rows if measure in row]
+            panel.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
+        panel.set_xlabel(label)
+        panel.set_ylabel(MEASURES[measure])
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Lay the learning curves of several runs over each other, at equal tokens and at equal time."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a recipe, a folder or a metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="PICTURE")
+    arguments = parser.parse_args()
+    try:
+        runs = {name: read_run(name) for name in arguments.runs}
+        print(comparison(runs), end="")
+        overlay(runs, arguments.output)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

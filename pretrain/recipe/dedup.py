@@ -35,7 +35,7 @@ from datatrove.pipeline.base import PipelineStep
 from recipe.outputs import RecipeError, Refused
 
 # The field's usual numbers for web text (FineWeb, Swallow): documents of Jaccard similarity s are found with
-# probability 1 - (1 - s^rows)^bands: .78 at s = .75, .92 at .8, 1.0 at .9, .05 at .5.
+# probability 1 - (1 - s^rows)^bands: .05 at s = .5, .77 at .75, .92 at .8, 1.0 at .9.
 MINHASH = {"bands": 14, "rows": 8, "ngram": 5, "seed": 1}
 REASONS = ("duplicate", "near duplicate")
 LONG_LINE = 30  # characters of a folded line that can leak
@@ -63,18 +63,17 @@ def minhash_settings(config: dict[str, Any]) -> dict[str, int]:
         if key not in MINHASH:
             raise Refused(f"dataset.json: minhash.{key} is not known. Known: {', '.join(MINHASH)}")
         least = 0 if key == "seed" else 1
-        if type(value) is not int or value < least:
-            raise Refused(f"dataset.json: minhash.{key} is {value!r}, wanted a whole number from {least}")
+        if type(value) is not int or not least <= value < 1 << 32:
+            raise Refused(f"dataset.json: minhash.{key} is {value!r}, wanted a whole number from {least} on")
     return MINHASH | config
 
 
 class MinHash:
     """Signatures of texts: the minima of ``bands * rows`` hash functions over the character n-grams.
 
-    The n-grams are those of the folded text with one space for each gap.
-
-    An n-gram is hashed once, as a polynomial over its code points, and mixed to 32 bits x; hash function i is
-    a_i x + b_i mod 2^32 with a_i odd, a permutation of the 32-bit numbers.
+    The n-grams are those of the folded text with one space for each gap. Each is hashed once, as a polynomial
+    over its code points, and mixed to 32 bits x; hash function i is a_i x + b_i mod 2^32 with a_i odd, a
+    permutation of the 32-bit numbers.
     """
 
     def __init__(self, bands: int, rows: int, ngram: int, seed: int) -> None:
@@ -335,7 +334,7 @@ def leakage(train_shards: list[Path], valid_shards: list[Path]) -> Leakage:
             whole, long_lines = _hashes(text)
             text_seen.add([whole])
             line_seen.add(long_lines)
-    same = text_seen.flags() & (np.frombuffer(texts, np.uint64) != _EMPTY)
+    same = text_seen.flags() & (np.array(texts, np.uint64) != _EMPTY)
     ends = np.cumsum([0, *lengths])
     found = np.diff(np.concatenate([[0], np.cumsum(line_seen.flags())])[ends])
     ids = (id for shard in valid_shards for (id,) in read_rows(shard, ["id"]))

@@ -19,6 +19,7 @@ ray          workers, address of the cluster (default: one is started on this ma
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import shlex
@@ -92,10 +93,12 @@ class Engine:
         ranks = executor.get_incomplete_ranks()
         if not ranks:
             return
+        if len(ranks) < tasks:
+            print(f"{phase}: continues, {tasks - len(ranks)} of {tasks} tasks are done", flush=True)
         if self.pool is None:
             self.logs.mkdir(parents=True, exist_ok=True)
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["recipe.corpus"])
+            # Not forkserver: it outlives a killed parent, and its workers with it.
+            context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (str(self.logs),))
         futures = {self.pool.submit(_run_rank, executor, rank): rank for rank in ranks}
         try:
@@ -107,8 +110,7 @@ class Engine:
         except BrokenProcessPool as error:
             raise RecipeError(
                 f"{phase}: a worker process was killed, most likely because memory ran out. Run again to "
-                f"continue, with "
-                f"fewer workers: --set dataset.engine.workers={max(1, self.workers // 2)}"
+                f"continue, with fewer workers: --set dataset.engine.workers={max(1, self.workers // 2)}"
             ) from error
         except Exception as error:
             raise RecipeError(
@@ -137,8 +139,7 @@ class Engine:
             if missing and not queued:
                 raise RecipeError(
                     f"{phase}: {len(missing)} of {tasks} tasks have ended without a result, the first is "
-                    f"{missing[0]}. "
-                    f"Run again to continue.\n{self._log_tail(phase, missing[0])}"
+                    f"{missing[0]}. Run again to continue.\n{self._log_tail(phase, missing[0])}"
                 )
             time.sleep(POLL_SECONDS if missing else 0)
 
@@ -180,9 +181,13 @@ class Engine:
 
 
 def _start_worker(logs: str) -> None:
-    """Quiet a worker: what datatrove prints goes to a file, and Ctrl-C is the parent's to handle."""
+    """Settle a worker: it dies with its parent and leaves Ctrl-C to it; what datatrove prints goes to a
+    file.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next run
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr = open(Path(logs) / "workers.log", "a", buffering=1)  # noqa: SIM115 (for the life of the process)
+    sys.stderr = open(Path(logs) / "workers.log", "a", buffering=1)  # noqa: SIM115
 
 
 def _run_rank(executor: Any, rank: int) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from recipe.packing import IGNORED, PackedBlocks, TokenFile, write_token_file
+from recipe.packing import IGNORED, PackedBlocks
 from recipe.progress import progress
+from recipe.token_files import TokenFile, write_token_file
 
 
 @torch.inference_mode()
@@ -50,16 +51,15 @@ def evaluate_texts(
 ) -> dict[str, float]:
     """Loss, perplexity, bits per byte and bits per character of a model on documents.
 
-    Window rule: <s> document </s>, end to end, in blocks of `block_size` without overlap, as in training.
-    Every token but <s> is predicted, so every byte of the text counts, and so does each document's </s>: bits
-    are those of text and ends, divided by the UTF-8 bytes (characters) of the text alone.
+    Window rule: documents as `document_ids` gives them, end to end, in blocks of `block_size` without
+    overlap, as in training. Every token but a document's first is predicted: with a start token every byte of
+    the text counts, without one the first token's do not. So does each document's end: bits are those of text
+    and ends, divided by the UTF-8 bytes (characters) of the text alone.
     """
-    from recipe.tokenizer import encode_text
+    from recipe.tokenizer import document_ids
 
     prefix = folder / f".{name}"
-    documents = (
-        [tokenizer.bos_token_id, *encode_text(tokenizer, text), tokenizer.eos_token_id] for text in texts
-    )
+    documents = (document_ids(tokenizer, text) for text in texts)
     write_token_file(prefix, documents, len(tokenizer))
     samples = PackedBlocks(TokenFile(prefix), block_size, tokenizer.pad_token_id)
     loss, count = total_loss(model, samples, batch_size, name)

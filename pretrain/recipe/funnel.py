@@ -17,9 +17,10 @@ class Funnel:
     """Documents and UTF-8 bytes of one source, or of one shard of it.
 
     documents in = out + sum(dropped), and bytes in = out + sum(dropped) + trimmed, hold exactly; `trimmed` is
-    what extraction and normalising took from kept documents. `samples` holds, per reason, a few of the
-    documents that were dropped for it: those with the smallest hash of their name, so that the choice does
-    not depend on the shards.
+    what extraction and normalising took from kept documents. `extraction` counts what
+    was resolved or left out of Aozora Bunko's notation; `capped` names the cap at which reading ended.
+    `samples` holds, per reason, a few of the documents that were dropped for it: those with the smallest hash
+    of their name, so that the choice does not depend on the shards.
     """
 
     documents_in: int = 0
@@ -31,6 +32,8 @@ class Funnel:
     lines_out: int = 0
     documents_dropped: Counter[str] = field(default_factory=Counter)
     bytes_dropped: Counter[str] = field(default_factory=Counter)
+    extraction: Counter[str] = field(default_factory=Counter)
+    capped: str = ""
     samples: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def drop(self, reason: str, size: int, name: str, text: str) -> None:
@@ -59,6 +62,7 @@ class Funnel:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.documents_dropped += other.documents_dropped
         self.bytes_dropped += other.bytes_dropped
+        self.extraction += other.extraction
         for reason, samples in other.samples.items():
             self._sample(reason, *samples)
 
@@ -85,6 +89,8 @@ class Funnel:
                 "trimmed": self.bytes_trimmed,
             },
             "lines_of_kept_documents": {"in": self.lines_in, "out": self.lines_out},
+            "extraction": dict(self.extraction),
+            "capped": self.capped,
         }
 
 
@@ -95,7 +101,7 @@ def to_record(funnel: Funnel) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> Funnel:
     """The inverse of `to_record`."""
-    counters = {key: Counter(record[key]) for key in ("documents_dropped", "bytes_dropped")}
+    counters = {key: Counter(record[key]) for key in ("documents_dropped", "bytes_dropped", "extraction")}
     return Funnel(**(record | counters))
 
 
@@ -123,6 +129,8 @@ def markdown(funnels: dict[str, Funnel]) -> str:
         sizes = [f.bytes_in, f.bytes_trimmed, f.bytes_out]
         cells = [name, *(f"{count:,}" for count in counts), *(f"{size / 1e6:.2f}" for size in sizes)]
         lines.append("| " + " | ".join(cells) + " |")
+    cut = [f"{name} ends at its {funnel.capped}." for name, funnel in funnels.items() if funnel.capped]
+    lines += ["", *cut] if cut else []
     for name, funnel in funnels.items():
         for reason in sorted(funnel.samples):
             lines += ["", f"### {name}: {reason} ({funnel.documents_dropped[reason]:,} documents)", ""]

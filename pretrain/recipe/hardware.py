@@ -15,7 +15,9 @@ from recipe.outputs import Refused
 
 @dataclass(frozen=True)
 class Hardware:
-    """device: ``cuda`` or ``cpu``. capability: CUDA compute capability, (0, 0) on a CPU. name: for people."""
+    """device: ``cuda`` or ``cpu``. capability: CUDA compute capability, (0, 0) on a CPU. name: for people.
+    bitsandbytes: whether that library, which has the 8-bit optimizers, is installed.
+    """
 
     device: str
     name: str
@@ -23,6 +25,7 @@ class Hardware:
     fast_bf16: bool
     flash_attention: bool
     compiler: bool
+    bitsandbytes: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,32 @@ def detect() -> Hardware:
             capability >= (8, 0),
             flash and capability >= (8, 0),
             compiler,
+            importlib.util.find_spec("bitsandbytes") is not None,
         )
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return Hardware("cpu", "CPU", (0, 0), "avx512_bf16" in flags or "amx_bf16" in flags, False, compiler)
 
 
-def choose(hardware: Hardware, values: dict[str, Any]) -> Choice:
-    """What to use: what pretrain.json demands, else the best that the hardware has.
+def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.json") -> Choice:
+    """What to use: what a training file demands, else the best that the hardware has.
 
-    Raises Refused for a demand that the hardware cannot meet.
+    where: the file's name, for messages. Raises Refused for a demand that the hardware cannot meet.
     """
     if values.get("bf16"):
-        if hardware.device == "cuda" and not hardware.fast_bf16:
+        if not hardware.fast_bf16:
+            instead = "fp16" if hardware.device == "cuda" else "fp32"
             raise Refused(
-                f"bf16: true, but {hardware.name} has no bf16 units (capability {hardware.capability}). "
-                "Leave the key out, and fp16 is chosen"
+                f"{where}: bf16: true, but {hardware.name} has no bf16 units (capability "
+                f"{hardware.capability})."
+                f" Leave the key out, and {instead} is chosen"
             )
         precision = "bf16"
     elif values.get("fp16"):
         if hardware.device == "cpu":
             raise Refused(
-                "fp16: true, but fp16 training needs a GPU. Leave the key out, and the CPU's best is chosen"
+                f"{where}: fp16: true, but fp16 training needs a GPU. Leave the key out, and the CPU's best "
+                f"is "
+                "chosen"
             )
         precision = "fp16"
     elif "bf16" in values or "fp16" in values:  # explicitly false
@@ -81,22 +89,42 @@ def choose(hardware: Hardware, values: dict[str, Any]) -> Choice:
     attention = values.get("attn_implementation", "auto")
     if attention.startswith("flash") and not hardware.flash_attention:
         raise Refused(
-            f"attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or more "
-            f"with flash-attn "
-            f"installed; this is {hardware.name}. Write auto or sdpa"
+            f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or "
+            f"more with flash-attn installed; this is {hardware.name}. Write auto or sdpa"
         )
     if attention.startswith("flash") and precision == "fp32":
         raise Refused(
-            f"attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is asked for"
+            f"{where}: attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is "
+            "asked for. Write auto or sdpa"
         )
     if attention == "auto":
         attention = "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
 
     if values.get("torch_compile") and not hardware.compiler:
         raise Refused(
-            "torch_compile: true, but there is no g++ on this machine. Install it or leave the key out"
+            f"{where}: torch_compile: true, but there is no g++ on this machine. Install it or leave the key "
+            f"out"
         )
+    check_optimizer(hardware, values.get("optim", ""), where)
     return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
+
+
+def check_optimizer(hardware: Hardware, optimizer: str, where: str) -> None:
+    """Refuse the optimizers of bitsandbytes (8-bit and paged) where it or a GPU is missing."""
+    of_bitsandbytes = optimizer.endswith("_8bit") or "bnb" in optimizer or optimizer.startswith("paged_")
+    if not of_bitsandbytes or optimizer == "adamw_torch_8bit":  # torchao's
+        return
+    way_out = "Write adamw_torch_fused, or leave the key out"
+    if hardware.device != "cuda":
+        raise Refused(
+            f"{where}: optim: {optimizer} keeps its 8-bit or paged states on an NVIDIA GPU; this is "
+            f"{hardware.name}. {way_out}"
+        )
+    if not hardware.bitsandbytes:
+        raise Refused(
+            f"{where}: optim: {optimizer} needs bitsandbytes, which is not installed "
+            f"(.venv/bin/pip install bitsandbytes). {way_out}"
+        )
 
 
 def peak_memory(device: str) -> int:

@@ -1,96 +1,110 @@
-"""Instruction pairs: real ones from the packaged sources, or a user's own Alpaca-form file."""
+"""Instruction pairs: real ones from the packaged sources, or conversations of a user's own."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.dialogues import Message, expand_pairs, read_dialogues, read_rows
 from recipe.download import file_facts
-from recipe.outputs import DATA, ROOT, RecipeError, glob_files
+from recipe.outputs import DATA, ROOT
 from recipe.rules import japanese_share
 from recipe.sources import read_descriptions, read_manpages, read_tatoeba
 from recipe.splitting import is_valid_side, text_hash
+from recipe.templates import INPUT_HEADING, user_message
 
 TRANSLATIONS = {"ja-en": "次の文を英語に翻訳してください。", "en-ja": "次の文を日本語に翻訳してください。"}
+_SENTENCE = re.compile(r"[^。\n]{20,}")  # what counts as the same text in `pretraining_overlap`
 
 
 class Pair(NamedTuple):
-    """One instruction with its answer. Pairs of one `headword` always stand on the same side of the split."""
+    """One instruction with its answer; in a longer conversation the last one, with `history` before it.
+
+    Pairs of one `headword` always stand on the same side of the split. `dropped`: why it cannot be used.
+    """
 
     instruction: str
     input: str
     output: str
     source: str
     headword: str
+    history: tuple[Message, ...] = ()
+    dropped: str = ""
 
 
-def read_pairs(kind: str, spec: dict[str, Any], normalize: Any) -> Iterator[Pair]:
+def messages_of(row: dict[str, Any]) -> list[Message]:
+    """The whole conversation of a row of stage 11 (or of ``pair._asdict()``), the answer last."""
+    return [
+        *({"role": message["role"], "content": message["content"]} for message in row["history"]),
+        {"role": "user", "content": user_message(row["instruction"], row["input"])},
+        {"role": "assistant", "content": row["output"]},
+    ]
+
+
+def read_pairs(kind: str, spec: dict[str, Any], normalize: Callable[[str], str]) -> Iterator[Pair]:
     """The pairs of one entry of instruction.json; `normalize` is what the pretraining text went through."""
-    if "path" in spec:
-        yield from _alpaca_pairs(kind, spec["path"])
-    else:
-        skipped = {
-            TRANSLATIONS[way] for way in TRANSLATIONS if way not in spec.get("directions", TRANSLATIONS)
-        }
-        readers = {
-            "command-summary": _command_summaries,
-            "command-option": _command_options,
-            "package-summary": _package_summaries,
-            "package-description": _package_descriptions,
-            "translation": _translations,
-        }
-        for instruction, given, output, headword in readers[kind](DATA / spec["source"]):
-            if instruction in skipped:
-                continue
+    if "source" not in spec:
+        for messages in read_dialogues(read_rows(f"instruction.json: pairs.{kind}", spec)):
+            yield make_pair(messages, kind, normalize)
+        return
+    skipped = {TRANSLATIONS[way] for way in TRANSLATIONS if way not in spec.get("directions", TRANSLATIONS)}
+    readers = {
+        "command-summary": _command_summaries,
+        "command-option": _command_options,
+        "package-summary": _package_summaries,
+        "package-description": _package_descriptions,
+        "translation": _translations,
+    }
+    for instruction, given, output, headword in readers[kind](DATA / spec["source"]):
+        if instruction not in skipped:
             yield Pair(instruction, normalize(given), normalize(output), kind, headword)
 
 
-def _alpaca_pairs(kind: str, pattern: str) -> Iterator[Pair]:
-    """Alpaca form: a JSON list, or one object a line, with instruction, output and perhaps input."""
-    for path in expand_pairs(kind, pattern):
-        for place, row in _alpaca_rows(path):
-            if not isinstance(row, dict):
-                raise RecipeError(f"{path}: {place}: wanted an object with instruction and output")
-            for key in ("instruction", "output"):
-                if not isinstance(row.get(key), str):
-                    raise RecipeError(f"{path}: {place}: no text in {key!r}; it has {sorted(row)}")
-            given = row.get("input") or ""
-            yield Pair(row["instruction"], given, row["output"], kind, f"{row['instruction']}\0{given}")
+def make_pair(messages: list[Message], source: str, normalize: Callable[[str], str]) -> Pair:
+    """A conversation as a pair; its headword is the first question, which is all that threads share.
 
-
-def _alpaca_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text("utf-8-sig")
-    is_list = text.lstrip().startswith("[")
-    number = 1
+    Questions after the last answer train nothing and are cut.
+    """
+    messages = list(messages)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
     try:
-        if is_list:
-            yield from ((f"entry {i}", row) for i, row in enumerate(json.loads(text), 1))
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"line {number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        line = error.lineno if is_list else number
-        raise RecipeError(f"{path}:{line}: not valid JSON ({error.msg})") from error
+        messages = [message | {"content": _clean(message["content"], normalize)} for message in messages]
+    except UnicodeError:
+        return Pair("", "", "", source, "", dropped="not valid Unicode")
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if not turns:
+        return Pair("", "", "", source, "", dropped="no answer")
+    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        return Pair("", "", "", source, "", dropped="turns do not alternate")
+    if not all(turn["content"].strip() for turn in messages[:-1]):
+        return Pair("", "", "", source, "", dropped="blank turn")
+    instruction, _, given = turns[-2]["content"].partition(INPUT_HEADING)
+    headword = turns[0]["content"]
+    return Pair(instruction, given, turns[-1]["content"], source, headword, tuple(messages[:-2]))
 
 
-def expand_pairs(kind: str, pattern: str) -> list[Path]:
-    """The files of an entry with a `path`. Raises RecipeError when there is none."""
-    paths = sorted(glob_files(pattern))
-    if not paths:
-        raise RecipeError(f"instruction.json: pairs.{kind}.path: {pattern!r} matches no file (from {ROOT})")
-    return paths
+def _clean(content: str, normalize: Callable[[str], str]) -> str:
+    """A message as pretraining text is cleaned, around the heading of its input."""
+    return INPUT_HEADING.join(normalize(part).strip() for part in content.split(INPUT_HEADING))
 
 
 def pair_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes and times of a user's own pairs: what, beside the JSON files, makes stage 11 stale."""
-    pairs = config["instruction"]["pairs"]
-    return {
-        kind: file_facts(expand_pairs(kind, spec["path"])) for kind, spec in pairs.items() if "path" in spec
-    }
+    return entry_facts("instruction.json", config["instruction"]["pairs"])
+
+
+def entry_facts(file: str, pairs: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and times of the files of entries with a `path`, or a `dataset` that is a local folder."""
+    facts = {}
+    for kind, spec in pairs.items():
+        if "path" in spec:
+            facts[kind] = file_facts(expand_pairs(f"{file}: pairs.{kind}", spec["path"]))
+        elif "dataset" in spec and (folder := ROOT / Path(spec["dataset"]).expanduser()).is_dir():
+            facts[kind] = file_facts(sorted(path for path in folder.rglob("*") if path.is_file()))
+    return facts
 
 
 def no_pairs(config: dict[str, Any]) -> str:
@@ -168,17 +182,45 @@ def _translations(folder: Path) -> Iterator[tuple[str, str, str, str]]:
             yield TRANSLATIONS["en-ja"], english, japanese, headword
 
 
-def reason_to_drop(pair: Pair) -> str:
-    """Why a pair is not worth training on, empty when it is."""
+def reason_to_drop(pair: Pair, packaged: bool) -> str:
+    """Why a pair is not worth training on, empty when it is.
+
+    packaged: made here from other text. Only then an answer is judged; those of a user's own are wanted.
+    """
+    if pair.dropped:
+        return pair.dropped
     if not pair.output.strip():
         return "blank output"
-    if pair.source != "translation" and japanese_share(pair.output) < 0.3:
-        return "answer not Japanese"
-    if len(pair.output) < 4 and pair.source != "translation":
-        return "answer too short"
+    if packaged and pair.source != "translation":
+        if japanese_share(pair.output) < 0.3:
+            return "answer not Japanese"
+        if len(pair.output) < 4:
+            return "answer too short"
     return ""
 
 
 def pair_side(pair: Pair, valid_share: float) -> str:
     """``train`` or ``valid``, by the hash of the headword."""
     return "valid" if is_valid_side(text_hash(pair.headword), valid_share) else "train"
+
+
+def identity(pair: Pair) -> bytes:
+    """The hash of a whole conversation: what makes a pair a duplicate of another."""
+    return text_hash("\0".join(message["content"] for message in messages_of(pair._asdict())))
+
+
+def pretraining_overlap(sides: dict[str, list[Pair]], texts: Iterable[str]) -> dict[str, int]:
+    """How many pairs of each side share text with the validation documents of pretraining.
+
+    Shared text: the same run of at least 20 characters between two ends of a sentence or line. Memory goes
+    with the pairs, not with `texts`.
+    """
+
+    def runs(pair: Pair) -> set[str]:
+        return {
+            run for message in messages_of(pair._asdict()) for run in _SENTENCE.findall(message["content"])
+        }
+
+    wanted = {run for pairs in sides.values() for pair in pairs for run in runs(pair)}
+    found = {run for text in texts for run in _SENTENCE.findall(text) if run in wanted}
+    return {side: sum(not found.isdisjoint(runs(pair)) for pair in pairs) for side, pairs in sides.items()}

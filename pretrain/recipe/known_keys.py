@@ -91,11 +91,29 @@ def fields_of(cls: type) -> dict[str, str]:
     }
 
 
+def scheduler_options() -> dict[str, list[str]]:
+    """The keys that each learning rate schedule takes as ``lr_scheduler_kwargs``; those that take any are
+    left out.
+    """
+    import inspect
+
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    # What get_scheduler gives by itself.
+    given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    options = {
+        kind.value: sorted(set(inspect.signature(function).parameters) - given)
+        for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+    }
+    return {kind: keys for kind, keys in options.items() if "kwargs" not in keys}
+
+
 def table() -> dict[str, Any]:
     """The whole table, as it is written to known_keys.json."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers import CONFIG_MAPPING, GenerationConfig, TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
@@ -110,6 +128,8 @@ def table() -> dict[str, Any]:
             "optim": sorted(name.value for name in OptimizerNames),
             "lr_scheduler_type": sorted(name.value for name in SchedulerType),
         },
+        "scheduler_options": scheduler_options(),
+        "boards": sorted(INTEGRATION_TO_CALLBACK),
         "generation": {key: "any" for key in sorted(GenerationConfig().to_dict()) if key[0] != "_"}
         | {
             "do_sample": "bool",

@@ -1,10 +1,14 @@
-"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh and 12_finetune.sh.
+"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh, 12_finetune.sh and
+13_preference.sh.
 
     python -m recipe.launch SCRIPT --recipe tiny [--nproc N] [--deepspeed zero2]
 
 This process holds the stage (checks, lock, publication) and never imports torch; the training runs in a
 child, whose work folder it is given. A signal to this process goes to the child, which saves a checkpoint
 before it ends.
+
+Over several nodes the same command runs on each with its own --node-rank. Node 0 holds the stage; the others
+only lend it their processes (`join`). They share the project's folder over a network file system.
 """
 
 from __future__ import annotations
@@ -12,18 +16,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import platform
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe import preflight
-from recipe.config import check_launch
-from recipe.download import require_space
+from recipe.config import check_launch, check_quantization, check_tensor_parallel, load_recipe
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -36,32 +42,126 @@ from recipe.outputs import (
     Stage,
     read_json,
     run_stage,
+    stage_arguments,
+    stage_folder,
     write_json,
 )
+from recipe.preferences import no_preference
 
 STAGES = {
     "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
     "run_sft.py": ("12_finetune", ("finetune",), ("05_pretrain", "11_dataset")),
+    "run_dpo.py": ("13_preference", ("preference",), ("12_finetune",)),
 }
+SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which processes train and what joins them.
+
+    processes: ranks on this machine, of `nodes` machines with as many each. hosts: ranks by machine, from
+    DeepSpeed's hostfile. deepspeed: a file of configs/deepspeed/ by its short name. fsdp: shard by FSDP2.
+    tensor_parallel: ranks that share each matrix.
+    """
+
+    processes: int = 1
+    nodes: int = 1
+    node_rank: int = 0
+    master_addr: str = ""
+    master_port: int = 29500
+    hostfile: Path | None = None
+    hosts: Mapping[str, int] = field(default_factory=dict)
+    deepspeed: str | None = None
+    fsdp: bool = False
+    tensor_parallel: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all machines."""
+        return sum(self.hosts.values()) or self.nodes * self.processes
+
+    def check(self, config: Mapping[str, dict[str, Any]], file: str) -> Path | None:
+        """Check the options against a recipe's file (``pretrain`` or ``finetune``) and its model.
+
+        Returns the path of the DeepSpeed file. Raises Refused.
+        """
+        check_tensor_parallel(config["model"], self.tensor_parallel)
+        return check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
+
+
+def launch_of(arguments: argparse.Namespace) -> Launch:
+    """The launch that the options of `add_options` describe. Raises Refused where they contradict."""
+    nodes, node_rank = arguments.nnodes, arguments.node_rank
+    if nodes < 1 or not 0 <= node_rank < nodes:
+        raise Refused(f"--nnodes {nodes} --node-rank {node_rank}: wanted a rank from 0 to nnodes - 1")
+    if nodes > 1 and not arguments.master_addr:
+        raise Refused(f"--nnodes {nodes}: give --master-addr, the address of node 0")
+    if arguments.hostfile and (not arguments.deepspeed or nodes > 1):
+        raise Refused("--hostfile is for --deepspeed, and starts the other nodes itself: without --nnodes")
+    hosts = read_hostfile(Path(arguments.hostfile)) if arguments.hostfile else {}
+    return Launch(
+        processes=max(hosts.values()) if hosts else arguments.nproc or default_ranks(),
+        nodes=nodes,
+        node_rank=node_rank,
+        master_addr=arguments.master_addr,
+        master_port=arguments.master_port,
+        hostfile=Path(arguments.hostfile).resolve() if hosts else None,
+        hosts=hosts,
+        deepspeed=arguments.deepspeed,
+        fsdp=arguments.fsdp,
+        tensor_parallel=arguments.tensor_parallel,
+    )
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Ranks by machine from lines ``NAME slots=N``, as DeepSpeed and MPI read them. Raises Refused."""
+    if not path.is_file():
+        raise Refused(f"--hostfile {path}: no such file")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
+        if not found or found[1] in hosts or int(found[2]) < 1:
+            raise Refused(f"{path}:{number}: {line!r}, wanted `NAME slots=N`, each machine once")
+        hosts[found[1]] = int(found[2])
+    if len(hosts) < 2:
+        raise Refused(f"{path}: {len(hosts)} machines. On one machine give --nproc instead of --hostfile")
+    if not shutil.which("pdsh"):
+        raise Refused("--hostfile: DeepSpeed reaches the other machines through pdsh: apt-get install pdsh")
+    return hosts
 
 
 def command(
-    script: str, arguments: list[str], processes: int, deepspeed: str | None, visible: str | None = None
+    script: str, arguments: list[str], launch: Launch, deepspeed: Path | None, visible: str | None = None
 ) -> list[str]:
-    """The command that trains on `processes` ranks of this machine.
+    """The command that trains on this machine's ranks, or by a hostfile on all machines.
 
-    deepspeed: path of a DeepSpeed file, or None. One process without DeepSpeed runs as plain python.
+    deepspeed: path of a DeepSpeed file, or None; without it one process runs as plain python.
     visible: CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher would otherwise ignore beside a number of ranks.
     """
+    count = str(launch.processes)
+    if launch.nodes > 1:
+        where = ["--nnodes", str(launch.nodes), "--node-rank", str(launch.node_rank)]
+        where += ["--master-addr", launch.master_addr, "--master-port", str(launch.master_port)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *where]
+        return [*launcher, "--nproc-per-node", count, script, *arguments]
     if deepspeed:
-        ranks = ["--num_gpus", str(processes)]
-        if visible:
-            ranks = ["--include", "localhost:" + ",".join(visible.split(",")[:processes])]
-        ranks += ["--master_port", str(_free_port()), "--no_local_rank"]
-        return [sys.executable, "-m", "deepspeed.launcher.runner", *ranks, script, *arguments]
-    if processes > 1:
+        if launch.hostfile:
+            ranks = ["--hostfile", str(launch.hostfile), "--master_port", str(launch.master_port)]
+            ranks += ["--master_addr", launch.master_addr] if launch.master_addr else []
+        else:
+            ranks = ["--num_gpus", count]
+            if visible:
+                ranks = ["--include", "localhost:" + ",".join(visible.split(",")[: launch.processes])]
+            ranks += ["--master_port", str(_free_port())]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *ranks, "--no_local_rank"]
+        return [*launcher, script, *arguments]
+    if launch.processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*launcher, "--nproc-per-node", str(processes), script, *arguments]
+        return [*launcher, "--nproc-per-node", count, script, *arguments]
     return [sys.executable, script, *arguments]
 
 
@@ -80,8 +180,7 @@ def count_gpus(environment: Mapping[str, str], listing: str) -> int:
     return min(present, sum(bool(part.strip()) and part.strip() != "-1" for part in visible.split(",")))
 
 
-def nvidia_smi() -> str:
-    """What `nvidia-smi -L` lists; nothing without it."""
+def _nvidia_smi() -> str:
     if not shutil.which("nvidia-smi"):
         return ""
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
@@ -89,86 +188,162 @@ def nvidia_smi() -> str:
 
 def default_ranks() -> int:
     """One rank per visible GPU, one without any."""
-    return max(1, count_gpus(os.environ, nvidia_smi()))
+    return max(1, visible_gpus())
 
 
-def child_environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
-    """The child's environment: threads shared among the ranks, compiled kernels kept between runs, no
-    telemetry.
-    """
+def visible_gpus() -> int:
+    """GPUs that a training started now would see."""
+    return count_gpus(os.environ, _nvidia_smi())
+
+
+def _defaults(environment: Mapping[str, str], processes: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // processes)
-    defaults = {
+    return {
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(DATA / ".torchinductor"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DS_ACCELERATOR": "cuda" if count_gpus(environment, nvidia_smi()) else "cpu",
+        "DS_ACCELERATOR": "cuda" if count_gpus(environment, _nvidia_smi()) else "cpu",
         "PYTHONUNBUFFERED": "1",
     }
-    return defaults | dict(environment)
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--nproc", type=int, default=0, help="processes (ranks) on this machine; default: one per GPU, else 1"
-    )
-    parser.add_argument("--deepspeed", metavar="NAME", help="use configs/deepspeed/NAME.json, e.g. zero2")
-    parser.add_argument("--probe", action="store_true", help="measure settings, name the fastest (05 only)")
+def child_environment(
+    environment: Mapping[str, str], processes: int, for_hosts: Path | None = None
+) -> dict[str, str]:
+    """The child's environment: threads shared among the ranks, compiled kernels kept between runs, no
+    telemetry; what the user has set wins.
+
+    for_hosts: a file to write for DeepSpeed, which hands what stands in it to the machines of a hostfile.
+    """
+    defaults = _defaults(environment, processes)
+    chosen = defaults | dict(environment)
+    if for_hosts:
+        for_hosts.write_text("".join(f"{name}={chosen[name]}\n" for name in defaults), "utf-8")
+        chosen["DS_ENV_FILE"] = str(for_hosts)
+    return chosen
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose processes and what joins them."""
+    add = parser.add_argument
+    add("--nproc", type=int, default=0, help="ranks on this machine; default: one per GPU, else 1")
+    add("--deepspeed", metavar="NAME", help="ZeRO by configs/deepspeed/NAME.json, e.g. zero2")
+    add("--fsdp", action="store_true", help="shard weights and optimizer over the ranks by FSDP2")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="split each matrix over N ranks")
+    add("--nnodes", type=int, default=1, help="machines; run the command on each, with its --node-rank")
+    add("--node-rank", type=int, default=0, help="0 on the machine that holds the stage")
+    add("--master-addr", default="", help="address of node 0")
+    add("--master-port", type=int, default=29500, help="a free port of node 0 (default: 29500)")
+    add("--hostfile", metavar="FILE", help="machines for --deepspeed, lines `NAME slots=N`, reached by pdsh")
+    add("--probe", action="store_true", help="measure settings and name the fastest (stage 05 only)")
 
 
 def train(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
-    arguments = stage.arguments
-    processes = arguments.nproc or default_ranks()
+    result = stage.folder / "result.json"
+    if not result.exists():  # else only the publication was missing
+        (stage.folder / "stop").unlink(missing_ok=True)
+        _run_child(stage, script, stage.folder)
+        if not result.exists():
+            raise RecipeError("training ended without a result; the reason stands above")
+    stage.figures = read_json(result)
+    stage.headline = stage.figures.pop("headline")
+    for name in ("plan.json", "deepspeed_env"):
+        (stage.folder / name).unlink(missing_ok=True)
+
+
+def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
+    """Write the plan into the folder `plans`, start the launcher and wait for it (see `_wait`)."""
+    launch = launch_of(stage.arguments)
     file = STAGES[script.name][1][-1]
-    path = check_launch(stage.config[file], file, arguments.deepspeed, processes)
-    deepspeed = str(path) if path else None
-    if file == "pretrain":
-        before_training(stage, processes)
-    stop = stage.folder / "stop"
-    stop.unlink(missing_ok=True)
+    check_quantization(stage.config[file], file, visible_gpus())
+    deepspeed = launch.check(stage.config, file)
+    if file == "pretrain" and not launch.node_rank:
+        _check_room(stage, launch)
     plan = {
         "recipe": stage.recipe,
         "config": stage.config,
-        "deepspeed": deepspeed,
-        "processes": processes,
+        "deepspeed": str(deepspeed) if deepspeed else None,
+        "fsdp": launch.fsdp,
+        "tensor_parallel": launch.tensor_parallel,
+        "ranks": launch.ranks,
         "parent": os.getpid(),
+        "host": platform.node(),
         "folder": str(stage.folder),
         "inputs": {name: str(path) for name, path in stage.inputs.items()},
     }
-    write_json(stage.folder / "plan.json", plan)
-    result = stage.folder / "result.json"
-    if not result.exists():  # else only the publication was missing
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus(os.environ, nvidia_smi()) else None
-        line = command(str(script), [str(stage.folder / "plan.json")], processes, deepspeed, visible)
-        stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))
-        environment = child_environment(os.environ, processes)
-        child = subprocess.Popen(line, env=environment, pass_fds=(stage.lock,), start_new_session=True)
-        code = _wait(child, stage, stop)
-        if code == EXIT_REFUSED:
-            raise Refused("the training refused to start; the reason stands above")
-        if code or not result.exists():
-            raise RecipeError(
-                f"training ended with exit {code} before it was finished; the reason stands above. "
-                "Checkpoints are kept: run the same command again to continue"
+    write_json(plans / "plan.json", plan)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus(os.environ, _nvidia_smi()) else None
+    line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible)
+    stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))
+    for_hosts = stage.folder / "deepspeed_env" if launch.hostfile else None
+    environment = child_environment(os.environ, launch.processes, for_hosts)
+    lock = () if launch.node_rank else (stage.lock,)
+    child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
+    code = _wait(child, stage, published)
+    if code == EXIT_REFUSED:
+        raise Refused("the training refused to start; the reason stands above")
+    if code:
+        raise RecipeError(
+            f"training ended with exit {code} before it was finished; the reason stands above. "
+            "Checkpoints are kept: run the same command again to continue"
+        )
+
+
+def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
+    """Lend this machine's ranks to the stage that node 0 holds; exits with the right code."""
+    parser = stage_arguments(doc)
+    add_options(parser)
+    arguments = parser.parse_args()
+    try:
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        final = stage_folder(arguments.recipe, name)
+        if (final / "stage.json").exists() and not arguments.force:
+            print(f"{name:15} nothing to join: {final} is there; node 0 says more")
+            return
+        folder = final.with_name(f".{name}.work")  # node 0's, made before the ranks find each other
+        folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
+        stage = Stage(name, arguments.recipe, config, folders, folder, arguments, lock=-1)
+        if arguments.dry_run:
+            print(f"{name:15} would join node 0 at {arguments.master_addr}")
+            return
+        before = _identity(final / "stage.json")
+        with tempfile.TemporaryDirectory() as plans:
+            _run_child(
+                stage, script, Path(plans), lambda: _identity(final / "stage.json") not in (None, before)
             )
-    stage.figures = read_json(result)
-    stage.headline = stage.figures.pop("headline")
-    (stage.folder / "plan.json").unlink()
+    except RecipeError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
-def _wait(child: subprocess.Popen[bytes], stage: Stage, stop: Path) -> int:
-    """Wait for the child. On SIGINT or SIGTERM write the stop file and raise Interrupted once all has ended.
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
 
-    A file, because it reaches every rank under every launcher: DeepSpeed's dies of a signal and leaves its
-    ranks behind.
+
+def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], bool] | None = None) -> int:
+    """Wait for the child. On SIGINT or SIGTERM write the stop file and raise Interrupted once all has ended;
+    likewise when somebody else wrote it (``touch outputs/RECIPE/.05_pretrain.work/stop``).
+
+    A file, because it reaches every rank under every launcher and on every machine: DeepSpeed's dies of a
+    signal and leaves its ranks behind.
+
+    published: whether node 0 has the stage's result, for the other nodes: it may have one without training,
+    and ranks of theirs would wait for its ranks for ever.
     """
     received: list[int] = []
+    stop = stage.folder / "stop"
 
     def ask_to_stop(signum: int, frame: object) -> None:
         received.append(signum)
         if len(received) < 3:
-            stop.touch()
+            with contextlib.suppress(FileNotFoundError):  # another node's folder that is not there any more
+                stop.touch()
             stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
         else:
             for process in reversed(descendants(child.pid)):
@@ -177,14 +352,27 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, stop: Path) -> int:
 
     old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
+        while published and child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(2)
+            if published():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(10)  # for ranks that have trained and are on their way out
+                if child.poll() is None:
+                    child.terminate()
+                    child.wait()
+                    stage.say("node 0 has the result without training")
+                    return 0
         code = child.wait()
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
-    if received:
-        exit_code = EXIT_INTERRUPTED if received[0] == signal.SIGINT else EXIT_TERMINATED
+    if received or (code and stop.exists()):
+        by_interrupt = bool(received) and received[0] == signal.SIGINT
         raise Interrupted(
-            "stopped by a signal. Run the same command again to continue from the checkpoint", exit_code
+            f"stopped by a {'signal' if received else 'stop file'}. Run the same command again to continue "
+            "from the checkpoint",
+            EXIT_INTERRUPTED if by_interrupt else EXIT_TERMINATED,
         )
     return code
 
@@ -198,26 +386,29 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def run_probe(name: str, script: Path) -> None:
+def _probe(name: str, script: Path) -> None:
     """Measure settings instead of training; errors end in one line as those of a stage."""
     from recipe import probe  # here: it imports this module's names
 
     try:
-        probe.main(script, _options)
+        probe.main(script)
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def before_training(stage: Stage, processes: int) -> None:
+def _check_room(stage: Stage, launch: Launch) -> None:
     """Say what the training will take; refuse it when its checkpoints cannot fit on the disk."""
+    from recipe import preflight
+    from recipe.fetching import require_space
+
     try:
         shape = preflight.shape_of(stage.config["model"], preflight.vocabulary_of(stage.config))
     except Refused:
         return  # a published tokenizer: sizes are known once it is loaded
     values = stage.config["pretrain"]
     here, free = preflight.this_machine()
-    setting = preflight.setting_of(values, here, processes, stage.arguments.deepspeed)
+    setting = preflight.setting_of(values, here, launch.ranks, launch.deepspeed)
     steps = preflight.step_count(values, preflight.training_tokens(stage.recipe))
     peak = preflight.memory(shape, setting)["peak"]
     disk = preflight.training_disk(shape, setting, values, steps) or 0
@@ -228,15 +419,14 @@ def before_training(stage: Stage, processes: int) -> None:
         stage.say(f"warning: only {free / 2**30:.1f} GiB are free; see --dry-run for what to change")
 
 
-def forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Print the preflight of a pretraining."""
-    ranks = arguments.nproc or default_ranks()
-    check_launch(config["pretrain"], "pretrain", arguments.deepspeed, ranks)
-    try:
-        for line in preflight.report(arguments.recipe, config, ranks, arguments.deepspeed):
-            print(f"  {line}")
-    except Refused as error:
-        print(f"  preflight: {error}")
+    from recipe import preflight
+
+    launch = launch_of(arguments)
+    launch.check(config, "pretrain")
+    for line in preflight.report(arguments.recipe, config, launch.ranks, launch.deepspeed):
+        print(f"  {line}")
 
 
 def main() -> None:
@@ -245,21 +435,25 @@ def main() -> None:
     if script.name not in STAGES:
         raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
     name, sections, inputs = STAGES[script.name]
-    if "--probe" in sys.argv and name == "05_pretrain":
-        run_probe(name, script)
+    doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc, --nnodes) or deepspeed."
+    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    probe.add_argument("--node-rank", type=int, default=0)
+    if probe.parse_known_args()[0].node_rank > 0:
+        join(name, doc, inputs, script)
         return
-    skip = no_pairs if name == "12_finetune" else None
-    doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc) or deepspeed (--deepspeed)."
+    if "--probe" in sys.argv and name == "05_pretrain":
+        _probe(name, script)
+        return
     run_stage(
         f"{name}.sh",
         doc,
         lambda stage: train(stage, script),
         sections,
         inputs,
-        options=_options,
+        options=add_options,
         resumable=True,
-        skip=skip,
-        preview=forecast if name == "05_pretrain" else None,
+        skip=SKIP.get(name),
+        preview=_forecast if name == "05_pretrain" else None,
     )
 
 

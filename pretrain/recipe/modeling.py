@@ -55,82 +55,38 @@ def _numel(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, where ZeRO-3 has partitioned it
 
 
-def _ndim(parameter: torch.nn.Parameter) -> int:
+def dimensions(parameter: torch.nn.Parameter) -> int:
+    """The number of dimensions, also where ZeRO-3 keeps only a flat part here."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
-    """Floating point operations of one training token: 6 per weight of a matrix product, and causal
-    attention.
+    """Floating point operations of one training token: 6 per weight of a matrix product (4 where it is
+    frozen), and causal attention.
 
     After Kaplan et al. (2020), appendix B, and Chowdhery et al. (2022), appendix B, with attention halved
     because it is causal. The input embedding is a look-up and costs nothing; the output matrix counts also
     when it is tied.
     """
     config = model.config
-    matrices = sum(_numel(p) for name, p in model.named_parameters() if _ndim(p) == 2 and not _is_outer(name))
-    output = config.vocab_size * config.hidden_size
+    matrices = sum(
+        _cost(p) * _numel(p)
+        for name, p in model.named_parameters()
+        if dimensions(p) == 2 and not is_outer(name)
+    )
+    output = _cost(model.get_output_embeddings().weight) * config.vocab_size * config.hidden_size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_size * block_size
-    return 6 * (matrices + output) + attention
+    return matrices + output + attention
 
 
-def _is_outer(name: str) -> bool:
+def _cost(parameter: torch.nn.Parameter) -> int:
+    """Operations for each weight and token: forward 2, the gradient of its input 2, its own 2 if trained."""
+    return 6 if parameter.requires_grad else 4
+
+
+def is_outer(name: str) -> bool:
     """Whether a parameter belongs to the embeddings or the output, by its name in the architectures of
     recipes.
     """
     return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the matrices inside the layers, AdamW for embeddings, output and everything that is no matrix.
-
-    Muon (Jordan et al., 2024) orthogonalises a matrix's momentum; ``match_rms_adamw`` (Liu et al., 2025)
-    scales its step to the size of AdamW's. One object, because the Trainer, its scheduler and its checkpoints
-    hold one.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        muon_learning_rate: float,
-        learning_rate: float,
-        betas: tuple[float, float],
-        epsilon: float,
-        weight_decay: float,
-    ) -> None:
-        matrices: list[torch.nn.Parameter] = []
-        others: list[torch.nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                (matrices if parameter.ndim == 2 and not _is_outer(name) else others).append(parameter)
-        self.parts = [
-            torch.optim.Muon(
-                matrices,
-                lr=muon_learning_rate,
-                momentum=0.95,
-                weight_decay=weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(
-                others, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0, fused=True
-            ),
-        ]
-        # Shared with the parts: the scheduler writes learning rates into these very groups.
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step of both optimizers."""
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of both parts, in one dict."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]

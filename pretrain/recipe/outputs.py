@@ -44,6 +44,12 @@ VERSIONED = (
     "sentencepiece",
     "tokenizers",
     "neologdn",
+    "hojichar",
+    "mwparserfromhell",
+    "aozora",
+    "datatrove",
+    "trl",
+    "peft",
     "lxml",
     "pyarrow",
     "numpy",
@@ -163,8 +169,7 @@ def run_stage(
     doc: str,
     work: Callable[[Stage], None],
     sections: tuple[str, ...],
-    inputs: tuple[str, ...] = (),
-    facts: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    inputs: tuple[str, ...] | Callable[[dict[str, Any]], tuple[str, ...]] = (),
     options: Callable[[argparse.ArgumentParser], None] | None = None,
     resumable: bool = False,
     skip: Callable[[dict[str, Any]], str] | None = None,
@@ -174,7 +179,8 @@ def run_stage(
 
     script, doc: the stage's ``__file__`` and ``__doc__``.
     sections: the recipe's files that decide this stage's result; a change in one makes it stale.
-    inputs: earlier stages it reads. facts: further things the result depends on (a user's own files).
+    inputs: earlier stages it reads, or a function of the config that names them. What else the result depends
+    on, `recipe.facts` says.
     skip: gives the reason for which a recipe does without this stage, or an empty string.
     preview: prints what is known beforehand, for --dry-run.
     resumable: the work folder of an unfinished run with the same wishes is kept and handed to `work` again.
@@ -190,7 +196,7 @@ def run_stage(
             1, signal.SIGTERM
         )  # PR_SET_PDEATHSIG: when run_all.sh is killed, stop as well
     try:
-        _run(name, arguments, work, sections, inputs, facts, resumable, skip, preview)
+        _run(name, arguments, work, sections, inputs, resumable, skip, preview)
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -220,13 +226,13 @@ def _run(
     arguments: argparse.Namespace,
     work: Callable[[Stage], None],
     sections: tuple[str, ...],
-    inputs: tuple[str, ...],
-    facts: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    inputs: tuple[str, ...] | Callable[[dict[str, Any]], tuple[str, ...]],
     resumable: bool,
     skip: Callable[[dict[str, Any]], str] | None,
     preview: Callable[[dict[str, Any], argparse.Namespace], None] | None,
 ) -> None:
-    from recipe.config import deciding_keys, load_recipe  # here: config imports this module's names
+    from recipe.config import deciding_keys, load_recipe  # here: they import this module's names
+    from recipe.facts import FACTS
 
     config = load_recipe(arguments.recipe, arguments.overrides)
     reason = skip(config) if skip else ""
@@ -235,6 +241,7 @@ def _run(
         return
     if preview and arguments.dry_run:
         preview(config, arguments)
+    inputs = inputs(config) if callable(inputs) else inputs
     folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
     missing = [stage for stage, folder in folders.items() if not (folder / "stage.json").exists()]
     if missing:
@@ -257,8 +264,8 @@ def _run(
         "config": {section: deciding_keys(section, config[section]) for section in sections}
     }
     wanted["inputs"] = {stage: _file_digest(folder / "stage.json") for stage, folder in folders.items()}
-    if facts:
-        wanted["facts"] = facts(config)
+    if name in FACTS:
+        wanted["facts"] = FACTS[name](config)
 
     final = stage_folder(arguments.recipe, name)
     folder = final.with_name(f".{name}.work")
@@ -323,6 +330,7 @@ def _stale_inputs(
 ) -> Iterator[tuple[str, list[str]]]:
     """Earlier stages, also indirect ones, that were made from other settings than the recipe now has."""
     from recipe.config import deciding_keys
+    from recipe.facts import FACTS
 
     for stage in inputs:
         path = stage_folder(recipe, stage) / "stage.json"
@@ -331,6 +339,8 @@ def _stale_inputs(
             yield from _stale_inputs(recipe, sorted(wanted["inputs"]), config)
             now = {section: deciding_keys(section, config[section]) for section in wanted["config"]}
             changes = differences(wanted["config"], now)
+            if stage in FACTS and "facts" in wanted:
+                changes += differences(wanted["facts"], FACTS[stage](config), "facts")
             if changes:
                 yield stage, changes
 

@@ -1,155 +1,168 @@
-"""Token files and the blocks that training reads from them.
-
-Token files are in Megatron-LM's indexed format (``.bin`` the tokens, ``.idx`` the documents), so the same
-files feed Megatron-LM and GPT-NeoX. Layout of ``.idx``, little-endian, after
-megatron/core/datasets/indexed_dataset.py: ``MMIDIDX\\0\\0``, version uint64 = 1, dtype code uint8, number of
-sequences uint64, number of document bounds uint64, lengths int32[sequences], byte offsets int64[sequences],
-document bounds int64[documents + 1].
-"""
+"""Blocks of tokens that training and evaluation read: documents end to end, kept apart by position."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
-from pathlib import Path
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from recipe.outputs import RecipeError
+from recipe.token_files import TokenFile
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 IGNORED = -100  # torch's cross entropy leaves such labels out
 
-
-def write_token_file(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> tuple[int, int]:
-    """Write ``<prefix>.bin`` and ``<prefix>.idx``, one sequence per document; return (documents, tokens).
-
-    The dtype is uint16 where every id fits, else int32. Memory grows by 4 bytes a document only.
-    """
-    code = 8 if vocab_size <= 2**16 else 4
-    dtype = _DTYPE_CODES[code]
-    lengths = bytearray()
-    with prefix.with_suffix(".bin").open("wb") as handle:
-        for ids in documents:
-            handle.write(np.asarray(ids, dtype=dtype).tobytes())
-            lengths += struct.pack("<i", len(ids))
-    sizes = np.frombuffer(lengths, dtype="<i4")
-    ends = np.cumsum(sizes, dtype=np.int64)
-    with prefix.with_suffix(".idx").open("wb") as handle:
-        handle.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
-        handle.write(sizes.tobytes())
-        handle.write(((ends - sizes) * dtype.itemsize).astype("<i8").tobytes())
-        handle.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-    return len(sizes), int(ends[-1]) if len(ends) else 0
-
-
-class TokenFile:
-    """A token file opened by memory map: `tokens` [n] of uint16 or int32, `starts` [documents] byte offsets
-    int64.
-
-    Raises RecipeError when the two files are not whole or do not belong together.
-    """
-
-    def __init__(self, prefix: Path) -> None:
-        index, data = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
-        for path in (index, data):
-            if not path.is_file():
-                raise RecipeError(f"{path}: missing. Run stage 04")
-        size = index.stat().st_size
-        with index.open("rb") as handle:
-            header = handle.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise RecipeError(
-                f"{index}: not a Megatron-LM index (version 1). Run stage 04 again with --force"
-            )
-        _, version, code, sequences, bounds = _HEADER.unpack(header)
-        if version != 1 or code not in _DTYPE_CODES or size < _HEADER.size + 12 * sequences + 8 * bounds:
-            raise RecipeError(
-                f"{index}: truncated or of another version ({size} bytes). Run stage 04 with --force"
-            )
-        self.dtype = _DTYPE_CODES[code]
-        self.documents = sequences
-        self.starts = (
-            np.memmap(index, "<i8", "r", _HEADER.size + 4 * sequences, (sequences,)) if sequences else []
-        )
-        lengths_end = _HEADER.size + 4 * sequences
-        last = np.memmap(index, "<i4", "r", lengths_end - 4, (1,))[0] if sequences else 0
-        wanted = int(self.starts[-1]) + int(last) * self.dtype.itemsize if sequences else 0
-        if data.stat().st_size != wanted:
-            raise RecipeError(
-                f"{data}: {data.stat().st_size} bytes, but its index wants {wanted}. "
-                "Run stage 04 with --force"
-            )
-        self.tokens = np.memmap(data, self.dtype, "r") if wanted else np.zeros(0, self.dtype)
-
-    def document_starts(self, begin: int, end: int) -> np.ndarray:
-        """The places in [begin, end) where a document starts, int64, by bisection in O(log documents)."""
-        if not self.documents:
-            return np.zeros(0, np.int64)
-        size = self.dtype.itemsize
-        first, last = np.searchsorted(self.starts, [begin * size, end * size])
-        return np.asarray(self.starts[first:last]) // size
+# (first document, document after the last, weight) of a source in a token file
+Source = tuple[int, int, float]
 
 
 class PackedBlocks(Dataset):
     """A token file as blocks of equal size, documents end to end, nothing left out and nothing twice in an
     epoch.
 
-    Item k is block ``shuffle(k mod blocks)`` of epoch ``k // blocks``: a pure function of (seed, k), so that
-    a resumed run, or one on another number of ranks, sees the same samples in the same order. Without a seed
+    Item k is block ``shuffle(k - items before)`` of its epoch: a pure function of (seed, k), so that a
+    resumed run, or one on another number of ranks, sees the same samples in the same order. Without a seed
     the blocks come in file order.
 
+    sources: what an epoch holds, where it is not each document once: a source of weight 2 is read twice, of
+    weight 0.5 its first half in one epoch and its second half in the next (see `epoch_segments`).
+    at_least: items wanted; the dataset offers as many whole epochs as that takes.
+
     An item holds, each int64 [block_size]: ``input_ids``; ``position_ids`` that restart at 0 with each
-    document, by which attention keeps documents apart; ``shift_labels``, the label of each place being the
-    next token, and -100 where the next token starts another document or lies past the end of the file. The
-    one short block at the end is padded.
+    document, by which attention keeps documents apart; ``labels`` and ``shift_labels`` (the same tensor), the
+    label of each place being the next token, and -100 where the next token starts another document or lies
+    past the end of the epoch. The one short block at an epoch's end is padded.
     """
 
     def __init__(
-        self, file: TokenFile, block_size: int, pad: int, seed: int | None = None, epochs: int = 1
+        self,
+        file: TokenFile,
+        block_size: int,
+        pad: int,
+        seed: int | None = None,
+        at_least: int = 1,
+        sources: Sequence[Source] | None = None,
     ) -> None:
         self.file, self.block_size, self.pad, self.seed = file, block_size, pad, seed
-        self.blocks = -(-len(file.tokens) // block_size)
-        self.epochs = epochs
-        if not self.blocks:
+        sources = sources or [(0, file.documents, 1.0)]
+        if not any(begin < end for begin, end, _ in sources):
             raise RecipeError(
-                "a token file without tokens: the dataset of stage 02 is empty on this side of the split"
+                f"{file.prefix}.bin: no tokens: the dataset of stage 02 is empty on this side of the split"
             )
+        # Per epoch: the token where each segment begins in the file; where it begins in the epoch, and the
+        # epoch's end; items of this and all earlier epochs. Lists: bisect is far quicker on them than numpy.
+        self.segments: list[list[int]] = []
+        self.places: list[list[int]] = []
+        self.ends: list[int] = []
+        while not self.ends or self.ends[-1] < at_least:
+            segments = epoch_segments(file, sources, len(self.ends))
+            places = [0, *itertools.accumulate(end - begin for begin, end in segments)]
+            self.segments.append([begin for begin, _ in segments])
+            self.places.append(places)
+            self.ends.append((self.ends[-1] if self.ends else 0) + -(-places[-1] // block_size))
 
     def __len__(self) -> int:
-        return self.blocks * self.epochs
+        return self.ends[-1]
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        epoch, index = divmod(item, self.blocks)
+        epoch = bisect_right(self.ends, item)
+        before = self.ends[epoch - 1] if epoch else 0
+        index = item - before
         if self.seed is not None:
-            index = permuted(index, self.blocks, self.seed * 1_000_003 + epoch)
-        begin = index * self.block_size
+            index = permuted(index, self.ends[epoch] - before, self.seed * 1_000_003 + epoch)
         # One token more than the block: the last label, so that every token but a document's first is
         # predicted.
-        window = np.asarray(self.file.tokens[begin : begin + self.block_size + 1], dtype=np.int64)
-        starts = self.file.document_starts(begin, begin + self.block_size + 1) - begin
+        window, starts = self._read(epoch, index * self.block_size, self.block_size + 1)
         return pack(window, starts, self.block_size, self.pad)
+
+    def _read(self, epoch: int, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `count` tokens of an epoch from `begin` on, and where in them documents start."""
+        segments, places = self.segments[epoch], self.places[epoch]
+        end = min(begin + count, places[-1])
+        tokens, starts, place = [], [], begin
+        segment = bisect_right(places, begin) - 1
+        while place < end:
+            stop = min(end, places[segment + 1])
+            shift = segments[segment] - places[segment]
+            tokens.append(self.file.tokens[place + shift : stop + shift])
+            starts.append(self.file.document_starts(place + shift, stop + shift) - (shift + begin))
+            place, segment = stop, segment + 1
+        if len(tokens) == 1:
+            return tokens[0], starts[0]
+        return np.concatenate(tokens), np.concatenate(starts)
+
+
+def epoch_segments(file: TokenFile, sources: Sequence[Source], epoch: int) -> list[tuple[int, int]]:
+    """The token ranges [begin, end) that make up an epoch, cut at document bounds; none is empty.
+
+    A source of weight w and n documents is read round and round: epoch e takes the documents from e*w*n on,
+    up to (e+1)*w*n. So after e epochs each of its documents was read e*w times, rounded up or down. A
+    function of the arguments only.
+    """
+    segments = []
+    for first, end, weight in sources:
+        documents = end - first
+        here, stop = (math.floor(turn * weight * documents) for turn in (epoch, epoch + 1))
+        while here < stop:
+            offset = here % documents
+            count = min(stop - here, documents - offset)
+            bounds = (first + offset, first + offset + count)
+            segments.append(tuple(map(file.first_token, bounds)))
+            here += count
+    return segments
+
+
+def epoch_tokens(file: TokenFile, sources: Sequence[Source] | None) -> int:
+    """Tokens of an epoch by the weights; where a source is read in part, the mean over its epochs."""
+    if not sources:
+        return len(file.tokens)
+    return round(sum(w * (file.first_token(end) - file.first_token(first)) for first, end, w in sources))
+
+
+def check_vocabulary(file: TokenFile, largest_id: int, vocab_size: int) -> None:
+    """Refuse a token file whose largest id, as stage 04 counted it, is no row of the model's embeddings."""
+    if largest_id >= vocab_size:
+        raise RecipeError(
+            f"{file.prefix}.bin: holds the id {largest_id}, but the model's vocabulary has {vocab_size} "
+            "entries: it was made with a larger tokenizer. Use the tokenizer of this model, or give the "
+            "model the tokenizer's size (leave vocab_size out of model.json)"
+        )
+
+
+def weighted_sources(
+    counts: dict[str, dict[str, int]], config: dict[str, dict[str, object]]
+) -> list[Source] | None:
+    """What `PackedBlocks` takes as sources; None where every source has the weight 1.
+
+    counts: stage 04's figures of a side by source. config: the sources in dataset.json, with their `weight`.
+    """
+    weights = {name: float(config[name].get("weight", 1)) for name in counts}
+    if set(weights.values()) == {1.0}:
+        return None
+    return [
+        (count["first_document"], count["first_document"] + count["documents"], weights[name])
+        for name, count in counts.items()
+    ]
 
 
 def pack(window: np.ndarray, starts: np.ndarray, block_size: int, pad: int) -> dict[str, torch.Tensor]:
-    """One training sample from up to ``block_size + 1`` tokens and the documents' starts in them."""
+    """One training sample from up to ``block_size + 1`` tokens and where documents start in them."""
     ids = np.full(block_size, pad, np.int64)
     real = min(len(window), block_size)
     ids[:real] = window[:real]
     labels = np.full(block_size, IGNORED, np.int64)
     labels[: len(window) - 1] = window[1:]
-    labels[starts[starts > 0] - 1] = IGNORED
-    places = np.arange(block_size)
-    origin = np.zeros(block_size, np.int64)
-    inner = starts[(starts > 0) & (starts < real)]
-    origin[inner] = inner
+    starts = starts[starts > 0]
+    labels[starts - 1] = IGNORED
+    positions = np.arange(block_size)
     if real < block_size:
-        origin[real] = real  # padding is a document of its own
-    positions = places - np.maximum.accumulate(origin)
+        starts = np.append(starts, real)  # padding is a document of its own
+    for begin, end in itertools.pairwise([*starts.tolist(), block_size]):
+        positions[begin:end] -= begin
     targets = torch.from_numpy(labels)
     # transformers computes a loss when there are `labels`, and by `shift_labels` where they are given.
     return {

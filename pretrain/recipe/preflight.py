@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import CONFIGS, batch_layout
-from recipe.download import free_bytes, is_own, own_files, require_space
+from recipe.download import is_own, own_files
+from recipe.fetching import free_bytes, require_space
 from recipe.outputs import DATA, OUTPUTS, Refused, read_json
 
 GIB = 2**30

@@ -8,10 +8,10 @@ combination is printed as options to paste.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import os
+import platform
 import re
 import shutil
 import signal
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe import preflight
-from recipe.config import check_launch, load_recipe
-from recipe.launch import child_environment, command, count_gpus, default_ranks, nvidia_smi
+from recipe.config import load_recipe
+from recipe.launch import Launch, add_options, child_environment, command, launch_of, visible_gpus
 from recipe.outputs import OUTPUTS, RecipeError, Refused, read_json, stage_arguments, stage_folder, write_json
 
 STEPS = 5  # of which the first, which compiles, is not measured
@@ -40,6 +40,7 @@ SHORT = {
     "save_strategy": "no",
     "load_best_model_at_end": False,
     "report_to": "none",
+    "sample_steps": None,
     "logging_steps": 1,
 }
 
@@ -153,7 +154,7 @@ def measure(
     At most two micro-batches are accumulated: the second is where the memory is fullest, and more would only
     take time. The optimizer's share of a step is therefore somewhat larger than in the training.
     """
-    ranks, values = plan["processes"], plan["config"]["pretrain"]
+    ranks, values = plan["ranks"], plan["config"]["pretrain"]
     accumulation = min(2, values["global_batch_size"] // ranks // micro)
     changed = values | SHORT
     changed |= {
@@ -169,19 +170,23 @@ def measure(
     if peak * (ranks if here.kind == "cpu" else 1) > HOPELESS * free:
         reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {free / 2**30:.0f} GiB are free"
         return row | {"outcome": "not tried", "reason": reason}
-    path = check_launch(changed, "pretrain", deepspeed, ranks)
+    launch = Launch(processes=ranks, deepspeed=deepspeed)
+    path = launch.check(plan["config"] | {"pretrain": changed}, "pretrain")
     with tempfile.TemporaryDirectory(prefix="probe-") as name:
         folder = Path(name)
         changed_plan = plan | {
             "config": plan["config"] | {"pretrain": changed},
             "deepspeed": str(path) if path else None,
+            "fsdp": False,
+            "tensor_parallel": 1,
             "parent": os.getpid(),
+            "host": platform.node(),
             "folder": name,
             "probe": True,
         }
         write_json(folder / "plan.json", changed_plan)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus(os.environ, nvidia_smi()) else None
-        line = command(script, [str(folder / "plan.json")], ranks, changed_plan["deepspeed"], visible)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible_gpus() else None
+        line = command(script, [str(folder / "plan.json")], launch, path, visible)
         row |= attempt(line, folder, child_environment(os.environ, ranks))
     if row["outcome"] == "ok":
         row["flops_per_second"] = row["mfu"] * row["gemm_peak_flops"] * ranks
@@ -190,7 +195,7 @@ def measure(
 
 def search(script: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure every combination worth it; each row is printed when it is there."""
-    values, ranks = plan["config"]["pretrain"], plan["processes"]
+    values, ranks = plan["config"]["pretrain"], plan["ranks"]
     share, rest = divmod(values["global_batch_size"], ranks)
     if rest:
         raise Refused(f"global_batch_size: {values['global_batch_size']} does not divide into {ranks} ranks")
@@ -207,7 +212,7 @@ def search(script: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(script: Path, add_options: Callable[[argparse.ArgumentParser], None]) -> None:
+def main(script: Path) -> None:
     """Probe a recipe whose stages 03 and 04 are done, with the options of 05_pretrain.sh."""
     parser = stage_arguments("Measure settings of stage 05 and name the fastest.")
     add_options(parser)
@@ -221,7 +226,7 @@ def main(script: Path, add_options: Callable[[argparse.ArgumentParser], None]) -
     plan = {
         "recipe": recipe,
         "config": config,
-        "processes": arguments.nproc or default_ranks(),
+        "ranks": launch_of(arguments).ranks,
         "inputs": {name: str(path) for name, path in inputs.items()},
     }
     rows = search(str(script), plan)

@@ -59,11 +59,8 @@ _BOM = b"\xef\xbb\xbf"
 _WHITE = b" \t\r\f\v\n\xe3\x80"
 _BLANK = rb"(?:[ \t\r\f\v]|\xe3\x80\x80)*\n"  # the rest of a line of white space; E3 80 80 is U+3000
 _BLANK_LINES = re.compile(rb"(?:%b)+" % _BLANK)
-_SEPARATORS = {
-    ".txt": re.compile(rb"\n(?:%b)+" % _BLANK),
-    ".jsonl": re.compile(rb"\n"),
-    ".json": re.compile(rb"\n"),
-}
+_EMPTY_LINES = re.compile(rb"\n(?:%b)+" % _BLANK)
+_KINDS = (".txt", ".jsonl", ".json")
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),  # 31: with gzip's header and checksum
     ".bz2": bz2.BZ2Decompressor,
@@ -142,7 +139,7 @@ def read_file(path: Path, column: str = "text", tolerant: bool = False) -> Itera
     kind = Path(path.name.removesuffix(compression)).suffix
     if kind == ".parquet" and not compression:
         documents = _read_parquet(path, column, tolerant)
-    elif kind in _SEPARATORS:
+    elif kind in _KINDS:
         documents = _read_text(str(path), kind, compression, column, tolerant)
     else:
         raise RecipeError(
@@ -157,54 +154,62 @@ def read_file(path: Path, column: str = "text", tolerant: bool = False) -> Itera
 
 
 def _read_text(path: str, kind: str, compression: str, column: str, tolerant: bool) -> Iterator[Document]:
-    for line, raw, reason, advice in _units(_joined(_decompress(path, compression)), _SEPARATORS[kind]):
+    separators = _empty_lines if kind == ".txt" else _line_ends
+    for line, raw, reason, advice in _units(_joined(_decompress(path, compression)), separators):
         if b"\r" in raw:
             raw = raw.replace(b"\r\n", b"\n").removesuffix(b"\r")
+        try:
+            text = raw.decode("utf-8", errors="replace" if reason else "strict")
+        except UnicodeDecodeError as error:
+            line += raw.count(b"\n", 0, error.start)
+            text, reason = raw.decode("utf-8", errors="replace"), "bad UTF-8"
+            advice = f"byte {raw[error.start]:#04x} ({error.reason}). Convert the file, say with iconv"
         if reason:
-            yield fault(f"{path}:{line}", reason, raw.decode("utf-8", "replace"), advice, tolerant)
+            yield fault(f"{path}:{line}", reason, text, advice, tolerant)
         elif kind == ".txt":
-            yield _text_document(path, line, raw, tolerant)
-        elif raw.strip():
-            yield _json_document(path, line, raw, column, tolerant)
+            yield Document(f"{path}:{line}", text)
+        elif text and not text.isspace():
+            yield _json_document(f"{path}:{line}", text, column, tolerant)
 
 
-def _text_document(path: str, line: int, raw: bytes, tolerant: bool) -> Document:
-    """The document of UTF-8 bytes that begin at a line."""
-    try:
-        return Document(f"{path}:{line}", raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        advice = f"byte {raw[error.start]:#04x} ({error.reason}). Convert the file, for example with iconv"
-        return fault(f"{path}:{line}", "bad UTF-8", raw.decode("utf-8", "replace"), advice, tolerant)
-
-
-def _json_document(path: str, line: int, raw: bytes, column: str, tolerant: bool) -> Document:
+def _json_document(name: str, line: str, column: str, tolerant: bool) -> Document:
     """The document of one line of JSON."""
-    document = _text_document(path, line, raw, tolerant)
-    if document.dropped:
-        return document
-    name, json_text, _ = document
     wanted = f"wanted a JSON object with a text in {column!r}"
     try:
-        row = json.loads(json_text)
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return fault(name, "bad JSON", json_text, f"{error}; {wanted}. Mend or delete it", tolerant)
+        return fault(name, "bad JSON", line, f"{error}; {wanted}. Mend or delete it", tolerant)
     if not isinstance(row, dict):
         found = f"found a {type(row).__name__}"
     elif column not in row:
         found = f"it has {sorted(row)}"
     elif not isinstance(row[column], str):
         found = f"{column!r} is {type(row[column]).__name__}, wanted a string"
-    elif "\\u" in json_text and _SURROGATE.search(row[column]):
+    elif "\\u" in line and _SURROGATE.search(row[column]):
         advice = "half of a surrogate pair, which is no text. Mend or delete the line"
         return fault(name, "bad UTF-8", _SURROGATE.sub("\ufffd", row[column]), advice, tolerant)
     else:
         return Document(name, row[column], "" if row[column] else "empty")
-    return fault(name, "no text", json_text, f"{found}; {wanted}. Mend it or set `column`", tolerant)
+    return fault(name, "no text", line, f"{found}; {wanted}. Mend it or set `column`", tolerant)
 
 
-def _units(chunks: Iterable[bytes], separator: re.Pattern[bytes]) -> Iterator[tuple[int, bytes, str, str]]:
-    """Cut a stream at a separator of whole lines: (number of the first line, bytes, fault, what to do).
+_Separators = Callable[[bytes, int], Iterator[tuple[int, int]]]  # see `_units`
+
+
+def _empty_lines(data: bytes, start: int) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in _EMPTY_LINES.finditer(data, start))
+
+
+def _line_ends(data: bytes, start: int) -> Iterator[tuple[int, int]]:
+    while (end := data.find(b"\n", start)) >= 0:
+        start = end + 1
+        yield end, start
+
+
+def _units(chunks: Iterable[bytes], separators: _Separators) -> Iterator[tuple[int, bytes, str, str]]:
+    """Cut a stream at its separators: (number of the first line, bytes, fault, what to do about it).
+
+    separators: gives begin and end of each separator in some bytes, from a place on.
 
     A unit above MAXIMUM_BYTES comes in parts, each with the fault "too long". Where `chunks` raises _Damage,
     the incomplete rest is the last unit and has that fault. Other units have the fault "".
@@ -223,8 +228,7 @@ def _units(chunks: Iterable[bytes], separator: re.Pattern[bytes]) -> Iterator[tu
             if not in_long and (blanks := _BLANK_LINES.match(data)):
                 start = blanks.end()
                 line += data.count(b"\n", 0, start)
-            for match in separator.finditer(data, max(search, start)):
-                end, after = match.span()
+            for end, after in separators(data, max(search, start)):
                 if in_long or end - start > MAXIMUM_BYTES:
                     yield line, data[start:end], *too_long
                 elif end > start:

@@ -66,8 +66,8 @@ RULES: dict[str, dict[str, int | float | None]] = {
 HIRAGANA, KATAKANA, KANJI = "\u3041-\u309f", "\u30a1-\u30ff", "\u3400-\u4dbf\u4e00-\u9fff々〆〇"
 _SENTENCE = re.compile(r"[^。．！？!?\n]+[。．！？!?]?")
 _WORD_LISTS = {"advertisement": 1, "adult": 2, "discrimination": 4, "violence": 8}  # a bit for each
-# Odd numbers with mixed bits: 2**64 over the golden ratio, and over the square root of 2. The other must be no
-# power of the first: else sums of two overlapping 5-grams would often be equal.
+# Odd numbers with mixed bits: 2**64 over the golden ratio, and over the square root of 2. The other must be
+# no power of the first: else sums of two overlapping 5-grams would often be equal.
 _MULTIPLIER, _OTHER = 0x9E3779B97F4A7C15, 0xB504F333F9DE6485
 
 

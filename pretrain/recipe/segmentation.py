@@ -35,24 +35,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.download import _download_apt
+from recipe.config import SEGMENTERS
+from recipe.download import download_packages
 from recipe.outputs import RecipeError, Refused, fsync_tree
 
-SEGMENTERS = ("jumanpp", "mecab", "sudachi")
-
-_MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
-_ESCAPE = "␛"
+MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
+ESCAPE = "␛"
 # How characters are written that cannot stand for themselves: white space without a mark by its number (all
 # of it lies below U+10000), the marks behind an escape.
 _FORMS = {
-    **{chr(i): f"{_ESCAPE}{i:04x}" for i in range(0x10000) if chr(i).isspace()},
-    **_MARKS,
-    **{mark: _ESCAPE + mark for mark in (*_MARKS.values(), _ESCAPE)},
+    **{chr(i): f"{ESCAPE}{i:04x}" for i in range(0x10000) if chr(i).isspace()},
+    **MARKS,
+    **{mark: ESCAPE + mark for mark in (*MARKS.values(), ESCAPE)},
 }
 _TO_FORM = str.maketrans(_FORMS)
 _FROM_FORM = {form: character for character, form in _FORMS.items()}
 _FORM = re.compile("|".join(_FROM_FORM))  # none begins another
-_MARK = re.compile(f"[{''.join(_MARKS.values())}{_ESCAPE}]")
+_MARK = re.compile(f"[{''.join(MARKS.values())}{ESCAPE}]")
 _SPACE = re.compile(r"(\s+)")
 _AT_SIGN = re.compile("@ @ @ (?!@ )")  # the row of the word @: surface, reading, base form, part of speech
 
@@ -299,7 +298,7 @@ def _write(line: str, words: list[str]) -> str:
 
 def _text(lines: list[str]) -> str:
     """Segmented lines as one text, each line end marked."""
-    mark = _MARKS["\n"]
+    mark = MARKS["\n"]
     return "\n".join([*(f"{line} {mark}".lstrip() for line in lines[:-1]), lines[-1]])
 
 
@@ -391,7 +390,7 @@ def _fetched_mecab(folder: Path) -> list[str]:
 def _build_mecab(part: Path, data: Path) -> None:
     """Fetch, unpack and compile into an empty folder. Raises RecipeError."""
     try:
-        _download_apt("mecab", {"source": "packages", "packages": _MECAB_PACKAGES}, part, data)
+        download_packages("mecab", {"source": "packages", "packages": _MECAB_PACKAGES}, part, data)
     except RecipeError as error:
         what = "\n".join(str(error).splitlines()[:-1])  # the last line is advice for a source of text
         raise RecipeError(

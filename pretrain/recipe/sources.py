@@ -35,10 +35,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.aozora import read_work
 from recipe.archives import gunzip, tar_members
 from recipe.download import source_paths
 from recipe.outputs import ROOT, RecipeError
-from recipe.readers import Document, cap_bad, fault, read_file, read_folder, read_hub
+from recipe.readers import Document, read_file, read_folder, read_hub
 from recipe.wikipedia import read_pages
 
 
@@ -55,12 +56,11 @@ def read(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     """Yield every document of a source, in an order that depends only on its files.
 
     Raises RecipeError naming the file and line of what cannot be read: a truncated archive, bad UTF-8, bad
-    JSON. With a ``maximum_bad_share`` above 0 such places become documents that carry the reason, up to that
-    share.
+    JSON. With a ``maximum_bad_share`` above 0 such places become documents that carry the reason; `cap_bad`
+    counts them.
     """
     share = spec.get("maximum_bad_share", 0.0)
-    documents = _read_packaged(spec, data / name) or _read_files(name, spec, data, tolerant=share > 0)
-    return cap_bad(documents, f"sources.{name}", share)
+    return _read_packaged(spec, data / name) or _read_files(name, spec, data, tolerant=share > 0)
 
 
 def _read_packaged(spec: dict[str, Any], folder: Path) -> Iterator[Document] | None:
@@ -94,22 +94,23 @@ def _read_files(name: str, spec: dict[str, Any], data: Path, tolerant: bool) -> 
             if kind == "files":
                 yield from read_file(path, column, tolerant)
             elif kind == "wikipedia":
-                yield from _read_dump(path, tolerant)
+                yield from _read_dump(path)
             else:
                 yield from read_work(path, tolerant)
 
 
-def _read_dump(path: Path, tolerant: bool) -> Iterator[Document]:
+def _read_dump(path: Path) -> Iterator[Document]:
     """The pages of a Wikipedia dump as wikitext, named by their titles; what is no article carries the
     reason.
+
+    A dump that breaks off stops the stage in any case: what is missing cannot be counted.
     """
-    openers = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(path.suffix, open)(path, "rb") as handle:
-        try:
-            for page in read_pages(handle, str(path)):
-                yield Document(page.title, page.text, page.dropped)
-        except RecipeError as error:
-            yield fault(str(path), "damaged archive", "", str(error), tolerant)
+    openers = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open, ".xml": open}
+    if path.suffix not in openers:
+        raise RecipeError(f"{path}: unknown kind of dump {path.suffix!r}, wanted one of {', '.join(openers)}")
+    with openers[path.suffix](path, "rb") as handle:
+        for page in read_pages(handle, str(path)):
+            yield Document(page.title, page.text, page.dropped)
 
 
 def _package_members(folder: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:

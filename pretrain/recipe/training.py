@@ -8,14 +8,15 @@ read.
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib.util
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,20 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from recipe.callbacks import Progress, Proof, StopOnSignal
+from recipe.callbacks import Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
 from recipe.config import batch_layout
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
-from recipe.modeling import MuonAdamW, flops_per_token
-from recipe.outputs import EXIT_TERMINATED, RecipeError
+from recipe.losses import return_loss_only
+from recipe.modeling import flops_per_token
+from recipe.optimizers import MuonAdamW, decayed
+from recipe.outputs import EXIT_TERMINATED, RecipeError, Refused
+from recipe.sampling import Samples
+from recipe.sharding import ShardedTrainer, shard
 
 
 @dataclass
@@ -49,7 +53,9 @@ class Settings:
     block_size: tokens per sequence. muon_learning_rate: Muon for the layers' matrices; absent: AdamW for
     everything.
     eval_blocks: blocks of the validation side that are measured during training; absent: all (stage 06
-    measures all).
+    measures all). z_loss: coefficient of the z-loss, 0 for none. sample_steps: after every so many steps, or
+    after those named, measure the validation side and continue the prompts of generation.json.
+    lora: tune an adapter in place of all weights (see `recipe.adapters`).
     """
 
     global_batch_size: int
@@ -57,6 +63,9 @@ class Settings:
     muon_learning_rate: float | None = None
     attn_implementation: str = "auto"
     eval_blocks: int | None = None
+    z_loss: float = 0.0
+    sample_steps: Any = None  # HfArgumentParser takes no int | list
+    lora: dict | None = None
 
 
 @dataclass
@@ -69,9 +78,16 @@ class Run:
     hardware: Hardware
     folder: Path
     deepspeed: str | None
+    fsdp: bool
+    tensor_parallel: int
     ranks: int
     parent: int
-    probe: bool = False
+    probe: bool
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are to be sharded by FSDP2 or tensor parallelism."""
+        return self.fsdp or self.tensor_parallel > 1
 
     @property
     def is_main(self) -> bool:
@@ -79,24 +95,35 @@ class Run:
         return self.arguments.process_index == 0
 
 
-def prepare(plan: dict[str, Any], file: str) -> Run:
-    """Settle a run by the plan that `recipe.launch` wrote; file: ``pretrain`` or ``finetune``.
+def prepare(
+    plan: dict[str, Any],
+    file: str,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    also: dict[str, Any] | None = None,
+) -> Run:
+    """Settle a run by the plan that `recipe.launch` wrote; file: ``pretrain``, ``finetune`` or
+    ``preference``.
 
+    arguments_class: the TrainingArguments of the trainer. also: what that trainer always wants of them.
     Raises Refused for what this hardware cannot do.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    values, folder, deepspeed = plan["config"][file], Path(plan["folder"]), plan["deepspeed"]
+    # trl and peft still use the old name of a setting; nothing a user could mend.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    values, folder, deepspeed = plan["config"][file] | (also or {}), Path(plan["folder"]), plan["deepspeed"]
     hardware = detect()
-    choice = choose(hardware, values)
+    choice = choose(hardware, values, f"{file}.json")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp, tensor_parallel = plan["fsdp"], plan["tensor_parallel"]
     micro_batch, accumulation = batch_layout(
-        values["global_batch_size"], values["per_device_train_batch_size"], ranks
+        values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel
     )
     native = {
         "ddp_find_unused_parameters": False,
         "per_device_eval_batch_size": values["per_device_train_batch_size"],
-        "report_to": ["tensorboard"],
+        "project": plan["recipe"],
+        "run_name": f"{plan['recipe']} {file}",
     } | values
     native |= {
         "output_dir": str(folder / "checkpoints"),
@@ -105,21 +132,27 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
         "use_cpu": hardware.device == "cpu",
         "bf16": choice.precision == "bf16",
         "fp16": choice.precision == "fp16",
-        "torch_compile": choice.compile and not deepspeed,
+        "torch_compile": choice.compile and not (deepspeed or fsdp or tensor_parallel > 1),
         "deepspeed": deepspeed,
+        "report_to": boards(values.get("report_to"), f"{file}.json"),
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        "push_to_hub": False,  # stage 16 pushes, once, what was measured
         "dataloader_pin_memory": hardware.device == "cuda",
     }
     choice = Choice(choice.precision, choice.attention, native["torch_compile"])
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    settings, arguments = HfArgumentParser((Settings, TrainingArguments)).parse_dict(native)
+    os.environ.setdefault("WANDB_PROJECT", native["project"])
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
     if deepspeed and hardware.device == "cpu":
         import deepspeed as library
 
         # The Trainer does so only later, too late for from_pretrained under ZeRO-3.
         library.init_distributed(dist_backend="gloo")
+    # The launcher whose end ends the training; ranks on other machines than its own cannot look for it.
+    parent = plan["parent"] if plan["host"] == platform.node() else os.getpid()
     return Run(
         settings,
         arguments,
@@ -127,10 +160,27 @@ def prepare(plan: dict[str, Any], file: str) -> Run:
         hardware,
         folder,
         deepspeed,
-        plan["processes"],
-        plan["parent"],
+        fsdp,
+        tensor_parallel,
+        plan["ranks"],
+        parent,
         plan.get("probe", False),
     )
+
+
+def boards(asked: str | list[str] | None, file: str) -> list[str]:
+    """Where the figures go: TensorBoard always, and what `report_to` asks for. Raises Refused for a board
+    whose library is not installed.
+    """
+    names = [asked] if isinstance(asked, str) else asked or []
+    names = ["tensorboard", *(name for name in names if name not in ("tensorboard", "none"))]
+    for name in names:
+        if name in ("wandb", "trackio") and importlib.util.find_spec(name) is None:
+            raise Refused(
+                f"{file}: report_to: {name} is not installed. Install it (.venv/bin/pip install {name}) or "
+                "take it out: TensorBoard is written in any case"
+            )
+    return names
 
 
 def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
@@ -162,28 +212,56 @@ def whole_model(arguments: TrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
-def return_loss_only(model: PreTrainedModel) -> None:
-    """Let the model's forward return nothing but the loss when it is given labels.
-
-    The logits (batch x block x vocabulary) are by far the largest tensor of a step. Returned, they would be
-    kept, and accelerate would convert them to float32 outside the compiled graph.
-    """
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def loss_of(*arguments: Any, **keywords: Any) -> Any:
-        output = forward(*arguments, **keywords)
-        return output if output.loss is None else {"loss": output.loss}
-
-    model.forward = loss_of
+def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model of `build`, sharded over the ranks where that was asked for, else whole on every rank."""
+    if not run.sharded:
+        return build()
+    bf16 = run.choice.precision == "bf16"
+    return shard(build, run.folder / "unsharded", run.tensor_parallel, run.choice.attention, bf16)
 
 
-class RecipeTrainer(Trainer):
-    """The stock Trainer, with our optimizer choice and verified checkpoints."""
+class RecipeTrainer(ShardedTrainer):
+    """The Trainer with our optimizer choice and verified checkpoints."""
 
-    def __init__(self, settings: Settings, **keywords: Any) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, meter: Meter, **keywords: Any) -> None:
+        self.settings, self.meter = settings, meter
+        self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
         super().__init__(**keywords)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """What weight decay applies to: unlike the stock Trainer's, no embeddings."""
+        return decayed(model)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss; the z-loss in it is noted beside, on the device."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if "z_loss" in outputs:
+            # As the Trainer scales a loss that is divided by the tokens of all ranks.
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            self.z_losses.append(scale * outputs["z_loss"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss without the z-loss, that apart, and what `Meter` measures."""
+        if "loss" in logs and self.z_losses:
+            mean = torch.stack(self.z_losses).mean().item() * self.args.gradient_accumulation_steps
+            shares = gather([mean], self.args.device)
+            logs["z_loss"] = sum(share for (share,) in shares) / len(shares)
+            logs["loss"] -= logs["z_loss"]
+            self.z_losses.clear()
+        self.meter.complete(logs, self.state, self.args.device)
+        super().log(logs, start_time)
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """Evaluate without drawing from the random numbers of the training."""
+        with torch.random.fork_rng():
+            return super().evaluate(*arguments, **keywords)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Muon with AdamW where muon_learning_rate is set, else the Trainer's own choice."""
@@ -227,8 +305,16 @@ def train(
     valid: Dataset,
     run: Run,
     bytes_per_token: float | None,
+    sampling: Samples | None = None,
+    trainer_class: type[RecipeTrainer] = RecipeTrainer,
+    tokens_per_step: int | None = None,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """Train to the last step, continuing from the newest good checkpoint; save a plain Hugging Face folder.
+
+    A model under an adapter is saved as the adapter alone, in the folder ``adapter``. trainer_class,
+    tokens_per_step, keywords: another trainer than for packed blocks, the tokens of its steps on average, and
+    what it takes beside.
 
     Returns the figures for stage.json. Ends the process with exit 143 when a signal stopped the training
     after its checkpoint was saved.
@@ -236,24 +322,36 @@ def train(
     settings, arguments, folder = run.settings, run.arguments, run.folder
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
-    proof = Proof(run.choice, run.deepspeed, run.ranks, settings)
+    parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
+    proof = Proof(run.choice, parallel, run.ranks, settings)
     stop = StopOnSignal(folder / "stop", run.parent)
-    tokens_per_step = settings.global_batch_size * settings.block_size
+    tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
-    progress = Progress(folder, tokens_per_step, flops, peak * run.ranks, bytes_per_token)
+    meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
+    progress = Progress(folder, tokens_per_step)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
-    return_loss_only(model)
-    trainer = RecipeTrainer(
+    if trainer_class is RecipeTrainer:
+        return_loss_only(model, settings.z_loss)
+    trainer = trainer_class(
         settings,
+        meter,
         model=model,
         args=arguments,
         train_dataset=samples,
         eval_dataset=valid,
-        callbacks=[stop, proof, *([progress] if run.is_main else [])],
+        callbacks=[
+            stop,
+            proof,
+            meter,
+            *([progress] if run.is_main else []),
+            *([sampling] if sampling else []),
+        ],
+        **keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     proof.trainer = trainer
     checkpoint = newest_good_checkpoint(Path(arguments.output_dir))
+    _agree_on(checkpoint)
     if checkpoint and run.is_main:
         print(f"continues from {checkpoint.name}", flush=True)
     if dist.is_initialized():
@@ -270,11 +368,12 @@ def train(
         history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
         final = history.get(trainer.state.global_step) or trainer.evaluate()
         model.config.use_cache = True
-        trainer.save_model(str(folder))
+        target = folder / "adapter" if settings.lora else folder
+        trainer.save_model(str(target))
     if run.is_main and not run.probe:
         tokenizer.save_pretrained(folder)
         # A pickle, and what it says stands in stage.json.
-        (folder / "training_args.bin").unlink(missing_ok=True)
+        (target / "training_args.bin").unlink(missing_ok=True)
     rows = []
     if run.is_main:
         rows = [json.loads(line) for line in progress.path.read_text("utf-8").splitlines()]
@@ -290,8 +389,21 @@ def train(
     }
     if speeds:
         speed = sorted(speeds)[len(speeds) // 2]
-        figures |= {"tokens_per_second": speed, "mfu": speed * progress.flops / progress.peak}
+        figures |= {"tokens_per_second": speed, "mfu": speed * flops / meter.peak}
     return figures
+
+
+def _agree_on(checkpoint: Path | None) -> None:
+    """Raise RecipeError when another rank would continue from another checkpoint than this one."""
+    if not dist.is_initialized():
+        return
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, checkpoint.name if checkpoint else None)
+    if len(set(found)) > 1:
+        raise RecipeError(
+            f"the ranks see different checkpoints: {sorted(set(map(str, found)))}. Several nodes must share "
+            "the project's folder (outputs/) over a network file system"
+        )
 
 
 def speed_of(figures: dict[str, Any]) -> str:

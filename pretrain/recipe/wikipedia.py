@@ -182,9 +182,7 @@ def read_pages(handle: IO[bytes], name: str = "the dump") -> Iterator[Page]:
                 yield page
                 last = f"the page after {page.title!r} (id {page.id})"
     except (ElementTree.ParseError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise RecipeError(
-            f"{name}: broken at {last} ({error}). Delete the file and run stage 01 again"
-        ) from error
+        raise RecipeError(f"{name}: broken at {last} ({error}). Get the file again") from error
 
 
 def _tag(element: ElementTree.Element) -> str:

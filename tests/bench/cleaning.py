@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 
 import neologdn
-from recipe.cleaning import make_cleaner, text_hash
+from recipe.cleaning import make_cleaner
 from recipe.normalizing import make_normalizer
 from recipe.sources import read
+from recipe.splitting import text_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = json.loads((ROOT / "configs/tiny/dataset.json").read_text("utf-8"))

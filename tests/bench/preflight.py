@@ -94,7 +94,7 @@ def run(name: str) -> tuple[float, dict[str, Any], int]:
         plan = {
             "recipe": "bench",
             "config": config,
-            "processes": 1,
+            "ranks": 1,
             "inputs": inputs(Path(folder), vocabulary),
         }
         row = probe.measure(str(ROOT / "pretrain/run_clm.py"), plan, None, checkpointing, compiled, micro)

@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 
 import pytest
-from recipe import download
+from recipe import download, fetching
 from recipe.outputs import RecipeError, Refused
 
 CONTENT = random.Random(1).randbytes(3_000_000)
@@ -32,7 +33,7 @@ class Site(http.server.ThreadingHTTPServer):
 
     faults: one for each coming GET, then all goes well: ``{"status": 503, "headers": {}}``, ``{"cut": n}``
     (close after n bytes), ``{"stall": n}`` (fall silent after n bytes), or attributes to set from then on.
-    requests: (method, Range, status, body bytes sent) of each request, and `times` of their arrival.
+    requests: [method, Range, status, body bytes sent] of each request.
     """
 
     daemon_threads = True
@@ -42,7 +43,7 @@ class Site(http.server.ThreadingHTTPServer):
         self.content, self.etag, self.modified = CONTENT, '"one"', ""
         self.ranges, self.heeds_if_range, self.tells_length = True, True, True
         self.chunked, self.pause, self.claims = False, 0.0, 0
-        self.faults, self.requests, self.times, self.moved = [], [], [], {}
+        self.faults, self.requests, self.moved = [], [], {}
         self.awake = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/text.bin"
 
@@ -67,7 +68,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, fault, body=True):
         site, asked = self.server, self.headers.get("Range")
-        site.times.append(time.monotonic())
         self.entry = [self.command, asked, fault.get("status", 200), 0]
         site.requests.append(self.entry)
         status, headers, start = fault.get("status", 200), dict(fault.get("headers", {})), 0
@@ -108,7 +108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.chunked and end == len(body):
             self.wfile.write(b"0\r\n\r\n")
         if "stall" in fault:
-            self.server.awake.wait(60)
+            self.server.awake.wait(20)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def sha256(content):
 
 def fetch(site, target, **wishes):
     """`fetch` with short pauses; the file must be whole, and nothing else may lie beside it but its state."""
-    facts = download.fetch(site.url, target, **{"timeout": 30, "pause": 0.001} | wishes)
+    facts = fetching.fetch(site.url, target, **{"timeout": 30, "pause": 0.001} | wishes)
     assert target.read_bytes() == site.content
     assert sorted(p.name for p in target.parent.iterdir()) == [f".{target.name}.json", target.name]
     assert (facts["bytes"], facts["sha256"]) == (len(site.content), sha256(site.content))
@@ -149,10 +149,11 @@ def test_dropped_connection_goes_on_where_it_ended(site, tmp_path):
     assert facts["version"] == '"one"' and facts["url"] == site.url
 
 
-def test_server_that_falls_silent_is_left_and_asked_again(site, tmp_path):
+def test_server_that_falls_silent_is_left_and_asked_again(site, tmp_path, capsys):
     site.faults = [{"stall": HALF}]
     fetch(site, tmp_path / "x", timeout=0.3)
     assert ranges(site) == [None, f"bytes={HALF}-"]
+    assert "timed out" in capsys.readouterr().err  # and not: the server closed the connection in the end
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
@@ -162,44 +163,51 @@ def test_passing_trouble_of_the_server_is_waited_out(site, tmp_path, status):
     assert [status for *_, status, _ in site.requests] == [status] * 3 + [200]
 
 
+@pytest.fixture
+def pauses(monkeypatch):
+    """The seconds that downloads would have slept."""
+    slept = []
+    monkeypatch.setattr(fetching, "time", types.SimpleNamespace(sleep=slept.append))
+    return slept
+
+
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_heeded(site, tmp_path, form):
-    # A date has whole seconds only: two ahead are more than one.
-    date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=2)
-    value = "1" if form == "seconds" else email.utils.format_datetime(date, usegmt=True)
+def test_retry_after_is_heeded(site, tmp_path, form, pauses):
+    date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=500)
+    value = "500" if form == "seconds" else email.utils.format_datetime(date, usegmt=True)
     site.faults = [{"status": 429, "headers": {"Retry-After": value}}]
     fetch(site, tmp_path / "x")
-    assert site.times[1] - site.times[0] > 0.9
+    assert len(pauses) == 1 and 450 < pauses[0] <= 500
 
 
-def test_server_that_asks_for_hours_is_left_alone(site, tmp_path):
+def test_server_that_asks_for_hours_is_left_alone(site, tmp_path, pauses):
     site.faults = [{"status": 503, "headers": {"Retry-After": "7200"}}]
     with pytest.raises(RecipeError, match="asks to wait 7,200 s"):
         fetch(site, tmp_path / "x")
-    assert len(site.requests) == 1
+    assert len(site.requests) == 1 and not pauses
 
 
-def test_pauses_grow_and_tries_end(site, tmp_path, capsys):
+def test_pauses_double_with_jitter_and_tries_end(site, tmp_path, pauses, capsys):
     site.faults = [{"status": 503}] * 99
     with pytest.raises(RecipeError, match=r"does not come: HTTP 503.*run again"):
-        fetch(site, tmp_path / "x", pause=0.2 / 2**download.TRIES)
-    assert len(site.requests) == download.TRIES
-    gaps = [b - a for a, b in zip(site.times, site.times[1:], strict=False)]
-    assert sum(gaps[-2:]) > sum(gaps[:2])
-    assert capsys.readouterr().err.count("HTTP 503") == download.TRIES - 1
+        fetch(site, tmp_path / "x", pause=1.0)
+    assert len(site.requests) == fetching.TRIES
+    assert len(pauses) == capsys.readouterr().err.count("HTTP 503") == fetching.TRIES - 1
+    shares = [pause / min(2**i, 60) for i, pause in enumerate(pauses)]
+    assert all(0.5 <= share <= 1 for share in shares) and len(set(shares)) > 1
 
 
 def test_tries_count_only_while_nothing_more_comes(site, tmp_path):
-    site.faults = [{"cut": 100_000}] * (2 * download.TRIES)
+    site.faults = [{"cut": 100_000}] * (2 * fetching.TRIES)
     fetch(site, tmp_path / "x")
-    assert len(site.requests) == 2 * download.TRIES + 1
+    assert len(site.requests) == 2 * fetching.TRIES + 1
 
 
 def test_server_without_ranges_that_always_drops_is_given_up(site, tmp_path):
     site.ranges, site.faults = False, [{"cut": HALF}] * 99
     with pytest.raises(RecipeError, match="ended at 1,500,000 of 3,000,000 bytes"):
         fetch(site, tmp_path / "x")
-    assert len(site.requests) == download.TRIES
+    assert len(site.requests) == fetching.TRIES
 
 
 def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, capsys):
@@ -208,8 +216,8 @@ def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, caps
         free.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
         with pytest.raises(RecipeError, match=r"Connection refused.*Check the network"):
-            download.fetch(url, tmp_path / "x", pause=0.001)
-    assert capsys.readouterr().err.count("again in") == download.TRIES - 1
+            fetching.fetch(url, tmp_path / "x", pause=0.001)
+    assert capsys.readouterr().err.count("again in") == fetching.TRIES - 1
 
 
 def test_short_content_is_not_taken_for_whole(site, tmp_path):
@@ -309,7 +317,7 @@ def test_altered_byte_is_refused_and_removed(site, tmp_path, name):
 
 
 def test_damaged_beginning_is_thrown_away_once(site, tmp_path):
-    site.faults = [{"cut": HALF}] + [{"status": 503}] * (download.TRIES - 1)
+    site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetching.TRIES - 1)
     with pytest.raises(RecipeError):
         fetch(site, tmp_path / "x", sha256=sha256(CONTENT))
     damaged = bytearray((tmp_path / "x.part").read_bytes())
@@ -349,7 +357,7 @@ def test_final_answer_is_not_asked_for_again(site, tmp_path, status):
 )
 def test_only_http_is_fetched(tmp_path, url):
     with pytest.raises(Refused, match="wanted a URL that starts with http"):
-        download.fetch(url, tmp_path / "x")
+        fetching.fetch(url, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -369,9 +377,9 @@ def test_redirect_is_followed_and_the_range_goes_along(site, tmp_path):
 
 
 def test_redirect_from_https_to_http_is_refused():
-    request = download.urllib.request.Request("https://example.org/x")
+    request = fetching.urllib.request.Request("https://example.org/x")
     with pytest.raises(RecipeError, match="wanted https"):
-        download._Redirects().redirect_request(request, None, 302, "Found", {}, "http://example.org/x")
+        fetching._Redirects().redirect_request(request, None, 302, "Found", {}, "http://example.org/x")
 
 
 def test_redirects_in_a_circle_end(site, tmp_path):
@@ -401,12 +409,12 @@ def test_full_disk_is_named(site, tmp_path):
 FETCH = """
 import resource, sys
 from pathlib import Path
-from recipe import download
+from recipe import fetching
 from recipe.outputs import RecipeError
 if int(sys.argv[3]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
-    download.fetch(sys.argv[1], Path(sys.argv[2]))
+    fetching.fetch(sys.argv[1], Path(sys.argv[2]))
 except RecipeError as error:
     sys.exit(f"refused: {error}")
 """
@@ -414,7 +422,7 @@ except RecipeError as error:
 
 def start(site, target, limit=0):
     command = [sys.executable, "-c", FETCH, site.url, str(target), str(limit)]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(download.__file__))}
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(fetching.__file__))}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -472,7 +480,7 @@ def test_memory_does_not_grow_with_the_file(site, tmp_path):
     site.content = bytes(64 << 20)
     pin = sha256(site.content)
     tracemalloc.start()
-    download.fetch(site.url, tmp_path / "x", sha256=pin)
+    fetching.fetch(site.url, tmp_path / "x", sha256=pin)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20
@@ -503,13 +511,46 @@ def test_source_of_several_urls_goes_on_with_the_one_that_failed(site, tmp_path)
 def test_space_for_all_sources_is_looked_for_before_the_first(site, tmp_path):
     specs = {name: {"source": "files", "url": site.url.replace("text", name)} for name in ("a", "b")}
     assert sum(download.missing_bytes(n, s, tmp_path) for n, s in specs.items()) == 2 * len(CONTENT)
-    assert {method for method, *_ in site.requests} == {"HEAD"}
+    site.moved["/a.bin"] = "/elsewhere"
+    assert download.missing_bytes("a", specs["a"], tmp_path) == len(CONTENT)
+    assert {method for method, *_ in site.requests} == {"HEAD"}  # also after the redirect
+    site.moved.clear()
     download.download("a", specs["a"], tmp_path)
     assert download.missing_bytes("a", specs["a"], tmp_path) == 0
+    more = {"source": "files", "url": [specs["a"]["url"], specs["b"]["url"]]}
+    assert download.missing_bytes("a", more, tmp_path) == len(CONTENT)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/b.bin.part").write_bytes(CONTENT[:HALF])
     assert download.missing_bytes("b", specs["b"], tmp_path) == HALF
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(Refused, match=rf"b/c: all needs {free * 2:,} bytes, and"):
-        download.require_space(tmp_path / "b/c", free * 2, "all")
-    download.require_space(tmp_path / "b/c", 1, "all")
+        fetching.require_space(tmp_path / "b/c", free * 2, "all")
+    fetching.require_space(tmp_path / "b/c", 1, "all")
+
+
+def test_stopped_stage_goes_on_with_the_file_it_was_at(site, make_project):
+    project = make_project()
+    spec = {"source": "files", "url": site.url.replace(".bin", ".txt"), "sha256": sha256(CONTENT)}
+    project.edit("mini", "dataset", sources={"web": spec})
+    project.environment["no_proxy"] = "127.0.0.1"
+    site.pause = 0.02
+    child = project.start("pretrain/01_download.py", "--recipe", "mini")
+    part = project.folder / "data/web/text.txt.part"
+    ends = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size > 500_000):
+        assert time.monotonic() < ends and child.poll() is None, "the download did not get there"
+        time.sleep(0.01)
+    child.terminate()
+    said, _ = child.communicate()
+    assert child.returncode == 143 and "Run the same command again" in said
+    have = part.stat().st_size
+    site.pause = 0.0
+    project.run("pretrain/01_download.py", "--recipe", "mini")
+    assert site.requests[-1] == ["GET", f"bytes={have}-", 206, len(CONTENT) - have]
+    (file,) = project.figures("mini", "01_download")["sources"]["web"]["files"].values()
+    assert (file["sha256"], file["version"]) == (sha256(CONTENT), '"one"')
+    site.claims, site.content = 10**18, OTHER
+    project.edit("mini", "dataset", sources={"web": {"source": "files", "url": site.url}})
+    refused = project.run("pretrain/01_download.py", "--recipe", "mini", "--force", check=False)
+    assert refused.returncode == 2 and f"downloading needs {10**18:,} bytes" in refused.stderr
+    assert site.requests[-1][0] == "HEAD"

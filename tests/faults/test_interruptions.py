@@ -183,7 +183,7 @@ def test_stage_that_fails_stops_the_chain(make_project):
     (project.folder / "other.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xff"}\n')
     result = project.run("run_all.sh", "--recipe", "mini", check=False)
     assert result.returncode == 1
-    assert "other.jsonl:2: not UTF-8" in result.stderr
+    assert "other.jsonl:2: bad UTF-8" in result.stderr
     assert "03_tokenizer" not in result.stdout
     assert not project.output("mini", "02_dataset").exists()
 
@@ -230,7 +230,7 @@ def test_killed_run_all_takes_its_stage_along(make_project):
 
 def test_changed_pairs_make_tuning_stale(make_project):
     project = make_project()
-    project.run("pretrain/01_download.py", "--recipe", "mini")
+    project.run("run_all.sh", "--recipe", "mini", "--to", "02")
     project.run("fine-tuning/11_dataset.py", "--recipe", "mini")
     path = project.folder / "pairs.json"
     path.write_text(path.read_text().replace("0番", "00番"), "utf-8")

@@ -52,7 +52,7 @@ def train(project, name, *options):
         (("--deepspeed", "zero2_offload"), {"optimizer": "DeepSpeedCPUAdam"}),
         (
             ("--deepspeed", "zero3"),
-            {"deepspeed": {"stage": 3, "offload_optimizer": "none", "offload_parameters": "none"}},
+            {"parallel": "ZeRO-3"},
         ),
     ],
 )

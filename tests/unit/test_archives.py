@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import random
 import re
 import shutil
 import stat
@@ -233,3 +234,31 @@ def test_damaged_zip_is_named(tmp_path):
     path.write_bytes(whole[:60] + bytes([whole[60] ^ 0xFF]) + whole[61:])
     with pytest.raises(RecipeError, match=r"a\.zip: damaged archive"):
         names(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_bytes_changed_at_random_give_members_or_a_clear_refusal(tmp_path, kind):
+    path = tmp_path / "a"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for packing in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_STORED):
+                archive.writestr(f"あ{packing}", b"text " * 50, packing)
+        whole = path.read_bytes()
+    else:
+        whole = tar(member("a", content=b"text" * 99), member("b" * 150), member("あ", content=b"x"))
+    draw, refused = random.Random(0), 0
+    for _ in range(3000):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 5))):
+            damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            list(archives.zip_members(path, EVERYTHING) if kind == "zip" else tar_of(path))
+        except RecipeError:
+            refused += 1
+    assert 0 < refused < 3000
+
+
+def tar_of(path):
+    with path.open("rb") as handle:
+        yield from archives.tar_members(handle, path, EVERYTHING)

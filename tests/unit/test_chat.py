@@ -1,20 +1,19 @@
 """The instruction format: real line ends, one <s>, answers trained to </s>, the same bytes in every place."""
 
 import pytest
-import sentencepiece as spm
-from conftest import SHAPE, sentences
+from conftest import sentences
 from recipe import chat
-from recipe import tokenizer as tokenizers
+from recipe import templates as forms
 from recipe.conversations import preview
+from recipe.tokenizer_training import train_tokenizer
 
 SYSTEM = 'あなたは"AI"です。'
 
 
 @pytest.fixture(scope="module")
 def fast():
-    model = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 400}, 2)
-    fast = tokenizers.to_fast(spm.SentencePieceProcessor(model_proto=model))
-    fast.chat_template = chat.chat_template(SYSTEM)
+    fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    fast.chat_template = forms.chat_template("alpaca", SYSTEM)
     return fast
 
 
@@ -22,17 +21,48 @@ QUESTION = {"role": "user", "content": "山は?"}
 ANSWER = {"role": "assistant", "content": "山に登りました。"}
 
 
-def test_format_byte_for_byte(fast):
+ALONE = "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。\n\n"
+WITH_INPUT = (
+    "以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。\n\n"
+)
+
+
+def test_alpaca_byte_for_byte(fast):
     text = fast.apply_chat_template([QUESTION, ANSWER, QUESTION], tokenize=False)
     assert text == (
-        f"<s>{SYSTEM}\n\n### 指示:\n山は?\n\n### 応答:\n山に登りました。</s>"
+        f"<s>{SYSTEM}\n\n{ALONE}### 指示:\n山は?\n\n### 応答:\n山に登りました。</s>"
         "\n\n### 指示:\n山は?\n\n### 応答:\n"
     )
-    given = chat.user_message("訳せ", "山")
+    given = forms.user_message("訳せ", "山")
     text = fast.apply_chat_template(
         [{"role": "system", "content": "S"}, {"role": "user", "content": given}], tokenize=False
     )
-    assert text == "<s>S\n\n### 指示:\n訳せ\n\n### 入力:\n山\n\n### 応答:\n"
+    assert text == f"<s>S\n\n{WITH_INPUT}### 指示:\n訳せ\n\n### 入力:\n山\n\n### 応答:\n"
+
+
+def test_plain_chat_byte_for_byte(fast):
+    text = fast.apply_chat_template(
+        [QUESTION, ANSWER, QUESTION], tokenize=False, chat_template=forms.chat_template("chat")
+    )
+    assert text == ("<s>User:\n山は?\n\nAssistant:\n山に登りました。</s>\n\nUser:\n山は?\n\nAssistant:\n")
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_what_servers_send_is_the_training_form(fast, form, tmp_path):
+    """Saved and loaded, with the generation prompt that chat commands and servers ask for."""
+    from transformers import AutoTokenizer
+
+    fast.save_pretrained(tmp_path / "plain")
+    fast = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    fast.chat_template = forms.chat_template(form, SYSTEM)
+    fast.save_pretrained(tmp_path / "served")
+    served = AutoTokenizer.from_pretrained(tmp_path / "served")
+    conversation = [QUESTION, ANSWER, {"role": "user", "content": forms.user_message(" 訳せ\n", "山")}]
+    prompt = served.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+    trained, _ = chat.encode_conversation(fast, [*conversation, ANSWER])
+    answer, _ = chat.encode_conversation(fast, conversation)
+    assert prompt["input_ids"] == answer == trained[: len(answer)]
+    assert len(trained) > len(answer)
 
 
 def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
@@ -73,28 +103,5 @@ def test_unknown_role_is_refused(fast):
 
 
 def test_preview_marks_what_is_trained(fast):
-    assert "### 応答:\n【山に登りました。</s>】" in preview(
-        [chat.encode_conversation(fast, [QUESTION, ANSWER])], fast
-    )
-
-
-def test_batched_generation_is_that_of_single_prompts(fast):
-    """Left padding must not change what a prompt gets."""
-    from recipe.modeling import build_model
-
-    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
-    config = chat.generation_config({"max_new_tokens": 12, "do_sample": False, "prompts": []}, fast)
-    prompts = [fast("山")["input_ids"], fast("今日、先生は学校で")["input_ids"]]
-    together = chat.generate_all(model, fast, prompts, config, 0)
-    assert together == [chat.generate_all(model, fast, [prompt], config, 0)[0] for prompt in prompts]
-    streamed = "".join(chat.stream(model, fast, prompts[1], config))
-    assert streamed == together[1].text
-
-
-def test_prompt_longer_than_the_context_is_named(fast):
-    from recipe.modeling import build_model
-
-    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
-    config = chat.generation_config({"max_new_tokens": 252}, fast)
-    with pytest.raises(ValueError, match=r"at most 4 fit"):
-        chat.generate_all(model, fast, [[5] * 10], config, 0)
+    shown = preview([chat.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])], fast)
+    assert shown.count("### 応答:\n【山に登りました。</s>】") == 2

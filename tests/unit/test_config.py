@@ -37,6 +37,24 @@ def pair(config, **values):
     config["instruction"]["pairs"]["translation"].update(values)
 
 
+def schedule(kind, options=None, **values):
+    """A change of the schedule in pretrain.json."""
+    values = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options} | values
+    return lambda config: config["pretrain"].update(values)
+
+
+def lora(config, **values):
+    """Tune an adapter, with AdamW."""
+    config["finetune"].pop("muon_learning_rate", None)
+    config["finetune"]["lora"] = values
+
+
+def preference(config, **values):
+    """Add a preference.json."""
+    batches = {"global_batch_size": 4, "per_device_train_batch_size": 4, "block_size": 256}
+    config["preference"] = {"pairs": {"mine": {"path": "p.jsonl"}}} | batches | values
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -46,6 +64,35 @@ def pair(config, **values):
             ["learning_rate", '"fast" is str', "wanted float"],
         ),
         (lambda c: c["pretrain"].update(max_steps=True), ["max_steps", "bool"]),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(weight=0),
+            ["sources.tatoeba: weight: 0", "more than 0"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"].update(w={"source": "wikipedia"}),
+            ["sources.w: wanted either `paths`", "or `url`"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(rules="wep"),
+            ["sources.tatoeba: rules: unknown set", "'web'"],
+        ),
+        (
+            lambda c: c["dataset"].update(rules={"web": {"minimum_hiragana": 0.1}}),
+            ["dataset.json: rules.web: minimum_hiragana: unknown rule", "'minimum_hiragana_share'"],
+        ),
+        (lambda c: c["dataset"].update(minhash={"band": 14}), ["minhash: band", "'bands'"]),
+        (
+            lambda c: c["dataset"].update(engine={"executor": "slrum"}),
+            ["engine: executor: unknown", "'slurm'"],
+        ),
+        (
+            lambda c: c["dataset"].update(engine={"executor": "slurm", "time": "1:00:00"}),
+            ["engine: partition: missing"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(maximum_bad_share=1.5),
+            ["maximum_bad_share: 1.5", "below 1"],
+        ),
         (lambda c: c["pretrain"].update(lr_scheduler_type="cosin"), ["lr_scheduler_type", "'cosine'"]),
         (lambda c: c["pretrain"].update(block_size=4096), ["block_size: 4096", "1024 positions"]),
         (lambda c: c["pretrain"].update(global_batch_size=0), ["global_batch_size: 0", "1 or more"]),
@@ -88,12 +135,59 @@ def pair(config, **values):
             ["source: unknown kind [1]"],
         ),
         (lambda c: c["tokenizer"].pop("vocab_size"), ["tokenizer.json: vocab_size: missing"]),
-        (lambda c: c["tokenizer"].update(model_type="bpe"), ["wanted unigram"]),
+        (lambda c: c["tokenizer"].update(kind="byte-level"), ["kind: unknown", "'byte-level-bpe'"]),
+        (lambda c: c["tokenizer"].update(kind="published"), ["vocab_size: unknown key"]),
+        (lambda c: c["tokenizer"].update(kind="word-bpe"), ["character_coverage: unknown key"]),
+        (lambda c: c["tokenizer"].update(unk_token=None), ["unk_token: null"]),
+        (lambda c: c["tokenizer"].update(bos_token="x"), ["bos_token", "two characters"]),
+        (lambda c: c["tokenizer"].update(bos_token="</s>"), ['"</s>"', "twice"]),
+        (lambda c: c["tokenizer"].update(pad_token_id=3), ["[3, 1, 2, 3]", "[0, 1, 2, 3]"]),
+        (lambda c: c["tokenizer"].update(pad_token=None, pad_token_id=0), ["pad_token is null"]),
         (lambda c: c["generation"].pop("prompts"), ["generation.json: prompts: missing"]),
         (lambda c: c["generation"].update(max_new_tokens=2000), ["max_new_tokens: 2000", "1024 positions"]),
         (lambda c: c["pretrain"].update(use_cpu=True), ["use_cpu", "CUDA_VISIBLE_DEVICES"]),
         (lambda c: c["pretrain"].update(optim="adafactor"), ["optim: muon_learning_rate"]),
         (lambda c: c["generation"].update(temperatur=1.0), ["'temperature'"]),
+        (
+            lambda c: (c["model"].pop("head_dim"), c["model"].update(hidden_size=258)),
+            ["model.json: hidden size 258 does not divide by 4"],
+        ),
+        (schedule("constant", warmup_steps=10), ["warmup_steps: 10", "constant_with_warmup"]),
+        (schedule("cosine_with_min_lr"), ["lr_scheduler_kwargs", "one floor", "min_lr_rate"]),
+        (schedule("cosine_with_min_lr", {"min_lr": 1, "min_lr_rate": 0.1}), ["one floor"]),
+        (schedule("cosine_with_min_lr", {"min_lr": 0.0045}), ["min_lr: 0.0045", "below 0.0045"]),
+        (schedule("cosine", {"min_lr": 1e-5}), ["min_lr: cosine has no such option", "num_cycles"]),
+        (schedule("warmup_stable_decay"), ["num_decay_steps: null", '"num_decay_steps": 1000']),
+        (schedule("warmup_stable_decay", {"num_decay_steps": 760}), ["num_decay_steps: 760", "15.2", "760"]),
+        (schedule("linear", "x"), ["lr_scheduler_kwargs", "wanted an object"]),
+        (lambda c: c["pretrain"].update(report_to=["wanb"]), ["report_to", "'wandb'"]),
+        (lambda c: c["pretrain"].update(sample_steps=[10, 0]), ["sample_steps: [10, 0]", "1 or more"]),
+        (lambda c: c["pretrain"].update(z_loss=-1e-4), ["z_loss: -0.0001"]),
+        (
+            lambda c: c["pretrain"].update(label_smoothing_factor=0.1),
+            ["label_smoothing_factor", "second time"],
+        ),
+        (lambda c: c["finetune"].update(auto_find_batch_size=True), ["finetune.json: auto_find_batch_size"]),
+        (lambda c: c["pretrain"].update(data_seed=1), ["data_seed", "follows from seed"]),
+        (lambda c: c["instruction"].update(template="alpacca"), ['template: "alpacca"', "'alpaca'"]),
+        (
+            lambda c: c["instruction"]["pairs"].update(x={"path": "a.json", "dataset": "b"}),
+            ["pairs.x: wanted exactly one of", "`dataset`"],
+        ),
+        (lambda c: lora(c, ranks=4), ["finetune.json: lora: ranks: unknown key"]),
+        (lambda c: lora(c, r=0), ["lora.r: 0", "more than 0"]),
+        (lambda c: lora(c, quantization="int8"), ['lora.quantization: "int8"', "nf4"]),
+        (lambda c: c["finetune"].update(lora={"r": 4}), ["muon_learning_rate", "or lora"]),
+        (lambda c: c["pretrain"].update(lora={"r": 4}), ["pretrain.json: lora: unknown key"]),
+        (lambda c: preference(c, pairs={}), ["preference.json: pairs: empty", "delete the file"]),
+        (lambda c: preference(c, pairs={"x": {"source": "tatoeba"}}), ["pairs.x: source: unknown key"]),
+        (lambda c: preference(c, beta=0), ["beta: 0"]),
+        (lambda c: preference(c, bta=0.1), ["'beta'"]),
+        (lambda c: preference(c, block_size=4096), ["preference.json: block_size: 4096", "1024 positions"]),
+        (
+            lambda c: (preference(c), c["instruction"].update(pairs={})),
+            ["instruction.json names no pairs", "delete preference.json"],
+        ),
     ],
 )
 def test_fault_is_named_with_the_way_out(change, words):
@@ -187,3 +281,61 @@ def test_known_keys_are_those_of_the_installed_libraries():
 def test_keys_that_decide_nothing_are_left_out():
     kept = config.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
     assert kept == {"learning_rate": 1}
+    # A weight is for training and the tokenizer to ask for: ten hours of data are not redone for it.
+    assert config.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}})["sources"] == {"a": {}}
+
+
+def test_special_ids_follow_the_tokens_that_are_there():
+    assert config.special_ids({}) == {
+        f"{name}_token_id": i for i, name in enumerate(("pad", "unk", "bos", "eos"))
+    }
+    words = {"kind": "word-bpe", "pad_token": None}
+    assert config.special_ids(words) == {
+        "pad_token_id": 2,
+        "unk_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    assert config.special_ids({"kind": "published", "published": "x"}) == {}
+
+
+def test_vocabulary_is_rounded_up():
+    values = tiny()
+    values["tokenizer"].update(vocab_size=8001, round_to=64)
+    values["model"]["vocab_size"] = 8064
+    config.check_recipe(values, "configs/x")
+    values["model"]["vocab_size"] = 8001
+    with pytest.raises(Refused, match="tokenizer.json has 8064"):
+        config.check_recipe(values, "configs/x")
+
+
+def test_preference_is_an_optional_file_and_its_model_the_last():
+    values = tiny()
+    assert config.tuned_stage(values) == "12_finetune"
+    preference(values)
+    config.check_recipe(values, "configs/x")
+    assert config.tuned_stage(values) == "13_preference"
+
+
+def test_nf4_wants_a_gpu():
+    values = {"lora": {"quantization": "nf4"}}
+    config.check_quantization(values, "finetune", 1)
+    config.check_quantization({"lora": None}, "finetune", 0)
+    with pytest.raises(Refused, match=r"lora.quantization: nf4 .*--set finetune.lora.quantization=null"):
+        config.check_quantization(values, "finetune", 0)
+
+
+def test_the_variant_of_a_recipe_differs_in_its_tuning_only():
+    one, other = config.load_recipe("mistral-300m"), config.load_recipe("mistral-300m-qlora")
+    assert {name for name in one if one[name] != other[name]} == {"instruction", "finetune"}
+    assert (one["finetune"]["learning_rate"], one["instruction"]["valid_share"]) == (5e-6, 0.1)
+    assert other["finetune"]["learning_rate"] == 3e-4
+    assert other["finetune"]["lora"]["r"] == other["finetune"]["lora"]["lora_alpha"] == 128
+
+
+def test_a_source_may_have_any_name_and_the_order_of_sources_decides():
+    values = {"sources": {"project": {"source": "files", "rules": "web"}, "log_a": {"weight": 2.0}}}
+    kept = config.deciding_keys("dataset", values)
+    assert kept["sources"] == {"project": {"source": "files", "rules": "web"}, "log_a": {}}
+    turned = {"sources": dict(reversed(values["sources"].items()))}
+    assert kept != config.deciding_keys("dataset", turned)

@@ -33,7 +33,7 @@ def build(folder: Path, sources: dict, **config: object):
     """(funnels, rows by side) of a corpus made of `sources`."""
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    settings = {"engine": {"workers": 2}, "valid_share": 0.1} | config
+    settings = {"engine": {"workers": 1}, "valid_share": 0.1} | config
     funnels, leaks = corpus.build(settings | {"sources": sources}, folder, out)
     corpus.remove_scaffold(out)
     rows: dict[str, list] = {"train": [], "valid": []}
@@ -118,7 +118,7 @@ def test_what_differs_only_in_punctuation_leaves_the_validation_side(tmp_path):
 def test_caps(tmp_path, limit, count):
     source = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(30)]) | limit  # 183 bytes each
     funnels, _, _ = build(tmp_path, {"a": source})
-    assert funnels["a"].documents_in == count
+    assert funnels["a"].documents_in == count and funnels["a"].capped == next(iter(limit))
 
 
 def test_shards_of_a_large_source_keep_their_order(tmp_path, monkeypatch):
@@ -200,3 +200,18 @@ def test_a_killed_run_is_continued_and_counts_the_same(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").unlink()
     funnels, again, _ = build(tmp_path, {"a": source})
     assert funnels == wanted and again == rows
+
+
+def test_a_cap_that_ends_reading_early_does_not_hide_bad_lines(tmp_path):
+    lines = [json.dumps({"text": prose(seed)}) for seed in range(50)]
+    broken = [line for pair in zip(lines, ["{"] * 50, strict=True) for line in pair]
+    (tmp_path / "a.jsonl").write_text("\n".join(broken), "utf-8")
+    source = {"source": "files", "paths": [str(tmp_path / "a.jsonl")], "maximum_bad_share": 0.01}
+    with pytest.raises(RecipeError, match="maximum_bad_share"):
+        build(tmp_path, {"a": source | {"maximum_documents": 10}})
+
+
+def test_nothing_read_from_any_source_is_named(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [prose(1)]) | {"maximum_megabytes": 1e-6}
+    with pytest.raises(RecipeError, match=r"sources\.a: nothing is left"):
+        build(tmp_path, {"a": source})

@@ -17,12 +17,11 @@ def test_repetition(text, wanted):
 
 def test_bits_per_byte_by_hand(tmp_path):
     """Every document alone, one token at a time, in float64: the packed evaluation must give the same."""
-    import sentencepiece as spm
     from recipe import tokenizer as tokenizers
     from recipe.modeling import build_model
+    from recipe.tokenizer_training import train_tokenizer
 
-    model_bytes = tokenizers.train_sentencepiece(sentences(2000, 1), {"vocab_size": 400}, 2)
-    fast = tokenizers.to_fast(spm.SentencePieceProcessor(model_proto=model_bytes))
+    fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
     model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
     texts = sentences(6, 5)
     figures = evaluation.evaluate_texts(model, fast, texts, 200, 2, tmp_path, "x")

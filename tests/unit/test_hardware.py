@@ -6,6 +6,7 @@ from recipe.outputs import Refused
 
 A100 = Hardware("cuda", "A100", (8, 0), True, True, True)
 A100_WITHOUT_FLASH = Hardware("cuda", "A100", (8, 0), True, False, True)
+A100_WITH_BITSANDBYTES = Hardware("cuda", "A100", (8, 0), True, True, True, True)
 T4 = Hardware("cuda", "T4", (7, 5), False, False, True)
 ZEN4 = Hardware("cpu", "CPU", (0, 0), True, False, True)
 OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
@@ -22,7 +23,8 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
         (A100, {"bf16": False}, Choice("fp32", "sdpa", True)),
         (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "flash_attention_2", False)),
         (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
-        (OLD_CPU, {"bf16": True}, Choice("bf16", "sdpa", False)),
+        (A100_WITH_BITSANDBYTES, {"optim": "adamw_bnb_8bit"}, Choice("bf16", "flash_attention_2", True)),
+        (ZEN4, {"optim": "adamw_torch_fused"}, Choice("bf16", "sdpa", True)),
     ],
 )
 def test_choice(hardware, values, wanted):
@@ -32,7 +34,10 @@ def test_choice(hardware, values, wanted):
 @pytest.mark.parametrize(
     ("hardware", "values", "words"),
     [
-        (T4, {"bf16": True}, "T4 has no bf16"),
+        (T4, {"bf16": True}, "T4 has no bf16.*fp16 is chosen"),
+        (OLD_CPU, {"bf16": True}, "CPU has no bf16.*fp32 is chosen"),
+        (A100, {"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs bitsandbytes.*pip install"),
+        (ZEN4, {"optim": "paged_adamw_8bit"}, "NVIDIA GPU; this is CPU. Write adamw_torch_fused"),
         (ZEN4, {"fp16": True}, "needs a GPU"),
         (ZEN4, {"attn_implementation": "flash_attention_2"}, "needs an NVIDIA GPU"),
         (T4, {"attn_implementation": "flash_attention_2"}, "capability 8.0"),
@@ -41,8 +46,9 @@ def test_choice(hardware, values, wanted):
     ],
 )
 def test_impossible_demand_is_refused(hardware, values, words):
-    with pytest.raises(Refused, match=words):
-        choose(hardware, values)
+    with pytest.raises(Refused, match=words) as caught:
+        choose(hardware, values, "finetune.json")
+    assert str(caught.value).startswith(f"finetune.json: {next(iter(values))}: ")
 
 
 def test_gemm_peak_is_a_plausible_rate():

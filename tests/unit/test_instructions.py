@@ -42,7 +42,7 @@ def test_alpaca_file(tmp_path, form):
 def test_alpaca_file_without_the_columns_is_named(tmp_path):
     (tmp_path / "a.json").write_text('[{"instruction": "x", "answer": "y"}]')
     with pytest.raises(
-        RecipeError, match=r"a\.json: entry 1: no text in 'output'; it has \['answer', 'instruction'\]"
+        RecipeError, match=r"a\.json: entry 1: no column 'output'; it has \['answer', 'instruction'\]"
     ):
         list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
 
@@ -58,17 +58,19 @@ def pair(output, source="x", headword="h"):
 
 
 @pytest.mark.parametrize(
-    ("output", "source", "reason"),
+    ("output", "source", "packaged", "reason"),
     [
-        (" ", "x", "blank output"),
-        ("only English", "x", "answer not Japanese"),
-        ("only English", "translation", ""),
-        ("短", "x", "answer too short"),
-        ("山は高いです。", "x", ""),
+        (" ", "x", False, "blank output"),
+        ("only English", "x", True, "answer not Japanese"),
+        ("only English", "translation", True, ""),
+        ("短", "x", True, "answer too short"),
+        ("山は高いです。", "x", True, ""),
+        ("はい", "x", False, ""),
+        ("print(1)", "x", False, ""),
     ],
 )
-def test_reasons(output, source, reason):
-    assert instructions.reason_to_drop(pair(output, source)) == reason
+def test_reasons(output, source, packaged, reason):
+    assert instructions.reason_to_drop(pair(output, source), packaged) == reason
 
 
 def test_a_headword_stands_on_one_side():
@@ -78,3 +80,102 @@ def test_a_headword_stands_on_one_side():
             sides.setdefault(number, set()).add(instructions.pair_side(pair("文", kind, f"w{number}"), 0.3))
     assert all(len(found) == 1 for found in sides.values())
     assert {"train", "valid"} == set().union(*sides.values())
+
+
+def pairs_of(tmp_path, rows, name="a.jsonl"):
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / name).write_text(text, "utf-8")
+    return list(instructions.read_pairs("mine", {"path": str(tmp_path / name)}, str))
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def test_messages_become_the_last_exchange_and_what_was_before(tmp_path):
+    system = {"role": "system", "content": "簡潔に"}
+    (found,) = pairs_of(tmp_path, [{"messages": [system, *turns("山は?", "高い", "海は?", "深い", "空は?")]}])
+    assert found[:3] == ("海は?", "", "深い")
+    assert found.headword == "山は?"
+    assert instructions.messages_of(found._asdict()) == [system, *turns("山は?", "高い", "海は?", "深い")]
+
+
+def test_sharegpt_names_of_roles(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "山は?"}, {"from": "gpt", "value": "高い"}]}
+    (found,) = pairs_of(tmp_path, [row])
+    assert instructions.messages_of(found._asdict()) == turns("山は?", "高い")
+
+
+def test_the_best_replies_of_a_tree_make_one_conversation(tmp_path):
+    def message(name, parent, role, text, rank=None):
+        return {"message_id": name, "parent_id": parent, "role": role, "text_ja": text, "rank": rank}
+
+    rows = [
+        message("c", "a", "assistant", "悪い答え", 1),
+        message("a", None, "prompter", "山は?"),
+        message("b", "a", "assistant", "良い答え", 0),
+        message("d", "b", "prompter", "海は?"),
+        message("e", "d", "assistant", "深い"),
+        message("x", "gone", "assistant", "親のない答え"),
+    ]
+    (found,) = pairs_of(tmp_path, rows)
+    assert instructions.messages_of(found._asdict()) == turns("山は?", "良い答え", "海は?", "深い")
+
+
+def test_a_data_set_of_a_local_folder(tmp_path):
+    row = {"instruction": "訳せ", "input": "a", "output": "あ", "category": "closed_qa", "index": "0"}
+    (tmp_path / "dolly").mkdir()
+    (tmp_path / "dolly/databricks-dolly-15k-ja.json").write_text(json.dumps([row, row | {"input": None}]))
+    found = list(instructions.read_pairs("mine", {"dataset": str(tmp_path / "dolly")}, str))
+    assert [pair[:3] for pair in found] == [("訳せ", "a", "あ"), ("訳せ", "", "あ")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (turns("山は?"), "no answer"),
+        (turns("山は?", "高い")[::-1], "turns do not alternate"),
+        (turns("山は?", "高い") * 2 + turns("海は?")[:1], ""),
+        ([*turns("山は?"), *turns("海は?", "深い")], "turns do not alternate"),
+        (turns("山は?", " ", "海は?", "深い"), "blank turn"),
+        (turns("山は?", " "), "blank output"),
+        (turns("山は?", "\ud800"), "not valid Unicode"),
+    ],
+)
+def test_conversations_that_cannot_be_used(messages, reason):
+    def normalize(text):
+        return text.encode("utf-8").decode("utf-8")
+
+    found = instructions.make_pair(messages, "x", normalize)
+    assert instructions.reason_to_drop(found, False) == reason
+
+
+def test_faults_of_rows_are_named(tmp_path):
+    for row, wanted in [
+        ({"messages": [{"role": "tool", "content": "x"}]}, "line 1: messages: message 1: role 'tool'"),
+        ({"messages": "x"}, "line 1: messages: str, wanted a list"),
+        ({"instruction": "x", "output": 3}, "line 1: output: int, wanted a text"),
+        ({"text": "x"}, "line 1: no column 'instruction'; it has"),
+    ]:
+        with pytest.raises(RecipeError, match=wanted):
+            pairs_of(tmp_path, [row])
+
+
+def test_normalising_leaves_the_heading_of_an_input_whole():
+    from recipe.normalizing import make_normalizer
+
+    message = instructions.user_message("ﾔﾏ\n\nを訳せ", "ｶﾜ")
+    found = instructions.make_pair(
+        [{"role": "user", "content": message}, *turns("", "あ")[1:]], "x", make_normalizer({})
+    )
+    assert found[:3] == ("ヤマ\nを訳せ", "カワ", "あ")
+
+
+def test_overlap_counts_pairs_with_a_sentence_of_the_validation_text():
+    shared = "これは検証用の文書にもそのまま書かれている長い文です"
+    sides = {
+        "train": [pair(f"はい。{shared}。"), pair(shared[:15]), pair("別の" + shared)],
+        "valid": [pair("短い")],
+    }
+    texts = iter([f"前置き。\n{shared}。後書き。", "短い"])
+    assert instructions.pretraining_overlap(sides, texts) == {"train": 1, "valid": 0}

@@ -131,7 +131,7 @@ def test_hopeless_settings_are_not_tried(prepared):
         for name in ("model", "tokenizer", "pretrain")
     }
     config["pretrain"] |= {"block_size": 2**30, "torch_compile": False}
-    row = probe.measure("none.py", {"config": config, "processes": 1}, None, False, False, 4)
+    row = probe.measure("none.py", {"config": config, "ranks": 1}, None, False, False, 4)
     assert row["outcome"] == "not tried" and "GiB are free" in row["reason"]
 
 

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from recipe import checkpoints, training
-from recipe.callbacks import deepspeed_wishes
-from recipe.modeling import MuonAdamW, flops_per_token
+from recipe.callbacks import joined, parallel_wish
+from recipe.modeling import flops_per_token
+from recipe.optimizers import MuonAdamW
 from transformers import AutoModelForCausalLM, Qwen3Config, TrainingArguments
 
 
@@ -139,15 +140,17 @@ def test_flops_count_matrices_and_output():
     assert flops_per_token(model, 10) == 6 * (matrices + 40 * 16) + 6 * 1 * 2 * 8 * 10
 
 
-def test_deepspeed_wishes_are_read_from_the_file(tmp_path):
+def test_how_ranks_are_to_be_joined(tmp_path):
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
-    assert deepspeed_wishes(str(path)) == {
-        "stage": 2,
-        "offload_optimizer": "cpu",
-        "offload_parameters": "none",
-    }
-    assert deepspeed_wishes(None) is None
+    assert parallel_wish(4, str(path), False, 1) == "ZeRO-2, optimizer on cpu"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}))
+    assert parallel_wish(4, str(path), False, 1) == "ZeRO-3"
+    assert parallel_wish(4, None, True, 1) == "FSDP2 4"
+    assert parallel_wish(4, None, False, 4) == "TP 4"
+    assert parallel_wish(4, None, False, 2) == parallel_wish(4, None, True, 2) == "FSDP2 2 x TP 2"
+    assert parallel_wish(4, None, False, 1) == "DDP 4"
+    assert parallel_wish(1, None, False, 1) == joined(tiny_model()) == "one process"
 
 
 def test_evaluation_weighs_tokens_not_batches():

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Stage 13: train the tuned model on preferences (DPO); skipped unless there is a preference.json.
+#
+# Edit: configs/<recipe>/preference.json. Writes: as stage 12, the model after preferences.
+# Run:  bash fine-tuning/13_preference.sh --recipe tiny
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$(bash "$here/../setup.sh" --python)
+exec "$python" -m recipe.launch "$here/run_dpo.py" "$@"

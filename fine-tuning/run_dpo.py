@@ -1,0 +1,87 @@
+"""Direct preference optimisation of the tuned model: the script that stage 13 starts on every rank, with a
+plan of paths.
+
+Run:  bash fine-tuning/13_preference.sh --recipe tiny
+"""
+
+from pathlib import Path
+from typing import Any
+
+from recipe.training import prepare, run_script, total_steps, train, whole_model
+
+
+def main(plan: dict[str, Any]) -> None:
+    """Encode the preferences, train against the tuned model as reference, save; rank 0 writes result.json."""
+    from recipe.adapters import finish_adapter, load_with_adapter
+    from recipe.chat import encode_conversation
+    from recipe.curves import learning_curve
+    from recipe.modeling import load_model
+    from recipe.normalizing import make_normalizer
+    from recipe.outputs import RecipeError, write_json
+    from recipe.preference_training import PreferenceTrainer, in_order
+    from recipe.preferences import encode_preferences, load_preferences
+    from transformers import AutoTokenizer
+    from trl import DPOConfig
+
+    # Ids come ready and short enough. The lengths of batches differ, so nothing is compiled.
+    always = {"max_length": None, "torch_compile": False}
+    own = {"pairs", "valid_share"}
+    values = {key: value for key, value in plan["config"]["preference"].items() if key not in own}
+    always |= {"gradient_checkpointing": values.get("gradient_checkpointing", False)}
+    tuning = plan | {"config": plan["config"] | {"preference": values}}
+    run = prepare(tuning, "preference", DPOConfig, always)
+    settings, arguments, folder = run.settings, run.arguments, run.folder
+    base = Path(plan["inputs"]["12_finetune"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    normalize = make_normalizer(plan["config"]["dataset"])
+    sides, funnel = load_preferences(plan["config"]["preference"], normalize)
+    rows, left_out = {}, {}
+    for side, preferences in sides.items():
+        found = encode_preferences(
+            preferences, lambda messages: encode_conversation(tokenizer, messages)[0], settings.block_size
+        )
+        rows[side] = list(found)
+        left_out[side] = {"longer than block_size": len(preferences) - len(rows[side])}
+        if not rows[side]:
+            raise RecipeError(
+                f"preference.json: none of {len(preferences)} preferences on the {side} side fits into "
+                f"block_size "
+                f"{settings.block_size}. Raise it"
+            )
+    arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), settings.global_batch_size)
+    if settings.lora:
+        model = load_with_adapter(base, run.choice.attention, settings.lora, arguments)
+        reference = None  # the same weights without the adapter
+    else:
+        model = load_model(base, run.choice.attention)
+        reference = load_model(base, run.choice.attention)
+    lengths = [sum(map(len, row.values())) + len(row["prompt_ids"]) for row in rows["train"]]
+    if run.is_main:
+        print(f"{len(rows['train']):,} preferences, {arguments.max_steps:,} steps; {funnel}", flush=True)
+    figures = train(
+        model,
+        tokenizer,
+        in_order(rows["train"], arguments.seed, epochs),
+        in_order(rows["valid"], 0, 1),
+        run,
+        None,
+        trainer_class=PreferenceTrainer,
+        tokens_per_step=round(settings.global_batch_size * sum(lengths) / len(lengths)),
+        ref_model=reference,
+        processing_class=tokenizer,
+    )
+    if run.is_main:
+        if settings.lora:
+            with whole_model(arguments):
+                finish_adapter(base, folder)
+            figures["trained_parameters"] = model.num_parameters(only_trainable=True)
+        learning_curve(
+            folder / "metrics.jsonl", folder / "learning_curve.png", f"preferences, recipe {plan['recipe']}"
+        )
+        figures |= {"pairs": funnel, "left_out": left_out}
+        headline = f"{figures['steps']:,} steps, valid preference loss {figures['eval_loss']:.4f}"
+        write_json(folder / "result.json", figures | {"headline": headline})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,95 @@
+"""Learning rate schedules in closed form, to check by what a running Trainer really does."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# From 0 at 0 to 1 at 1.
+SHAPES = {
+    "linear": lambda x: x,
+    "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)),
+    "1-sqrt": lambda x: 1 - math.sqrt(1 - x),
+}
+
+
+def factor(kind: str, options: dict[str, Any], step: int, warmup: int, total: int) -> float | None:
+    """The learning rate after `step` steps as a share of its peak; None for a schedule that is not known
+    here.
+
+    options: ``lr_scheduler_kwargs``, with a floor given as a share (``min_lr_rate``, ``min_lr_ratio``).
+    """
+    floor = options.get("min_lr_rate", options.get("min_lr_ratio", 0.0))
+    warming = step < warmup
+    if kind == "constant":
+        return 1.0
+    if kind == "warmup_stable_decay":
+        if "num_cycles" in options:
+            return None
+        decay = options["num_decay_steps"]
+        if warming:
+            return floor + (1 - floor) * SHAPES[options.get("warmup_type", "linear")](step / warmup)
+        left = min((total - step) / decay, 1.0)
+        return floor + (1 - floor) * SHAPES[options.get("decay_type", "cosine")](left)
+    if kind not in ("constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"):
+        return None
+    if warming:
+        return step / warmup
+    if kind == "constant_with_warmup":
+        return 1.0
+    done = min((step - warmup) / max(1, total - warmup), 1.0)
+    if kind == "linear":
+        return 1 - done
+    cycles = options.get("num_cycles", 0.5)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(2 * math.pi * cycles * done))
+
+
+def sampled(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
+    """The learning rates that a running Trainer's scheduler gives at a few steps, and what is wrong with
+    them.
+
+    Wrong is: another rate than the schedule's closed form; a scheduler that has not moved with the steps; an
+    optimizer that has another rate than its scheduler says. Empty rates for schedulers that are no function
+    of the step.
+    """
+    args, state = trainer.args, trainer.state
+    scheduler: Any = trainer.lr_scheduler
+    while hasattr(scheduler, "scheduler"):  # accelerate's wrapper, under DeepSpeed
+        scheduler = scheduler.scheduler
+    if not hasattr(scheduler, "lr_lambdas"):
+        return {}, []
+    kind, total, warmup = (
+        args.lr_scheduler_type.value,
+        state.max_steps,
+        args.get_warmup_steps(state.max_steps),
+    )
+    options = dict(args.lr_scheduler_kwargs or {})
+    if options.get("min_lr") is not None:
+        options["min_lr_rate"] = options["min_lr"] / args.learning_rate
+    shape, peak = scheduler.lr_lambdas[0], scheduler.base_lrs[0]
+    wrong = []
+    rates = {}
+    for step in sorted({warmup // 2, warmup, (warmup + total) // 2, total - 1, total}):
+        rates[step] = peak * shape(step)
+        wanted = factor(kind, options, step, warmup, total)
+        if wanted is not None and not math.isclose(shape(step), wanted, rel_tol=1e-6, abs_tol=1e-9):
+            wrong.append(
+                f"learning rate at step {step}: {kind} is {peak * wanted:.4g}, active is {rates[step]:.4g}"
+            )
+    # fp16 may leave out first steps, until its loss scale fits, and the scheduler stands still with them.
+    if scheduler.last_epoch != state.global_step and not args.fp16:
+        wrong.append(
+            f"the scheduler stands at step {scheduler.last_epoch}, the training at {state.global_step}"
+        )
+    active = [group["lr"] for group in trainer.optimizer.param_groups]
+    said = [
+        base * function(scheduler.last_epoch)
+        for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    same = len(active) == len(said) and all(map(math.isclose, active, said))
+    if not same:
+        wrong.append(f"the optimizer's learning rates are {active}, its scheduler's {said}")
+    return rates, wrong

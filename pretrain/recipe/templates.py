@@ -1,0 +1,70 @@
+"""The forms of a conversation: chat templates that are saved in the tokenizer, chosen in instruction.json.
+
+``alpaca`` is the form of Alpaca (Taori et al., 2023) in Japanese: a line that describes the task, one where
+there is an input and another where there is none, then sections. ``chat`` has the roles alone, in fewer
+tokens. In both, a conversation begins as a document does and every answer ends with the end token.
+"""
+
+from __future__ import annotations
+
+import json
+
+INPUT_HEADING = "\n\n### 入力:\n"
+
+# What a turn of a user's adds; `content` is what it says. It ends a line: no token crosses into the answer.
+_USER_TURNS = {
+    "alpaca": """
+{%- if loop.first or loop.previtem.role == 'system' -%}
+{%- if INPUT_HEADING in content -%}
+{{- '以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。' -}}
+{%- else -%}
+{{- '以下は、タスクを説明する指示です。' -}}
+{%- endif -%}
+{{- '要求を適切に満たす応答を書きなさい。\\n\\n' -}}
+{%- endif -%}
+{{- '### 指示:\\n' + content + '\\n\\n### 応答:\\n' -}}""",
+    "chat": "{{- 'User:\\n' + content + '\\n\\nAssistant:\\n' -}}",
+}
+FORMS = tuple(_USER_TURNS)
+
+# `generation` marks what is trained, for apply_chat_template(return_assistant_tokens_mask=True). The heading
+# of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is the line
+# used when a conversation brings none.
+_TEMPLATE = """{{- bos_token -}}
+{%- if messages[0].role != 'system' and SYSTEM -%}
+{{- SYSTEM + '\\n\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- set content = message.content | trim -%}
+{%- if message.role == 'system' -%}
+{{- content + '\\n\\n' -}}
+{%- elif message.role == 'user' -%}
+{%- if not loop.first and loop.previtem.role == 'assistant' -%}{{- '\\n\\n' -}}{%- endif -%}
+USER_TURN
+{%- elif message.role == 'assistant' -%}
+{%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- raise_exception('unknown role ' + message.role + ': wanted system, user or assistant') -}}
+{%- endif -%}
+{%- endfor -%}"""
+
+
+def chat_template(form: str, system: str = "") -> str:
+    """The chat template to keep in the tokenizer.
+
+    form: one of FORMS. system: the first line of conversations that bring none; empty for no such line.
+    """
+    filled = {
+        "USER_TURN": _USER_TURNS[form].strip(),
+        "INPUT_HEADING": json.dumps(INPUT_HEADING, ensure_ascii=False),
+        "SYSTEM": json.dumps(system.strip(), ensure_ascii=False),
+    }
+    template = _TEMPLATE
+    for name, text in filled.items():
+        template = template.replace(name, text)
+    return template
+
+
+def user_message(instruction: str, given: str = "") -> str:
+    """The content of a user's message: the instruction, and the text to work on in a section of its own."""
+    return instruction + (INPUT_HEADING + given if given else "")

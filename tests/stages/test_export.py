@@ -1,0 +1,108 @@
+"""Taking the model away: its folder, its card, the push to a hub that is only as real as its protocol."""
+
+import base64
+import http.server
+import json
+import re
+import threading
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_the_folder_loads_and_is_the_tuned_model(project):
+    folder = project.output("mini", "16_export", ".")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "山は?"}], return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=2).shape[1] > ids["input_ids"].shape[1]
+    tuned = project.output("mini", "12_finetune", "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == tuned
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_says_what_was_measured(project):
+    card = project.output("mini", "16_export", "README.md").read_text("utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {"language": "ja", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    funnel = project.figures("mini", "02_dataset")["text"]["documents"]
+    assert re.search(rf"\| text \| yours.*\| {funnel['in']:,} \| {funnel['out']:,} \|", card)
+    trained = project.figures("mini", "05_pretrain")
+    assert (
+        f"{trained['active']['parameters']:,} parameters" in card and f"{trained['tokens']:,} tokens" in card
+    )
+    bits = project.figures("mini", "06_evaluate")["in_domain"]["bits_per_byte"]
+    assert f"{bits:.3f}" in card
+    assert project.output("mini", "07_generate", "samples.md").read_text("utf-8").strip() in card
+    assert '"learning_rate": 0.01' in card and "](learning_curve.png)" in card
+    assert str(project.folder) not in card  # nobody's paths are published
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The four calls of an upload, as the hub answers them; every file travels inside the commit."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.calls.append((self.path, self.headers["Authorization"], body))
+        if self.headers["Authorization"] != "Bearer good":
+            return self.answer(401, {"error": "Invalid username or password."})
+        if self.path.endswith("/preupload/main"):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": files})
+        url = f"http://127.0.0.1:{self.server.server_port}/me/model"
+        return self.answer(200, {"url": url, "commitUrl": f"{url}/commit/abc", "commitOid": "abc"})
+
+    def do_GET(self):
+        self.answer(404, {"error": "Entry not found"})
+
+    def answer(self, status, value):
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.calls = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_nothing_is_pushed_unless_asked_for_and_then_the_folder_is(project, hub, monkeypatch):
+    monkeypatch.setitem(project.environment, "HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setitem(project.environment, "HF_TOKEN", "bad")
+    stage = ("fine-tuning/16_export.py", "--recipe", "mini", "--force")
+    project.run(*stage)
+    assert hub.calls == []
+    wanted = ("--set", "finetune.push_to_hub=true")
+    result = project.run(*stage, *wanted, check=False)
+    assert result.returncode == 2 and "wanted hub_model_id beside it" in result.stderr
+    wanted += ("--set", "finetune.hub_model_id=me/model")
+    result = project.run(*stage, *wanted, check=False)
+    assert result.returncode == 1 and "push to 'me/model' failed" in result.stderr
+    assert "hf auth login" in result.stderr
+
+    hub.calls.clear()
+    monkeypatch.setitem(project.environment, "HF_TOKEN", "good")
+    result = project.run(*stage, *wanted)
+    assert "/me/model/commit/abc" in result.stdout
+    created = json.loads(hub.calls[0][2])
+    assert created["visibility"] == "private" and hub.calls[0][0] == "/api/repos/create"
+    lines = [json.loads(line) for line in hub.calls[-1][2].splitlines()]
+    sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
+    folder = project.output("mini", "16_export", ".")
+    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "stage.json"}
+    assert {path: base64.b64decode(content) for path, content in sent.items()} == kept
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= sent.keys()
+    project.run(*stage)  # as the other tests know it

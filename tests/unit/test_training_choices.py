@@ -1,0 +1,388 @@
+"""What a training file asks for is what a training does: really trained, tiny, in this process."""
+
+import json
+import math
+import os
+import platform
+import signal
+
+import pytest
+import torch
+from conftest import sentences
+from recipe import callbacks, losses, schedules, training
+from recipe.modeling import build_model
+from recipe.optimizers import decayed
+from recipe.outputs import Refused
+from recipe.packing import IGNORED, PackedBlocks
+from recipe.sampling import Samples
+from recipe.token_files import TokenFile, write_token_file
+from recipe.tokenizer import document_ids, prompt_ids
+from recipe.tokenizer_training import train_tokenizer
+from torch._dynamo.utils import counters
+from torch.utils.data import Subset
+from transformers import AutoTokenizer
+
+# Dropout, so that one random number more or less between two steps shows.
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 64,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+}
+VALUES = {
+    "block_size": 32,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "bf16": False,
+    "torch_compile": False,
+}
+GENERATION = {"prompts": ["今日は", "彼女は"], "max_new_tokens": 5, "do_sample": True, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Folder with a tokenizer and a token file."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    tokenizer.save_pretrained(folder)
+    write_token_file(folder / "train", (document_ids(tokenizer, text) for text in sentences(200, 2)), 400)
+    return folder
+
+
+@pytest.fixture
+def train(corpus, tmp_path, monkeypatch):
+    """Train the tiny model with changed values; returns (the figures, the rows of metrics.jsonl, the
+    folder).
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # What a test before this one compiled in this process is not what this training compiles.
+    torch._dynamo.reset()
+    counters.clear()
+
+    def run(name="run", **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"pretrain": VALUES | changes, "generation": GENERATION, "model": GPT2}
+        plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder)}
+        plan |= {
+            "ranks": 1,
+            "fsdp": False,
+            "tensor_parallel": 1,
+            "host": platform.node(),
+            "parent": os.getpid(),
+        }
+        run = training.prepare(plan, "pretrain")
+        tokenizer = AutoTokenizer.from_pretrained(corpus)
+        samples = PackedBlocks(TokenFile(corpus / "train"), 32, tokenizer.pad_token_id, run.arguments.seed)
+        model = build_model(GPT2, tokenizer, run.choice.attention, run.arguments.seed)
+        prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in GENERATION["prompts"]}
+        sampling = Samples(run.settings.sample_steps, prompts, GENERATION, tokenizer, folder)
+        figures = training.train(model, tokenizer, samples, Subset(samples, range(4)), run, 3.0, sampling)
+        return figures, rows_of(folder / "metrics.jsonl"), folder
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+SCHEDULES = [
+    ("constant", {}, 0, [1, 1, 1, 1, 1, 1]),
+    ("constant_with_warmup", {}, 2, [0, 0.5, 1, 1, 1, 1]),
+    ("linear", {}, 2, [0, 0.5, 1, 0.75, 0.5, 0.25]),
+    ("cosine", {}, 2, [0, 0.5, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.2}, 2, [0, 0.5, 1, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, None]),
+    ("cosine_with_min_lr", {"min_lr": 2e-3}, 2, [0, 0.5, 1, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, None]),
+    ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "linear"}, 2, [0, 0.5, 1, 1, 1, 0.5]),
+    ("warmup_stable_decay", {"num_decay_steps": 4, "decay_type": "1-sqrt"}, 0, [1, 1, 1, 0.5, None, None]),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "warmup", "wanted", "muon"),
+    [(*schedule, None) for schedule in SCHEDULES] + [(*SCHEDULES[5], 0.02), (*SCHEDULES[6], 0.02)],
+)
+def test_schedule_is_active(train, kind, options, warmup, wanted, muon):
+    figures, rows, _ = train(
+        lr_scheduler_type=kind, lr_scheduler_kwargs=options, warmup_steps=warmup, muon_learning_rate=muon
+    )
+    peak = muon or 1e-2  # the Trainer logs the rate of the first group
+    for row, share in zip([row for row in rows if "loss" in row], wanted, strict=True):
+        assert share is None or row["learning_rate"] == pytest.approx(share * peak, rel=1e-9)
+    active = figures["active"]
+    assert active["scheduler"] == f"{kind} (LambdaLR)" and active["learning_rates"][warmup] == peak
+    assert active["optimizer"] == ("MuonAdamW" if muon else "AdamW") and active["fused"] == (not muon)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [("cosine", "linear"), ("warmup_stable_decay", "constant_with_warmup")]
+)
+def test_another_schedule_than_asked_for_stops_the_run(train, monkeypatch, kind, other):
+    stock = training.RecipeTrainer.create_scheduler
+
+    def wrong(self, num_training_steps, optimizer=None):
+        asked, options = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs = type(asked)(other), {}
+        scheduler = stock(self, num_training_steps, optimizer)
+        self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs = asked, options
+        return scheduler
+
+    monkeypatch.setattr(training.RecipeTrainer, "create_scheduler", wrong)
+    options = {"num_decay_steps": 2} if kind == "warmup_stable_decay" else {}
+    with pytest.raises(Refused, match=f"learning rate at step 5: {kind} is"):
+        train(lr_scheduler_type=kind, lr_scheduler_kwargs=options, warmup_steps=2)
+
+
+def test_an_optimizer_that_leaves_its_schedule_stops_the_run(train, monkeypatch):
+    def detached(self, num_training_steps, optimizer=None):
+        other = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(other, lambda step: 1 - step / 6)
+        return self.lr_scheduler
+
+    monkeypatch.setattr(training.RecipeTrainer, "create_scheduler", detached)
+    with pytest.raises(Refused, match=r"learning rates are \[0.01, 0.01\], its scheduler's \[0.00833"):
+        train()
+
+
+def test_unknown_schedules_have_no_closed_form():
+    assert schedules.factor("polynomial", {}, 3, 1, 10) is None
+
+
+# ------------------------------------------------------------------------------------------------ optimizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "shape", "matrices"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 2}, ["attn.c_attn", "attn.c_proj", "mlp.c_fc"]),
+        ("qwen3", {}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("mistral", {}, ["q_proj", "o_proj", "down_proj"]),
+        ("gpt_neox", {}, ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h"]),
+    ],
+)
+def test_decay_leaves_norms_biases_and_embeddings_alone(corpus, kind, shape, matrices, tied):
+    llama = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    if kind in ("qwen3", "mistral"):
+        llama |= {"num_key_value_heads": 2, "head_dim": 16}
+    values = {"model_type": kind, "tie_word_embeddings": tied} | (shape or llama)
+    model = build_model(values, AutoTokenizer.from_pretrained(corpus), "eager", 0)
+    names = set(decayed(model))
+    everything = dict(model.named_parameters())
+    for name in everything:
+        alone = name.endswith("bias") or any(
+            part in name for part in ("norm", "ln_", "wte", "wpe", "embed_tokens", "embed_in")
+        )
+        assert (name in names) == (not alone), name
+    assert all(any(matrix in name for name in names) for matrix in matrices)
+    output = {"lm_head.weight", "embed_out.weight"} & set(everything)
+    assert (output <= names) and bool(output) == (not tied)
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_decay_groups_reach_the_optimizer(train, monkeypatch, muon):
+    seen = {}
+    stock = training.RecipeTrainer.create_optimizer
+
+    def look(self, model=None):
+        optimizer = stock(self, model)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            seen.setdefault(group["weight_decay"], set()).update(names[id(p)] for p in group["params"])
+        return optimizer
+
+    monkeypatch.setattr(training.RecipeTrainer, "create_optimizer", look)
+    train(weight_decay=0.1, muon_learning_rate=muon, max_steps=1)
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert seen[0.1] == {f"transformer.h.0.{name}.weight" for name in matrices}
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"} <= seen[0.0]
+    assert set(seen) == {0.0, 0.1}
+
+
+def test_gradients_are_clipped(train, corpus):
+    """One step of plain gradient descent with rate 1 moves the weights by exactly the norm of the clip."""
+    tokenizer = AutoTokenizer.from_pretrained(corpus)
+    before = dict(build_model(GPT2, tokenizer, "sdpa", 42).named_parameters())
+    moved = {}
+    for norm in (0.01, 0.0):
+        _, rows, folder = train(
+            f"clip{norm}", optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", weight_decay=0.0,
+            max_steps=1, max_grad_norm=norm,
+        )  # fmt: skip
+        after = type(build_model(GPT2, tokenizer, "sdpa", 42)).from_pretrained(folder)
+        change = [(p - before[name]).norm() for name, p in after.named_parameters()]
+        moved[norm] = torch.stack(change).norm().item()
+        assert rows[0]["grad_norm"] > 0.1  # logged before it is clipped
+    assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert moved[0.0] == pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+
+
+def test_seed_decides_everything(train):
+    first, again, other = (
+        losses_of(train(name, seed=seed)[1]) for name, seed in zip("abc", (1, 1, 2), strict=True)
+    )
+    assert first == again != other
+
+
+# ------------------------------------------------------------------------------------------------ z-loss
+
+
+def test_z_loss_by_hand():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 0.0], [5.0, 5.0]]])
+    labels = torch.tensor([[0, 1, IGNORED]])
+    z = math.log(math.exp(2) + 1), math.log(2)
+    wanted = [(z[0] - 2 + z[1]) / 4, (z[0] ** 2 + z[1] ** 2) / 4]
+    got = losses.cross_entropy_and_z(logits, labels, 2, torch.tensor(4), shift_labels=labels)
+    assert got.tolist() == pytest.approx(wanted, rel=1e-6)
+    mean = losses.cross_entropy_and_z(logits, labels, 2, shift_labels=labels)
+    assert mean.tolist() == pytest.approx([2 * value for value in wanted], rel=1e-6)
+    # Without shift_labels, the labels are those of the tokens themselves.
+    shifted = losses.cross_entropy_and_z(logits, torch.tensor([[0, 0, 1]]), 2, torch.tensor(4))
+    assert shifted.tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_z_loss_pulls_on_the_gradient_and_not_on_evaluation(corpus, compiled):
+    tokenizer = AutoTokenizer.from_pretrained(corpus)
+    ids = torch.arange(5, 37).unsqueeze(0)
+    gradients, figures = [], []
+    for coefficient in (0.0, 0.5):
+        model = build_model(GPT2 | {name: 0.0 for name in GPT2 if "pdrop" in name}, tokenizer, "sdpa", 0)
+        plain = model(input_ids=ids, labels=ids, shift_labels=ids).logits
+        losses.return_loss_only(model, coefficient)
+        called = torch.compile(model, backend="eager") if compiled else model
+        output = called(input_ids=ids, labels=ids, shift_labels=ids)
+        output["loss"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        figures.append({key: value.item() for key, value in output.items()})
+        model.eval()
+        assert set(called(input_ids=ids, labels=ids, shift_labels=ids)) == {"loss"}
+        figures[-1]["eval"] = called(input_ids=ids, labels=ids, shift_labels=ids)["loss"].item()
+        assert called(input_ids=ids).logits.shape == plain.shape
+    share = 0.5 * plain.logsumexp(-1).square().mean().item()
+    assert figures[1]["z_loss"] == pytest.approx(share, rel=1e-5)
+    assert figures[1]["loss"] - figures[1]["z_loss"] == pytest.approx(figures[0]["loss"], rel=1e-5)
+    assert figures[1]["eval"] == pytest.approx(figures[0]["eval"], rel=1e-5)
+    assert not torch.allclose(gradients[0], gradients[1], rtol=0.1)
+    torch._dynamo.reset()
+    counters.clear()  # by which a later test's proof tells whether it is compiled
+
+
+def test_z_loss_is_logged_apart(train):
+    """A coefficient too small to matter leaves the logged loss what it was; the share is of the known
+    size.
+    """
+    plain = losses_of(train("plain")[1])
+    figures, rows, _ = train("z", z_loss=1e-6)
+    assert losses_of(rows) == pytest.approx(plain, rel=1e-4)
+    rows = [row for row in rows if "loss" in row]
+    # At the start the logits are near 0, so Z is the size of the vocabulary.
+    assert rows[0]["z_loss"] == pytest.approx(1e-6 * math.log(400) ** 2, rel=0.05)
+    assert all("z_loss" in row for row in rows) and figures["active"]["z_loss"] == 1e-6
+    large = [row for row in train("large", z_loss=1.0)[1] if "loss" in row]
+    assert large[-1]["z_loss"] < 0.85 * large[0]["z_loss"]  # it is trained away
+
+
+# ------------------------------------------------------------------------------------------------ watching
+
+
+def test_every_figure_is_on_the_board(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    figures, rows, folder = train(eval_strategy="steps", eval_steps=3, report_to="none")
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    wanted = {"loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second", "mfu"}
+    wanted |= {"seconds_left", "rank0/tokens_per_second", "rank0/memory_gib"}
+    tags = set(board.Tags()["scalars"])
+    assert {f"train/{name}" for name in wanted} | {"eval/loss", "eval/bits_per_byte"} <= tags
+    last = [row for row in rows if "loss" in row][-1]
+    assert board.Scalars("train/bits_per_byte")[-1].value == pytest.approx(last["bits_per_byte"], rel=1e-6)
+    # bytes_per_token is 3 here: bits of a token over its bytes.
+    assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2) / 3, rel=1e-12)
+    assert last["mfu"] > 0 and last["seconds_left"] == 0
+    assert 0.1 < last["rank0/memory_gib"] < 24 and last["rank0/tokens_per_second"] > 0
+    assert [row["step"] for row in rows if "eval_bits_per_byte" in row] == [3, 6]
+
+
+def test_board_without_its_library_is_refused(train, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match=r"pretrain.json: report_to: wandb is not installed.*pip install wandb"):
+        training.boards(["wandb"], "pretrain.json")
+    assert training.boards("none", "x") == training.boards(None, "x") == ["tensorboard"]
+
+
+def test_wandb_offline_holds_the_figures(train, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="could not run: wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _, _, folder = train(report_to="wandb")
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert summary["train/rank0/memory_gib"] > 0.1 and summary["train/bits_per_byte"] > 0
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_trackio_holds_the_figures(train, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is first imported
+    pytest.importorskip("trackio", reason="could not run: trackio is not installed")
+    train(report_to=["trackio"])
+    content = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
+    assert b"rank0/memory_gib" in content
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+@pytest.mark.parametrize("steps", [2, [2, 4]])
+def test_samples_at_chosen_steps_change_nothing(train, steps):
+    plain, sampled = train("plain")[1], train("sampled", sample_steps=steps)
+    assert losses_of(sampled[1]) == losses_of(plain)
+    rows = rows_of(sampled[2] / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (0, 2, 4, 6) for prompt in GENERATION["prompts"]
+    ]
+    evaluated = {row["step"]: row["eval_loss"] for row in sampled[1] if "eval_loss" in row}
+    assert {row["step"]: row["eval_loss"] for row in rows if row["step"]} == evaluated
+    page = (sampled[2] / "samples.md").read_text()
+    head, _, *body = page.splitlines()
+    assert head.startswith("| prompt | step 0 | step 2, valid loss") and "step 6, valid loss" in head
+    assert [line.split(" | ")[0] for line in body] == [f"| {prompt}" for prompt in GENERATION["prompts"]]
+    assert not (sampled[2].parent / "plain/samples.jsonl").exists()
+
+
+def test_evaluation_changes_nothing(train):
+    often = train("often", eval_strategy="steps", eval_steps=1)[1]
+    assert losses_of(often) == losses_of(train("never")[1])
+
+
+def test_rows_of_a_cut_off_try_are_dropped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 5}\n{"st')
+    assert callbacks.keep_rows(path, 3) == [{"step": 1}, {"step": 3}] == rows_of(path)
+    assert callbacks.keep_rows(tmp_path / "none", 3) == []
