@@ -18,9 +18,9 @@ def main(stage: Stage) -> None:
     records, megabytes, seconds = {}, 0.0, 0.0
     sources = stage.config["dataset"]["sources"]
     with data_lock():
-        missing = {name: missing_bytes(name, spec, DATA) for name, spec in sources.items()}
-        require_space(DATA, sum(missing.values()), "downloading")
-        require_data_space(stage.recipe, stage.config["dataset"], missing)
+        needed = sum(missing_bytes(name, spec, DATA) for name, spec in sources.items())
+        require_space(DATA, needed, "downloading")
+        require_data_space(stage.recipe, stage.config["dataset"])
         for name, spec in sources.items():
             started = time.monotonic()
             records[name] = download(name, spec, DATA)

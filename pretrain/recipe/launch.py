@@ -196,6 +196,11 @@ def visible_gpus() -> int:
     return count_gpus(os.environ, _nvidia_smi())
 
 
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES where there are GPUs to see."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") if visible_gpus() else None
+
+
 def _defaults(environment: Mapping[str, str], processes: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
@@ -255,27 +260,17 @@ def train(stage: Stage, script: Path) -> None:
 
 def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
     """Write the plan into the folder `plans`, start the launcher and wait for it (see `_wait`)."""
+    from recipe.preflight import check_room  # here: it imports this module's names
+
     launch = launch_of(stage.arguments)
     file = STAGES[script.name][1][-1]
     check_quantization(stage.config[file], file, visible_gpus())
     deepspeed = launch.check(stage.config, file)
     if file == "pretrain" and not launch.node_rank:
-        _check_room(stage, launch)
-    plan = {
-        "recipe": stage.recipe,
-        "config": stage.config,
-        "deepspeed": str(deepspeed) if deepspeed else None,
-        "fsdp": launch.fsdp,
-        "tensor_parallel": launch.tensor_parallel,
-        "ranks": launch.ranks,
-        "parent": os.getpid(),
-        "host": platform.node(),
-        "folder": str(stage.folder),
-        "inputs": {name: str(path) for name, path in stage.inputs.items()},
-    }
+        check_room(stage, launch)
+    plan = training_plan(stage.recipe, stage.config, stage.inputs, launch, deepspeed, stage.folder)
     write_json(plans / "plan.json", plan)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus(os.environ, _nvidia_smi()) else None
-    line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible)
+    line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible_devices())
     stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))
     for_hosts = stage.folder / "deepspeed_env" if launch.hostfile else None
     environment = child_environment(os.environ, launch.processes, for_hosts)
@@ -289,6 +284,29 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
             f"training ended with exit {code} before it was finished; the reason stands above. "
             "Checkpoints are kept: run the same command again to continue"
         )
+
+
+def training_plan(
+    recipe: str,
+    config: dict[str, dict[str, Any]],
+    inputs: Mapping[str, Path],
+    launch: Launch,
+    deepspeed: Path | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """What the training child reads: settings, launch, and paths of its inputs and its work folder."""
+    return {
+        "recipe": recipe,
+        "config": config,
+        "deepspeed": str(deepspeed) if deepspeed else None,
+        "fsdp": launch.fsdp,
+        "tensor_parallel": launch.tensor_parallel,
+        "ranks": launch.ranks,
+        "parent": os.getpid(),
+        "host": platform.node(),
+        "folder": str(folder),
+        "inputs": {name: str(path) for name, path in inputs.items()},
+    }
 
 
 def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
@@ -397,35 +415,13 @@ def _probe(name: str, script: Path) -> None:
         sys.exit(error.exit_code)
 
 
-def _check_room(stage: Stage, launch: Launch) -> None:
-    """Say what the training will take; refuse it when its checkpoints cannot fit on the disk."""
-    from recipe import preflight
-    from recipe.fetching import require_space
-
-    try:
-        shape = preflight.shape_of(stage.config["model"], preflight.vocabulary_of(stage.config))
-    except Refused:
-        return  # a published tokenizer: sizes are known once it is loaded
-    values = stage.config["pretrain"]
-    here, free = preflight.this_machine()
-    setting = preflight.setting_of(values, here, launch.ranks, launch.deepspeed)
-    steps = preflight.step_count(values, preflight.training_tokens(stage.recipe))
-    peak = preflight.memory(shape, setting)["peak"]
-    disk = preflight.training_disk(shape, setting, values, steps) or 0
-    there = sum(file.stat().st_size for file in stage.folder.rglob("*") if file.is_file())
-    require_space(stage.folder, disk - there, "checkpoints and the model (pretrain.json: save_total_limit)")
-    stage.say(f"preflight: {peak / 2**30:.1f} GiB per device and {disk / 1e9:.1f} GB of disk, computed")
-    if peak > free:
-        stage.say(f"warning: only {free / 2**30:.1f} GiB are free; see --dry-run for what to change")
-
-
 def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Print the preflight of a pretraining."""
-    from recipe import preflight
+    from recipe.preflight import report
 
     launch = launch_of(arguments)
     launch.check(config, "pretrain")
-    for line in preflight.report(arguments.recipe, config, launch.ranks, launch.deepspeed):
+    for line in report(arguments.recipe, config, launch):
         print(f"  {line}")
 
 

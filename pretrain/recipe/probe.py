@@ -2,29 +2,35 @@
 
 ``bash pretrain/05_pretrain.sh --probe`` trains a few steps of each combination, each in a process of its own
 under the launcher that the training itself would use. A combination that runs out of memory, crashes or is
-killed costs only itself. The table goes to ``outputs/<recipe>/probe.md`` and ``probe.json``, and the best
-combination is printed as options to paste.
+killed costs only itself. The table goes to ``outputs/<recipe>/probe.md``; the options that train with the
+fastest, to ``probe.options`` beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import platform
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recipe import preflight
 from recipe.config import load_recipe
-from recipe.launch import Launch, add_options, child_environment, command, launch_of, visible_gpus
+from recipe.launch import (
+    Launch,
+    add_options,
+    child_environment,
+    command,
+    launch_of,
+    training_plan,
+    visible_devices,
+)
 from recipe.outputs import OUTPUTS, RecipeError, Refused, read_json, stage_arguments, stage_folder, write_json
 
 STEPS = 5  # of which the first, which compiles, is not measured
@@ -82,19 +88,22 @@ def attempt(
     return {"outcome": "failed", "reason": lines[-1][:300] if lines else f"exit {code}"}
 
 
-def combinations(values: dict[str, Any], ranks: int) -> Iterator[tuple[str | None, bool, bool]]:
-    """(DeepSpeed file or None, checkpointing, compile), those worth comparing.
+def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launch, bool, bool]]:
+    """(launch, checkpointing, compile), those worth comparing.
 
-    ZeRO only where ranks share something, never with Muon; torch.compile only without ZeRO, where there is a
-    compiler, and unless pretrain.json says false.
+    ZeRO's stages beside DDP where several ranks are joined by nothing else, never with Muon; torch.compile
+    only without sharding, where there is a compiler, and unless pretrain.json says false.
     """
-    compiler = shutil.which("g++") and values.get("torch_compile", True)
-    stages = ["zero1", "zero2", "zero3"] if ranks > 1 and not values.get("muon_learning_rate") else []
-    for deepspeed, checkpointing, compiled in itertools.product(
-        [None, *stages], (False, True), (False, True)
-    ):
-        if not (compiled and (deepspeed or not compiler)):
-            yield deepspeed, checkpointing, compiled
+    sharded = launch.deepspeed or launch.fsdp or launch.tensor_parallel > 1
+    launches = [launch]
+    if launch.ranks > 1 and not sharded and not values.get("muon_learning_rate"):
+        launches += [replace(launch, deepspeed=name) for name in ("zero1", "zero2", "zero3")]
+    compiler = shutil.which("g++") and values.get("torch_compile") is not False
+    for way in launches:
+        for checkpointing in (False, True):
+            yield way, checkpointing, False
+            if compiler and not sharded and not way.deepspeed:
+                yield way, checkpointing, True
 
 
 def micro_batches(share: int) -> list[int]:
@@ -117,19 +126,26 @@ def options_of(row: dict[str, Any]) -> str:
     """The options of 05_pretrain.sh and run_all.sh that train with a row's settings."""
     parts = [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
     parts.append(f"--set pretrain.gradient_checkpointing={str(row['checkpointing']).lower()}")
-    if row["deepspeed"]:
-        parts.append(f"--deepspeed {row['deepspeed']}")
-    else:
+    if not row["joined"]:
         parts.append(f"--set pretrain.torch_compile={str(row['compiled']).lower()}")
+    return " ".join([*parts, row["joined"]]).strip()
+
+
+def joined(launch: Launch) -> str:
+    """The options that join the ranks; empty for one process, or several without sharding."""
+    parts = [f"--deepspeed {launch.deepspeed}"] if launch.deepspeed else []
+    parts += ["--fsdp"] if launch.fsdp else []
+    parts += [f"--tensor-parallel {launch.tensor_parallel}"] if launch.tensor_parallel > 1 else []
     return " ".join(parts)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, the fastest first."""
     lines = [
-        "| micro-batch | checkpointing | compiled | ZeRO | tokens/s | GFLOP/s | peak GiB | outcome |",
+        "| micro-batch | checkpointing | compiled | sharding | tokens/s | GFLOP/s | peak GiB | outcome |",
         "|---:|---|---|---|---:|---:|---:|---|",
     ]
+    yes = {True: "yes", False: "no"}
     for row in sorted(rows, key=lambda row: -row.get("tokens_per_second", 0)):
         figures = ["", "", ""]
         if row["outcome"] == "ok":
@@ -138,75 +154,62 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['flops_per_second'] / 1e9:,.0f}",
                 f"{row['peak_memory_bytes'] / 2**30:.2f}",
             ]
-        yes = {True: "yes", False: "no"}
         outcome = row["outcome"] + (f": {row['reason']}" if row.get("reason") else "")
-        cells = [str(row["micro_batch"]), yes[row["checkpointing"]], yes[row["compiled"]]]
-        cells += [row["deepspeed"] or "", *figures, outcome.replace("|", "/")]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [str(row["micro_batch"]), yes[row["checkpointing"]], yes[row["compiled"]], row["joined"]]
+        lines.append("| " + " | ".join([*cells, *figures, outcome.replace("|", "/")]) + " |")
     return "\n".join(lines)
 
 
 def measure(
-    script: str, plan: dict[str, Any], deepspeed: str | None, checkpointing: bool, compiled: bool, micro: int
+    script: Path, plan: dict[str, Any], launch: Launch, checkpointing: bool, compiled: bool, micro: int
 ) -> dict[str, Any]:
     """A row of the table: the plan's training with these settings, for `STEPS` steps.
 
-    At most two micro-batches are accumulated: the second is where the memory is fullest, and more would only
-    take time. The optimizer's share of a step is therefore somewhat larger than in the training.
+    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.launch` hands them to a training. At most two
+    micro-batches are accumulated: the second is where the memory is fullest, and more would only take time.
+    The optimizer's share of a step is therefore somewhat larger than in the training.
     """
-    ranks, values = plan["ranks"], plan["config"]["pretrain"]
-    accumulation = min(2, values["global_batch_size"] // ranks // micro)
-    changed = values | SHORT
-    changed |= {
+    values, replicas = plan["config"]["pretrain"], launch.ranks // launch.tensor_parallel
+    accumulation = min(2, values["global_batch_size"] // replicas // micro)
+    values = values | SHORT
+    values |= {
         "per_device_train_batch_size": micro,
-        "global_batch_size": micro * ranks * accumulation,
+        "global_batch_size": micro * replicas * accumulation,
         "gradient_checkpointing": checkpointing,
         "torch_compile": compiled,
     }
-    row = {"micro_batch": micro, "checkpointing": checkpointing, "compiled": compiled, "deepspeed": deepspeed}
-    here, free = preflight.this_machine()
-    shape = preflight.shape_of(plan["config"]["model"], preflight.vocabulary_of(plan["config"]))
-    peak = preflight.memory(shape, preflight.setting_of(changed, here, ranks, deepspeed))["peak"]
-    if peak * (ranks if here.kind == "cpu" else 1) > HOPELESS * free:
-        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {free / 2**30:.0f} GiB are free"
+    row = {"micro_batch": micro, "checkpointing": checkpointing, "compiled": compiled}
+    row |= {"joined": joined(launch)}
+    config = plan["config"] | {"pretrain": values}
+    path = launch.check(config, "pretrain")
+    peak, limit = preflight.peak_and_limit(plan["recipe"], config, launch)
+    if peak > HOPELESS * limit:
+        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {limit / 2**30:.0f} GiB are free"
         return row | {"outcome": "not tried", "reason": reason}
-    launch = Launch(processes=ranks, deepspeed=deepspeed)
-    path = launch.check(plan["config"] | {"pretrain": changed}, "pretrain")
     with tempfile.TemporaryDirectory(prefix="probe-") as name:
         folder = Path(name)
-        changed_plan = plan | {
-            "config": plan["config"] | {"pretrain": changed},
-            "deepspeed": str(path) if path else None,
-            "fsdp": False,
-            "tensor_parallel": 1,
-            "parent": os.getpid(),
-            "host": platform.node(),
-            "folder": name,
-            "probe": True,
-        }
-        write_json(folder / "plan.json", changed_plan)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible_gpus() else None
-        line = command(script, [str(folder / "plan.json")], launch, path, visible)
-        row |= attempt(line, folder, child_environment(os.environ, ranks))
+        plan = training_plan(plan["recipe"], config, plan["inputs"], launch, path, folder)
+        write_json(folder / "plan.json", plan | {"probe": True})
+        line = command(str(script), [str(folder / "plan.json")], launch, path, visible_devices())
+        row |= attempt(line, folder, child_environment(os.environ, launch.processes))
     if row["outcome"] == "ok":
-        row["flops_per_second"] = row["mfu"] * row["gemm_peak_flops"] * ranks
+        row["flops_per_second"] = row["mfu"] * row["gemm_peak_flops"] * launch.ranks
     return row
 
 
-def search(script: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
+def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str, Any]]:
     """Measure every combination worth it; each row is printed when it is there."""
-    values, ranks = plan["config"]["pretrain"], plan["ranks"]
-    share, rest = divmod(values["global_batch_size"], ranks)
+    values = plan["config"]["pretrain"]
+    replicas = launch.ranks // launch.tensor_parallel
+    share, rest = divmod(values["global_batch_size"], replicas)
     if rest:
-        raise Refused(f"global_batch_size: {values['global_batch_size']} does not divide into {ranks} ranks")
-    if ranks > 1 and values.get("muon_learning_rate"):
+        size = values["global_batch_size"]
+        raise Refused(f"pretrain.json: global_batch_size: {size} does not divide into {replicas} ranks")
+    if launch.ranks > 1 and values.get("muon_learning_rate"):
         print("ZeRO is left out: it has no Muon (--set pretrain.muon_learning_rate=null)", flush=True)
     rows: list[dict[str, Any]] = []
-    for deepspeed, checkpointing, compiled in combinations(values, ranks):
-        for row in climb(
-            micro_batches(share),
-            lambda micro, way=(deepspeed, checkpointing, compiled): measure(script, plan, *way, micro),
-        ):
+    for way in combinations(values, launch):
+        for row in climb(micro_batches(share), lambda micro, way=way: measure(script, plan, *way, micro)):
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     return rows
@@ -217,29 +220,24 @@ def main(script: Path) -> None:
     parser = stage_arguments("Measure settings of stage 05 and name the fastest.")
     add_options(parser)
     arguments = parser.parse_args()
-    recipe = arguments.recipe
+    recipe, launch = arguments.recipe, launch_of(arguments)
+    if launch.nodes > 1 or launch.hostfile:
+        raise Refused("--probe measures on one machine: leave --nnodes and --hostfile out")
     config = load_recipe(recipe, arguments.overrides)
     inputs = {stage: stage_folder(recipe, stage) for stage in ("03_tokenizer", "04_tokenize")}
     for stage, folder in inputs.items():
         if not (folder / "stage.json").exists():
             raise Refused(f"--probe needs {stage}. Run `bash run_all.sh --recipe {recipe} --to 04`")
-    plan = {
-        "recipe": recipe,
-        "config": config,
-        "ranks": launch_of(arguments).ranks,
-        "inputs": {name: str(path) for name, path in inputs.items()},
-    }
-    rows = search(str(script), plan)
-    measured = [row for row in rows if row["outcome"] == "ok"]
-    folder = OUTPUTS / recipe
+    rows = search(script, {"recipe": recipe, "config": config, "inputs": inputs}, launch)
     shown = table(rows)
+    measured = [row for row in rows if row["outcome"] == "ok"]
     if not measured:
         raise RecipeError(f"no setting ran:\n{shown}\nSee what `05_pretrain.sh --dry-run` suggests")
-    best = max(measured, key=lambda row: row["tokens_per_second"])
-    write_json(folder / "probe.json", {"best": best, "options": options_of(best), "rows": rows})
-    (folder / "probe.md").write_text(shown + "\n", "utf-8")
-    print(f"\n{shown}\n\nfastest: {options_of(best)}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit("run: bash pretrain/05_pretrain.sh --probe")
+    options = options_of(max(measured, key=lambda row: row["tokens_per_second"]))
+    if arguments.nproc:
+        options += f" --nproc {arguments.nproc}"
+    folder = OUTPUTS / recipe
+    (folder / "probe.md").write_text(f"{shown}\n\nfastest: {options}\n", "utf-8")
+    (folder / "probe.options").write_text(options + "\n", "utf-8")
+    print(f"\n{shown}\n\nfastest: {options}", flush=True)
+    print(f"To train so: bash run_all.sh --recipe {recipe} $(cat outputs/{recipe}/probe.options)", flush=True)

@@ -1,16 +1,22 @@
 """The search by measuring: real trainings of a mini model, and attempts that end in every way there is."""
 
+import argparse
 import json
 import os
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from recipe import preflight, probe
-from recipe.launch import child_environment
-from recipe.probe import attempt, climb, combinations, micro_batches, options_of, table
+from recipe.launch import Launch, add_options, child_environment, launch_of
+from recipe.memory import shape_of
+from recipe.outputs import ROOT
+from recipe.probe import attempt, climb, combinations, joined, measure, micro_batches, options_of, table
 
 PYTHON = [sys.executable, "-c"]
+SCRIPT = ROOT / "pretrain/run_clm.py"
 
 
 def end_of(tmp_path, code, limit=60.0):
@@ -53,7 +59,7 @@ def test_a_crash_gives_its_last_line(tmp_path):
 def test_a_hung_attempt_ends_with_all_its_processes(tmp_path):
     code = "import subprocess\nchild = subprocess.Popen(['sleep', '1000'])\n"
     code += "open('pid', 'w').write(str(child.pid)); child.wait()"
-    row = end_of(tmp_path, code, limit=3.0)
+    row = end_of(tmp_path, code, limit=6.0)
     assert row["outcome"] == "too slow"
     process = int((tmp_path / "pid").read_text())
     try:
@@ -75,13 +81,17 @@ def test_micro_batches_divide_the_share():
 
 
 def test_combinations_are_those_that_training_accepts():
-    plain = list(combinations({}, 1))
-    assert {(c, z) for z, c, _ in plain} == {(False, None), (True, None)}
-    assert not any(compiled for _, _, compiled in combinations({"torch_compile": False}, 1))
-    shared = list(combinations({}, 2))
-    assert {z for z, _, _ in shared} == {None, "zero1", "zero2", "zero3"}
-    assert not any(compiled for z, _, compiled in shared if z)  # refused by check_launch
-    assert {z for z, _, _ in combinations({"muon_learning_rate": 0.1}, 2)} == {None}
+    one, two = Launch(), Launch(processes=2)
+    plain = list(combinations({}, one))
+    assert [(way, c) for way, c, compiled in plain if not compiled] == [(one, False), (one, True)]
+    assert not any(compiled for _, _, compiled in combinations({"torch_compile": False}, one))
+    shared = list(combinations({}, two))
+    assert {way.deepspeed for way, _, _ in shared} == {None, "zero1", "zero2", "zero3"}
+    assert not any(compiled for way, _, compiled in shared if way.deepspeed)  # refused by check_launch
+    assert all(way == two for way, _, _ in combinations({"muon_learning_rate": 0.1}, two))
+    # What the user has chosen to join the ranks is kept.
+    fsdp = Launch(processes=2, fsdp=True)
+    assert list(combinations({}, fsdp)) == [(fsdp, False, False), (fsdp, True, False)]
 
 
 @pytest.mark.parametrize(
@@ -104,17 +114,32 @@ def test_the_climb_ends_at_a_failure_or_a_loss(speeds, measured):
 
 
 def test_table_and_options():
-    row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "deepspeed": "zero2"}
+    row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "joined": "--deepspeed zero2"}
     assert options_of(row) == (
         "--set pretrain.per_device_train_batch_size=8 --set pretrain.gradient_checkpointing=true "
         "--deepspeed zero2"
     )
-    good = row | {"deepspeed": None, "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
+    good = row | {"joined": "", "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
+    assert options_of(good).endswith("--set pretrain.torch_compile=true")
     good |= {"flops_per_second": 2e11, "peak_memory_bytes": 3 * 2**30}
     bad = row | {"outcome": "failed", "reason": "a | b"}
     lines = table([bad, good]).splitlines()
     assert lines[2] == "| 8 | yes | yes |  | 1,234 | 200 | 3.00 | ok |"
-    assert lines[3] == "| 8 | yes | no | zero2 |  |  |  | failed: a / b |"
+    assert lines[3] == "| 8 | yes | no | --deepspeed zero2 |  |  |  | failed: a / b |"
+
+
+def test_what_joins_the_ranks_is_named_by_its_options():
+    assert joined(Launch(processes=2)) == ""
+    both = Launch(processes=4, fsdp=True, tensor_parallel=2)
+    assert launch_of(parsed(joined(both) + " --nproc 4")) == both
+    zero = Launch(processes=2, deepspeed="zero3")
+    assert launch_of(parsed(joined(zero) + " --nproc 2")) == zero
+
+
+def parsed(options):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser.parse_args(options.split())
 
 
 @pytest.fixture(scope="module")
@@ -124,39 +149,66 @@ def prepared(make_project):
     return project
 
 
+def plan_of(project, **changes):
+    """What `search` hands to `measure`, for the mini recipe with some keys of pretrain.json changed."""
+    folder = project.folder / "configs/mini"
+    config = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    config["pretrain"] |= changes
+    outputs = project.folder / "outputs/mini"
+    inputs = {stage: outputs / stage for stage in ("03_tokenizer", "04_tokenize")}
+    return {"recipe": "mini", "config": config, "inputs": inputs}
+
+
 def test_hopeless_settings_are_not_tried(prepared):
-    """A block of 2**20 tokens of the mini model would keep terabytes."""
-    config = {
-        name: json.loads((prepared.folder / f"configs/mini/{name}.json").read_text())
-        for name in ("model", "tokenizer", "pretrain")
-    }
-    config["pretrain"] |= {"block_size": 2**30, "torch_compile": False}
-    row = probe.measure("none.py", {"config": config, "ranks": 1}, None, False, False, 4)
+    """A block of 2**30 tokens of the mini model would keep terabytes."""
+    row = measure(Path("none.py"), plan_of(prepared, block_size=2**30), Launch(), False, False, 4)
     assert row["outcome"] == "not tried" and "GiB are free" in row["reason"]
 
 
-def test_probe_measures_real_trainings(prepared):
+def test_lack_of_memory_ends_a_row_and_not_the_search(prepared, monkeypatch):
+    """Real trainings under a limit of memory: one block fits, thousands at once do not."""
+    limits = (int(2e9), resource.getrlimit(resource.RLIMIT_DATA)[1])
+    popen = subprocess.Popen
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+    def limited(*arguments, **keywords):
+        return popen(*arguments, preexec_fn=limit, **keywords)
+
+    monkeypatch.setattr(probe.subprocess, "Popen", limited)
+    monkeypatch.setattr(probe, "HOPELESS", float("inf"))
+    plan = plan_of(prepared, global_batch_size=2**12)
+    way = (Launch(), False, False)
+    rows = list(climb([1, 2**12], lambda micro: measure(SCRIPT, plan, *way, micro)))
+    assert [row["outcome"] for row in rows] == ["ok", "out of memory"]
+
+
+def test_a_row_is_a_training_with_these_settings(prepared):
+    row = measure(SCRIPT, plan_of(prepared, global_batch_size=8), Launch(), True, False, 2)
+    assert row["outcome"] == "ok" and row["steps"] == probe.STEPS
+    active = row["active"]
+    assert (active["micro_batch"], active["accumulation"], active["compiled"]) == (2, 2, False)
+    assert row["tokens_per_second"] > 0 and 2**27 < row["peak_memory_bytes"] < 2**32
+
+
+def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
     """`mini` forbids torch.compile, which would take minutes here."""
-    config = prepared.folder / "configs/mini/pretrain.json"
-    kept = config.read_text()
-    prepared.edit("mini", "pretrain", global_batch_size=2)
-    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--probe")
-    config.write_text(kept)
-    found = json.loads((prepared.folder / "outputs/mini/probe.json").read_text())
-    assert found["rows"] and all(row["outcome"] == "ok" for row in found["rows"])
-    assert {row["checkpointing"] for row in found["rows"]} == {False, True}
-    assert {row["micro_batch"] for row in found["rows"]} == {1, 2}
-    for row in found["rows"]:
-        assert row["active"]["micro_batch"] == row["micro_batch"] and row["steps"] == probe.STEPS
-        assert row["tokens_per_second"] > 0 and 2**27 < row["peak_memory_bytes"] < 2**32
-    assert found["best"]["tokens_per_second"] == max(row["tokens_per_second"] for row in found["rows"])
-    assert f"fastest: {found['options']}" in result.stdout and found["options"].startswith("--set pretrain.")
-    # What it names is accepted by the stage; the stage itself was not touched.
-    accepted = prepared.run(
-        "pretrain/05_pretrain.sh", "--recipe", "mini", "--dry-run", *found["options"].split()
-    )
-    assert "would run" in accepted.stdout and "parameters" in accepted.stdout
-    assert not (prepared.folder / "outputs/mini/05_pretrain").exists()
+    small = ("--set", "pretrain.global_batch_size=2")
+    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", *small)
+    folder = prepared.folder / "outputs/mini"
+    rows = [line.strip("| ").split(" | ") for line in (folder / "probe.md").read_text().splitlines()[2:6]]
+    assert {(row[0], row[1]) for row in rows} == {(m, c) for m in "12" for c in ("yes", "no")}
+    assert all(row[-1] == "ok" for row in rows)
+    speeds = [float(row[4].replace(",", "")) for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
+    options = (folder / "probe.options").read_text().split()
+    assert f"pretrain.per_device_train_batch_size={rows[0][0]}" in options
+    assert f"fastest: {' '.join(options)}" in result.stdout
+    accepted = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--dry-run", *small, *options)
+    assert "would run" in accepted.stdout and f"micro-batch {rows[0][0]} " in accepted.stdout
+    # The stage itself was not touched.
+    assert not (folder / "05_pretrain").exists()
 
 
 def test_probe_needs_the_tokens(prepared):
@@ -181,9 +233,9 @@ def test_computed_disk_is_what_a_training_writes(prepared):
     folder = prepared.folder / "outputs/mini/05_pretrain"
     record = json.loads((folder / "stage.json").read_text())
     assert record["figures"]["steps"] == 2 and record["figures"]["peak_memory_bytes"] > 2**27
-    shape = preflight.shape_of(record["config"]["model"], 400)
-    here, _ = preflight.this_machine()
-    setting = preflight.setting_of(record["config"]["pretrain"], here, 1, None)
+    shape = shape_of(record["config"]["model"], 400)
+    here, _ = preflight.this_machine(Launch())
+    setting = preflight.setting_of(record["config"]["pretrain"], here, Launch())
     assert shape.parameters == record["figures"]["active"]["parameters"]
     files = [folder / "checkpoints/checkpoint-1" / name for name in ("model.safetensors", "optimizer.pt")]
     written = sum(file.stat().st_size for file in files)
