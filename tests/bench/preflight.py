@@ -10,13 +10,16 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from recipe import preflight, probe
+from recipe.launch import Launch
+from recipe.memory import memory, shape_of
 from recipe.outputs import ROOT
-from recipe.packing import write_token_file
+from recipe.token_files import write_token_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -33,30 +36,32 @@ THIRTY |= {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddi
 FORTY_EIGHT = {"model_type": "mistral", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}
 FORTY_EIGHT |= {"num_attention_heads": 8, "num_key_value_heads": 8}
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12}
-# model, vocabulary, block, micro-batch, micro-batches accumulated, checkpointing, compiled, other keys
 FP32, MUON = {"bf16": False}, {"muon_learning_rate": 0.01}
+ONE, TWO = Launch(), Launch(processes=2)
+# model, vocabulary, block, micro-batch, micro-batches accumulated, checkpointing, compiled, other keys,
+# launch
 ROWS: dict[str, tuple[Any, ...]] = {
-    "6M one block": (SIX_MILLION, 8000, 64, 1, 1, False, False, {}),
-    "6M one block compiled": (SIX_MILLION, 8000, 64, 1, 1, False, True, {}),
-    "6M": (SIX_MILLION, 8000, 256, 16, 1, False, False, {}),
-    "6M compiled": (SIX_MILLION, 8000, 256, 16, 1, False, True, {}),
-    "6M Muon compiled": (SIX_MILLION, 8000, 256, 32, 2, False, True, MUON),
-    "6M fp32": (SIX_MILLION, 8000, 256, 32, 1, False, False, FP32),
-    "6M fp32 compiled": (SIX_MILLION, 8000, 256, 32, 1, False, True, FP32),
-    "6M checkpointing": (SIX_MILLION, 8000, 256, 64, 1, True, False, {}),
-    "30M not accumulated": (THIRTY, 16000, 512, 8, 1, False, False, {}),
-    "30M": (THIRTY, 16000, 512, 8, 2, False, False, {}),
-    "30M compiled": (THIRTY, 16000, 512, 8, 2, False, True, {}),
-    "30M checkpointing compiled": (THIRTY, 16000, 512, 8, 2, True, True, {}),
-    "48M": (FORTY_EIGHT, 32000, 1024, 2, 1, False, False, {}),
-    "48M compiled": (FORTY_EIGHT, 32000, 1024, 2, 1, False, True, {}),
-    "109M GPT-2": (GPT2, 30000, 512, 2, 2, False, False, {}),
-    "109M GPT-2 fp32": (GPT2, 30000, 512, 2, 1, False, False, FP32),
-    "109M GPT-2 checkpointing": (GPT2, 30000, 512, 4, 1, True, False, {}),
+    "6M one block": (SIX_MILLION, 8000, 64, 1, 1, False, False, {}, ONE),
+    "6M": (SIX_MILLION, 8000, 256, 16, 1, False, False, {}, ONE),
+    "6M compiled": (SIX_MILLION, 8000, 256, 16, 1, False, True, {}, ONE),
+    "6M Muon compiled": (SIX_MILLION, 8000, 256, 32, 2, False, True, MUON, ONE),
+    "6M fp32": (SIX_MILLION, 8000, 256, 32, 1, False, False, FP32, ONE),
+    "6M checkpointing": (SIX_MILLION, 8000, 256, 64, 1, True, False, {}, ONE),
+    "30M": (THIRTY, 16000, 512, 8, 2, False, False, {}, ONE),
+    "30M compiled": (THIRTY, 16000, 512, 8, 2, False, True, {}, ONE),
+    "30M checkpointing compiled": (THIRTY, 16000, 512, 8, 2, True, True, {}, ONE),
+    "48M": (FORTY_EIGHT, 32000, 1024, 2, 1, False, False, {}, ONE),
+    "109M GPT-2": (GPT2, 30000, 512, 2, 2, False, False, {}, ONE),
+    "30M DDP 2": (THIRTY, 16000, 512, 4, 2, False, False, {}, TWO),
+    "30M ZeRO-2, 2 ranks": (THIRTY, 16000, 512, 4, 2, False, False, {}, replace(TWO, deepspeed="zero2")),
+    "30M FSDP2, 2 ranks": (THIRTY, 16000, 512, 4, 2, False, False, {}, replace(TWO, fsdp=True)),
+    "30M TP 2": (THIRTY, 16000, 512, 4, 2, False, False, {}, replace(TWO, tensor_parallel=2)),
+    "109M GPT-2 FSDP2, 2 ranks": (GPT2, 30000, 512, 1, 2, False, False, {}, replace(TWO, fsdp=True)),
+    "109M GPT-2 ZeRO-3, 2 ranks": (GPT2, 30000, 512, 1, 2, False, False, {}, replace(TWO, deepspeed="zero3")),
 }
 
 
-def inputs(folder: Path, vocabulary: int) -> dict[str, str]:
+def inputs(folder: Path, vocabulary: int) -> dict[str, Path]:
     """Stages 03 and 04 in small: a tokenizer with so many words, and random tokens."""
     words = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = PreTrainedTokenizerFast(
@@ -71,33 +76,37 @@ def inputs(folder: Path, vocabulary: int) -> dict[str, str]:
         write_token_file(
             folder / side, (draw.integers(4, vocabulary, 300).tolist() for _ in range(3000)), vocabulary
         )
-    totals = {side: {"tokens": 900000, "bytes": 3600000, "documents": 3000} for side in ("train", "valid")}
-    (folder / "stage.json").write_text(json.dumps({"figures": {"totals": totals}}))
-    return {"03_tokenizer": str(folder / "tokenizer"), "04_tokenize": str(folder)}
+    totals = {"tokens": 900_000, "bytes": 3_600_000, "documents": 3000, "largest_id": vocabulary - 1}
+    sides = ("train", "valid")
+    counted = {"totals": dict.fromkeys(sides, totals), "sources": dict.fromkeys(sides, {})}
+    (folder / "stage.json").write_text(json.dumps({"figures": counted}))
+    return {"03_tokenizer": folder / "tokenizer", "04_tokenize": folder}
 
 
 def run(name: str) -> tuple[float, dict[str, Any], int]:
     """(computed peak bytes, the probe's row, parameters) of one training."""
-    model, vocabulary, block, micro, accumulation, checkpointing, compiled, more = ROWS[name]
+    model, vocabulary, block, micro, accumulation, checkpointing, compiled, more, launch = ROWS[name]
     values = {
         "block_size": block,
-        "global_batch_size": micro * accumulation,
+        "global_batch_size": micro * accumulation * launch.ranks // launch.tensor_parallel,
         "per_device_train_batch_size": micro,
         "learning_rate": 1e-4,
     } | more
-    config = {"model": model | {"vocab_size": vocabulary}, "tokenizer": {}, "pretrain": values}
-    here, _ = preflight.this_machine()
+    config = {
+        "dataset": {"sources": {}},
+        "tokenizer": {"vocab_size": vocabulary},
+        "model": model,
+        "pretrain": values,
+        "generation": {"prompts": []},
+    }
     wished = values | {"gradient_checkpointing": checkpointing, "torch_compile": compiled}
-    shape = preflight.shape_of(model, vocabulary)
-    computed = preflight.memory(shape, preflight.setting_of(wished, here, 1, None))
+    here, _ = preflight.this_machine(launch)
+    shape = shape_of(model, vocabulary)
+    computed = memory(shape, preflight.setting_of(wished, here, launch))
     with tempfile.TemporaryDirectory() as folder:
-        plan = {
-            "recipe": "bench",
-            "config": config,
-            "ranks": 1,
-            "inputs": inputs(Path(folder), vocabulary),
-        }
-        row = probe.measure(str(ROOT / "pretrain/run_clm.py"), plan, None, checkpointing, compiled, micro)
+        plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), vocabulary)}
+        script = ROOT / "pretrain/run_clm.py"
+        row = probe.measure(script, plan, launch, checkpointing, compiled, micro)
     return computed["peak"], row, shape.parameters
 
 

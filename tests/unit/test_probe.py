@@ -167,7 +167,7 @@ def test_hopeless_settings_are_not_tried(prepared):
 
 def test_lack_of_memory_ends_a_row_and_not_the_search(prepared, monkeypatch):
     """Real trainings under a limit of memory: one block fits, thousands at once do not."""
-    limits = (int(2e9), resource.getrlimit(resource.RLIMIT_DATA)[1])
+    limits = (int(2.5e9), resource.getrlimit(resource.RLIMIT_DATA)[1])
     popen = subprocess.Popen
 
     def limit():
