@@ -14,7 +14,7 @@ The loss is that of the saved model on the same packed validation blocks, in flo
 compiles from nothing: its start counts in the time to a million tokens, the rest of which is reckoned from
 the median step. MFU is against the fastest matrix product that any of the processes measured.
 
-Run (needs the recipe tiny up to stage 04; about 25 minutes, nothing else running):
+Run (about 25 minutes, nothing else running):
     .venv/bin/python tests/bench/training.py [6m] [30m]
     .venv/bin/python tests/bench/training.py profile      where the time of a step goes (2 minutes)
 """
@@ -35,8 +35,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pretrain"))
-TOKENS = ROOT / "outputs/tiny/04_tokenize"
-TOKENIZER = ROOT / "outputs/tiny/03_tokenizer"
+RECIPE = "bench-training"
+OUTPUTS = ROOT / "outputs" / RECIPE
+TOKENIZER = OUTPUTS / "03_tokenizer"
 BLOCK, BATCH, REPEATS, VALID = 512, 8, 3, 32
 SHAPES = {
     "6m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 5},
@@ -69,7 +70,7 @@ def blocks(side: str, count: int) -> Any:
     from recipe.token_files import TokenFile
 
     seed = RATES["seed"] if side == "train" else None
-    return PackedBlocks(TokenFile(TOKENS / side), BLOCK, 0, seed, count)
+    return PackedBlocks(TokenFile(OUTPUTS / "04_tokenize" / side), BLOCK, 0, seed, count)
 
 
 def stock(name: str, shape: str, folder: Path) -> None:
@@ -112,21 +113,25 @@ def stock(name: str, shape: str, folder: Path) -> None:
 
 
 @contextmanager
-def recipe(shape: str) -> Iterator[str]:
-    """A copy of the recipe tiny with this model, to train by AdamW; removed afterwards."""
-    name = f"bench-training-{shape}"
-    folder = ROOT / "configs" / name
+def recipe() -> Iterator[None]:
+    """The data of tiny as a recipe of its own; its configs are removed afterwards."""
+    folder = ROOT / "configs" / RECIPE
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "configs/tiny", folder)
+    try:
+        bash("run_all.sh", "--recipe", RECIPE, "--to", "04")
+        yield
+    finally:
+        shutil.rmtree(folder)
+
+
+def configure(shape: str) -> None:
+    """Let stage 05 train this shape by AdamW."""
+    folder = ROOT / "configs" / RECIPE
     (folder / "model.json").write_text(json.dumps(model_values(shape)))
     values = RATES | {"block_size": BLOCK, "global_batch_size": BATCH, "per_device_train_batch_size": BATCH}
     values |= {"max_steps": STEPS[shape], "logging_steps": 1, "eval_blocks": VALID, "save_strategy": "no"}
     (folder / "pretrain.json").write_text(json.dumps(values))
-    try:
-        bash("run_all.sh", "--recipe", name, "--to", "04")
-        yield name
-    finally:
-        shutil.rmtree(folder)
 
 
 def bash(*arguments: str, **keywords: Any) -> None:
@@ -134,7 +139,7 @@ def bash(*arguments: str, **keywords: Any) -> None:
     subprocess.run(["bash", *arguments], cwd=ROOT, check=True, stdout=sys.stderr, **keywords)
 
 
-def measure(name: str, shape: str, of_recipe: str, cache: Path) -> dict[str, float]:
+def measure(name: str, shape: str, cache: Path) -> dict[str, float]:
     """Seconds of a median step and to the end of the first, peak GiB, loss, and the peak of a matrix
     product.
     """
@@ -143,14 +148,14 @@ def measure(name: str, shape: str, of_recipe: str, cache: Path) -> dict[str, flo
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     with tempfile.TemporaryDirectory() as temporary:
         ours = name == "ours"
-        folder = ROOT / "outputs" / of_recipe / "05_pretrain" if ours else Path(temporary)
+        folder = OUTPUTS / "05_pretrain" if ours else Path(temporary)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         first: list[float] = []
         started = time.perf_counter()
         watcher = threading.Thread(target=_wait_for_line, args=(folder / "metrics.jsonl", first))
         watcher.start()
         if ours:
-            line = ["bash", "pretrain/05_pretrain.sh", "--recipe", of_recipe, "--force"]
+            line = ["bash", "pretrain/05_pretrain.sh", "--recipe", RECIPE, "--force"]
         else:
             line = [sys.executable, __file__, "stock", name, shape, str(folder)]
         child = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=sys.stderr)
@@ -197,10 +202,11 @@ def compare(shape: str) -> None:
     from transformers import AutoTokenizer
 
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
-    with recipe(shape) as of_recipe, tempfile.TemporaryDirectory() as caches:
+    configure(shape)
+    with tempfile.TemporaryDirectory() as caches:
         for repeat in range(REPEATS):
             for number, name in enumerate(ROWS):
-                results[name].append(measure(name, shape, of_recipe, Path(caches) / str(number)))
+                results[name].append(measure(name, shape, Path(caches) / str(number)))
                 print(f"{repeat + 1}: {name}: {results[name][-1]}", file=sys.stderr, flush=True)
     model = build_model(model_values(shape), AutoTokenizer.from_pretrained(TOKENIZER), "sdpa", 0)
     flops, peak = flops_per_token(model, BLOCK), max(run["peak"] for runs in results.values() for run in runs)
@@ -292,12 +298,11 @@ def main() -> None:
     words = sys.argv[1:]
     if words[:1] == ["stock"]:
         stock(words[1], words[2], Path(words[3]))
-    elif words[:1] == ["profile"]:
-        for shape in words[1:] or SHAPES:
-            profile(shape)
-    else:
-        for shape in words or SHAPES:
-            compare(shape)
+        return
+    show = profile if words[:1] == ["profile"] else compare
+    with recipe():
+        for shape in [word for word in words if word in SHAPES] or SHAPES:
+            show(shape)
 
 
 if __name__ == "__main__":
