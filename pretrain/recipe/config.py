@@ -206,7 +206,7 @@ UNFIT = {
     "label_smoothing_factor": "the Trainer's smoothing would shift the labels a second time",
     "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
 }
-ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def recipes() -> list[str]:

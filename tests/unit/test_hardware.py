@@ -18,13 +18,13 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
         (A100, {}, Choice("bf16", "flash_attention_2", True)),
         (A100_WITHOUT_FLASH, {}, Choice("bf16", "sdpa", True)),
         (T4, {}, Choice("fp16", "sdpa", True)),
-        (ZEN4, {}, Choice("bf16", "sdpa", True)),
-        (OLD_CPU, {}, Choice("fp32", "sdpa", False)),
+        (ZEN4, {}, Choice("bf16", "documents", True)),
+        (OLD_CPU, {}, Choice("fp32", "documents", False)),
         (A100, {"bf16": False}, Choice("fp32", "sdpa", True)),
         (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "flash_attention_2", False)),
         (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
         (A100_WITH_BITSANDBYTES, {"optim": "adamw_bnb_8bit"}, Choice("bf16", "flash_attention_2", True)),
-        (ZEN4, {"optim": "adamw_torch_fused"}, Choice("bf16", "sdpa", True)),
+        (ZEN4, {"optim": "adamw_torch_fused"}, Choice("bf16", "documents", True)),
     ],
 )
 def test_choice(hardware, values, wanted):
@@ -42,6 +42,7 @@ def test_choice(hardware, values, wanted):
         (ZEN4, {"attn_implementation": "flash_attention_2"}, "needs an NVIDIA GPU"),
         (T4, {"attn_implementation": "flash_attention_2"}, "capability 8.0"),
         (A100, {"attn_implementation": "flash_attention_2", "bf16": False}, "fp32 is asked for"),
+        (T4, {"attn_implementation": "documents"}, "documents is for CPUs; this is T4"),
         (OLD_CPU, {"torch_compile": True}, r"no g\+\+"),
     ],
 )
