@@ -162,6 +162,7 @@ LOGIT_BYTES = {"mixed": 16, "fp32": 16, "half": 16, "mixed compiled": 4, "fp32 c
 # slack (assumed).
 PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
 COMPILER_BYTES = 0.13e9  # on a CPU, measured
+GLOO_BYTES = 0.2e9  # what joins ranks on CPUs, measured; for DeepSpeed its buckets' sum has room for it
 
 
 @functools.cache
@@ -221,6 +222,8 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
     }
     if setting.device == "cpu" and setting.compiled:
         parts["process"] += COMPILER_BYTES
+    if setting.device == "cpu" and setting.ranks > 1 and not setting.zero:
+        parts["process"] += GLOO_BYTES
     host = 0.0
     if setting.offload_optimizer:
         host, parts["optimizer"] = host + parts["optimizer"], 0
@@ -247,6 +250,8 @@ def _bucket_bytes(shape: Shape, setting: Setting, count: float) -> float:
     if setting.fsdp:
         # Embeddings and output stay gathered; their gradients, and a layer's, are reduced in float32.
         outer = (shape.embeddings + shape.output) / setting.tensor_parallel
-        return (2 if half else 4) * (layers + outer) + 4 * max(layers / 2, outer)
+        # While micro-batches accumulate, the Trainer keeps all gradients whole, and splits the sum.
+        reduced = count if setting.accumulation > 1 else max(layers / 2, outer)
+        return (2 if half else 4) * (layers + outer) + 4 * reduced
     # DistributedDataParallel's buckets are a second copy of the gradients.
     return 4 * count if setting.ranks > setting.tensor_parallel else 0

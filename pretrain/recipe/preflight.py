@@ -360,7 +360,7 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
         ("--deepspeed zero1", "4 + 12/N", {"zero": 1}),
         ("--deepspeed zero2", "2 + 14/N", {"zero": 2}),
         ("--deepspeed zero3", "16/N", {"zero": 3}),
-        ("--fsdp", "16/N", {"fsdp": True}),
+        ("--fsdp", "16/N, and 4 while accumulating", {"fsdp": True}),
     ):
         cells = ""
         for count in counts:

@@ -160,6 +160,14 @@ def test_gpt_neox_keeps_its_embeddings_whole_under_tensor_parallelism():
     assert shape.of_rank(4) == shape.embeddings + shape.vectors + (shape.matrices + shape.output) / 4
 
 
+def test_fsdp_keeps_gradients_whole_while_it_accumulates():
+    shape = shape_of(SMALL, 1000)
+    once, twice = (dataclasses.replace(PLAIN, ranks=8, fsdp=True, accumulation=n) for n in (1, 2))
+    outer = shape.embeddings + shape.output  # what is reduced at once otherwise
+    more = memory(shape, twice)["peak"] - memory(shape, once)["peak"]
+    assert more == pytest.approx(4 * (shape.parameters - outer))
+
+
 def test_tensor_parallelism_splits_what_is_as_wide_as_heads():
     shape = shape_of(SMALL, 1000)
     one, two = (dataclasses.replace(PLAIN, ranks=2, tensor_parallel=n) for n in (1, 2))
