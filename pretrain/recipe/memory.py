@@ -251,7 +251,7 @@ def _bucket_bytes(shape: Shape, setting: Setting, count: float) -> float:
         # Embeddings and output stay gathered; their gradients, and a layer's, are reduced in float32.
         outer = (shape.embeddings + shape.output) / setting.tensor_parallel
         # While micro-batches accumulate, the Trainer keeps all gradients whole, and splits the sum.
-        reduced = count if setting.accumulation > 1 else max(layers / 2, outer)
+        reduced = max(layers / 2, outer) + (count if setting.accumulation > 1 else 0)
         return (2 if half else 4) * (layers + outer) + 4 * reduced
     # DistributedDataParallel's buckets are a second copy of the gradients.
     return 4 * count if setting.ranks > setting.tensor_parallel else 0
