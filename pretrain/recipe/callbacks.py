@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from recipe.config import OPTIMIZERS
 from recipe.hardware import Choice
 from recipe.modeling import parameter_count
 from recipe.outputs import Refused
@@ -236,6 +239,7 @@ class Proof(TrainerCallback):
         assert self.trainer is not None
         self.block = active(self.trainer)
         self.block["tokens_per_step"] = self.settings.global_batch_size * self.settings.block_size
+        muon = self.settings.muon_learning_rate
         wanted = {
             "precision": self.choice.precision,
             "attention": self.choice.attention,
@@ -243,9 +247,18 @@ class Proof(TrainerCallback):
             "ranks": self.ranks,
             "parallel": self.parallel,
             "global_batch": self.settings.global_batch_size,
+            "optimizer": "MuonAdamW" if muon else OPTIMIZERS[args.optim.value],
+            "weight_decay": args.weight_decay or None,
+            "gradient_clipping": args.max_grad_norm or None,
+            "activation_checkpointing": bool(args.activation_checkpointing),
+            "neftune": args.neftune_noise_alpha,
+            "z_loss": self.settings.z_loss or None,
+            "boards": sorted(args.report_to),
         }
-        if self.settings.muon_learning_rate:
-            wanted["optimizer"] = "MuonAdamW"
+        if not muon and args.optim.value == "adamw_torch_fused" and not self.block["offloaded"]:
+            wanted["fused"] = True
+        if "adamw" in args.optim.value:
+            wanted |= {"betas": [args.adam_beta1, args.adam_beta2], "epsilon": args.adam_epsilon}
         self.block["learning_rates"], wrong_rates = sampled(self.trainer)
         wrong = [
             f"{key}: asked for {value}, active is {self.block[key]}"
@@ -304,33 +317,64 @@ def active(trainer: Trainer) -> dict[str, Any]:
     """What a running Trainer really uses, read from the objects that do the work, not from the wishes."""
     from torch._dynamo.utils import counters
 
-    accelerator = trainer.accelerator
-    engine = trainer.model_wrapped
+    engine, model = trainer.model_wrapped, trainer.model
     optimizer: Any = trainer.optimizer
     while hasattr(optimizer, "optimizer"):  # accelerate's, then DeepSpeed's wrapper
         optimizer = optimizer.optimizer
+    groups = optimizer.param_groups
     scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-    block: dict[str, Any] = {
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    embeddings = model.get_input_embeddings()
+    precision = trainer.accelerator.mixed_precision
+    clipping = trainer.args.max_grad_norm
+    if hasattr(engine, "zero_optimization_stage"):
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
+        clipping = engine.gradient_clipping()
+    adam = [group for group in groups if "betas" in group and "eps" in group]
+    return {
         "device": str(trainer.args.device),
-        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        "attention": trainer.model.config._attn_implementation,
+        "precision": {"no": "fp32"}.get(precision, precision),
+        "attention": model.config._attn_implementation,
         "compiled": counters["stats"]["unique_graphs"] > 0,
-        "optimizer": type(optimizer).__name__,
-        "fused": bool(optimizer.param_groups[0].get("fused")),
+        "activation_checkpointing": model.is_gradient_checkpointing,
+        "optimizer": _optimizer_name(optimizer),
+        "fused": bool(groups[0].get("fused")),
+        "offloaded": type(optimizer).__name__.startswith("DeepSpeedCPU"),
+        "betas": list(_common(tuple(group["betas"]) for group in adam) or ()),
+        "epsilon": _common(group["eps"] for group in adam),
+        "weight_decay": _common(group["weight_decay"] for group in groups if group.get("weight_decay")),
+        "gradient_clipping": clipping or None,
         "scheduler": f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
+        "z_loss": trainer.settings.z_loss if trainer.z_losses else None,
+        "neftune": getattr(embeddings, "neftune_noise_alpha", None),
         "parallel": joined(engine),
-        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "ranks": ranks,
         "micro_batch": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
-        "parameters": parameter_count(trainer.model),
-        "gradient_clipping": trainer.args.max_grad_norm or None,
-        "z_loss": trainer.settings.z_loss or None,
+        # Ranks that share matrices read the same batches.
+        "global_batch": round(sum(n for (n,) in gather([trainer.sequences], trainer.args.device)))
+        // sharded_over(model).get("tp", 1),
+        "parameters": parameter_count(model),
         "seed": trainer.args.seed,
+        "boards": sorted(
+            name
+            for name, board in INTEGRATION_TO_CALLBACK.items()
+            if any(type(callback) is board for callback in trainer.callback_handler.callbacks)
+        ),
     }
-    if hasattr(engine, "zero_optimization_stage"):
-        block["precision"] = (
-            "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-        )
-    copies = block["ranks"] // sharded_over(trainer.model).get("tp", 1)
-    block["global_batch"] = block["micro_batch"] * block["accumulation"] * copies
-    return block
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """The class, with the bits of bitsandbytes' states; DeepSpeed's AdamW on the CPU is AdamW."""
+    name = type(optimizer).__name__
+    if name == "DeepSpeedCPUAdam":
+        return "AdamW" if optimizer.adam_w_mode else "Adam"
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        return f"{name} {optimizer.args.optim_bits}-bit"
+    return name
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all share; all of them, as text, where they differ; None where there is none."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else str(sorted(found)) if found else None

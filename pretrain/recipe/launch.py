@@ -29,7 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import check_launch, check_quantization, check_tensor_parallel, load_recipe
+from recipe.config import (
+    check_boards,
+    check_launch,
+    check_quantization,
+    check_tensor_parallel,
+    load_recipe,
+)
+from recipe.hardware import Hardware, choose, count_gpus, glance
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -81,11 +88,18 @@ class Launch:
         """Processes on all machines."""
         return sum(self.hosts.values()) or self.nodes * self.processes
 
-    def check(self, config: Mapping[str, dict[str, Any]], file: str) -> Path | None:
-        """Check the options against a recipe's file (``pretrain`` or ``finetune``) and its model.
+    def check(
+        self, config: Mapping[str, dict[str, Any]], file: str, hardware: Hardware | None = None
+    ) -> Path | None:
+        """Check the options against a recipe's file (``pretrain`` or ``finetune``), its model, and what this
+        machine has (see `recipe.hardware.glance`).
 
         Returns the path of the DeepSpeed file. Raises Refused.
         """
+        check_boards(config[file].get("report_to"), f"{file}.json")
+        if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
+            check_quantization(config[file], file, int(hardware.device == "cuda"))
+            choose(hardware, config[file], f"{file}.json")
         check_tensor_parallel(config["model"], self.tensor_parallel)
         return check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
 
@@ -171,39 +185,19 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def count_gpus(environment: Mapping[str, str], listing: str) -> int:
-    """Visible GPUs: those that CUDA_VISIBLE_DEVICES names, else the lines of `nvidia-smi -L`."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    present = sum(line.startswith("GPU ") for line in listing.splitlines())
-    if visible is None:
-        return present
-    return min(present, sum(bool(part.strip()) and part.strip() != "-1" for part in visible.split(",")))
-
-
-def _nvidia_smi() -> str:
-    if not shutil.which("nvidia-smi"):
-        return ""
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-
-
 def default_ranks() -> int:
     """One rank per visible GPU, one without any."""
-    return max(1, visible_gpus())
+    return max(1, count_gpus())
 
 
-def visible_gpus() -> int:
-    """GPUs that a training started now would see."""
-    return count_gpus(os.environ, _nvidia_smi())
-
-
-def _defaults(environment: Mapping[str, str], processes: int) -> dict[str, str]:
+def _defaults(processes: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(DATA / ".torchinductor"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DS_ACCELERATOR": "cuda" if count_gpus(environment, _nvidia_smi()) else "cpu",
+        "DS_ACCELERATOR": "cuda" if count_gpus() else "cpu",
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -216,7 +210,7 @@ def child_environment(
 
     for_hosts: a file to write for DeepSpeed, which hands what stands in it to the machines of a hostfile.
     """
-    defaults = _defaults(environment, processes)
+    defaults = _defaults(processes)
     chosen = defaults | dict(environment)
     if for_hosts:
         for_hosts.write_text("".join(f"{name}={chosen[name]}\n" for name in defaults), "utf-8")
@@ -256,8 +250,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     """Write the plan into the folder `plans`, start the launcher and wait for it (see `_wait`)."""
     launch = launch_of(stage.arguments)
     file = STAGES[script.name][1][-1]
-    check_quantization(stage.config[file], file, visible_gpus())
-    deepspeed = launch.check(stage.config, file)
+    deepspeed = launch.check(stage.config, file, glance())
     plan = {
         "recipe": stage.recipe,
         "config": stage.config,
@@ -271,7 +264,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
         "inputs": {name: str(path) for name, path in stage.inputs.items()},
     }
     write_json(plans / "plan.json", plan)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus(os.environ, _nvidia_smi()) else None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus() else None
     line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible)
     stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))
     for_hosts = stage.folder / "deepspeed_env" if launch.hostfile else None

@@ -8,7 +8,6 @@ read.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -35,12 +34,12 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from recipe.callbacks import Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
-from recipe.config import batch_layout
+from recipe.config import batch_layout, check_boards
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak
 from recipe.losses import return_loss_only
 from recipe.modeling import flops_per_token
 from recipe.optimizers import MuonAdamW, decayed
-from recipe.outputs import EXIT_TERMINATED, RecipeError, Refused
+from recipe.outputs import EXIT_TERMINATED, RecipeError
 from recipe.sampling import Samples
 from recipe.sharding import ShardedTrainer, shard
 
@@ -133,7 +132,7 @@ def prepare(
         "fp16": choice.precision == "fp16",
         "torch_compile": choice.compile and not (deepspeed or fsdp or tensor_parallel > 1),
         "deepspeed": deepspeed,
-        "report_to": boards(values.get("report_to"), f"{file}.json"),
+        "report_to": check_boards(values.get("report_to"), f"{file}.json"),
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -164,21 +163,6 @@ def prepare(
         plan["ranks"],
         parent,
     )
-
-
-def boards(asked: str | list[str] | None, file: str) -> list[str]:
-    """Where the figures go: TensorBoard always, and what `report_to` asks for. Raises Refused for a board
-    whose library is not installed.
-    """
-    names = [asked] if isinstance(asked, str) else asked or []
-    names = ["tensorboard", *(name for name in names if name not in ("tensorboard", "none"))]
-    for name in names:
-        if name in ("wandb", "trackio") and importlib.util.find_spec(name) is None:
-            raise Refused(
-                f"{file}: report_to: {name} is not installed. Install it (.venv/bin/pip install {name}) or "
-                "take it out: TensorBoard is written in any case"
-            )
-    return names
 
 
 def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
@@ -221,14 +205,22 @@ def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 class RecipeTrainer(ShardedTrainer):
     """The Trainer with our optimizer choice and verified checkpoints."""
 
+    rows_per_sample = 1  # of a batch that is trained on
+
     def __init__(self, settings: Settings, meter: Meter, **keywords: Any) -> None:
         self.settings, self.meter = settings, meter
         self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
+        self.sequences = 0  # that this rank has trained on
         super().__init__(**keywords)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """What weight decay applies to: unlike the stock Trainer's, no embeddings."""
         return decayed(model)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        """The Trainer's step over one micro-batch, whose sequences are counted for the proof."""
+        self.sequences += len(inputs["input_ids"]) // self.rows_per_sample
+        return super().training_step(model, inputs, *rest)
 
     def compute_loss(
         self,
@@ -241,8 +233,7 @@ class RecipeTrainer(ShardedTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if "z_loss" in outputs:
             # As the Trainer scales a loss that is divided by the tokens of all ranks.
-            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            self.z_losses.append(scale * outputs["z_loss"])
+            self.z_losses.append(self.accelerator.num_processes // self.get_tp_size() * outputs["z_loss"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -229,6 +229,7 @@ proof = Proof(Choice("fp32", "sdpa", False), parallel_wish(2, None, True, 1), 2,
 samples = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
 trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[proof])
 trainer.settings, proof.trainer = settings, trainer
+trainer.z_losses, trainer.sequences = [], 1
 try:
     trainer.train()
 except Refused as refusal:
