@@ -26,6 +26,7 @@ from recipe.modeling import parameter_count
 from recipe.outputs import Refused
 from recipe.schedules import sampled
 from recipe.sharding import sharded_over
+from recipe.watchdog import SignsOfLife
 
 if TYPE_CHECKING:
     from recipe.training import Settings
@@ -59,6 +60,37 @@ class StopOnSignal(TrainerCallback):
             control.should_save = False
         elif stop:
             control.should_save = control.should_training_stop = True
+
+
+class Heartbeat(TrainerCallback):
+    """Tell the launcher's watchdog that this rank is alive. To be the last callback."""
+
+    def __init__(self, life: SignsOfLife) -> None:
+        self.life, self.compiled = life, False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step compiles, for as long as it takes."""
+        self.life.unpaced(state.global_step)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After something unpaced, the clock starts again."""
+        if self.compiled and self.life.started is None:
+            self.life.step(state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One more step; what may follow it has no pace."""
+        self.life.step(state.global_step)
+        if not self.compiled or control.should_evaluate or control.should_save:
+            self.life.unpaced(state.global_step)
+        self.compiled = True
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An evaluation goes on."""
+        self.life.alive(state.global_step)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The model is saved."""
+        self.life.unpaced(state.global_step)
 
 
 def _is_running(process: int) -> bool:

@@ -54,6 +54,7 @@ from recipe.outputs import (
     write_json,
 )
 from recipe.preferences import no_preference
+from recipe.watchdog import Watchdog, call_webhook, dump_stacks
 
 STAGES = {
     "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
@@ -237,6 +238,7 @@ def train(stage: Stage, script: Path) -> None:
     result = stage.folder / "result.json"
     if not result.exists():  # else only the publication was missing
         (stage.folder / "stop").unlink(missing_ok=True)
+        shutil.rmtree(stage.folder / "ranks", ignore_errors=True)  # of an earlier try
         _run_child(stage, script, stage.folder)
         if not result.exists():
             raise RecipeError("training ended without a result; the reason stands above")
@@ -244,6 +246,7 @@ def train(stage: Stage, script: Path) -> None:
     stage.headline = stage.figures.pop("headline")
     for name in ("plan.json", "deepspeed_env"):
         (stage.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
 
 
 def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
@@ -271,13 +274,17 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     environment = child_environment(os.environ, launch.processes, for_hosts)
     lock = () if launch.node_rank else (stage.lock,)
     child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
-    code = _wait(child, stage, published)
+    watchdog = Watchdog(stage.folder / "ranks")
+    code = _wait(child, stage, watchdog, published)
     if code == EXIT_REFUSED:
         raise Refused("the training refused to start; the reason stands above")
     if code:
+        reason = watchdog.found or f"training ended with exit {code} before it was finished"
+        called = launch.node_rank == 0 and call_webhook(f"{stage.name} of recipe {stage.recipe}: {reason}")
+        if called:
+            stage.say(called)
         raise RecipeError(
-            f"training ended with exit {code} before it was finished; the reason stands above. "
-            "Checkpoints are kept: run the same command again to continue"
+            f"{reason}; more stands above. Checkpoints are kept: run the same command again to continue"
         )
 
 
@@ -316,12 +323,19 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return facts.st_ino, facts.st_mtime_ns
 
 
-def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], bool] | None = None) -> int:
+def _wait(
+    child: subprocess.Popen[bytes],
+    stage: Stage,
+    watchdog: Watchdog,
+    published: Callable[[], bool] | None = None,
+) -> int:
     """Wait for the child. On SIGINT or SIGTERM write the stop file and raise Interrupted once all has ended;
     likewise when somebody else wrote it (``touch outputs/RECIPE/.05_pretrain.work/stop``).
 
     A file, because it reaches every rank under every launcher and on every machine: DeepSpeed's dies of a
     signal and leaves its ranks behind.
+
+    watchdog: where it finds ranks that stand still, they write their stacks and all ranks are killed.
 
     published: whether node 0 has the stage's result, for the other nodes: it may have one without training,
     and ranks of theirs would wait for its ranks for ever.
@@ -336,16 +350,18 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], 
                 stop.touch()
             stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
         else:
-            for process in reversed(descendants(child.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+            _kill(child)
 
     old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while published and child.poll() is None:
+        while child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(2)
-            if published():
+                child.wait(1)
+            if child.poll() is None and watchdog.stalled():
+                stage.say(f"the training stands still. {watchdog.found}")
+                dump_stacks(watchdog)
+                _kill(child)
+            if published and published():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(10)  # for ranks that have trained and are on their way out
                 if child.poll() is None:
@@ -365,6 +381,12 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], 
             EXIT_INTERRUPTED if by_interrupt else EXIT_TERMINATED,
         )
     return code
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    for process in reversed(descendants(child.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def descendants(process: int) -> list[int]:

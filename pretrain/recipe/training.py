@@ -8,6 +8,7 @@ read.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from recipe.callbacks import Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
+from recipe.callbacks import Heartbeat, Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
 from recipe.config import batch_layout, check_boards
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak
@@ -42,6 +43,8 @@ from recipe.optimizers import MuonAdamW, decayed
 from recipe.outputs import EXIT_TERMINATED, RecipeError
 from recipe.sampling import Samples
 from recipe.sharding import ShardedTrainer, shard
+from recipe.spikes import Guard
+from recipe.watchdog import STACKS, SignsOfLife
 
 
 @dataclass
@@ -211,6 +214,8 @@ class RecipeTrainer(ShardedTrainer):
         self.settings, self.meter = settings, meter
         self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
         self.sequences = 0  # that this rank has trained on
+        self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
+        self.gradient_norm: torch.Tensor | float | None = None  # before it was clipped
         super().__init__(**keywords)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -220,7 +225,13 @@ class RecipeTrainer(ShardedTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """The Trainer's step over one micro-batch, whose sequences are counted for the proof."""
         self.sequences += len(inputs["input_ids"]) // self.rows_per_sample
-        return super().training_step(model, inputs, *rest)
+        loss = super().training_step(model, inputs, *rest)
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **keywords: Any) -> torch.Tensor | float | None:
+        self.gradient_norm = super()._get_grad_norm(*arguments, **keywords)
+        return self.gradient_norm
 
     def compute_loss(
         self,
@@ -313,7 +324,8 @@ def train(
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
     proof = Proof(run.choice, parallel, run.ranks, settings)
-    stop = StopOnSignal(folder / "stop", run.parent)
+    stop, guard = StopOnSignal(folder / "stop", run.parent), Guard(folder)
+    life = SignsOfLife(folder / "ranks", arguments.process_index)
     tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
@@ -330,15 +342,17 @@ def train(
         eval_dataset=valid,
         callbacks=[
             stop,
+            guard,
             proof,
             meter,
             *([progress] if run.is_main else []),
             *([sampling] if sampling else []),
+            Heartbeat(life),
         ],
         **keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    proof.trainer = trainer
+    proof.trainer = guard.trainer = trainer
     checkpoint = newest_good_checkpoint(Path(arguments.output_dir))
     _agree_on(checkpoint)
     if checkpoint and run.is_main:
@@ -372,6 +386,7 @@ def train(
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * tokens_per_step,
         "eval_loss": final.get("eval_loss"),
+        "skipped_steps": sorted(guard.skipped),
     }
     if speeds:
         speed = sorted(speeds)[len(speeds) // 2]
@@ -402,6 +417,7 @@ def speed_of(figures: dict[str, Any]) -> str:
 def run_script(work: Any) -> None:
     """Call a training script's main function with its plan; errors a user can mend end in one line."""
     plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    faulthandler.register(STACKS)
     code = 0
     try:
         work(plan)

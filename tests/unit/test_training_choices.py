@@ -12,9 +12,10 @@ from conftest import sentences
 from recipe import callbacks, config, losses, schedules, training
 from recipe.modeling import build_model
 from recipe.optimizers import decayed
-from recipe.outputs import Refused
+from recipe.outputs import RecipeError, Refused
 from recipe.packing import IGNORED, PackedBlocks
 from recipe.sampling import Samples
+from recipe.spikes import TRIES, Guard
 from recipe.token_files import TokenFile, write_token_file
 from recipe.tokenizer import document_ids, prompt_ids
 from recipe.tokenizer_training import train_tokenizer
@@ -365,6 +366,91 @@ def test_z_loss_is_logged_apart(train):
     assert all("z_loss" in row for row in rows) and figures["active"]["z_loss"] == 1e-6
     large = [row for row in train("large", z_loss=1.0)[1] if "loss" in row]
     assert large[-1]["z_loss"] < 0.85 * large[0]["z_loss"]  # it is trained away
+
+
+# ------------------------------------------------------------------------------------------------ spikes
+
+STEPS = {"logging_steps": 1, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture
+def inject(monkeypatch):
+    """Multiply the loss of chosen steps by a factor: gradients follow.
+
+    Returns the weights before each step.
+    """
+    seen = {}
+
+    def start(factor, *steps):
+        stock = training.RecipeTrainer.compute_loss
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            step = self.state.global_step + 1
+            seen.setdefault(step, torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+            loss, outputs = stock(self, model, inputs, True, num_items_in_batch)
+            loss = loss * factor if step in steps else loss
+            return (loss, outputs) if return_outputs else loss
+
+        monkeypatch.setattr(training.RecipeTrainer, "compute_loss", compute_loss)
+        return seen
+
+    return start
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 100.0])
+def test_a_step_that_cannot_be_true_changes_no_weight(train, inject, factor, muon):
+    weights = inject(factor, 3)
+    figures, _, folder = train(**STEPS, muon_learning_rate=muon, weight_decay=0.1)
+    assert figures["skipped_steps"] == [3]
+    assert torch.equal(weights[3], weights[4])
+    for step in (1, 2, 4, 5):
+        assert not torch.equal(weights[step], weights[step + 1])
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    (row,) = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    assert row["step"] == 3 and row["reason"].startswith("a loss of")
+
+
+def test_a_gradient_that_is_no_number_is_left_out_with_a_finite_loss(train, monkeypatch):
+    stock = training.RecipeTrainer._get_grad_norm
+
+    def broken(self, *arguments, **keywords):
+        if self.state.global_step == 1:
+            next(self.model.parameters()).grad.fill_(math.nan)
+            keywords["grad_norm"] = torch.tensor(math.nan)
+            arguments = arguments[:1]
+        return stock(self, *arguments, **keywords)
+
+    monkeypatch.setattr(training.RecipeTrainer, "_get_grad_norm", broken)
+    figures, rows, _ = train(**STEPS)
+    assert figures["skipped_steps"] == [2] and all(math.isfinite(loss) for loss in losses_of(rows))
+
+
+def test_the_list_survives_and_the_same_steps_are_left_out(train, inject, monkeypatch):
+    """A list that an earlier try has left, and losses that look well: the steps are left out all the same."""
+    weights = inject(1.0)
+    stock = Guard.on_train_begin
+
+    def with_a_list(guard, *arguments, **objects):
+        guard.path.write_text('{"step": 2}\n{"step": 4}\n{"st')
+        stock(guard, *arguments, **objects)
+
+    monkeypatch.setattr(Guard, "on_train_begin", with_a_list)
+    assert train(**STEPS)[0]["skipped_steps"] == [2, 4]
+    assert torch.equal(weights[2], weights[3]) and torch.equal(weights[4], weights[5])
+    assert not torch.equal(weights[3], weights[4])
+
+
+def test_after_some_tries_the_training_stops(train, inject):
+    weights = inject(math.nan, *range(2, 20))
+    with pytest.raises(RecipeError, match=f"{TRIES} steps in a row were left out, the last is {TRIES + 1}"):
+        train(**STEPS | {"max_steps": 12})
+    assert max(weights) == TRIES + 1 and torch.equal(weights[2], weights[TRIES + 1])
+
+
+def test_a_loss_that_falls_or_doubles_is_no_spike(train, inject):
+    inject(2.0, 3, 5)
+    assert train(**STEPS)[0]["skipped_steps"] == []
 
 
 # ------------------------------------------------------------------------------------------------ watching
