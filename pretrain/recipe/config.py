@@ -264,7 +264,7 @@ OPTIMIZERS = {
 UNPROVED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
 # Boards and the module that each needs.
 BOARDS = {"azure_ml": "azureml", "flyte": "flytekit"}
-ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def recipes() -> list[str]:

@@ -157,7 +157,15 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
             f"{where}: attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is "
             "asked for. Write auto or sdpa"
         )
-    if attention == "auto":
+    if attention == "documents" and hardware.device != "cpu":
+        raise Refused(
+            f"{where}: attn_implementation: documents is for CPUs; this is {hardware.name}. Write auto, sdpa "
+            f"or "
+            "flash_attention_2"
+        )
+    if attention == "auto" and hardware.device == "cpu":
+        attention = "documents"
+    elif attention == "auto":
         attention = "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
 
     if values.get("torch_compile") and not hardware.compiler:

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
+import recipe.attention  # noqa: F401  makes the attention "documents" known to transformers
+
 
 def build_model(
     values: dict[str, Any], tokenizer: PreTrainedTokenizerFast, attention: str, seed: int

@@ -317,7 +317,7 @@ def check_separation(kind, attention, training, backend):
     torch.testing.assert_close(first[9:18], alone[:9], rtol=1e-4, atol=1e-5)
 
 
-CASES = list(itertools.product(KINDS, ["sdpa", "eager"], [True, False]))
+CASES = list(itertools.product(KINDS, ["documents", "sdpa", "eager"], [True, False]))
 
 
 @pytest.mark.parametrize(("kind", "attention", "training"), CASES)
@@ -338,4 +338,4 @@ def test_a_document_does_not_see_the_one_before_when_compiled(kind, attention, t
 
 
 def test_a_document_does_not_see_the_one_before_as_the_recipe_tiny_trains():
-    check_separation("qwen3", "sdpa", True, "inductor")
+    check_separation("qwen3", "documents", True, "inductor")

@@ -1,0 +1,184 @@
+"""A rank that dies or stands still, other ranks after a stop, pickles in a checkpoint: really tried."""
+
+import json
+import os
+import pickle
+import signal
+import time
+
+import pytest
+from recipe.checkpoints import write_manifest
+
+pytestmark = pytest.mark.slow
+
+LONG = (
+    "--set",
+    "pretrain.max_steps=4000",
+    "--set",
+    "pretrain.save_steps=200",
+    "--set",
+    "pretrain.eval_steps=4000",
+)
+ADAMW = ("--set", "pretrain.muon_learning_rate=null")
+
+
+@pytest.fixture(scope="module")
+def project(make_project):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    return project
+
+
+def copy(project, name):
+    import shutil
+
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.run("run_all.sh", "--recipe", name, "--to", "04")
+    return project.folder / f"outputs/{name}/.05_pretrain.work"
+
+
+def wait_for(condition, process, seconds=300):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def ranks(work):
+    """The processes of the ranks, once all have done steps at a known pace."""
+    signs = [json.loads(path.read_text()) for path in sorted(work.glob("ranks/rank[0-9]"))]
+    return [sign["process"] for sign in signs if sign["limit"] == 90.0]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [((), 1), (("--nproc", "2"), 2), ((*ADAMW, "--nproc", "2", "--deepspeed", "zero2"), 2)],
+)
+def test_frozen_rank_ends_the_training_within_the_limit(project, monkeypatch, options, number):
+    name = f"frozen{len(options)}"
+    work = copy(project, name)
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", name, *LONG, *options)
+    wait_for(lambda: len(ranks(work)) == number and list(work.glob("checkpoints/*/manifest.json")), run)
+    os.kill(ranks(work)[-1], signal.SIGSTOP)
+    started = time.monotonic()
+    output = run.communicate(timeout=240)[0]
+    assert run.returncode == 1, output
+    assert 80 < time.monotonic() - started < 150
+    assert f"rank{number - 1} (process" in output and "is frozen (SIGSTOP)" in output
+    if number > 1:
+        assert "Current thread" in output and "training_step" in output  # the stacks of the rank that waits
+    assert "run the same command again to continue" in output
+    assert not project.output(name, "05_pretrain").exists()
+
+
+@pytest.mark.parametrize("sharding", [(), (*ADAMW, "--deepspeed", "zero2")])
+def test_killed_rank_ends_the_training_and_it_continues(project, sharding):
+    name = f"killed{len(sharding)}"
+    work = copy(project, name)
+    options = ("--recipe", name, "--nproc", "2", *sharding, "--set", "pretrain.max_steps=300")
+    options += ("--set", "pretrain.save_steps=20", "--set", "pretrain.eval_steps=300")
+    run = project.start("pretrain/05_pretrain.sh", *options)
+    wait_for(lambda: len(ranks(work)) == 2 and list(work.glob("checkpoints/*/manifest.json")), run)
+    os.kill(ranks(work)[1], signal.SIGKILL)
+    started = time.monotonic()
+    output = run.communicate(timeout=150)[0]
+    assert run.returncode == 1, output
+    assert time.monotonic() - started < 90
+    output = project.run("pretrain/05_pretrain.sh", *options, timeout=600).stdout
+    assert "continues from checkpoint-" in output
+    steps = [
+        row["step"] for row in rows_of(project.output(name, "05_pretrain", "metrics.jsonl")) if "loss" in row
+    ]
+    assert steps == list(range(1, 301))
+
+
+@pytest.mark.parametrize(("before", "after"), [("1", "2"), ("2", "1")])
+def test_other_number_of_ranks_continues_with_the_same_samples(project, before, after):
+    """DDP's losses are those of one process, so that the curve shows the order of the samples."""
+    if not (project.folder / "outputs/straight/05_pretrain").exists():
+        copy(project, "straight")
+        project.run("pretrain/05_pretrain.sh", "--recipe", "straight", *ADAMW, *STEPS)
+    name = f"from{before}to{after}"
+    work = copy(project, name)
+    options = ("--recipe", name, *ADAMW, *STEPS, "--force")  # else the finished twin is taken
+    run = project.start("pretrain/05_pretrain.sh", *options, "--nproc", before)
+    wait_for(lambda: list(work.glob("checkpoints/*/manifest.json")), run)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=120)
+    assert run.returncode == 143
+    output = project.run("pretrain/05_pretrain.sh", *options[:-1], "--nproc", after).stdout
+    assert "continues from checkpoint-" in output
+    assert project.figures(name, "05_pretrain")["active"]["ranks"] == int(after)
+    curves = [
+        [
+            (row["step"], row["loss"])
+            for row in rows_of(project.output(recipe, "05_pretrain", "metrics.jsonl"))
+            if "loss" in row
+        ]
+        for recipe in (name, "straight")
+    ]
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == list(range(1, 61))
+    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-4)
+
+
+STEPS = (
+    "--set",
+    "pretrain.max_steps=60",
+    "--set",
+    "pretrain.save_steps=10",
+    "--set",
+    "pretrain.eval_steps=60",
+)
+
+
+def test_changed_global_batch_is_refused_in_the_middle(project):
+    work = copy(project, "batch")
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", "batch", *LONG)
+    wait_for(lambda: list(work.glob("checkpoints/*/manifest.json")), run)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=120)
+    line = ("pretrain/05_pretrain.sh", "--recipe", "batch", *LONG, "--set", "pretrain.global_batch_size=16")
+    result = project.run(*line, check=False)
+    assert (
+        result.returncode == 2
+        and "global_batch_size: 8 -> 16" in result.stderr
+        and "--force" in result.stderr
+    )
+
+
+class Payload:
+    """What a pickle can do when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("sharding", [(), (*ADAMW, "--nproc", "2", "--deepspeed", "zero2")])
+def test_code_in_a_checkpoint_is_never_run(project, tmp_path, sharding):
+    """Every pickle in it replaced, and its manifest rewritten to agree: somebody else's checkpoint."""
+    name = f"pickled{len(sharding)}"
+    work = copy(project, name)
+    line = ("pretrain/05_pretrain.sh", "--recipe", name, *sharding, *LONG)
+    run = project.start(*line)
+    wait_for(lambda: list(work.glob("checkpoints/*/manifest.json")), run)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=120)
+    marks = []
+    for checkpoint in work.glob("checkpoints/checkpoint-*"):
+        pickles = [path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".pth", ".bin")]
+        assert pickles
+        for path in pickles:
+            marks.append(tmp_path / f"{checkpoint.name}-{path.name}.executed")
+            path.write_bytes(pickle.dumps(Payload(marks[-1])))
+        write_manifest(checkpoint)
+    result = project.run(*line, check=False)
+    assert result.returncode == 1, result.stdout
+    assert not [mark for mark in marks if mark.exists()]
