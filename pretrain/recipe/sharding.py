@@ -8,6 +8,8 @@ CPUs.
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +54,16 @@ class _SummedGradient(TensorParallelLayer):
 
         module.forward = tp_forward
         return module
+
+
+def load_without_code() -> None:
+    """Let DeepSpeed read its checkpoints as tensors and plain values: it would run what a pickle says."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", _SummedGradient())
@@ -142,7 +154,8 @@ class ShardedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         """Train, continuing from a checkpoint only when it holds the optimizer in the form these ranks need.
 
-        The Trainer would silently begin with a new one. Raises RecipeError.
+        The Trainer would silently begin with a new one. Raises RecipeError, also for a checkpoint with code
+        in it, which is not run.
         """
         name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
         name = "global_step*" if self.is_deepspeed_enabled else name
@@ -152,7 +165,49 @@ class ShardedTrainer(Trainer):
                 f"has no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
                 "--tensor-parallel), or start over with --force"
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+        except pickle.UnpicklingError as error:
+            raise RecipeError(
+                f"{resume_from_checkpoint}: a file of it holds more than tensors and numbers and is not read. "
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f""
+                f"Delete this checkpoint, or start over with --force ({str(error).splitlines()[0]})"
+            ) from error
 
     def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**keywords)

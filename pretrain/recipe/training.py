@@ -42,7 +42,7 @@ from recipe.modeling import flops_per_token
 from recipe.optimizers import MuonAdamW, decayed
 from recipe.outputs import EXIT_TERMINATED, RecipeError
 from recipe.sampling import Samples
-from recipe.sharding import ShardedTrainer, shard
+from recipe.sharding import ShardedTrainer, load_without_code, shard
 from recipe.spikes import Guard
 from recipe.watchdog import STACKS, SignsOfLife
 
@@ -147,6 +147,8 @@ def prepare(
     os.environ.setdefault("WANDB_PROJECT", native["project"])
     os.environ.setdefault("WANDB_DIR", str(folder))
     settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
+    if deepspeed:
+        load_without_code()
     if deepspeed and hardware.device == "cpu":
         import deepspeed as library
 
