@@ -132,22 +132,9 @@ def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
         for name, rows in runs.items():
             points = [(row[axis] / scale, row[measure]) for row in rows if measure in row]
             (line,) = panel.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
-            panel.annotate(
-                f"{points[-1][1]:.3f}", points[-1], (-4, -5), textcoords="offset points", ha="right", "
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f"va="top",
-                color=line.get_color(),
-            )  # fmt: skip
+            end, figure_there = points[-1], f"{points[-1][1]:.3f}"
+            where = {"textcoords": "offset points", "ha": "right", "va": "top", "color": line.get_color()}
+            panel.annotate(figure_there, end, (-4, -5), **where)
         shortest = min(_end(rows, measure, axis) for rows in runs.values()) / scale
         panel.axvline(shortest, color="grey", linestyle=":", linewidth=1)
         panel.set_xlim(left=0)

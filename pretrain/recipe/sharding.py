@@ -168,45 +168,10 @@ class ShardedTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
         except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
             raise RecipeError(
-                f"{resume_from_checkpoint}: a file of it holds more than tensors and numbers and is not read. "
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f""
-                f"Delete this checkpoint, or start over with --force ({str(error).splitlines()[0]})"
+                f"{resume_from_checkpoint}: a file in it holds more than tensors and numbers and is not read. "
+                f"Delete this checkpoint, or start over with --force ({reason})"
             ) from error
 
     def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
