@@ -137,6 +137,7 @@ def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
             panel.annotate(figure_there, end, (-4, -5), **where)
         shortest = min(_end(rows, measure, axis) for rows in runs.values()) / scale
         panel.axvline(shortest, color="grey", linestyle=":", linewidth=1)
+        panel.margins(y=0.1)
         panel.set_xlim(left=0)
         panel.set_xlabel(label)
         panel.set_ylabel(MEASURES[measure])

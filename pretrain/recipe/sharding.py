@@ -170,8 +170,8 @@ class ShardedTrainer(Trainer):
         except pickle.UnpicklingError as error:
             reason = str(error).splitlines()[0]
             raise RecipeError(
-                f"{resume_from_checkpoint}: a file in it holds more than tensors and numbers and is not read. "
-                f"Delete this checkpoint, or start over with --force ({reason})"
+                f"{resume_from_checkpoint}: a file in it holds more than tensors and numbers, so it is not "
+                f"read. Delete this checkpoint, or start over with --force ({reason})"
             ) from error
 
     def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
