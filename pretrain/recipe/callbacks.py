@@ -194,7 +194,7 @@ class Progress(TrainerCallback):
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0 if sys.stderr.isatty() else 20.0,
-            bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
+            bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}]{postfix}",
         )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -216,6 +216,8 @@ class Progress(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         shown = "  ".join(text.format(row[key]) for key, text in SHOWN.items() if key in row)
+        if "seconds_left" in row:  # tqdm's own estimate would go by the first step, which compiles
+            shown += f"  {tqdm.format_interval(row['seconds_left'])} left"
         if "loss" in row:
             self.bar.set_postfix_str(shown)
         else:

@@ -140,6 +140,17 @@ def sharded_over(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
+def check_shards(checkpoint: Path, ranks: int) -> None:
+    """Raise RecipeError for a ZeRO checkpoint of another number of ranks: its shards fit only those."""
+    shards = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if shards != ranks:
+        raise RecipeError(
+            f"{checkpoint.name} was written by {shards} ranks, and ZeRO's shards fit no other number; here "
+            f"are {ranks}. Continue with {shards} (--nproc), or start over with --force. Under --fsdp, "
+            "--tensor-parallel or plain --nproc the number may change"
+        )
+
+
 class ShardedTrainer(Trainer):
     """The stock Trainer, and for a model of `shard` also checkpoints that can be resumed, and CPUs."""
 
@@ -165,6 +176,8 @@ class ShardedTrainer(Trainer):
                 f"has no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
                 "--tensor-parallel), or start over with --force"
             )
+        if resume_from_checkpoint and self.is_deepspeed_enabled:
+            check_shards(Path(resume_from_checkpoint), self.args.world_size)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
         except pickle.UnpicklingError as error:
