@@ -103,7 +103,7 @@ def test_frozen_rank_ends_the_training_within_the_limit(project, monkeypatch, we
     if number > 1:
         assert "Current thread" in output and "training_step" in output  # the stacks of the rank that waits
     assert "run the same command again to continue" in output
-    assert len(received) == 1 and f"05_pretrain.sh of recipe {name}: rank" in received[0]["text"]
+    assert len(received) == 1 and f"05_pretrain of recipe {name}: rank" in received[0]["text"]
     assert not project.output(name, "05_pretrain").exists()
 
 
