@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from recipe.hardware import Choice
+from recipe.config import OPTIMIZERS
+from recipe.hardware import Choice, peak_memory
 from recipe.modeling import parameter_count
 from recipe.outputs import Refused
 from recipe.schedules import sampled
 from recipe.sharding import sharded_over
+from recipe.watchdog import SignsOfLife
 
 if TYPE_CHECKING:
     from recipe.training import Settings
@@ -56,6 +59,37 @@ class StopOnSignal(TrainerCallback):
             control.should_save = False
         elif stop:
             control.should_save = control.should_training_stop = True
+
+
+class Heartbeat(TrainerCallback):
+    """Tell the launcher's watchdog that this rank is alive. To be the last callback."""
+
+    def __init__(self, life: SignsOfLife) -> None:
+        self.life, self.compiled = life, False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step compiles, for as long as it takes."""
+        self.life.unpaced(state.global_step)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After something unpaced, the clock starts again."""
+        if self.compiled and self.life.started is None:
+            self.life.step(state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One more step; what may follow it has no pace."""
+        self.life.step(state.global_step)
+        if not self.compiled or control.should_evaluate or control.should_save:
+            self.life.unpaced(state.global_step)
+        self.compiled = True
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An evaluation goes on."""
+        self.life.alive(state.global_step)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The model is saved."""
+        self.life.unpaced(state.global_step)
 
 
 def _is_running(process: int) -> bool:
@@ -111,7 +145,7 @@ class Meter(TrainerCallback):
         if "loss" not in logs or state.global_step == self.mark_step:
             return
         steps, seconds = state.global_step - self.mark_step, time.perf_counter() - self.mark
-        rows = gather([seconds, peak_memory(device)], device)
+        rows = gather([seconds, peak_memory(device.type)], device)
         slowest = max(row[0] for row in rows)
         speed = steps * self.tokens_per_step / slowest
         logs |= {"tokens_per_second": round(speed, 1), "mfu": round(speed * self.flops / self.peak, 4)}
@@ -133,13 +167,6 @@ def gather(values: list[float], device: torch.device) -> list[list[float]]:
     return [row.tolist() for row in rows]
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes this rank has held: of the GPU's allocator, or resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class Progress(TrainerCallback):
     """One line with loss, speed, MFU and time left; every logged value also goes to ``metrics.jsonl``."""
 
@@ -159,7 +186,7 @@ class Progress(TrainerCallback):
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0 if sys.stderr.isatty() else 20.0,
-            bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
+            bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}]{postfix}",
         )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -181,6 +208,8 @@ class Progress(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         shown = "  ".join(text.format(row[key]) for key, text in SHOWN.items() if key in row)
+        if "seconds_left" in row:  # tqdm's own estimate would go by the first step, which compiles
+            shown += f"  {tqdm.format_interval(row['seconds_left'])} left"
         if "loss" in row:
             self.bar.set_postfix_str(shown)
         else:
@@ -236,6 +265,7 @@ class Proof(TrainerCallback):
         assert self.trainer is not None
         self.block = active(self.trainer)
         self.block["tokens_per_step"] = self.settings.global_batch_size * self.settings.block_size
+        muon = self.settings.muon_learning_rate
         wanted = {
             "precision": self.choice.precision,
             "attention": self.choice.attention,
@@ -243,9 +273,18 @@ class Proof(TrainerCallback):
             "ranks": self.ranks,
             "parallel": self.parallel,
             "global_batch": self.settings.global_batch_size,
+            "optimizer": "MuonAdamW" if muon else OPTIMIZERS[args.optim.value],
+            "weight_decay": args.weight_decay or None,
+            "gradient_clipping": args.max_grad_norm or None,
+            "activation_checkpointing": bool(args.activation_checkpointing),
+            "neftune": args.neftune_noise_alpha,
+            "z_loss": self.settings.z_loss or None,
+            "boards": sorted(args.report_to),
         }
-        if self.settings.muon_learning_rate:
-            wanted["optimizer"] = "MuonAdamW"
+        if not muon and args.optim.value == "adamw_torch_fused" and not self.block["offloaded"]:
+            wanted["fused"] = True
+        if "adamw" in args.optim.value:
+            wanted |= {"betas": [args.adam_beta1, args.adam_beta2], "epsilon": args.adam_epsilon}
         self.block["learning_rates"], wrong_rates = sampled(self.trainer)
         wrong = [
             f"{key}: asked for {value}, active is {self.block[key]}"
@@ -304,33 +343,64 @@ def active(trainer: Trainer) -> dict[str, Any]:
     """What a running Trainer really uses, read from the objects that do the work, not from the wishes."""
     from torch._dynamo.utils import counters
 
-    accelerator = trainer.accelerator
-    engine = trainer.model_wrapped
+    engine, model = trainer.model_wrapped, trainer.model
     optimizer: Any = trainer.optimizer
     while hasattr(optimizer, "optimizer"):  # accelerate's, then DeepSpeed's wrapper
         optimizer = optimizer.optimizer
+    groups = optimizer.param_groups
     scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-    block: dict[str, Any] = {
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    embeddings = model.get_input_embeddings()
+    precision = trainer.accelerator.mixed_precision
+    clipping = trainer.args.max_grad_norm
+    if hasattr(engine, "zero_optimization_stage"):
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
+        clipping = engine.gradient_clipping()
+    adam = [group for group in groups if "betas" in group and "eps" in group]
+    return {
         "device": str(trainer.args.device),
-        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        "attention": trainer.model.config._attn_implementation,
+        "precision": {"no": "fp32"}.get(precision, precision),
+        "attention": model.config._attn_implementation,
         "compiled": counters["stats"]["unique_graphs"] > 0,
-        "optimizer": type(optimizer).__name__,
-        "fused": bool(optimizer.param_groups[0].get("fused")),
+        "activation_checkpointing": model.is_gradient_checkpointing,
+        "optimizer": _optimizer_name(optimizer),
+        "fused": bool(groups[0].get("fused")),
+        "offloaded": type(optimizer).__name__.startswith("DeepSpeedCPU"),
+        "betas": list(_common(tuple(group["betas"]) for group in adam) or ()),
+        "epsilon": _common(group["eps"] for group in adam),
+        "weight_decay": _common(group["weight_decay"] for group in groups if group.get("weight_decay")),
+        "gradient_clipping": clipping or None,
         "scheduler": f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
+        "z_loss": trainer.settings.z_loss if trainer.z_losses else None,
+        "neftune": getattr(embeddings, "neftune_noise_alpha", None),
         "parallel": joined(engine),
-        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "ranks": ranks,
         "micro_batch": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
-        "parameters": parameter_count(trainer.model),
-        "gradient_clipping": trainer.args.max_grad_norm or None,
-        "z_loss": trainer.settings.z_loss or None,
+        # Ranks that share matrices read the same batches.
+        "global_batch": round(sum(n for (n,) in gather([trainer.sequences], trainer.args.device)))
+        // sharded_over(model).get("tp", 1),
+        "parameters": parameter_count(model),
         "seed": trainer.args.seed,
+        "boards": sorted(
+            name
+            for name, board in INTEGRATION_TO_CALLBACK.items()
+            if any(type(callback) is board for callback in trainer.callback_handler.callbacks)
+        ),
     }
-    if hasattr(engine, "zero_optimization_stage"):
-        block["precision"] = (
-            "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-        )
-    copies = block["ranks"] // sharded_over(trainer.model).get("tp", 1)
-    block["global_batch"] = block["micro_batch"] * block["accumulation"] * copies
-    return block
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """The class, with the bits of bitsandbytes' states; DeepSpeed's AdamW on the CPU is AdamW."""
+    name = type(optimizer).__name__
+    if name == "DeepSpeedCPUAdam":
+        return "AdamW" if optimizer.adam_w_mode else "Adam"
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        return f"{name} {optimizer.args.optim_bits}-bit"
+    return name
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all share; all of them, as text, where they differ; None where there is none."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else str(sorted(found)) if found else None

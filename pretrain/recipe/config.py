@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -200,12 +201,70 @@ ELSEWHERE = {
     "train_sampling_strategy": "recipe/packing.py: the order of samples is a function of seed and epoch",
     "data_seed": "seed, which decides the order of samples, too",
     "use_cpu": "the hardware (CUDA_VISIBLE_DEVICES= hides the GPUs)",
+    "use_cache": "recipe/training.py: in training a cache would let a document see the one before it",
+    "fsdp": "the option --fsdp",
+    "fsdp_config": "the option --fsdp",
+    "parallelism_config": "the options --fsdp and --tensor-parallel",
+    "accelerator_config": "global_batch_size, and the options of the launcher",
+    "local_rank": "the launcher",
+    "average_tokens_across_devices": "recipe/training.py: the loss is the same on any number of ranks",
+    "do_train": "the stage: it trains, and evaluates by eval_strategy",
+    "do_eval": "the stage: it trains, and evaluates by eval_strategy",
+    "do_predict": "the stage: it trains, and evaluates by eval_strategy",
+    "enable_jit_checkpoint": "the stage: on a signal it always saves a checkpoint",
+    "ignore_data_skip": "the stage: it continues with the sample after the last one",
+    "save_only_model": "the stage: it could not continue from such a checkpoint",
+    "save_on_each_node": "the stage: several nodes share one folder",
 }
-# Native keys that would break what a recipe promises, and why.
+# Native keys that would break what a recipe promises or that nothing here reads, and why.
 UNFIT = {
     "label_smoothing_factor": "the Trainer's smoothing would shift the labels a second time",
     "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
+    "load_best_model_at_end": "the model of the last step is what later stages expect",
+    "metric_for_best_model": "the model of the last step is what later stages expect",
+    "greater_is_better": "the model of the last step is what later stages expect",
+    "use_liger_kernel": "its loss would take the place of the one with z_loss",
+    "liger_kernel_config": "its loss would take the place of the one with z_loss",
+    "bf16_full_eval": "the weights that are saved would be rounded to bf16",
+    "fp16_full_eval": "the weights that are saved would be rounded to fp16",
+    "dataloader_drop_last": "the last blocks of the validation side would be left out",
+    "batch_eval_metrics": "an evaluation measures the loss and nothing else",
+    "include_for_metrics": "an evaluation measures the loss and nothing else",
+    "eval_use_gather_object": "an evaluation measures the loss and nothing else",
+    "label_names": "the labels are those of packed blocks",
+    "optim_args": "none of the optimizers that can be chosen here reads it",
+    "optim_target_modules": "none of the optimizers that can be chosen here reads it",
 }
+# Keys that do nothing unless another one has one of these values, and that other's default.
+NEEDS = {
+    "eval_steps": ("eval_strategy", ("steps",), "no"),
+    "eval_delay": ("eval_strategy", ("steps",), "no"),
+    "save_steps": ("save_strategy", ("steps",), "steps"),
+    "logging_steps": ("logging_strategy", ("steps",), "steps"),
+    "torch_compile_mode": ("torch_compile", (True,), None),
+    "torch_compile_backend": ("torch_compile", (True,), None),
+}
+# The optimizers whose presence the proof can see, by the name that it gives them (`recipe.callbacks`).
+OPTIMIZERS = {
+    "adamw_torch": "AdamW",
+    "adamw_torch_fused": "AdamW",
+    "adamw_8bit": "AdamW 8-bit",
+    "adamw_bnb_8bit": "AdamW 8-bit",
+    "paged_adamw_8bit": "AdamW 8-bit",
+    "paged_adamw_32bit": "AdamW 32-bit",
+    "lion_8bit": "Lion 8-bit",
+    "lion_32bit": "Lion 32-bit",
+    "paged_lion_8bit": "Lion 8-bit",
+    "paged_lion_32bit": "Lion 32-bit",
+    "adafactor": "Adafactor",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "sgd": "SGD",
+}
+# Schedules that the proof cannot check: `recipe.schedules` has no closed form of them.
+UNPROVED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
+# Boards and the module that each needs.
+BOARDS = {"azure_ml": "azureml", "flyte": "flytekit"}
 ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -548,6 +607,11 @@ def _check_model(values: dict[str, Any], where: str) -> None:
             f"Known: {', '.join(sorted(models))}"
         )
     _check_keys(values, models[kind], where)
+    if values.get("dtype") not in (None, "float32"):
+        raise Refused(
+            f"{where}: dtype: {_show(values['dtype'])}, but weights are kept in float32, and bf16 or fp16 "
+            "in pretrain.json decides what is computed with. Leave it out"
+        )
     hidden, heads = values.get("hidden_size") or values.get("n_embd"), _heads(values)
     if hidden and heads and "head_dim" not in values and hidden % heads:
         raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads")
@@ -587,8 +651,39 @@ def _check_training(values: dict[str, Any], more: dict[str, str], where: str) ->
     for key, reason in UNFIT.items():
         if values.get(key):
             raise Refused(f"{where}: {key}: {_show(values[key])}: {reason}. Leave the key out")
+    for key, (other, wanted, default) in NEEDS.items():
+        if values.get(key) and values.get(other, default) not in wanted:
+            raise Refused(
+                f"{where}: {key}: {_show(values[key])} does nothing with {other} "
+                f"{_show(values.get(other, default))}. Add {other}: {_show(wanted[0])}, or leave {key} out"
+            )
+    for key in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if values.get(key, "steps") not in ("steps", "no"):
+            raise Refused(
+                f"{where}: {key}: {_show(values[key])}, wanted steps or no: a training is one pass over "
+                "blocks that are shuffled before it, and knows no end of an epoch"
+            )
+    for name in ("activation", "gradient"):
+        if values.get(f"{name}_checkpointing_kwargs") and not values.get(f"{name}_checkpointing"):
+            raise Refused(
+                f"{where}: {name}_checkpointing_kwargs does nothing without {name}_checkpointing: true"
+            )
+    _check_optimizer(values, where)
     _check_schedule(values, where)
     _check_watching(values, where)
+
+
+def _check_optimizer(values: dict[str, Any], where: str) -> None:
+    """An optimizer that the proof can see, and options that are its own."""
+    optimizer = values.get("optim", "adamw_torch_fused")
+    if optimizer not in OPTIMIZERS:
+        raise Refused(
+            f"{where}: optim: {optimizer}: nothing here could tell whether it is active. Known: "
+            f"{', '.join(OPTIMIZERS)}; or muon_learning_rate"
+        )
+    stray = sorted(key for key in values if key.startswith("adam_"))
+    if stray and "adamw" not in optimizer and not (stray == ["adam_beta1"] and "lion" in optimizer):
+        raise Refused(f"{where}: {stray[0]}: optim {optimizer} does not read it. Leave it out")
 
 
 def _check_schedule(values: dict[str, Any], where: str) -> None:
@@ -597,6 +692,11 @@ def _check_schedule(values: dict[str, Any], where: str) -> None:
     here = f"{where}: lr_scheduler_kwargs"
     if not isinstance(options, dict):
         raise Refused(f"{here}: {_show(options)} is {_type_name(options)}, wanted an object")
+    if kind in UNPROVED_SCHEDULES:
+        raise Refused(
+            f"{where}: lr_scheduler_type: {kind}: nothing here could tell whether it is active. Write "
+            "cosine, cosine_with_min_lr, linear, warmup_stable_decay or constant"
+        )
     known = known_keys()["scheduler_options"].get(kind, options)
     for key in options:
         if key not in known:
@@ -609,7 +709,7 @@ def _check_schedule(values: dict[str, Any], where: str) -> None:
             f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no "
             "warm-up. Write constant_with_warmup, or leave warmup_steps out"
         )
-    if kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+    if kind == "cosine_with_min_lr":
         floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]
         if len(floors) != 1:
             raise Refused(
@@ -723,6 +823,9 @@ def _check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
         )
     if values.get("muon_learning_rate"):
         raise Refused(f"{where}: muon_learning_rate: stage 13 trains with AdamW. Remove it")
+    for key in ("z_loss", "sample_steps", "eval_blocks"):
+        if values.get(key):
+            raise Refused(f"{where}: {key}: {_show(values[key])}: stage 13 does not read it. Remove it")
     if values.get("torch_compile"):
         raise Refused(f"{where}: torch_compile: the lengths of its batches differ. Remove it")
     if values.get("beta", 0.1) <= 0:
@@ -810,6 +913,23 @@ def check_quantization(values: dict[str, Any], file: str, gpus: int) -> None:
         )
 
 
+def check_boards(asked: str | list[str] | None, file: str) -> list[str]:
+    """Where the figures go: TensorBoard always, and what `report_to` asks for.
+
+    Raises Refused for a board whose library is not installed.
+    """
+    names = [asked] if isinstance(asked, str) else asked or []
+    names = ["tensorboard", *(name for name in names if name not in ("tensorboard", "none"))]
+    for name in names:
+        module = BOARDS.get(name, name)
+        if importlib.util.find_spec(module) is None:
+            raise Refused(
+                f"{file}: report_to: {name} is not installed. Install it (.venv/bin/pip install {module}) or "
+                "take it out: TensorBoard is written in any case"
+            )
+    return names
+
+
 def check_deepspeed(name: str) -> Path:
     """The path of a DeepSpeed file by its short name (``zero2``), checked.
 
@@ -830,11 +950,39 @@ def check_deepspeed(name: str) -> Path:
                 f"{_short(path)}: {key}: it would silently replace the Trainer's. Remove it, and set "
                 "learning_rate, lr_scheduler_type and optim in pretrain.json"
             )
+    if "activation_checkpointing" in values:
+        raise Refused(
+            f"{_short(path)}: activation_checkpointing: only models written for it read this section. Remove "
+            'it, and set "activation_checkpointing": true in pretrain.json'
+        )
     tables = known_keys()["deepspeed"]
     _check_keys(values, tables["top"], _short(path))
     for section in ("zero_optimization", "bf16", "fp16"):
         _check_keys(values.get(section, {}), tables[section], f"{_short(path)}: {section}")
+    zero = values.get("zero_optimization", {})
+    gathers = [key for key in zero if key.endswith("gather_16bit_weights_on_model_save") and zero[key]]
+    if zero.get("stage") == 3 and not gathers:
+        raise Refused(
+            f"{_short(path)}: zero_optimization.stage3_gather_16bit_weights_on_model_save: without it the "
+            "trained model would not be saved. Write true"
+        )
     return path
+
+
+def check_deepspeed_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Refuse a DeepSpeed file that says other than the training file, or nothing, where it must say the same.
+
+    facts: what must stand in it, by dotted key; ``auto`` always agrees.
+    """
+    values = read_config(path)
+    for key, wanted in facts.items():
+        section, _, name = key.rpartition(".")
+        seen = (values.get(section, {}) if section else values).get(name)
+        if seen != "auto" and seen != wanted:
+            raise Refused(
+                f"{_short(path)}: {key}: {_show(seen)}, but the training file and the ranks make it "
+                f'{_show(wanted)}. Write "auto"'
+            )
 
 
 def batch_layout(global_batch: int, most: int, ranks: int) -> tuple[int, int]:
@@ -878,8 +1026,20 @@ def check_launch(
             f"--fsdp: nothing to shard over: {ranks} ranks, {tensor_parallel} for --tensor-parallel. "
             "Give more ranks (--nproc), or drop the option"
         )
-    batch_layout(values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel)
+    micro_batch, accumulation = batch_layout(
+        values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel
+    )
     path = check_deepspeed(deepspeed) if deepspeed else None
+    if path:
+        facts = {
+            "train_batch_size": values["global_batch_size"],
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": values.get("max_grad_norm", 1.0),
+            "bf16.enabled": values.get("bf16", "auto"),
+            "fp16.enabled": values.get("fp16", "auto"),
+        }
+        check_deepspeed_facts(path, facts)
     if option and values.get("muon_learning_rate"):
         raise Refused(
             f"{file}.json: muon_learning_rate: Muon needs whole matrices, and under {option} a rank has "
@@ -923,6 +1083,7 @@ def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Check a recipe with the options of run_all.sh; exit 2 with the fault."""
     from recipe.download import source_facts
+    from recipe.hardware import glance
     from recipe.instructions import pair_facts  # here: they import this module's names
     from recipe.launch import add_options, launch_of
 
@@ -932,14 +1093,12 @@ def main() -> None:
     add_options(parser)
     arguments = parser.parse_args()
 
-    from recipe.launch import visible_gpus
     from recipe.preferences import preference_facts
 
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
         for file in training_files(config):
-            check_quantization(config[file], file, visible_gpus())
-            launch_of(arguments).check(config, file)
+            launch_of(arguments).check(config, file, glance())
         source_facts(config)
         pair_facts(config)
         preference_facts(config)

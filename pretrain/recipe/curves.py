@@ -28,6 +28,7 @@ def learning_curve(metrics: Path, picture: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -40,7 +41,9 @@ def learning_curve(metrics: Path, picture: Path, title: str) -> None:
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[1].set_yscale("log")
+    axes[1].set_yscale("log", subs=())
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter("{x:,.0f}")
     figure.suptitle(title)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
@@ -61,6 +64,15 @@ def read_run(name: str) -> list[dict[str, Any]]:
         f"{name}: no run: wanted a recipe that stage 05 has trained, or a folder with metrics.jsonl. "
         f"Looked for {', '.join(map(str, places))}"
     )
+
+
+def short_names(names: list[str]) -> list[str]:
+    """What tells runs apart: their paths without the parts that all have in front or at the end."""
+    parts = [Path(name).parts for name in names]
+    for end in (0, -1):
+        while all(len(p) > 1 for p in parts) and len({p[end] for p in parts}) == 1 and len(parts) > 1:
+            parts = [p[1:] if end == 0 else p[:-1] for p in parts]
+    return [str(Path(*p)) for p in parts]
 
 
 def common_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -95,7 +107,7 @@ def comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
         cells += [f"{_end(rows, measure, axis) / scale:,.3g}" for axis, (_, scale) in AXES.items()]
         for axis, end in ends.items():
             value = value_at(rows, measure, axis, end)
-            cells.append("" if value is None else f"{value:.4f}")
+            cells.append("not measured yet" if value is None else f"{value:.4f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -105,7 +117,10 @@ def _end(rows: list[dict[str, Any]], measure: str, axis: str) -> float:
 
 
 def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Draw several runs into one picture: left at equal tokens, right at equal time."""
+    """Draw several runs into one picture: left at equal tokens, right at equal time.
+
+    A dotted line marks where the shortest ended: there the table compares them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,11 +131,19 @@ def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     for panel, (axis, (label, scale)) in zip(panels, AXES.items(), strict=True):
         for name, rows in runs.items():
             points = [(row[axis] / scale, row[measure]) for row in rows if measure in row]
-            panel.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
+            (line,) = panel.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
+            end, figure_there = points[-1], f"{points[-1][1]:.3f}"
+            where = {"textcoords": "offset points", "ha": "right", "va": "top", "color": line.get_color()}
+            panel.annotate(figure_there, end, (-4, -5), **where)
+        shortest = min(_end(rows, measure, axis) for rows in runs.values()) / scale
+        panel.axvline(shortest, color="grey", linestyle=":", linewidth=1)
+        panel.margins(y=0.1)
+        panel.set_xlim(left=0)
         panel.set_xlabel(label)
         panel.set_ylabel(MEASURES[measure])
+        panel.yaxis.set_tick_params(labelleft=True)
         panel.grid(alpha=0.3)
-        panel.legend()
+    panels[0].legend()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 
@@ -132,7 +155,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="PICTURE")
     arguments = parser.parse_args()
     try:
-        runs = {name: read_run(name) for name in arguments.runs}
+        names = short_names(arguments.runs)
+        runs = {name: read_run(run) for name, run in zip(names, arguments.runs, strict=True)}
         print(comparison(runs), end="")
         overlay(runs, arguments.output)
     except RecipeError as error:

@@ -124,7 +124,7 @@ def check_room(model: PreTrainedModel, prompt: list[int], config: GenerationConf
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: what ZeRO-3 gathers in it would be lost for training
 def generate_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

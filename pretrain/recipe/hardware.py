@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import resource
 import shutil
+import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,22 +44,72 @@ def detect() -> Hardware:
     """Look at this process's device."""
     import torch
 
-    compiler = shutil.which("g++") is not None
-    flash = importlib.util.find_spec("flash_attn") is not None
     if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        # Ampere (8.0) is the first generation with bf16 units; FlashAttention-2 needs it too.
-        return Hardware(
-            "cuda",
-            torch.cuda.get_device_name(),
-            capability,
-            capability >= (8, 0),
-            flash and capability >= (8, 0),
-            compiler,
-            importlib.util.find_spec("bitsandbytes") is not None,
-        )
+        return _gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    return _cpu()
+
+
+def glance() -> Hardware:
+    """What `detect` will find, without importing torch: of the first visible GPU, or of the CPU."""
+    gpus = visible_gpus(os.environ, _nvidia_smi())
+    return _gpu(*gpus[0]) if gpus else _cpu()
+
+
+def count_gpus() -> int:
+    """GPUs that a training started now would see."""
+    return len(visible_gpus(os.environ, _nvidia_smi()))
+
+
+def visible_gpus(environment: Mapping[str, str], listing: str) -> list[tuple[str, tuple[int, int]]]:
+    """Name and compute capability of the GPUs that CUDA_VISIBLE_DEVICES leaves, by ``nvidia-smi
+    --query-gpu=uuid,name,compute_cap --format=csv,noheader``.
+
+    As CUDA does, it reads numbers or beginnings of UUIDs, in that order, up to the first that is not there.
+    """
+    present = []
+    for line in listing.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == 3 and parts[2].replace(".", "").isdigit():
+            major, _, minor = parts[2].partition(".")
+            present.append((parts[0], (parts[1], (int(major), int(minor or 0)))))
+    asked = environment.get("CUDA_VISIBLE_DEVICES")
+    if asked is None:
+        return [facts for _, facts in present]
+    visible = []
+    for name in (part.strip() for part in asked.split(",")):
+        found = [
+            facts
+            for index, (uuid, facts) in enumerate(present)
+            if name == str(index) or (name.startswith("GPU-") and uuid.startswith(name))
+        ]
+        if not found:
+            break
+        visible.append(found[0])
+    return visible
+
+
+def _nvidia_smi() -> str:
+    if not shutil.which("nvidia-smi"):
+        return ""
+    query = ["nvidia-smi", "--query-gpu=uuid,name,compute_cap", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout
+
+
+def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
+    flash = importlib.util.find_spec("flash_attn") is not None
+    # Ampere (8.0) is the first generation with bf16 units; FlashAttention-2 needs it too.
+    ampere = capability >= (8, 0)
+    bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    return Hardware("cuda", name, capability, ampere, flash and ampere, _compiler(), bitsandbytes)
+
+
+def _cpu() -> Hardware:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return Hardware("cpu", "CPU", (0, 0), "avx512_bf16" in flags or "amx_bf16" in flags, False, compiler)
+    return Hardware("cpu", "CPU", (0, 0), "avx512_bf16" in flags or "amx_bf16" in flags, False, _compiler())
+
+
+def _compiler() -> bool:
+    return shutil.which("g++") is not None
 
 
 def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.json") -> Choice:
@@ -92,6 +145,14 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
             f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or "
             f"more with flash-attn installed; this is {hardware.name}. Write auto or sdpa"
         )
+    if attention == "flash_attention_3" and (
+        hardware.capability < (9, 0) or importlib.util.find_spec("flash_attn_interface") is None
+    ):
+        raise Refused(
+            f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 9.0 or "
+            f"more with FlashAttention-3 (flash_attn_interface) installed; this is {hardware.name}. Write "
+            f"auto"
+        )
     if attention.startswith("flash") and precision == "fp32":
         raise Refused(
             f"{where}: attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is "
@@ -112,6 +173,11 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
         raise Refused(
             f"{where}: torch_compile: true, but there is no g++ on this machine. Install it or leave the key "
             f"out"
+        )
+    if values.get("tf32") and hardware.capability < (8, 0):
+        raise Refused(
+            f"{where}: tf32: true, but it needs an NVIDIA GPU of capability 8.0 or more; this is "
+            f"{hardware.name}. Leave the key out"
         )
     check_optimizer(hardware, values.get("optim", ""), where)
     return Choice(precision, attention, values.get("torch_compile", hardware.compiler))

@@ -29,7 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import check_launch, check_quantization, check_tensor_parallel, load_recipe
+from recipe.config import (
+    check_boards,
+    check_launch,
+    check_quantization,
+    check_tensor_parallel,
+    load_recipe,
+)
+from recipe.hardware import Hardware, choose, count_gpus, glance
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -47,6 +54,7 @@ from recipe.outputs import (
     write_json,
 )
 from recipe.preferences import no_preference
+from recipe.watchdog import Watchdog, call_webhook, dump_stacks
 
 STAGES = {
     "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
@@ -81,11 +89,18 @@ class Launch:
         """Processes on all machines."""
         return sum(self.hosts.values()) or self.nodes * self.processes
 
-    def check(self, config: Mapping[str, dict[str, Any]], file: str) -> Path | None:
-        """Check the options against a recipe's file (``pretrain`` or ``finetune``) and its model.
+    def check(
+        self, config: Mapping[str, dict[str, Any]], file: str, hardware: Hardware | None = None
+    ) -> Path | None:
+        """Check the options against a recipe's file (``pretrain`` or ``finetune``), its model, and what this
+        machine has (see `recipe.hardware.glance`).
 
         Returns the path of the DeepSpeed file. Raises Refused.
         """
+        check_boards(config[file].get("report_to"), f"{file}.json")
+        if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
+            check_quantization(config[file], file, int(hardware.device == "cuda"))
+            choose(hardware, config[file], f"{file}.json")
         check_tensor_parallel(config["model"], self.tensor_parallel)
         return check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
 
@@ -171,44 +186,24 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def count_gpus(environment: Mapping[str, str], listing: str) -> int:
-    """Visible GPUs: those that CUDA_VISIBLE_DEVICES names, else the lines of `nvidia-smi -L`."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    present = sum(line.startswith("GPU ") for line in listing.splitlines())
-    if visible is None:
-        return present
-    return min(present, sum(bool(part.strip()) and part.strip() != "-1" for part in visible.split(",")))
-
-
-def _nvidia_smi() -> str:
-    if not shutil.which("nvidia-smi"):
-        return ""
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-
-
 def default_ranks() -> int:
     """One rank per visible GPU, one without any."""
-    return max(1, visible_gpus())
-
-
-def visible_gpus() -> int:
-    """GPUs that a training started now would see."""
-    return count_gpus(os.environ, _nvidia_smi())
+    return max(1, count_gpus())
 
 
 def visible_devices() -> str | None:
     """CUDA_VISIBLE_DEVICES where there are GPUs to see."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") if visible_gpus() else None
+    return os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus() else None
 
 
-def _defaults(environment: Mapping[str, str], processes: int) -> dict[str, str]:
+def _defaults(processes: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(DATA / ".torchinductor"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DS_ACCELERATOR": "cuda" if count_gpus(environment, _nvidia_smi()) else "cpu",
+        "DS_ACCELERATOR": "cuda" if count_gpus() else "cpu",
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -221,7 +216,7 @@ def child_environment(
 
     for_hosts: a file to write for DeepSpeed, which hands what stands in it to the machines of a hostfile.
     """
-    defaults = _defaults(environment, processes)
+    defaults = _defaults(processes)
     chosen = defaults | dict(environment)
     if for_hosts:
         for_hosts.write_text("".join(f"{name}={chosen[name]}\n" for name in defaults), "utf-8")
@@ -249,6 +244,7 @@ def train(stage: Stage, script: Path) -> None:
     result = stage.folder / "result.json"
     if not result.exists():  # else only the publication was missing
         (stage.folder / "stop").unlink(missing_ok=True)
+        shutil.rmtree(stage.folder / "ranks", ignore_errors=True)  # of an earlier try
         _run_child(stage, script, stage.folder)
         if not result.exists():
             raise RecipeError("training ended without a result; the reason stands above")
@@ -256,6 +252,7 @@ def train(stage: Stage, script: Path) -> None:
     stage.headline = stage.figures.pop("headline")
     for name in ("plan.json", "deepspeed_env"):
         (stage.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
 
 
 def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
@@ -264,8 +261,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
 
     launch = launch_of(stage.arguments)
     file = STAGES[script.name][1][-1]
-    check_quantization(stage.config[file], file, visible_gpus())
-    deepspeed = launch.check(stage.config, file)
+    deepspeed = launch.check(stage.config, file, glance())
     if file == "pretrain" and not launch.node_rank:
         check_room(stage, launch)
     plan = training_plan(stage.recipe, stage.config, stage.inputs, launch, deepspeed, stage.folder)
@@ -276,13 +272,17 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     environment = child_environment(os.environ, launch.processes, for_hosts)
     lock = () if launch.node_rank else (stage.lock,)
     child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
-    code = _wait(child, stage, published)
+    watchdog = Watchdog(stage.folder / "ranks")
+    code = _wait(child, stage, watchdog, published)
     if code == EXIT_REFUSED:
         raise Refused("the training refused to start; the reason stands above")
     if code:
+        reason = watchdog.found or f"training ended with exit {code} before it was finished"
+        called = launch.node_rank == 0 and call_webhook(f"{stage.name} of recipe {stage.recipe}: {reason}")
+        if called:
+            stage.say(called)
         raise RecipeError(
-            f"training ended with exit {code} before it was finished; the reason stands above. "
-            "Checkpoints are kept: run the same command again to continue"
+            f"{reason}; more stands above. Checkpoints are kept: run the same command again to continue"
         )
 
 
@@ -344,12 +344,19 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return facts.st_ino, facts.st_mtime_ns
 
 
-def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], bool] | None = None) -> int:
+def _wait(
+    child: subprocess.Popen[bytes],
+    stage: Stage,
+    watchdog: Watchdog,
+    published: Callable[[], bool] | None = None,
+) -> int:
     """Wait for the child. On SIGINT or SIGTERM write the stop file and raise Interrupted once all has ended;
     likewise when somebody else wrote it (``touch outputs/RECIPE/.05_pretrain.work/stop``).
 
     A file, because it reaches every rank under every launcher and on every machine: DeepSpeed's dies of a
     signal and leaves its ranks behind.
+
+    watchdog: where it finds ranks that stand still, they write their stacks and all ranks are killed.
 
     published: whether node 0 has the stage's result, for the other nodes: it may have one without training,
     and ranks of theirs would wait for its ranks for ever.
@@ -364,16 +371,18 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], 
                 stop.touch()
             stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
         else:
-            for process in reversed(descendants(child.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+            _kill(child)
 
     old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while published and child.poll() is None:
+        while child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(2)
-            if published():
+                child.wait(1)
+            if child.poll() is None and watchdog.stalled():
+                stage.say(f"the training stands still. {watchdog.found}")
+                dump_stacks(watchdog)
+                _kill(child)
+            if published and published():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(10)  # for ranks that have trained and are on their way out
                 if child.poll() is None:
@@ -393,6 +402,12 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, published: Callable[[], 
             EXIT_INTERRUPTED if by_interrupt else EXIT_TERMINATED,
         )
     return code
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    for process in reversed(descendants(child.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def descendants(process: int) -> list[int]:

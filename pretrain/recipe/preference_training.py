@@ -16,6 +16,8 @@ from recipe.training import RecipeTrainer
 class PreferenceTrainer(RecipeTrainer, DPOTrainer):
     """trl's DPOTrainer on ids that `encode_preferences` made, with the optimizer and checkpoints of ours."""
 
+    rows_per_sample = 2  # the chosen and the rejected answer
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # trl's encoding would take special-token strings in a text for control tokens
 

@@ -15,12 +15,17 @@ SHAPES = {
     "1-sqrt": lambda x: 1 - math.sqrt(1 - x),
 }
 
+# Schedules that rise from 0 over the warm-up.
+WARMED = ("constant_with_warmup", "linear", "polynomial", "inverse_sqrt", "cosine", "cosine_with_restarts")
+WARMED += ("cosine_with_min_lr",)
+
 
 def factor(kind: str, options: dict[str, Any], step: int, warmup: int, total: int) -> float | None:
     """The learning rate after `step` steps as a share of its peak; None for a schedule that is not known
     here.
 
-    options: ``lr_scheduler_kwargs``, with a floor given as a share (``min_lr_rate``, ``min_lr_ratio``).
+    options: ``lr_scheduler_kwargs``, with a floor or an end given as a share of the peak (``min_lr_rate``,
+    ``min_lr_ratio``, ``lr_end``).
     """
     floor = options.get("min_lr_rate", options.get("min_lr_ratio", 0.0))
     warming = step < warmup
@@ -34,15 +39,22 @@ def factor(kind: str, options: dict[str, Any], step: int, warmup: int, total: in
             return floor + (1 - floor) * SHAPES[options.get("warmup_type", "linear")](step / warmup)
         left = min((total - step) / decay, 1.0)
         return floor + (1 - floor) * SHAPES[options.get("decay_type", "cosine")](left)
-    if kind not in ("constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"):
+    if kind not in WARMED:
         return None
     if warming:
         return step / warmup
     if kind == "constant_with_warmup":
         return 1.0
+    if kind == "inverse_sqrt":
+        scale = options.get("timescale") or warmup or 10_000
+        return math.sqrt(scale / (step + scale - warmup))
     done = min((step - warmup) / max(1, total - warmup), 1.0)
     if kind == "linear":
         return 1 - done
+    if kind == "polynomial":
+        return options["lr_end"] + (1 - options["lr_end"]) * (1 - done) ** options.get("power", 1.0)
+    if kind == "cosine_with_restarts":
+        return 0.0 if done == 1 else SHAPES["cosine"](1 - options.get("num_cycles", 1) * done % 1)
     cycles = options.get("num_cycles", 0.5)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(2 * math.pi * cycles * done))
 
@@ -69,6 +81,8 @@ def sampled(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     options = dict(args.lr_scheduler_kwargs or {})
     if options.get("min_lr") is not None:
         options["min_lr_rate"] = options["min_lr"] / args.learning_rate
+    if kind == "polynomial":
+        options["lr_end"] = options.get("lr_end", 1e-7) / args.learning_rate
     shape, peak = scheduler.lr_lambdas[0], scheduler.base_lrs[0]
     wrong = []
     rates = {}

@@ -8,6 +8,8 @@ CPUs.
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +54,16 @@ class _SummedGradient(TensorParallelLayer):
 
         module.forward = tp_forward
         return module
+
+
+def load_without_code() -> None:
+    """Let DeepSpeed read its checkpoints as tensors and plain values: it would run what a pickle says."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", _SummedGradient())
@@ -128,6 +140,17 @@ def sharded_over(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
+def check_shards(checkpoint: Path, ranks: int) -> None:
+    """Raise RecipeError for a ZeRO checkpoint of another number of ranks: its shards fit only those."""
+    shards = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if shards != ranks:
+        raise RecipeError(
+            f"{checkpoint.name} was written by {shards} ranks, and ZeRO's shards fit no other number; here "
+            f"are {ranks}. Continue with {shards} (--nproc), or start over with --force. Under --fsdp, "
+            "--tensor-parallel or plain --nproc the number may change"
+        )
+
+
 class ShardedTrainer(Trainer):
     """The stock Trainer, and for a model of `shard` also checkpoints that can be resumed, and CPUs."""
 
@@ -142,7 +165,8 @@ class ShardedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
         """Train, continuing from a checkpoint only when it holds the optimizer in the form these ranks need.
 
-        The Trainer would silently begin with a new one. Raises RecipeError.
+        The Trainer would silently begin with a new one. Raises RecipeError, also for a checkpoint with code
+        in it, which is not run.
         """
         name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
         name = "global_step*" if self.is_deepspeed_enabled else name
@@ -152,7 +176,16 @@ class ShardedTrainer(Trainer):
                 f"has no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
                 "--tensor-parallel), or start over with --force"
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+        if resume_from_checkpoint and self.is_deepspeed_enabled:
+            check_shards(Path(resume_from_checkpoint), self.args.world_size)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+        except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(
+                f"{resume_from_checkpoint}: a file in it holds more than tensors and numbers, so it is not "
+                f"read. Delete this checkpoint, or start over with --force ({reason})"
+            ) from error
 
     def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**keywords)

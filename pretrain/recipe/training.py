@@ -8,7 +8,7 @@ read.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import faulthandler
 import json
 import math
 import os
@@ -33,16 +33,18 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from recipe.callbacks import Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
+from recipe.callbacks import Heartbeat, Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
-from recipe.config import batch_layout
+from recipe.config import batch_layout, check_boards
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.losses import return_loss_only
 from recipe.modeling import flops_per_token
 from recipe.optimizers import MuonAdamW, decayed
-from recipe.outputs import EXIT_TERMINATED, RecipeError, Refused
+from recipe.outputs import EXIT_TERMINATED, RecipeError
 from recipe.sampling import Samples
-from recipe.sharding import ShardedTrainer, shard
+from recipe.sharding import ShardedTrainer, load_without_code, shard
+from recipe.spikes import Guard
+from recipe.watchdog import STACKS, SignsOfLife
 
 
 @dataclass
@@ -134,7 +136,7 @@ def prepare(
         "fp16": choice.precision == "fp16",
         "torch_compile": choice.compile and not (deepspeed or fsdp or tensor_parallel > 1),
         "deepspeed": deepspeed,
-        "report_to": boards(values.get("report_to"), f"{file}.json"),
+        "report_to": check_boards(values.get("report_to"), f"{file}.json"),
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -146,6 +148,8 @@ def prepare(
     os.environ.setdefault("WANDB_PROJECT", native["project"])
     os.environ.setdefault("WANDB_DIR", str(folder))
     settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
+    if deepspeed:
+        load_without_code()
     if deepspeed and hardware.device == "cpu":
         import deepspeed as library
 
@@ -166,21 +170,6 @@ def prepare(
         parent,
         plan.get("probe", False),
     )
-
-
-def boards(asked: str | list[str] | None, file: str) -> list[str]:
-    """Where the figures go: TensorBoard always, and what `report_to` asks for. Raises Refused for a board
-    whose library is not installed.
-    """
-    names = [asked] if isinstance(asked, str) else asked or []
-    names = ["tensorboard", *(name for name in names if name not in ("tensorboard", "none"))]
-    for name in names:
-        if name in ("wandb", "trackio") and importlib.util.find_spec(name) is None:
-            raise Refused(
-                f"{file}: report_to: {name} is not installed. Install it (.venv/bin/pip install {name}) or "
-                "take it out: TensorBoard is written in any case"
-            )
-    return names
 
 
 def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
@@ -223,14 +212,30 @@ def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 class RecipeTrainer(ShardedTrainer):
     """The Trainer with our optimizer choice and verified checkpoints."""
 
+    rows_per_sample = 1  # of a batch that is trained on
+
     def __init__(self, settings: Settings, meter: Meter, **keywords: Any) -> None:
         self.settings, self.meter = settings, meter
         self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
+        self.sequences = 0  # that this rank has trained on
+        self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
+        self.gradient_norm: torch.Tensor | float | None = None  # before it was clipped
         super().__init__(**keywords)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """What weight decay applies to: unlike the stock Trainer's, no embeddings."""
         return decayed(model)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        """The Trainer's step over one micro-batch, whose sequences are counted for the proof."""
+        self.sequences += len(inputs["input_ids"]) // self.rows_per_sample
+        loss = super().training_step(model, inputs, *rest)
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **keywords: Any) -> torch.Tensor | float | None:
+        self.gradient_norm = super()._get_grad_norm(*arguments, **keywords)
+        return self.gradient_norm
 
     def compute_loss(
         self,
@@ -243,8 +248,7 @@ class RecipeTrainer(ShardedTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if "z_loss" in outputs:
             # As the Trainer scales a loss that is divided by the tokens of all ranks.
-            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            self.z_losses.append(scale * outputs["z_loss"])
+            self.z_losses.append(self.accelerator.num_processes // self.get_tp_size() * outputs["z_loss"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -324,7 +328,8 @@ def train(
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
     proof = Proof(run.choice, parallel, run.ranks, settings)
-    stop = StopOnSignal(folder / "stop", run.parent)
+    stop, guard = StopOnSignal(folder / "stop", run.parent), Guard(folder)
+    life = SignsOfLife(folder / "ranks", arguments.process_index)
     tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
@@ -341,15 +346,17 @@ def train(
         eval_dataset=valid,
         callbacks=[
             stop,
+            guard,
             proof,
             meter,
             *([progress] if run.is_main else []),
             *([sampling] if sampling else []),
+            Heartbeat(life),
         ],
         **keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    proof.trainer = trainer
+    proof.trainer = guard.trainer = trainer
     checkpoint = newest_good_checkpoint(Path(arguments.output_dir))
     _agree_on(checkpoint)
     if checkpoint and run.is_main:
@@ -386,6 +393,7 @@ def train(
         "tokens": trainer.state.global_step * tokens_per_step,
         "eval_loss": final.get("eval_loss"),
         "peak_memory_bytes": peak_memory(run.hardware.device),
+        "skipped_steps": sorted(guard.skipped),
     }
     if speeds:
         speed = sorted(speeds)[len(speeds) // 2]
@@ -416,6 +424,7 @@ def speed_of(figures: dict[str, Any]) -> str:
 def run_script(work: Any) -> None:
     """Call a training script's main function with its plan; errors a user can mend end in one line."""
     plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    faulthandler.register(STACKS)
     code = 0
     try:
         work(plan)

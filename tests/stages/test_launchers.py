@@ -132,6 +132,24 @@ def stubs(folder, **scripts):
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
+def test_two_nodes_by_hand(prepared, alone):
+    """The same command on both nodes, each with its number; here both are this machine."""
+    name = "two-nodes"
+    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
+    prepared.run("run_all.sh", "--recipe", name, "--to", "04")
+    port = str(20000 + os.getpid() % 10000)
+    line = ("pretrain/05_pretrain.sh", "--recipe", name, "--force", *COMMON, *PRECISION["fp32"])
+    line += ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
+    other = prepared.start(*line, "--node-rank", "1")
+    output = prepared.run(*line, "--node-rank", "0", timeout=600).stdout
+    joined, _ = other.communicate(timeout=120)
+    assert other.returncode == 0, joined
+    assert "--nnodes 2 --node-rank 0" in output and "--nnodes 2 --node-rank 1" in joined
+    active = prepared.figures(name, "05_pretrain")["active"]
+    assert active["parallel"] == "DDP 2" and active["ranks"] == 2 and active["global_batch"] == 8
+    assert close(losses_of(prepared, name), alone["fp32"], "fp32")
+
+
 def test_slurm_job_over_two_nodes_stops_at_its_limit_and_continues(prepared, alone, tmp_path, monkeypatch):
     """srun starts both launchers; torchrun joins them over 127.0.0.1."""
     cluster = stubs(
@@ -229,6 +247,7 @@ proof = Proof(Choice("fp32", "sdpa", False), parallel_wish(2, None, True, 1), 2,
 samples = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
 trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[proof])
 trainer.settings, proof.trainer = settings, trainer
+trainer.z_losses, trainer.sequences = [], 1
 try:
     trainer.train()
 except Refused as refusal:

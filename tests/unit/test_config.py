@@ -1,6 +1,7 @@
 """Configuration: every fault is refused before anything starts, and says what to write instead."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -169,6 +170,43 @@ def preference(config, **values):
         ),
         (lambda c: c["finetune"].update(auto_find_batch_size=True), ["finetune.json: auto_find_batch_size"]),
         (lambda c: c["pretrain"].update(data_seed=1), ["data_seed", "follows from seed"]),
+        (lambda c: c["pretrain"].update(fsdp="full_shard"), ["fsdp", "the option --fsdp"]),
+        (lambda c: c["pretrain"].update(use_cache=True), ["use_cache", "the one before it"]),
+        (
+            lambda c: c["pretrain"].update(load_best_model_at_end=True),
+            ["load_best_model_at_end", "last step"],
+        ),
+        (
+            lambda c: c["finetune"].update(use_liger_kernel=True),
+            ["finetune.json: use_liger_kernel", "z_loss"],
+        ),
+        (lambda c: c["pretrain"].update(bf16_full_eval=True), ["bf16_full_eval", "rounded"]),
+        (
+            lambda c: c["pretrain"].pop("eval_strategy"),
+            ["eval_steps: 190 does nothing", 'eval_strategy "no"', 'Add eval_strategy: "steps"'],
+        ),
+        (lambda c: c["pretrain"].update(save_strategy="no"), ["save_steps: 190", 'save_strategy "no"']),
+        (lambda c: c["pretrain"].update(logging_strategy="epoch"), ["logging_steps: 10", "epoch"]),
+        (
+            lambda c: (c["pretrain"].pop("save_steps"), c["pretrain"].update(save_strategy="epoch")),
+            ["save_strategy", "wanted steps or no"],
+        ),
+        (lambda c: c["pretrain"].update(torch_compile_mode="max-autotune"), ["torch_compile_mode", "null"]),
+        (
+            lambda c: c["pretrain"].update(gradient_checkpointing_kwargs={"use_reentrant": False}),
+            ["gradient_checkpointing_kwargs does nothing without"],
+        ),
+        (
+            lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="galore_adamw")),
+            ["optim: galore_adamw", "adamw_torch_fused"],
+        ),
+        (
+            lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="sgd")),
+            ["adam_beta2: optim sgd does not read it"],
+        ),
+        (schedule("greedy"), ["lr_scheduler_type: greedy", "cosine"]),
+        (lambda c: c["model"].update(dtype="bfloat16"), ['model.json: dtype: "bfloat16"', "float32"]),
+        (lambda c: preference(c, z_loss=1e-4), ["preference.json: z_loss", "stage 13"]),
         (lambda c: c["instruction"].update(template="alpacca"), ['template: "alpacca"', "'alpaca'"]),
         (
             lambda c: c["instruction"]["pairs"].update(x={"path": "a.json", "dataset": "b"}),
@@ -232,6 +270,68 @@ def test_deepspeed_scheduler_is_refused(tmp_path, monkeypatch):
     path.write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
     with pytest.raises(Refused, match="'overlap_comm'"):
         config.check_deepspeed("mine")
+
+
+ZERO2 = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2},
+}
+BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}, ""),
+        ({"train_batch_size": 16}, r"train_batch_size: 16, but .* make it 8\. Write \"auto\""),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 1, but .* make it 2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5, but .* make it 1.0"),
+        ({"gradient_clipping": None}, "gradient_clipping: null"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled: true"),
+        ({"bf16": None}, "bf16.enabled: null"),
+        ({"activation_checkpointing": {}}, "activation_checkpointing: only models written for it"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: it would silently replace"),
+    ],
+)
+def test_deepspeed_file_that_says_otherwise_is_refused(tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr(config, "CONFIGS", tmp_path)
+    (tmp_path / "deepspeed").mkdir()
+    values = {key: value for key, value in (ZERO2 | change).items() if value is not None}
+    (tmp_path / "deepspeed/mine.json").write_text(json.dumps(values))
+    if not words:
+        assert config.check_launch(BATCHES, "pretrain", "mine", 2).name == "mine.json"
+        return
+    with pytest.raises(Refused, match=f"configs/deepspeed/mine.json: {words}"):
+        config.check_launch(BATCHES, "pretrain", "mine", 2)
+
+
+def test_what_the_hardware_lacks_is_refused_before_torch_is_imported():
+    """By file and key, from the check that run_all.sh starts with: there is no GPU."""
+    for key, value, words in (
+        ("attn_implementation", "flash_attention_2", "needs an NVIDIA GPU"),
+        ("fp16", True, "needs a GPU"),
+        ("tf32", True, "capability 8.0"),
+        ("optim", "adamw_bnb_8bit", "NVIDIA GPU"),
+    ):
+        code = (
+            "import sys; from recipe import config\n"
+            "sys.argv = ['config', '--set', 'pretrain.muon_learning_rate=null', '--set', sys.argv[1]]\n"
+            "try:\n    config.main()\nfinally:\n    print('torch' in sys.modules)"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code, f"pretrain.{key}={json.dumps(value)}"],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2 and result.stdout == "False\n", result.stderr
+        assert result.stderr.startswith(f"error: pretrain.json: {key}: ") and words in result.stderr
 
 
 def test_typos_are_answered_with_the_right_key():

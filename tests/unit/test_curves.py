@@ -63,9 +63,21 @@ def test_command_writes_picture_and_table(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert [line.split()[1] for line in result.stdout.splitlines()[2:5]] == [str(path) for path in folders]
+    assert [line.split()[1] for line in result.stdout.splitlines()[2:5]] == ["a", "b", "c"]
 
 
 def test_command_refuses_what_is_no_run(tmp_path):
     result = subprocess.run([sys.executable, "-m", "recipe.curves", "nosuch"], capture_output=True, text=True)
     assert result.returncode == 2 and "nosuch: no run" in result.stderr
+
+
+def test_runs_are_called_by_what_tells_them_apart():
+    paths = ["/x/outputs/tiny/05_pretrain", "/x/outputs/large/05_pretrain"]
+    assert curves.short_names(paths) == ["tiny", "large"]
+    assert curves.short_names(["tiny", "old/tiny/05_pretrain"]) == ["tiny", "old/tiny/05_pretrain"]
+    assert curves.short_names(["/x/outputs/tiny"]) == ["/x/outputs/tiny"]
+
+
+def test_a_run_without_a_figure_there_is_said_to_have_none():
+    runs = {"short": rows(1, 0.1, steps=(5,)), "long": rows(1, 0.1)}
+    assert curves.comparison(runs).splitlines()[3].endswith("| not measured yet | not measured yet |")

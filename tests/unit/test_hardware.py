@@ -1,7 +1,7 @@
 """The choice of precision, attention and compilation, with the hardware faked at the edge."""
 
 import pytest
-from recipe.hardware import Choice, Hardware, choose, gemm_peak
+from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, glance, visible_gpus
 from recipe.outputs import Refused
 
 A100 = Hardware("cuda", "A100", (8, 0), True, True, True)
@@ -44,6 +44,8 @@ def test_choice(hardware, values, wanted):
         (A100, {"attn_implementation": "flash_attention_2", "bf16": False}, "fp32 is asked for"),
         (T4, {"attn_implementation": "documents"}, "documents is for CPUs; this is T4"),
         (OLD_CPU, {"torch_compile": True}, r"no g\+\+"),
+        (T4, {"tf32": True}, "capability 8.0 or more; this is T4"),
+        (A100, {"attn_implementation": "flash_attention_3"}, "capability 9.0"),
     ],
 )
 def test_impossible_demand_is_refused(hardware, values, words):
@@ -54,3 +56,29 @@ def test_impossible_demand_is_refused(hardware, values, words):
 
 def test_gemm_peak_is_a_plausible_rate():
     assert 1e9 < gemm_peak("cpu", "fp32", 0.05) < 1e14
+
+
+LISTING = "GPU-aa11, NVIDIA A100-SXM4-40GB, 8.0\nGPU-aa22, Tesla T4, 7.5\n"
+BIG, SMALL = ("NVIDIA A100-SXM4-40GB", (8, 0)), ("Tesla T4", (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, [BIG, SMALL]),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, [SMALL]),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, [SMALL, BIG]),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-aa2"}, [SMALL]),
+        ({"CUDA_VISIBLE_DEVICES": "0,7,1"}, [BIG]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, []),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
+    ],
+)
+def test_visible_gpus(environment, wanted):
+    assert visible_gpus(environment, LISTING) == wanted
+    assert visible_gpus(environment, "") == []
+    assert visible_gpus(environment, "NVIDIA-SMI has failed because of the driver\n") == []
+
+
+def test_a_glance_finds_what_torch_finds():
+    assert glance() == detect()

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 from recipe.config import batch_layout, check_launch, check_tensor_parallel
-from recipe.launch import Launch, add_options, child_environment, command, count_gpus, launch_of
+from recipe.launch import Launch, add_options, child_environment, command, launch_of
 from recipe.outputs import Refused
-
-LISTING = "GPU 0: A100 (UUID: a)\nGPU 1: A100 (UUID: b)\n"
 
 
 def test_one_process_is_plain_python():
@@ -96,22 +94,6 @@ def test_hosts_are_handed_the_environment(tmp_path):
     assert environment["DS_ENV_FILE"] == str(path)
     lines = dict(line.split("=", 1) for line in path.read_text().splitlines())
     assert lines["OMP_NUM_THREADS"] == "7" and "SECRET" not in lines
-
-
-@pytest.mark.parametrize(
-    ("environment", "listing", "wanted"),
-    [
-        ({}, LISTING, 2),
-        ({"CUDA_VISIBLE_DEVICES": "1"}, LISTING, 1),
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, LISTING, 2),
-        ({"CUDA_VISIBLE_DEVICES": ""}, LISTING, 0),
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, LISTING, 0),
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "", 0),
-        ({}, "", 0),
-    ],
-)
-def test_visible_gpus(environment, listing, wanted):
-    assert count_gpus(environment, listing) == wanted
 
 
 def test_users_environment_wins():

@@ -9,12 +9,13 @@ import signal
 import pytest
 import torch
 from conftest import sentences
-from recipe import callbacks, losses, schedules, training
+from recipe import callbacks, config, losses, schedules, training
 from recipe.modeling import build_model
 from recipe.optimizers import decayed
-from recipe.outputs import Refused
+from recipe.outputs import RecipeError, Refused
 from recipe.packing import IGNORED, PackedBlocks
 from recipe.sampling import Samples
+from recipe.spikes import TRIES, Guard
 from recipe.token_files import TokenFile, write_token_file
 from recipe.tokenizer import document_ids, prompt_ids
 from recipe.tokenizer_training import train_tokenizer
@@ -113,6 +114,9 @@ SCHEDULES = [
     ("cosine", {}, 2, [0, 0.5, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ("cosine_with_min_lr", {"min_lr_rate": 0.2}, 2, [0, 0.5, 1, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, None]),
     ("cosine_with_min_lr", {"min_lr": 2e-3}, 2, [0, 0.5, 1, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, None]),
+    ("cosine_with_restarts", {"num_cycles": 2}, 2, [0, 0.5, 1, 0.5, 1, 0.5]),
+    ("polynomial", {"lr_end": 2e-3, "power": 2.0}, 2, [0, 0.5, 1, 0.2 + 0.8 * 0.5625, 0.4, 0.25]),
+    ("inverse_sqrt", {"timescale": 4}, 2, [0, 0.5, 1, 2 / math.sqrt(5), 2 / math.sqrt(6), 2 / math.sqrt(7)]),
     ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "linear"}, 2, [0, 0.5, 1, 1, 1, 0.5]),
     ("warmup_stable_decay", {"num_decay_steps": 4, "decay_type": "1-sqrt"}, 0, [1, 1, 1, 0.5, None, None]),
 ]
@@ -164,8 +168,64 @@ def test_an_optimizer_that_leaves_its_schedule_stops_the_run(train, monkeypatch)
         train()
 
 
+@pytest.mark.parametrize(
+    ("wish", "fault"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "neftune: asked for 5.0, active is None"),
+        ({"gradient_checkpointing": True}, "activation_checkpointing: asked for True, active is False"),
+        ({"z_loss": 1e-3}, "z_loss: asked for 0.001, active is None"),
+        ({"optim": "sgd"}, "optimizer: asked for SGD, active is AdamW"),
+        ({"weight_decay": 0.1}, "weight_decay: asked for 0.1, active is None"),
+        ({"adam_beta2": 0.95}, r"betas: asked for \[0.9, 0.95\], active is \[0.9, 0.999\]"),
+        ({"adam_epsilon": 1e-6}, "epsilon: asked for 1e-06, active is 1e-08"),
+        ({"global_batch_size": 8}, "global_batch: asked for 8, active is 4"),
+        ({"optim": "adamw_torch_fused"}, "fused: asked for True, active is False"),
+    ],
+)
+def test_what_was_asked_for_and_is_not_active_stops_the_run(train, monkeypatch, wish, fault):
+    """The Trainer gets everything but one wish, of which it is told only when the proof is made."""
+    train_as_asked = training.train
+    without = {"optim": "adamw_torch"} if "optim" in wish else {}
+
+    def ask_now(*arguments):
+        run = arguments[4]
+        stock = callbacks.Proof.on_step_end
+
+        def look(proof, args, *rest, **objects):
+            for key, value in wish.items():
+                if key in ("z_loss", "global_batch_size"):
+                    setattr(proof.settings, key, value)
+                elif key == "optim":
+                    args.optim = type(args.optim)(value)
+                else:
+                    setattr(args, key.replace("gradient_ch", "activation_ch"), value)
+            stock(proof, args, *rest, **objects)
+
+        monkeypatch.setattr(callbacks.Proof, "on_step_end", look)
+        assert run.settings.global_batch_size == 4
+        return train_as_asked(*arguments)
+
+    monkeypatch.setattr(training, "train", ask_now)
+    with pytest.raises(Refused, match=f"not what was asked for is active.*{fault}"):
+        train(**without)
+
+
+def test_what_was_asked_for_and_is_active_is_in_the_block(train):
+    asked = {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True, "adam_beta2": 0.95}
+    asked |= {"adam_epsilon": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    active = train(**asked)[0]["active"]
+    assert active["neftune"] == 5.0 and active["activation_checkpointing"] is True
+    assert active["betas"] == [0.9, 0.95] and active["epsilon"] == 1e-6
+    assert active["weight_decay"] == 0.1 and active["gradient_clipping"] == 0.5
+    assert active["optimizer"] == "AdamW" and active["fused"] and active["boards"] == ["tensorboard"]
+    assert active["global_batch"] == 4
+    plain = train("plain", optim="sgd", max_grad_norm=0.0)[0]["active"]
+    assert plain["optimizer"] == "SGD" and plain["neftune"] is plain["gradient_clipping"] is None
+    assert plain["activation_checkpointing"] is False and plain["betas"] == []
+
+
 def test_unknown_schedules_have_no_closed_form():
-    assert schedules.factor("polynomial", {}, 3, 1, 10) is None
+    assert schedules.factor("greedy", {}, 3, 1, 10) is None
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
@@ -308,6 +368,91 @@ def test_z_loss_is_logged_apart(train):
     assert large[-1]["z_loss"] < 0.85 * large[0]["z_loss"]  # it is trained away
 
 
+# ------------------------------------------------------------------------------------------------ spikes
+
+STEPS = {"logging_steps": 1, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture
+def inject(monkeypatch):
+    """Multiply the loss of chosen steps by a factor: gradients follow.
+
+    Returns the weights before each step.
+    """
+    seen = {}
+
+    def start(factor, *steps):
+        stock = training.RecipeTrainer.compute_loss
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            step = self.state.global_step + 1
+            seen.setdefault(step, torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+            loss, outputs = stock(self, model, inputs, True, num_items_in_batch)
+            loss = loss * factor if step in steps else loss
+            return (loss, outputs) if return_outputs else loss
+
+        monkeypatch.setattr(training.RecipeTrainer, "compute_loss", compute_loss)
+        return seen
+
+    return start
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 100.0])
+def test_a_step_that_cannot_be_true_changes_no_weight(train, inject, factor, muon):
+    weights = inject(factor, 3)
+    figures, _, folder = train(**STEPS, muon_learning_rate=muon, weight_decay=0.1)
+    assert figures["skipped_steps"] == [3]
+    assert torch.equal(weights[3], weights[4])
+    for step in (1, 2, 4, 5):
+        assert not torch.equal(weights[step], weights[step + 1])
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    (row,) = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    assert row["step"] == 3 and row["reason"].startswith("a loss of")
+
+
+def test_a_gradient_that_is_no_number_is_left_out_with_a_finite_loss(train, monkeypatch):
+    stock = training.RecipeTrainer._get_grad_norm
+
+    def broken(self, *arguments, **keywords):
+        if self.state.global_step == 1:
+            next(self.model.parameters()).grad.fill_(math.nan)
+            keywords["grad_norm"] = torch.tensor(math.nan)
+            arguments = arguments[:1]
+        return stock(self, *arguments, **keywords)
+
+    monkeypatch.setattr(training.RecipeTrainer, "_get_grad_norm", broken)
+    figures, rows, _ = train(**STEPS)
+    assert figures["skipped_steps"] == [2] and all(math.isfinite(loss) for loss in losses_of(rows))
+
+
+def test_the_list_survives_and_the_same_steps_are_left_out(train, inject, monkeypatch):
+    """A list that an earlier try has left, and losses that look well: the steps are left out all the same."""
+    weights = inject(1.0)
+    stock = Guard.on_train_begin
+
+    def with_a_list(guard, *arguments, **objects):
+        guard.path.write_text('{"step": 2}\n{"step": 4}\n{"st')
+        stock(guard, *arguments, **objects)
+
+    monkeypatch.setattr(Guard, "on_train_begin", with_a_list)
+    assert train(**STEPS)[0]["skipped_steps"] == [2, 4]
+    assert torch.equal(weights[2], weights[3]) and torch.equal(weights[4], weights[5])
+    assert not torch.equal(weights[3], weights[4])
+
+
+def test_after_some_tries_the_training_stops(train, inject):
+    weights = inject(math.nan, *range(2, 20))
+    with pytest.raises(RecipeError, match=f"{TRIES} steps in a row were left out, the last is {TRIES + 1}"):
+        train(**STEPS | {"max_steps": 12})
+    assert max(weights) == TRIES + 1 and torch.equal(weights[2], weights[TRIES + 1])
+
+
+def test_a_loss_that_falls_or_doubles_is_no_spike(train, inject):
+    inject(2.0, 3, 5)
+    assert train(**STEPS)[0]["skipped_steps"] == []
+
+
 # ------------------------------------------------------------------------------------------------ watching
 
 
@@ -330,11 +475,11 @@ def test_every_figure_is_on_the_board(train):
     assert [row["step"] for row in rows if "eval_bits_per_byte" in row] == [3, 6]
 
 
-def test_board_without_its_library_is_refused(train, monkeypatch):
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+def test_board_without_its_library_is_refused(monkeypatch):
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None if name == "wandb" else name)
     with pytest.raises(Refused, match=r"pretrain.json: report_to: wandb is not installed.*pip install wandb"):
-        training.boards(["wandb"], "pretrain.json")
-    assert training.boards("none", "x") == training.boards(None, "x") == ["tensorboard"]
+        config.check_boards(["wandb"], "pretrain.json")
+    assert config.check_boards("none", "x") == config.check_boards(None, "x") == ["tensorboard"]
 
 
 def test_wandb_offline_holds_the_figures(train, monkeypatch):

@@ -1,0 +1,139 @@
+"""Notice a training that stands still: its ranks leave signs of life, the launcher reads them.
+
+The launcher reads, because a rank that is frozen or stuck in a C library cannot tell of itself. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import signal
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+SHORTEST = 90.0  # seconds of silence that are never a fault
+TIMES = 6  # and so many times the slowest recent step
+UNPACED = 3600.0  # seconds that compiling, evaluating, sampling or saving may take without a sign of life
+RECENT = 20
+STACKS = signal.SIGUSR2  # on it a rank writes the stacks of its threads to stderr
+
+
+class SignsOfLife:
+    """Write, at most once a second, where a rank is and how long it may now be silent."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"rank{rank}"
+        folder.mkdir(exist_ok=True)
+        self.steps: deque[float] = deque(maxlen=RECENT)
+        self.started: float | None = None
+        self.written, self.seconds = -math.inf, UNPACED
+        self.unpaced(0)
+
+    def unpaced(self, step: int) -> None:
+        """What follows has no known pace: the first step, an evaluation, a checkpoint."""
+        self.started = None
+        self._write(step, UNPACED)
+
+    def step(self, step: int) -> None:
+        """A step is done, or the first after something unpaced begins."""
+        now = time.monotonic()
+        if self.started is not None:
+            self.steps.append(now - self.started)
+        self.started = now
+        if self.steps and (now - self.written > 1 or self.seconds == UNPACED):
+            self._write(step, limit(self.steps))
+
+    def alive(self, step: int) -> None:
+        """Something unpaced goes on."""
+        if time.monotonic() - self.written > 1:
+            self._write(step, UNPACED)
+
+    def _write(self, step: int, seconds: float) -> None:
+        self.written, self.seconds = time.monotonic(), seconds
+        sign = {"host": platform.node(), "process": os.getpid(), "step": step, "limit": seconds}
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(sign | {"written": self.written}), "utf-8")
+        part.rename(self.path)
+
+
+def limit(steps: deque[float]) -> float:
+    """Seconds without a step after which a training counts as standing still, by its recent steps."""
+    return max(SHORTEST, TIMES * max(steps))
+
+
+class Watchdog:
+    """Judge the ranks by their signs of life. Time in which the launcher itself was frozen does not count."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.folder, self.clock = folder, clock
+        self.last = clock()
+        self.found = ""  # what `stalled` said last
+        self.silence: dict[str, tuple[str, float]] = {}  # by rank: the sign, and for how long nothing else
+
+    def stalled(self) -> str:
+        """Which ranks stand still and since when; empty while none does. To be called every second or so."""
+        now = self.clock()
+        passed, self.last = min(now - self.last, 5.0), now
+        found = []
+        for path in sorted(self.folder.glob("rank*[0-9]")):
+            try:
+                text = path.read_text("utf-8")
+                sign = json.loads(text)
+            except (OSError, ValueError):  # just being replaced
+                continue
+            before, silent = self.silence.get(path.name, ("", 0.0))
+            silent = silent + passed if text == before else 0.0
+            self.silence[path.name] = (text, silent)
+            if silent > sign["limit"]:
+                where = f"{path.name} (process {sign['process']} on {sign['host']})"
+                found.append(f"{where}: nothing after step {sign['step']} for {silent:.0f} s{_state(sign)}")
+        self.found = "; ".join(found)
+        return self.found
+
+    def processes(self) -> list[int]:
+        """The ranks' processes on this machine."""
+        signs = [json.loads(path.read_text("utf-8")) for path in self.folder.glob("rank*[0-9]")]
+        return [sign["process"] for sign in signs if sign["host"] == platform.node()]
+
+
+def _state(sign: dict) -> str:
+    """What Linux says of a rank of this machine that does not run."""
+    if sign["host"] != platform.node():
+        return ""
+    try:
+        state = Path(f"/proc/{sign['process']}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ", its process is gone"
+    return ", its process is frozen (SIGSTOP)" if state == "T" else ""
+
+
+def dump_stacks(watchdog: Watchdog) -> None:
+    """Let the ranks of this machine write their stacks to stderr, and leave them time for it."""
+    for process in watchdog.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, STACKS)
+    time.sleep(2)
+
+
+def call_webhook(message: str) -> str:
+    """POST a message to the address in RECIPE_WEBHOOK, in the form that Slack, Mattermost and Discord read.
+
+    Returns why that failed, or nothing.
+    """
+    address = os.environ.get("RECIPE_WEBHOOK")
+    if not address:
+        return ""
+    body = json.dumps({"text": message, "content": message}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except (OSError, ValueError) as error:
+        return f"RECIPE_WEBHOOK could not be called: {error}"
+    return ""
