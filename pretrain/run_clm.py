@@ -23,7 +23,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.token_files import TokenFile
     from recipe.tokenizer import prompt_ids
     from torch.utils.data import Subset
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     run = prepare(plan, "pretrain")
     settings, arguments, folder = run.settings, run.arguments, run.folder
@@ -77,9 +77,13 @@ def main(plan: dict[str, Any]) -> None:
         )
         headline = f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         if initial:
-            name, revision = settings.initial_model, settings.initial_revision
-            described = describe_initial(name, revision, initial, pieces, model.config.vocab_size)
-            figures, headline = figures | {"initial_model": described}, f"{headline}, from {name}"
+            before = AutoConfig.from_pretrained(initial).vocab_size
+            rows = model.config.vocab_size
+            described = describe_initial(plan["config"]["pretrain"], initial, pieces, before, rows)
+            figures, headline = (
+                figures | {"initial_model": described},
+                f"{headline}, from {described['name']}",
+            )
         write_json(folder / "result.json", figures | {"headline": headline})
 
 

@@ -125,16 +125,20 @@ def read_config_of(folder: Path) -> dict[str, Any]:
 
 
 def describe_initial(
-    name: str, revision: str | None, folder: Path, pieces: NewPieces, rows: int
+    pretrain: dict[str, Any], folder: Path, pieces: NewPieces, before: int, rows: int
 ) -> dict[str, Any]:
     """For stage.json: where the weights came from, and what was added to them.
 
-    rows: of the model's embeddings now. ``commit`` is that of the hub, None for a folder.
+    before, rows: of the embeddings as published, and now. ``commit`` is that of the hub, None for a folder.
     """
-    commit = folder.name if folder.parent.name == "snapshots" else None
-    added = rows - read_config_of(folder)["vocab_size"]
-    found = {"name": name, "revision": revision, "commit": commit}
-    return found | {"new_pieces": len(pieces.old_ids), "rows_added": added, "rows": rows}
+    return {
+        "name": pretrain["initial_model"],
+        "revision": pretrain.get("initial_revision"),
+        "commit": folder.name if folder.parent.name == "snapshots" else None,
+        "new_pieces": len(pieces.old_ids),
+        "rows_added": rows - before,
+        "rows": rows,
+    }
 
 
 def initial_facts(pretrain: dict[str, Any]) -> dict[str, Any]:

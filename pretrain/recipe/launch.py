@@ -29,7 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import check_launch, check_quantization, check_tensor_parallel, load_recipe, model_values
+from recipe.config import (
+    check_launch,
+    check_quantization,
+    check_recipe,
+    check_tensor_parallel,
+    load_recipe,
+    model_values,
+)
 from recipe.initial import find_initial
 from recipe.instructions import no_pairs
 from recipe.outputs import (
@@ -258,9 +265,9 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     launch = launch_of(stage.arguments)
     file = STAGES[script.name][1][-1]
     check_quantization(stage.config[file], file, visible_gpus())
+    if file == "pretrain" and find_initial(stage.config[file]):
+        check_recipe(stage.config, f"configs/{stage.recipe}")  # again, now that its config.json was fetched
     deepspeed = launch.check(stage.config, file)
-    if file == "pretrain":
-        find_initial(stage.config[file])  # fetched and refused before torch is imported
     plan = {
         "recipe": stage.recipe,
         "config": stage.config,

@@ -101,8 +101,13 @@ def add_rows(model: PreTrainedModel, pieces: NewPieces) -> None:
 
     Rows that the checkpoint has beyond its vocabulary (a size rounded up) are taken first, and stay where
     there are more. The mean of the old pieces' rows is what Gee et al. (2022, "Fast Vocabulary Transfer")
-    start from.
+    start from. Raises RecipeError where old pieces have no row.
     """
+    if pieces.first > model.config.vocab_size:
+        raise RecipeError(
+            f"the tokenizer has {pieces.first} published pieces, the checkpoint {model.config.vocab_size} "
+            "rows: they were not published together. Set tokenizer.published to the checkpoint's own"
+        )
     size = pieces.first + len(pieces.old_ids)
     if size > model.config.vocab_size:
         model.resize_token_embeddings(size, mean_resizing=False)

@@ -5,7 +5,7 @@ and is converted once to ``data/smollm2-135m``. It goes on learning on the text 
 the real stages 03 to 06: as published, and with new Japanese pieces. Both take the same steps of the same
 number of tokens, the same rates and the same seeds; because its tokens are longer, the extended one reads
 more text in them. Stage 06 measures all of them on the same held-out text (bits include every byte: documents
-have a start token). The row "before" is a step at the rate 0: what training starts from.
+have a start token). The row "before" is one step at a rate of 1e-30: what training starts from.
 
 Run (about 40 minutes, nothing else running), after `.venv/bin/pip install --no-deps gguf==0.19.0` and
 `bash run_all.sh --recipe tiny --to 02`:  .venv/bin/python tests/bench/continued.py
@@ -125,7 +125,7 @@ def main() -> None:
         losses: dict[str, list[float]] = {"before": [], "after": []}
         for seed in ("before", *arguments.seeds):
             kind = "before" if seed == "before" else "after"
-            steps, rate = (1, 0.0) if kind == "before" else (arguments.steps, arguments.rate)
+            steps, rate = (1, 1e-30) if kind == "before" else (arguments.steps, arguments.rate)
             found = run(pieces, seed if kind == "after" else 0, steps, rate, arguments.megabytes)
             bits[kind].append(found["bits_per_byte"])
             losses[kind].append(found["loss"])
