@@ -77,13 +77,9 @@ def main(plan: dict[str, Any]) -> None:
         )
         headline = f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         if initial:
-            before = AutoConfig.from_pretrained(initial).vocab_size
-            rows = model.config.vocab_size
-            described = describe_initial(plan["config"]["pretrain"], initial, pieces, before, rows)
-            figures, headline = (
-                figures | {"initial_model": described},
-                f"{headline}, from {described['name']}",
-            )
+            before, rows = AutoConfig.from_pretrained(initial).vocab_size, model.config.vocab_size
+            origin = describe_initial(plan["config"]["pretrain"], initial, pieces, before, rows)
+            figures["initial_model"], headline = origin, f"{headline}, from {origin['name']}"
         write_json(folder / "result.json", figures | {"headline": headline})
 
 
