@@ -55,17 +55,21 @@ def find_initial(pretrain: dict[str, Any]) -> Path | None:
     folder = ROOT / Path(name).expanduser()
     if not folder.exists():
         folder = _fetch(name, pretrain.get("initial_revision"))
-    read_config_of(folder)
-    if not any((folder / weights).is_file() for weights in WEIGHTS):
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        seen = f"only {', '.join(pickles)}" if pickles else "none"
-        raise Refused(
-            f"pretrain.json: initial_model: {name}: wanted weights as model.safetensors, found {seen}. "
-            "Pickled weights (.bin, .pt) can run code when they are loaded and are never read. Convert them "
-            "once, on a machine without secrets, with transformers' from_pretrained and save_pretrained, and "
-            "give that folder; or give a revision of the hub that has safetensors (initial_revision)"
-        )
+    _check_weights(folder, name)
     return folder
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    if any((folder / weights).is_file() for weights in WEIGHTS):
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    seen = f"only {', '.join(pickles)}" if pickles else "none"
+    raise Refused(
+        f"pretrain.json: initial_model: {name}: wanted weights as model.safetensors, found {seen}. Pickled "
+        "weights (.bin, .pt) can run code when they are loaded and are never read. Convert them once, on a "
+        "machine without secrets, with transformers' from_pretrained and save_pretrained, and give that "
+        "folder; or give a revision of the hub that has safetensors (initial_revision)"
+    )
 
 
 def _fetch(name: str, revision: str | None) -> Path:
@@ -84,13 +88,15 @@ def _fetch(name: str, revision: str | None) -> Path:
 def published_config(pretrain: dict[str, Any]) -> dict[str, Any]:
     """config.json of the checkpoint that pretrain.json names, without asking the network.
 
-    Empty without ``initial_model``, and for a name of the hub that was not fetched yet. Raises Refused.
+    Empty without ``initial_model``, and for a name of the hub that was not fetched yet. Raises Refused for
+    what is there and of no use: pickled weights, a bad config.json.
     """
     name = pretrain.get("initial_model")
     if name is None:
         return {}
     folder = ROOT / Path(name).expanduser()
     if folder.exists():
+        _check_weights(folder, name)
         return read_config_of(folder)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
