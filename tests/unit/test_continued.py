@@ -387,10 +387,10 @@ def test_another_checkpoint_makes_the_training_stale(continued):
 # ------------------------------------------------------------------------------------- several ranks (slow)
 
 WAYS = {
-    "alone": (),
-    "ddp": ("--nproc", "2"),
-    "zero3": ("--nproc", "2", "--deepspeed", "zero3"),
-    "fsdp": ("--nproc", "2", "--fsdp"),
+    "alone": ((), "one process"),
+    "ddp": (("--nproc", "2"), "DDP 2"),
+    "zero3": (("--nproc", "2", "--deepspeed", "zero3"), "ZeRO-3"),
+    "fsdp": (("--nproc", "2", "--fsdp"), "FSDP2 2"),
 }
 
 
@@ -405,14 +405,15 @@ def test_ranks_together_start_from_the_same_weights(make_project):
     changes = {"initial_model": "published", "muon_learning_rate": None, "max_steps": 6}
     project.edit("mini", "pretrain", **changes)
     losses = {}
-    for way, options in WAYS.items():
+    for way, (options, parallel) in WAYS.items():
         shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / way)
         project.run("run_all.sh", "--recipe", way, "--to", "04")
         project.run("pretrain/05_pretrain.sh", "--recipe", way, "--force", *options, timeout=900)
         rows = project.output(way, "05_pretrain", "metrics.jsonl").read_text().splitlines()
         losses[way] = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
-        assert project.figures(way, "05_pretrain")["initial_model"]["rows_added"] == 26
-    print(losses)
+        figures = project.figures(way, "05_pretrain")
+        assert figures["active"]["parallel"] == parallel
+        assert figures["initial_model"]["rows_added"] == 26
     assert len(losses["alone"]) == 6
     for way in WAYS:
         assert losses[way] == pytest.approx(losses["alone"], rel=1e-5), way
