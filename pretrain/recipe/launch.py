@@ -33,10 +33,13 @@ from recipe.config import (
     check_boards,
     check_launch,
     check_quantization,
+    check_recipe,
     check_tensor_parallel,
     load_recipe,
+    model_values,
 )
 from recipe.hardware import Hardware, choose, count_gpus, glance
+from recipe.initial import find_initial
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -101,7 +104,7 @@ class Launch:
         if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
             check_quantization(config[file], file, int(hardware.device == "cuda"))
             choose(hardware, config[file], f"{file}.json")
-        check_tensor_parallel(config["model"], self.tensor_parallel)
+        check_tensor_parallel(model_values(config), self.tensor_parallel)
         return check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
 
 
@@ -261,6 +264,8 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
 
     launch = launch_of(stage.arguments)
     file = STAGES[script.name][1][-1]
+    if file == "pretrain" and find_initial(stage.config[file]):
+        check_recipe(stage.config, f"configs/{stage.recipe}")  # again, now that its config.json was fetched
     deepspeed = launch.check(stage.config, file, glance())
     if file == "pretrain" and not launch.node_rank:
         check_room(stage, launch)

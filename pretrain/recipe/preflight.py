@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config import CONFIGS, batch_layout, vocabulary_size
+from recipe.config import CONFIGS, batch_layout, model_values, vocabulary_size
 from recipe.fetching import free_bytes, require_space
 from recipe.launch import Launch
 from recipe.memory import Setting, Shape, activation_bytes, memory, shape_of
@@ -33,8 +33,9 @@ def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, 
     record = stage_folder(recipe, "03_tokenizer") / "stage.json"
     if record.exists():
         return read_json(record)["figures"]["vocabulary"]["size"], " (stage 03)"
-    if "vocab_size" in config["model"]:
-        return config["model"]["vocab_size"], " (model.json)"
+    model = model_values(config)
+    if "vocab_size" in model:
+        return model["vocab_size"], " (model.json or the published checkpoint)"
     return ASSUMED_VOCABULARY, " (assumed; a published tokenizer's is known after stage 03)"
 
 
@@ -253,7 +254,7 @@ def check_room(stage: Stage, launch: Launch) -> None:
     disk.
     """
     values = stage.config["pretrain"]
-    shape = shape_of(stage.config["model"], vocabulary_of(stage.recipe, stage.config)[0])
+    shape = shape_of(model_values(stage.config), vocabulary_of(stage.recipe, stage.config)[0])
     here, _ = this_machine(launch)
     setting = setting_of(values, here, launch)
     disk = training_disk(shape, setting, values, step_count(values, training_tokens(stage.recipe))) or 0
@@ -267,7 +268,7 @@ def check_room(stage: Stage, launch: Launch) -> None:
 
 def peak_and_limit(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> tuple[float, float]:
     """Bytes at the peak of a step here (computed), and the bytes free, both for each rank."""
-    shape = shape_of(config["model"], vocabulary_of(recipe, config)[0])
+    shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
     here, limit = this_machine(launch)
     return memory(shape, setting_of(config["pretrain"], here, launch))["peak"], limit
 
@@ -296,7 +297,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
     """The lines of a preflight: what training this recipe takes, here and on the usual GPUs."""
     values = config["pretrain"]
     vocabulary, origin = vocabulary_of(recipe, config)
-    shape = shape_of(config["model"], vocabulary)
+    shape = shape_of(model_values(config), vocabulary)
     here, limit = this_machine(launch)
     setting = setting_of(values, here, launch)
     tokens = training_tokens(recipe)
