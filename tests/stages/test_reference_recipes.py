@@ -1,5 +1,8 @@
-"""The recipes of the reference systems, stages 01 to 04, on small files in the real formats of their
-sources.
+"""The recipes of the reference systems, cut down, through the real stages on small files in the real formats
+of their sources.
+
+Cut down are the layers (2), the width (8 for each head), the vocabulary, the accumulation and the warm-up;
+everything else is as shipped: kinds and shape otherwise, optimizer, schedule, epochs, block, templates.
 """
 
 from __future__ import annotations
@@ -7,6 +10,7 @@ from __future__ import annotations
 import bz2
 import json
 import lzma
+import math
 import random
 
 import pytest
@@ -91,27 +95,54 @@ def sources(tmp_path_factory):
             folder / name / configuration / "train-00000-of-00001.parquet"
         )
     published_tokenizer(folder / "tokenizer")
+    write_pairs(folder)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("recipe", "settings", "kept"),
-    [
-        ("mistral-300m", ["tokenizer.vocab_size=1200"], {"wikipedia": 60, "cc100": 60}),
-        ("gpt2-medium-aozora", ["tokenizer.published={folder}/tokenizer"], {"aozora": 80}),
-        ("gpt2-small", ["tokenizer.vocab_size=1200"], {"wikipedia": 80}),
-        (
-            "gpt2-xl",
-            ["tokenizer.vocab_size=1200", "tokenizer.segmenter=sudachi"],
-            {"wikipedia": 60, "cc100": 60},
-        ),
-    ],
-)
-def test_reference_recipe_makes_token_files(make_project, sources, recipe, settings, kept):
-    project = make_project()
+def write_pairs(folder):
+    """Instructions as kunishou/databricks-dolly-15k-ja and llm-jp/oasst1-21k-ja publish them."""
+    dolly = [
+        {
+            "index": str(n),
+            "category": "closed_qa",
+            "instruction": f"{n}番の文を要約してください。",
+            "input": article(("input", n), 2) if n % 2 else "",
+            "output": article(("output", n), 1),
+        }
+        for n in range(80)
+    ]
+    oasst = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"{n}番は何ですか?"},
+                {"from": "gpt", "value": article(("answer", n), 1)},
+                {"from": "human", "value": "もう少し詳しく。"},
+                {"from": "gpt", "value": article(("more", n), 1)},
+            ]
+        }
+        for n in range(80)
+    ]
+    for name, rows in (("dolly", dolly), ("oasst", oasst)):
+        (folder / name).mkdir()
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (folder / name / "train.jsonl").write_text(text, "utf-8")
+
+
+@pytest.fixture(scope="module")
+def project(make_project):
+    """One project for all recipes: what they share is made once and taken over, as for a user."""
+    return make_project()
+
+
+def shipped(project, recipe, file):
+    """A file of a recipe as it lies in the project now."""
+    return json.loads((project.folder / f"configs/{recipe}/{file}.json").read_text())
+
+
+def cut_down(project, recipe, sources):
+    """Make a shipped recipe small enough for a test; return its pretrain.json as shipped."""
+    dataset = shipped(project, recipe, "dataset")
     files = {"wikipedia": "jawiki*.xml.bz2", "cc100": "ja.txt.xz"}
-    path = project.folder / f"configs/{recipe}/dataset.json"
-    dataset = json.loads(path.read_text())
     for name, spec in dataset["sources"].items():
         spec.pop("minimum_megabytes", None)
         if spec.pop("url", None):
@@ -119,8 +150,80 @@ def test_reference_recipe_makes_token_files(make_project, sources, recipe, setti
         else:
             spec["dataset"] = str(sources / name)
     project.edit(recipe, "dataset", sources=dataset["sources"], valid_share=0.2)
-    changes = [x for s in settings for x in ("--set", s.replace("{folder}", str(sources)))]
-    project.run("run_all.sh", "--recipe", recipe, "--to", "04", *changes)
+    tokenizer = shipped(project, recipe, "tokenizer")
+    if tokenizer["kind"] == "published":
+        project.edit(recipe, "tokenizer", published=str(sources / "tokenizer"))
+    else:
+        project.edit(recipe, "tokenizer", vocab_size=1200)
+    if "segmenter" in tokenizer:
+        project.edit(recipe, "tokenizer", segmenter="sudachi")  # Juman++ is no Python package
+    project.edit(recipe, "model", **narrow(shipped(project, recipe, "model")))
+    lora = shipped(project, recipe, "finetune").get("lora")
+    if lora:
+        project.edit(recipe, "finetune", lora=lora | {"quantization": None})  # 4 bits want a GPU
+    pretrain = shipped(project, recipe, "pretrain")
+    micro = pretrain["per_device_train_batch_size"]
+    warmup = pretrain.get("warmup_steps", 0)
+    project.edit(
+        recipe,
+        "pretrain",
+        global_batch_size=min(pretrain["global_batch_size"], 2 * micro if micro > 3 else 6 * micro),
+        warmup_steps=min(warmup, 2),
+        logging_steps=1,
+        save_steps=2,
+        torch_compile=False,  # a minute for each shape
+    )
+    return pretrain
+
+
+def narrow(model):
+    """The keys of a model.json that make it small: 2 layers, 8 dimensions for each head."""
+    if model["model_type"] == "gpt2":
+        return {"n_layer": 2, "n_embd": 8 * model["n_head"]}
+    width = 8 * model["num_attention_heads"]
+    return {
+        "num_hidden_layers": 2,
+        "hidden_size": width,
+        "intermediate_size": width * model["intermediate_size"] // model["hidden_size"],
+    }
+
+
+def share_of_peak(values, step, warmup, steps):
+    """The learning rate after a step as a share of its peak, by the definitions of the schedules."""
+    if step < warmup:
+        return step / warmup
+    done = (step - warmup) / (steps - warmup)
+    if values["lr_scheduler_type"] == "linear":
+        return 1 - done
+    floor = {"cosine": 0.0}.get(values["lr_scheduler_type"]) or values.get("lr_scheduler_kwargs", {}).get(
+        "min_lr_rate", 0.0
+    )
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+SHIPPED = [
+    pytest.param("mistral-300m", {"wikipedia": 60, "cc100": 60}),
+    pytest.param("mistral-300m-v2", {"wikipedia": 60, "cc100": 60}, marks=pytest.mark.slow),
+    pytest.param("mistral-39m", {"wikipedia": 60, "cc100": 60}, marks=pytest.mark.slow),
+    pytest.param("mistral-2b", {"wikipedia": 60, "cc100": 60}, marks=pytest.mark.slow),
+    pytest.param("mistral-3b", {"wikipedia": 60, "cc100": 60}, marks=pytest.mark.slow),
+    pytest.param("gpt2-medium-aozora", {"aozora": 80}, marks=pytest.mark.slow),
+    pytest.param("gpt2-small", {"wikipedia": 80}, marks=pytest.mark.slow),
+    pytest.param("gpt2-xl", {"wikipedia": 60, "cc100": 60}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("recipe", "kept"), SHIPPED)
+def test_a_cut_down_recipe_trains_as_its_files_say(project, sources, recipe, kept):
+    shape, original = shipped(project, recipe, "model"), cut_down(project, recipe, sources)
+    project.run("run_all.sh", "--recipe", recipe, "--to", "05")
+    check_data(project, recipe, kept)
+    check_model(project, recipe, shape)
+    check_training(project, recipe, original)
+
+
+def check_data(project, recipe, kept):
+    """Every document that the sources hold is there once; what is no article is counted."""
     funnel = project.figures(recipe, "02_dataset")
     assert {name: table["documents"]["out"] for name, table in funnel.items()} == kept
     if "cc100" in kept:
@@ -128,3 +231,49 @@ def test_reference_recipe_makes_token_files(make_project, sources, recipe, setti
         assert dropped == {"redirect": 1, "not an article": 1, "disambiguation": 1}
     totals = project.figures(recipe, "04_tokenize")["totals"]
     assert totals["train"]["documents"] + totals["valid"]["documents"] == sum(kept.values())
+
+
+def check_model(project, recipe, shape):
+    """The saved model has the shipped shape but for what was cut, and the tokenizer's vocabulary and ids."""
+    saved = json.loads(project.output(recipe, "05_pretrain", "config.json").read_text())
+    kept = {key: value for key, value in shape.items() if key not in narrow(shape)}
+    assert {key: saved[key] for key in kept} == kept
+    figures = project.figures(recipe, "03_tokenizer")
+    ids = {key: figures["special_ids"][key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    assert {key: saved[key] for key in ids} == ids
+    assert saved["vocab_size"] == figures["vocabulary"]["size"]
+
+
+def check_training(project, recipe, original):
+    """Optimizer, decay, schedule, epochs and batch are those of the shipped pretrain.json."""
+    import torch
+    from recipe.token_files import TokenFile
+
+    used, figures = shipped(project, recipe, "pretrain"), project.figures(recipe, "05_pretrain")
+    active, steps = figures["active"], figures["steps"]
+    tokens = len(TokenFile(project.output(recipe, "04_tokenize", "train")).tokens)
+    blocks = math.ceil(tokens / original["block_size"])
+    assert steps == math.ceil(original["num_train_epochs"] * blocks / used["global_batch_size"])
+    assert active["optimizer"] == "AdamW" and active["fused"]
+    assert active["scheduler"].startswith(original["lr_scheduler_type"] + " (")
+    assert active["gradient_clipping"] == original["max_grad_norm"]
+    assert active["micro_batch"] == original["per_device_train_batch_size"]
+    assert active["global_batch"] == used["global_batch_size"]
+    assert active["tokens_per_step"] == used["global_batch_size"] * original["block_size"]
+    assert (active["attention"], active["parallel"], active["seed"]) == ("sdpa", "one process", 42)
+
+    # The rates as they were at every step, and what the optimizer itself had in the last checkpoint.
+    lines = project.output(recipe, "05_pretrain", "metrics.jsonl").read_text().splitlines()
+    rates = {row["step"]: row["learning_rate"] for row in map(json.loads, lines) if "learning_rate" in row}
+    warmup = used["warmup_steps"] if used["warmup_steps"] >= 1 else math.ceil(used["warmup_steps"] * steps)
+    wanted = {
+        step: original["learning_rate"] * share_of_peak(original, step, warmup, steps) for step in rates
+    }
+    assert len(rates) == steps and rates == pytest.approx(wanted, rel=1e-6, abs=1e-15)
+    checkpoints = project.output(recipe, "05_pretrain", "checkpoints")
+    state = next(checkpoints.glob("*/optimizer.pt"))
+    groups = torch.load(state, weights_only=True, map_location="cpu")["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {original["learning_rate"]}
+    assert {tuple(group["betas"]) for group in groups} == {(0.9, original.get("adam_beta2", 0.999))}
+    assert {group["eps"] for group in groups} == {original.get("adam_epsilon", 1e-8)}
+    assert {group["weight_decay"] for group in groups} == {original["weight_decay"], 0.0}
