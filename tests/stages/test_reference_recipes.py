@@ -170,7 +170,7 @@ def cut_down(project, recipe, sources):
         global_batch_size=min(pretrain["global_batch_size"], 2 * micro if micro > 3 else 6 * micro),
         warmup_steps=min(warmup, 2),
         logging_steps=1,
-        save_steps=2,
+        save_steps=0.5,  # of all steps
         torch_compile=False,  # a minute for each shape
     )
     return pretrain
@@ -189,15 +189,13 @@ def narrow(model):
 
 
 def share_of_peak(values, step, warmup, steps):
-    """The learning rate after a step as a share of its peak, by the definitions of the schedules."""
+    """The learning rate after so many steps as a share of its peak, by the definitions of the schedules."""
     if step < warmup:
         return step / warmup
     done = (step - warmup) / (steps - warmup)
     if values["lr_scheduler_type"] == "linear":
         return 1 - done
-    floor = {"cosine": 0.0}.get(values["lr_scheduler_type"]) or values.get("lr_scheduler_kwargs", {}).get(
-        "min_lr_rate", 0.0
-    )
+    floor = 0.0 if values["lr_scheduler_type"] == "cosine" else values["lr_scheduler_kwargs"]["min_lr_rate"]
     return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -262,12 +260,12 @@ def check_training(project, recipe, original):
     assert active["tokens_per_step"] == used["global_batch_size"] * original["block_size"]
     assert (active["attention"], active["parallel"], active["seed"]) == ("sdpa", "one process", 42)
 
-    # The rates as they were at every step, and what the optimizer itself had in the last checkpoint.
+    # The rate of every step, which is that of the schedule after the steps before it, and what the optimizer itself had in the last checkpoint.
     lines = project.output(recipe, "05_pretrain", "metrics.jsonl").read_text().splitlines()
     rates = {row["step"]: row["learning_rate"] for row in map(json.loads, lines) if "learning_rate" in row}
     warmup = used["warmup_steps"] if used["warmup_steps"] >= 1 else math.ceil(used["warmup_steps"] * steps)
     wanted = {
-        step: original["learning_rate"] * share_of_peak(original, step, warmup, steps) for step in rates
+        step: original["learning_rate"] * share_of_peak(original, step - 1, warmup, steps) for step in rates
     }
     assert len(rates) == steps and rates == pytest.approx(wanted, rel=1e-6, abs=1e-15)
     checkpoints = project.output(recipe, "05_pretrain", "checkpoints")
