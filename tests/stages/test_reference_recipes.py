@@ -14,6 +14,7 @@ import math
 import random
 
 import pytest
+from conftest import ROOT
 
 KANJI = [chr(code) for code in range(0x4E00, 0x5800, 5)]
 KANA = [chr(code) for code in range(0x3042, 0x3094)]
@@ -134,14 +135,14 @@ def project(make_project):
     return make_project()
 
 
-def shipped(project, recipe, file):
-    """A file of a recipe as it lies in the project now."""
-    return json.loads((project.folder / f"configs/{recipe}/{file}.json").read_text())
+def shipped(recipe, file):
+    """A file of a recipe as it is shipped."""
+    return json.loads((ROOT / f"configs/{recipe}/{file}.json").read_text("utf-8"))
 
 
 def cut_down(project, recipe, sources):
-    """Make a shipped recipe small enough for a test; return its pretrain.json as shipped."""
-    dataset = shipped(project, recipe, "dataset")
+    """Make a recipe of the project small enough for a test."""
+    dataset, tokenizer = shipped(recipe, "dataset"), shipped(recipe, "tokenizer")
     files = {"wikipedia": "jawiki*.xml.bz2", "cc100": "ja.txt.xz"}
     for name, spec in dataset["sources"].items():
         spec.pop("minimum_megabytes", None)
@@ -150,30 +151,29 @@ def cut_down(project, recipe, sources):
         else:
             spec["dataset"] = str(sources / name)
     project.edit(recipe, "dataset", sources=dataset["sources"], valid_share=0.2)
-    tokenizer = shipped(project, recipe, "tokenizer")
     if tokenizer["kind"] == "published":
         project.edit(recipe, "tokenizer", published=str(sources / "tokenizer"))
     else:
         project.edit(recipe, "tokenizer", vocab_size=1200)
     if "segmenter" in tokenizer:
         project.edit(recipe, "tokenizer", segmenter="sudachi")  # Juman++ is no Python package
-    project.edit(recipe, "model", **narrow(shipped(project, recipe, "model")))
-    lora = shipped(project, recipe, "finetune").get("lora")
-    if lora:
-        project.edit(recipe, "finetune", lora=lora | {"quantization": None})  # 4 bits want a GPU
-    pretrain = shipped(project, recipe, "pretrain")
-    micro = pretrain["per_device_train_batch_size"]
-    warmup = pretrain.get("warmup_steps", 0)
+    project.edit(recipe, "model", **narrow(shipped(recipe, "model")))
+    values, tuning = shipped(recipe, "pretrain"), shipped(recipe, "finetune")
+    micro = values["per_device_train_batch_size"]
+    small = {"logging_steps": 1, "save_steps": 0.5, "torch_compile": False}  # compiling takes a minute
+    most = micro * (2 if micro > 3 else 8)
+    warmup = min(values["warmup_steps"], 2)
+    batch = min(values["global_batch_size"], most)
+    project.edit(recipe, "pretrain", global_batch_size=batch, warmup_steps=warmup, **small)
+    if "lora" in tuning:
+        small["lora"] = tuning["lora"] | {"quantization": None}  # 4 bits want a GPU
+    project.edit(recipe, "finetune", global_batch_size=4, **small)
+    pairs = shipped(recipe, "instruction")["pairs"]
     project.edit(
         recipe,
-        "pretrain",
-        global_batch_size=min(pretrain["global_batch_size"], 2 * micro if micro > 3 else 6 * micro),
-        warmup_steps=min(warmup, 2),
-        logging_steps=1,
-        save_steps=0.5,  # of all steps
-        torch_compile=False,  # a minute for each shape
+        "instruction",
+        pairs={name: spec | {"dataset": str(sources / name)} for name, spec in pairs.items()},
     )
-    return pretrain
 
 
 def narrow(model):
@@ -213,11 +213,12 @@ SHIPPED = [
 
 @pytest.mark.parametrize(("recipe", "kept"), SHIPPED)
 def test_a_cut_down_recipe_trains_as_its_files_say(project, sources, recipe, kept):
-    shape, original = shipped(project, recipe, "model"), cut_down(project, recipe, sources)
+    cut_down(project, recipe, sources)
     project.run("run_all.sh", "--recipe", recipe, "--to", "05")
     check_data(project, recipe, kept)
-    check_model(project, recipe, shape)
-    check_training(project, recipe, original)
+    check_model(project, recipe)
+    check_batch_and_epochs(project, recipe)
+    check_optimizer(project, recipe, "pretrain", "05_pretrain")
 
 
 def check_data(project, recipe, kept):
@@ -231,9 +232,10 @@ def check_data(project, recipe, kept):
     assert totals["train"]["documents"] + totals["valid"]["documents"] == sum(kept.values())
 
 
-def check_model(project, recipe, shape):
+def check_model(project, recipe):
     """The saved model has the shipped shape but for what was cut, and the tokenizer's vocabulary and ids."""
     saved = json.loads(project.output(recipe, "05_pretrain", "config.json").read_text())
+    shape = shipped(recipe, "model")
     kept = {key: value for key, value in shape.items() if key not in narrow(shape)}
     assert {key: saved[key] for key in kept} == kept
     figures = project.figures(recipe, "03_tokenizer")
@@ -242,36 +244,88 @@ def check_model(project, recipe, shape):
     assert saved["vocab_size"] == figures["vocabulary"]["size"]
 
 
-def check_training(project, recipe, original):
-    """Optimizer, decay, schedule, epochs and batch are those of the shipped pretrain.json."""
-    import torch
+def check_batch_and_epochs(project, recipe):
+    """As many epochs, as long blocks and as large a micro-batch as shipped."""
     from recipe.token_files import TokenFile
 
-    used, figures = shipped(project, recipe, "pretrain"), project.figures(recipe, "05_pretrain")
-    active, steps = figures["active"], figures["steps"]
-    tokens = len(TokenFile(project.output(recipe, "04_tokenize", "train")).tokens)
-    blocks = math.ceil(tokens / original["block_size"])
-    assert steps == math.ceil(original["num_train_epochs"] * blocks / used["global_batch_size"])
-    assert active["optimizer"] == "AdamW" and active["fused"]
-    assert active["scheduler"].startswith(original["lr_scheduler_type"] + " (")
-    assert active["gradient_clipping"] == original["max_grad_norm"]
-    assert active["micro_batch"] == original["per_device_train_batch_size"]
-    assert active["global_batch"] == used["global_batch_size"]
-    assert active["tokens_per_step"] == used["global_batch_size"] * original["block_size"]
+    values, figures = shipped(recipe, "pretrain"), project.figures(recipe, "05_pretrain")
+    active = figures["active"]
+    blocks = math.ceil(
+        len(TokenFile(project.output(recipe, "04_tokenize", "train")).tokens) / values["block_size"]
+    )
+    assert figures["steps"] == math.ceil(values["num_train_epochs"] * blocks / active["global_batch"])
+    assert active["tokens_per_step"] == active["global_batch"] * values["block_size"]
+    assert active["micro_batch"] == values["per_device_train_batch_size"]
+    assert active["accumulation"] > 1 or values["global_batch_size"] == active["micro_batch"]
     assert (active["attention"], active["parallel"], active["seed"]) == ("sdpa", "one process", 42)
 
-    # The rate of every step, which is that of the schedule after the steps before it, and what the optimizer itself had in the last checkpoint.
-    lines = project.output(recipe, "05_pretrain", "metrics.jsonl").read_text().splitlines()
+
+def check_optimizer(project, recipe, file, stage):
+    """Optimizer, decay and schedule are those of the shipped file: as the proof says, as every step was, and
+    as they lie in a checkpoint.
+    """
+    import torch
+
+    values, figures = shipped(recipe, file), project.figures(recipe, stage)
+    active, steps = figures["active"], figures["steps"]
+    assert active["optimizer"] == "AdamW" and active["fused"]
+    assert active["scheduler"].startswith(values["lr_scheduler_type"] + " (")
+    assert active["gradient_clipping"] == values["max_grad_norm"]
+    lines = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
     rates = {row["step"]: row["learning_rate"] for row in map(json.loads, lines) if "learning_rate" in row}
-    warmup = used["warmup_steps"] if used["warmup_steps"] >= 1 else math.ceil(used["warmup_steps"] * steps)
+    warmup = json.loads((project.folder / f"configs/{recipe}/{file}.json").read_text())["warmup_steps"]
+    warmup = warmup if warmup >= 1 else math.ceil(warmup * steps)
     wanted = {
-        step: original["learning_rate"] * share_of_peak(original, step - 1, warmup, steps) for step in rates
+        step: values["learning_rate"] * share_of_peak(values, step - 1, warmup, steps) for step in rates
     }
-    assert len(rates) == steps and rates == pytest.approx(wanted, rel=1e-6, abs=1e-15)
-    checkpoints = project.output(recipe, "05_pretrain", "checkpoints")
-    state = next(checkpoints.glob("*/optimizer.pt"))
-    groups = torch.load(state, weights_only=True, map_location="cpu")["param_groups"]
-    assert {group["initial_lr"] for group in groups} == {original["learning_rate"]}
-    assert {tuple(group["betas"]) for group in groups} == {(0.9, original.get("adam_beta2", 0.999))}
-    assert {group["eps"] for group in groups} == {original.get("adam_epsilon", 1e-8)}
-    assert {group["weight_decay"] for group in groups} == {original["weight_decay"], 0.0}
+    assert len(rates) == steps > 1 and rates == pytest.approx(wanted, rel=1e-6, abs=1e-15)
+    saved = next(project.output(recipe, stage, "checkpoints").glob("*/optimizer.pt"))
+    groups = torch.load(saved, weights_only=True, map_location="cpu")["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {values["learning_rate"]}
+    assert {tuple(group["betas"]) for group in groups} == {(0.9, values.get("adam_beta2", 0.999))}
+    assert {group["eps"] for group in groups} == {values.get("adam_epsilon", 1e-8)}
+    assert {group["weight_decay"] for group in groups} == {values["weight_decay"], 0.0}
+
+
+def test_mistral_300m_is_tuned_in_the_form_of_alpaca(project, sources):
+    from recipe.templates import INPUT_HEADING
+    from transformers import AutoTokenizer
+
+    recipe = "mistral-300m"
+    cut_down(project, recipe, sources)
+    project.run("run_all.sh", "--recipe", recipe, "--to", "05")
+    project.run("run_all.sh", "--recipe", recipe, "--from", "11", "--to", "14")
+    check_optimizer(project, recipe, "finetune", "12_finetune")
+    assert project.figures(recipe, "11_dataset")["pairs"]["dolly"] == {"in": 80, "out": 80, "dropped": {}}
+    tokenizer = AutoTokenizer.from_pretrained(project.output(recipe, "12_finetune", "."))
+    question = {"role": "user", "content": "要約してください。" + INPUT_HEADING + "湖は広い。"}
+    text = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<s>あなたは何でも正確に答えられるAIです。\n\n以下は、")
+    assert text.endswith("### 指示:\n要約してください。\n\n### 入力:\n湖は広い。\n\n### 応答:\n")
+    measured = project.figures(recipe, "14_evaluate")
+    assert measured["conversations"] == len_of(project.output(recipe, "11_dataset", "valid.parquet"))
+    assert measured["after"]["response_loss"] != measured["before"]["response_loss"]
+
+
+def len_of(path):
+    """The rows of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+
+
+@pytest.mark.slow
+def test_the_qlora_variant_shares_the_model_and_tunes_an_adapter(project, sources):
+    for recipe in ("mistral-300m", "mistral-300m-qlora"):
+        cut_down(project, recipe, sources)
+        project.run("run_all.sh", "--recipe", recipe, "--to", "05")
+    one, other = (
+        project.output(name, "05_pretrain", ".").resolve() for name in ("mistral-300m", "mistral-300m-qlora")
+    )
+    assert one == other
+    project.run("run_all.sh", "--recipe", "mistral-300m-qlora", "--from", "11", "--to", "12")
+    check_optimizer(project, "mistral-300m-qlora", "finetune", "12_finetune")
+    adapter = project.output("mistral-300m-qlora", "12_finetune", "adapter/adapter_config.json")
+    values = json.loads(adapter.read_text())
+    assert (values["r"], values["lora_alpha"]) == (128, 128)
+    assert {"q_proj", "o_proj", "down_proj"} <= set(values["target_modules"])

@@ -188,7 +188,13 @@ def test_batches_divide_as_in_the_original(recipe, ranks, wanted):
     [
         (
             "mistral-300m",
-            {"max_new_tokens": 256, "top_p": 0.95, "top_k": 50, "temperature": 0.9, "no_repeat_ngram_size": 2},
+            {
+                "max_new_tokens": 256,
+                "top_p": 0.95,
+                "top_k": 50,
+                "temperature": 0.9,
+                "no_repeat_ngram_size": 2,
+            },
         ),
         (
             "gpt2-medium-aozora",
