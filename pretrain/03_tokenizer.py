@@ -1,7 +1,7 @@
 """Stage 03: train a tokenizer or take over a published one, as a fast Hugging Face tokenizer, and prove it.
 
 Edit: configs/<recipe>/tokenizer.json. Writes: a folder that AutoTokenizer loads, spm.model (kinds unigram and
-bpe), report.json, report.md, report.png.
+bpe), new_pieces.json (what a published tokenizer was extended by), report.json, report.md, report.png.
 Run:  python pretrain/03_tokenizer.py --recipe tiny
 """
 
@@ -66,6 +66,7 @@ def main(stage: Stage) -> None:
 
 def make(stage: Stage) -> tuple[Any, bytes | None]:
     """The tokenizer that tokenizer.json asks for, and its SentencePiece model if it was trained as one."""
+    from recipe.initial import NEW_PIECES, NewPieces, check_rows
     from recipe.published import find_published, load_published, take_over
     from recipe.tokenizer_training import expected_memory, train_tokenizer
 
@@ -76,7 +77,13 @@ def make(stage: Stage) -> tuple[Any, bytes | None]:
         stage.say(f"trains in at most {bound / 1e9:.1f} GB of memory")
     if kind == "published":
         published = load_published(find_published(config["published"], config.get("revision")))
-        return take_over(published, config, sample(stage) if config.get("new_pieces") else ()), None
+        sentences = sample(stage) if config.get("new_pieces") else ()
+        tokenizer, old_ids = take_over(published, config, sentences)
+        pieces = NewPieces(len(tokenizer) - len(old_ids), old_ids)
+        check_rows(stage.config["pretrain"], pieces)
+        if old_ids:
+            write_json(stage.folder / NEW_PIECES, pieces._asdict())
+        return tokenizer, None
     return train_tokenizer(sample(stage), config)
 
 
@@ -105,7 +112,7 @@ def published_to_compare(names: list[str]) -> tuple[dict[str, Any], dict[str, st
     for name in names:
         try:
             published = load_published(find_published(name, local_files_only=True))
-            found[name] = take_over(published, {"kind": "published", "published": name}, ())
+            found[name] = take_over(published, {"kind": "published", "published": name}, ())[0]
         except RecipeError as error:
             missing[name] = str(error)
     return found, missing

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 05: train the model from scratch: plain python, torchrun (--nproc N) or deepspeed (--deepspeed zero2).
+# Stage 05: train the model, from scratch or a published checkpoint: plain python, torchrun (--nproc N) or deepspeed
+# (--deepspeed zero2).
 #
 # Several GPUs: one rank each by itself. Weights that do not fit: --deepspeed zero3, --fsdp, --tensor-parallel N.
 # Several nodes: --nnodes, --node-rank and --master-addr on each, or --deepspeed with --hostfile; slurm.sh.

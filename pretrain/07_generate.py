@@ -8,9 +8,14 @@ from recipe.outputs import Stage, run_stage, write_json
 
 
 def main(stage: Stage) -> None:
-    """Generate with the freshly initialised model and with the trained one, from the same seeds."""
+    """Generate with the model as it was before the first step and with the trained one, from the same seeds.
+
+    Before is freshly initialised, or the published checkpoint itself: without new pieces, in whose place its
+    prompts have the old ones.
+    """
     from recipe.evaluation import repetition
     from recipe.generation import check_room, clean_prompt, generate_all, generation_config, side_by_side
+    from recipe.initial import find_initial, read_new_pieces
     from recipe.modeling import build_model, for_inference, load_model
     from recipe.tokenizer import prompt_ids
     from transformers import AutoTokenizer
@@ -18,17 +23,22 @@ def main(stage: Stage) -> None:
     values = stage.config["generation"]
     tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
     seed = stage.config["pretrain"].get("seed", 42)
+    initial = find_initial(stage.config["pretrain"])
+    pieces = read_new_pieces(stage.inputs["03_tokenizer"], len(tokenizer))
+    before = load_model(initial) if initial else build_model(stage.config["model"], tokenizer, "sdpa", seed)
     models = {
-        "before": for_inference(build_model(stage.config["model"], tokenizer, "sdpa", seed)),
+        "before": for_inference(before),
         "after": for_inference(load_model(stage.inputs["05_pretrain"])),
     }
     config, count = generation_config(values, tokenizer), values.get("num_return_sequences", 1)
     prompts = [prompt_ids(tokenizer, clean_prompt(stage.config, prompt)) for prompt in values["prompts"]]
-    for prompt, ids in zip(values["prompts"], prompts, strict=True):
-        check_room(models["after"], ids, config, prompt)
+    asked = {"before": [pieces.spelled(ids) if initial else ids for ids in prompts], "after": prompts}
+    for name, model in models.items():
+        for prompt, ids in zip(values["prompts"], asked[name], strict=True):
+            check_room(model, ids, config, prompt)
     rows = [{"prompt": prompt} for prompt in values["prompts"]]
     for name, model in models.items():
-        several = [ids for ids in prompts for _ in range(count)]
+        several = [ids for ids in asked[name] for _ in range(count)]
         answers = generate_all(model, tokenizer, several, config, values.get("seed", 42))
         for i, row in enumerate(rows):
             texts = [answer.text for answer in answers[i * count : (i + 1) * count]]
@@ -41,4 +51,4 @@ def main(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, ("generation", "model"), ("05_pretrain",))
+    run_stage(__file__, __doc__, main, ("generation", "model"), ("03_tokenizer", "05_pretrain"))

@@ -1,5 +1,5 @@
-"""Causal language modelling from scratch: the script that stage 05 starts on every rank, with a plan of
-paths.
+"""Causal language modelling, from scratch or from a published checkpoint: the script that stage 05 starts on
+every rank, with a plan of paths.
 
 Run:  bash pretrain/05_pretrain.sh --recipe tiny
 """
@@ -11,16 +11,19 @@ from recipe.training import place, prepare, run_script, speed_of, total_steps, t
 
 
 def main(plan: dict[str, Any]) -> None:
-    """Build the model and the packed dataset, train, save; rank 0 writes result.json for the stage."""
+    """Build or load the model, build the packed dataset, train, save; rank 0 writes result.json for the
+    stage.
+    """
     from recipe.curves import learning_curve
-    from recipe.modeling import build_model, parameter_count
+    from recipe.initial import check_rows, describe_initial, find_initial, read_new_pieces
+    from recipe.modeling import build_model, continued_model, parameter_count
     from recipe.outputs import read_json, write_json
     from recipe.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
     from recipe.sampling import Samples
     from recipe.token_files import TokenFile
     from recipe.tokenizer import prompt_ids
     from torch.utils.data import Subset
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     run = prepare(plan, "pretrain")
     settings, arguments, folder = run.settings, run.arguments, run.folder
@@ -40,11 +43,18 @@ def main(plan: dict[str, Any]) -> None:
     )
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
+    initial = find_initial(plan["config"]["pretrain"])
+    pieces = read_new_pieces(Path(plan["inputs"]["03_tokenizer"]), len(tokenizer))
+
+    def build() -> Any:
+        values, attention = plan["config"]["model"], run.choice.attention
+        if initial:
+            return continued_model(initial, values, tokenizer, pieces, attention)
+        return build_model(values, tokenizer, attention, arguments.seed)
+
+    check_rows(plan["config"]["pretrain"], pieces)
     with whole_model(arguments):
-        model = place(
-            run,
-            lambda: build_model(plan["config"]["model"], tokenizer, run.choice.attention, arguments.seed),
-        )
+        model = place(run, build)
     for file in (train_file, valid_file):
         check_vocabulary(file, totals[file.prefix.name]["largest_id"], model.config.vocab_size)
     if run.is_main:
@@ -66,6 +76,10 @@ def main(plan: dict[str, Any]) -> None:
             folder / "metrics.jsonl", folder / "learning_curve.png", f"pretraining, recipe {plan['recipe']}"
         )
         headline = f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}{speed_of(figures)}"
+        if initial:
+            before, rows = AutoConfig.from_pretrained(initial).vocab_size, model.config.vocab_size
+            origin = describe_initial(plan["config"]["pretrain"], initial, pieces, before, rows)
+            figures["initial_model"], headline = origin, f"{headline}, from {origin['name']}"
         write_json(folder / "result.json", figures | {"headline": headline})
 
 

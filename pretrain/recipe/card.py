@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from recipe.config import model_values
 from recipe.outputs import RecipeError, read_json
 from recipe.report import flat_figures
 
@@ -80,10 +81,18 @@ def _front_matter() -> str:
 
 def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
     trained = records["05_pretrain"]
+    started = trained["figures"].get("initial_model")
+    origin = ""
+    if started:
+        version = started["commit"] or started["revision"]
+        origin = (
+            f" It started from {started['name']}{f' ({version})' if version else ''}, "
+            f"with {started['new_pieces']:,} new pieces in its vocabulary."
+        )
     parts = [
-        f"A Japanese language model: {config['model'].get('model_type', 'published')}, "
+        f"A Japanese language model: {model_values(config).get('model_type', 'published')}, "
         f"{trained['figures']['active']['parameters']:,} parameters, pretrained in this recipe on "
-        f"{trained['figures']['tokens']:,} tokens.",
+        f"{trained['figures']['tokens']:,} tokens.{origin}",
         f"Pretraining: {trained['headline']}.",
     ]
     tuning = ("12_finetune", "13_preference", "14_evaluate")
@@ -141,7 +150,7 @@ def _training(config: dict[str, dict[str, Any]], records: dict[str, dict[str, An
                 key: value for key, value in config[file].items() if key not in ("pairs", "hub_model_id")
             }
             parts.append(_json_block(settings))
-    return "\n\n".join([*parts, "### model.json", _json_block(config["model"])])
+    return "\n\n".join([*parts, "### model.json", _json_block(model_values(config))])
 
 
 def _json_block(value: Any) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe import rules
+from recipe.initial import published_config
 from recipe.outputs import CONFIGS, EXIT_REFUSED, RecipeError, Refused
 from recipe.templates import FORMS
 
@@ -129,6 +130,9 @@ TRAINING = {
     "z_loss": "float",
     "sample_steps": "int|list|null",
 }
+FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a model's facts
+# Beside TRAINING in pretrain.json: a published checkpoint to start from.
+INITIAL = {"initial_model": "str|null", "initial_revision": "str|null"}
 EVALUATION = {"batch_size": "int", "megabytes_per_source": "float"}
 INSTRUCTION = {
     "template": "str",
@@ -232,6 +236,9 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
     config = {}
     for name in FILES:
         path = folder / f"{name}.json"
+        if name == "model" and not path.is_file():
+            config[name] = {}  # an initial model brings its own
+            continue
         if not path.is_file():
             raise Refused(f"configs/{recipe}/{name}.json is missing. Copy it from configs/tiny/ and edit it")
         config[name] = read_config(path)
@@ -307,8 +314,9 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     native = known_keys()
     _check_dataset(config["dataset"], f"{where}/dataset.json")
     _check_tokenizer(config["tokenizer"], f"{where}/tokenizer.json")
-    _check_model(config["model"], f"{where}/model.json")
-    _check_training(config["pretrain"], {}, f"{where}/pretrain.json")
+    if config["model"] or not config["pretrain"].get("initial_model"):
+        _check_model(config["model"], f"{where}/model.json")
+    _check_training(config["pretrain"], INITIAL, f"{where}/pretrain.json")
     _check_training(config["finetune"], TUNING, f"{where}/finetune.json")
     _check_keys(config["evaluation"], EVALUATION, f"{where}/evaluation.json")
     _check_keys(config["generation"], native["generation"] | GENERATION, f"{where}/generation.json")
@@ -730,23 +738,71 @@ def _check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
 
 def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     """Facts that stand in two files must be the same fact."""
-    model = config["model"]
+    _check_initial(config, where)
+    model, initial = model_values(config), config["pretrain"].get("initial_model")
+    home = f"{initial}/config.json" if initial else f"{where}/model.json"
     check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)
     positions = model.get("max_position_embeddings") or model.get("n_positions")
     for name in training_files(config):
         if positions and config[name]["block_size"] > positions:
             raise Refused(
                 f"{where}/{name}.json: block_size: {config[name]['block_size']}, more than the "
-                f"{positions} positions of {where}/model.json"
+                f"{positions} positions of {home}"
             )
     new_tokens = config["generation"]["max_new_tokens"]
     if positions and positions <= new_tokens:
         raise Refused(
             f"{where}/generation.json: max_new_tokens: {new_tokens} leaves no room for a prompt in the "
-            f"{positions} positions of {where}/model.json"
+            f"{positions} positions of {home}"
         )
     for name, pair in config["instruction"]["pairs"].items():
         _check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
+
+
+def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is known of the model: model.json, and config.json of the checkpoint that it starts from.
+
+    The latter is missing as long as it has to be fetched from the hub. Raises Refused.
+    """
+    return config["model"] | published_config(config["pretrain"])
+
+
+def _check_initial(config: dict[str, dict[str, Any]], where: str) -> None:
+    """The checkpoint to start from, the vocabulary and model.json belong together."""
+    pretrain, tokenizer = config["pretrain"], config["tokenizer"]
+    name, here = pretrain.get("initial_model"), f"{where}/pretrain.json"
+    if name is None:
+        if pretrain.get("initial_revision"):
+            raise Refused(f"{here}: initial_revision: stands there without initial_model. Remove it")
+        return
+    # A SentencePiece file in the folder is named with its own path.
+    place = tokenizer.get("published", "")
+    if place != name and not (place.startswith(f"{name}/") and place.endswith(".model")):
+        other = f"from {place}" if place else "from nowhere: it trains one"
+        raise Refused(
+            f"{here}: initial_model: {name}, but {where}/tokenizer.json takes its vocabulary {other}. A "
+            "checkpoint is of use only with the vocabulary it was trained with: write "
+            f'{{"kind": "published", "published": {_show(name)}}} there (new_pieces may extend it)'
+        )
+    revisions = pretrain.get("initial_revision"), tokenizer.get("revision")
+    if place == name and revisions[0] != revisions[1]:
+        raise Refused(
+            f"{here}: initial_revision: {_show(revisions[0])}, but {where}/tokenizer.json has revision "
+            f"{_show(revisions[1])}. Give both the same"
+        )
+    published = published_config(pretrain)
+    if published and published.get("model_type") not in known_keys()["model"]:
+        raise Refused(
+            f"{here}: initial_model: {name}/config.json: model_type: {_show(published.get('model_type'))}, "
+            f"wanted one of {', '.join(known_keys()['model'])}"
+        )
+    for key, value in config["model"].items():
+        if key not in FROM_TOKENIZER and published.get(key, value) != value:
+            raise Refused(
+                f"{where}/model.json: {key}: {_show(value)}, but {name}/config.json has "
+                f"{_show(published[key])}. Leave it out of model.json (or delete the file): the checkpoint "
+                "brings its own"
+            )
 
 
 def check_special_ids(

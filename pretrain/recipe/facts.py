@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.download import source_facts
+from recipe.initial import initial_facts
 from recipe.instructions import no_pairs, pair_facts
 from recipe.outputs import ROOT, Refused
 from recipe.preferences import preference_facts
@@ -28,6 +29,11 @@ def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
     return weights(config) | {"published": own}
 
 
+def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Of stage 05: the weights of sources, and the files of the checkpoint it starts from."""
+    return weights(config) | initial_facts(config["pretrain"])
+
+
 def hub(config: dict) -> dict:
     """Where the model is pushed to: ``repository`` (None: nowhere) and ``private``."""
     file = "pretrain" if no_pairs(config) else "finetune"
@@ -42,7 +48,7 @@ def hub(config: dict) -> dict:
 FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "01_download": source_facts,
     "03_tokenizer": tokenizer_facts,
-    "05_pretrain": weights,
+    "05_pretrain": pretraining_facts,
     "11_dataset": pair_facts,
     "13_preference": preference_facts,
     "16_export": hub,

@@ -29,7 +29,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import check_launch, check_quantization, check_tensor_parallel, load_recipe
+from recipe.config import (
+    check_launch,
+    check_quantization,
+    check_recipe,
+    check_tensor_parallel,
+    load_recipe,
+    model_values,
+)
+from recipe.initial import find_initial
 from recipe.instructions import no_pairs
 from recipe.outputs import (
     DATA,
@@ -86,7 +94,7 @@ class Launch:
 
         Returns the path of the DeepSpeed file. Raises Refused.
         """
-        check_tensor_parallel(config["model"], self.tensor_parallel)
+        check_tensor_parallel(model_values(config), self.tensor_parallel)
         return check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
 
 
@@ -257,6 +265,8 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     launch = launch_of(stage.arguments)
     file = STAGES[script.name][1][-1]
     check_quantization(stage.config[file], file, visible_gpus())
+    if file == "pretrain" and find_initial(stage.config[file]):
+        check_recipe(stage.config, f"configs/{stage.recipe}")  # again, now that its config.json was fetched
     deepspeed = launch.check(stage.config, file)
     plan = {
         "recipe": stage.recipe,

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipe.config import load_recipe
+from recipe.config import load_recipe, model_values
 from recipe.outputs import RecipeError, Refused, stage_folder
 from recipe.token_files import TokenFile
 
@@ -180,8 +180,9 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
     if not (tokens / "stage.json").exists():
         raise Refused(f"{tokens}: missing. Run `bash run_all.sh --recipe {recipe} --to 04`")
     vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
-    values = dict(config["model"])
-    model = AutoConfig.for_model(values.pop("model_type"), **values | {"vocab_size": vocab_size})
+    values = model_values(config)
+    rows = max(vocab_size, values.get("vocab_size", 0))  # a published checkpoint may have more than pieces
+    model = AutoConfig.for_model(values.pop("model_type"), **values | {"vocab_size": rows})
     pretrain = config["pretrain"]
     arguments = arguments_for(model, pretrain["block_size"], tensor, pipeline)
     arguments |= {"--global-batch-size": str(pretrain["global_batch_size"])}

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recipe.config import SPECIAL_TOKENS, round_up, special_tokens
-from recipe.conversion import as_fast, from_sentencepiece, hide_control_pieces, sentencepiece_tokens
+from recipe.conversion import NEVER, as_fast, from_sentencepiece, hide_control_pieces, sentencepiece_tokens
 from recipe.outputs import ROOT, RecipeError
 from recipe.tokenizer_training import train_sentencepiece
 
@@ -122,9 +122,10 @@ def _content(token: str | dict[str, Any]) -> str:
 
 def take_over(
     published: Published, config: dict[str, Any], sentences: Iterable[str]
-) -> PreTrainedTokenizerFast:
+) -> tuple[PreTrainedTokenizerFast, list[list[int]]]:
     """The published tokenizer with the control tokens that tokenizer.json names, and its new pieces.
 
+    With it, for each new piece in the order of their ids, the old ids that it stands for (see `extend`).
     Raises RecipeError when a control token is not in its vocabulary, or when it has no end token.
     """
     tokens = published.tokens | special_tokens(config)
@@ -134,14 +135,18 @@ def take_over(
             "tokenizer.eos_token to one of its tokens"
         )
     core = hide_control_pieces(published.tokenizer, {token for token in tokens.values() if token})
+    old_ids: list[list[int]] = []
     if config.get("new_pieces"):
         size = round_up(core.get_vocab_size() + config["new_pieces"], config.get("round_to", 1))
-        core = extend(core, sentences, size - core.get_vocab_size())
-    return as_fast(core, tokens)
+        core, old_ids = extend(core, sentences, size - core.get_vocab_size())
+    return as_fast(core, tokens), old_ids
 
 
-def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> Tokenizer:
+def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> tuple[Tokenizer, list[list[int]]]:
     """The tokenizer with `count` new pieces of Japanese text behind its vocabulary; no old id changes.
+
+    With it, for each new piece, the old ids it stands for: those of the tokens that were merged into it
+    (BPE), those that the old model makes of it (Unigram). A model's new rows start from theirs.
 
     BPE: training goes on where it had stopped, by further merges of what the tokenizer makes of the text.
     Unigram: the likeliest pieces of a model trained on the text, with the scores they have there. Raises
@@ -153,15 +158,28 @@ def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> Tokeni
     old = tokenizer.get_vocab()
     # Added tokens get their ids from the vocabulary, or else whatever follows it: there they would move.
     outside = sorted((i, token) for token, i in old.items() if i >= len(model["vocab"]))
+    if max(old.values()) >= size:
+        raise RecipeError(
+            f"new_pieces: the vocabulary has {size} pieces and the id {max(old.values())}: ids are missing "
+            "in between, and new pieces would get those that are there. Leave new_pieces out"
+        )
     if model["type"] == "BPE" and not model.get("continuing_subword_prefix"):
         model["vocab"] |= {token: i for i, token in outside}
         merges = _further_merges(tokenizer, runs, count)
-        new = list(dict.fromkeys(a + b for a, b in merges if a + b not in old))
+        spelled = {token: [i] for token, i in old.items()}
+        for a, b in merges:
+            spelled.setdefault(a + b, spelled[a] + spelled[b])
+        new = list(spelled)[len(old) :]
+        old_ids = [spelled[token] for token in new]
         model["vocab"] |= {token: size + i for i, token in enumerate(new)}
         model["merges"] += [list(merge) for merge in merges]
     elif model["type"] == "Unigram":
-        model["vocab"] += [[token, -1000.0] for _, token in outside]
+        model["vocab"] += [[token, NEVER] for _, token in outside]
         new = _likeliest_pieces(runs, count, set(old))
+        # A piece is what normalising left: nothing is to be put before it or changed in it again.
+        plain = Tokenizer.from_str(json.dumps(state | {"normalizer": None, "pre_tokenizer": None}))
+        spelled = plain.encode_batch([piece for piece, _ in new], add_special_tokens=False)
+        old_ids = [encoding.ids for encoding in spelled]
         model["vocab"] += new
     else:
         raise RecipeError(f"new_pieces: works for BPE and Unigram, not for {model['type']}. Leave it out")
@@ -170,7 +188,7 @@ def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> Tokeni
             f"new_pieces: {count} wanted, but the text gives {len(new)}. Lower tokenizer.new_pieces or "
             "add text"
         )
-    return Tokenizer.from_str(json.dumps(state))
+    return Tokenizer.from_str(json.dumps(state)), old_ids
 
 
 def _further_merges(tokenizer: Tokenizer, runs: Counter[str], count: int) -> list[tuple[str, str]]:

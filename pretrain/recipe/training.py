@@ -55,7 +55,8 @@ class Settings:
     eval_blocks: blocks of the validation side that are measured during training; absent: all (stage 06
     measures all). z_loss: coefficient of the z-loss, 0 for none. sample_steps: after every so many steps, or
     after those named, measure the validation side and continue the prompts of generation.json.
-    lora: tune an adapter in place of all weights (see `recipe.adapters`).
+    lora: tune an adapter in place of all weights (see `recipe.adapters`). initial_model, initial_revision: a
+    published checkpoint to start from (see `recipe.initial`).
     """
 
     global_batch_size: int
@@ -66,6 +67,8 @@ class Settings:
     z_loss: float = 0.0
     sample_steps: Any = None  # HfArgumentParser takes no int | list
     lora: dict | None = None
+    initial_model: str | None = None
+    initial_revision: str | None = None
 
 
 @dataclass

@@ -275,7 +275,7 @@ def byte_level_folder(tmp_path_factory):
 
 def take_over(path, **config):
     found = published.load_published(published.find_published(str(path)))
-    return published.take_over(found, {"kind": "published", "published": str(path)} | config, TEXT)
+    return published.take_over(found, {"kind": "published", "published": str(path)} | config, TEXT)[0]
 
 
 def test_published_bpe_keeps_its_ids_and_its_document_start(byte_level_folder, tmp_path):
