@@ -1,8 +1,9 @@
 """The recipes of the reference systems, cut down, through the real stages on small files in the real formats
 of their sources.
 
-Cut down are the layers, the heads and their size, the vocabulary, the accumulation and the warm-up; everything
-else is as shipped: the kind of model and its proportions, optimizer, schedule, epochs, block, templates.
+Cut down are the layers, the heads and their size, the vocabulary, the accumulation and the warm-up;
+everything else is as shipped: the kind of model and its proportions, optimizer, schedule, epochs, block,
+templates.
 """
 
 from __future__ import annotations
@@ -77,7 +78,17 @@ def published_tokenizer(folder):
         "pad_token": "[PAD]",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+
+
+def published_checkpoint(folder):
+    """Weights beside that tokenizer, of the shape that the cut-down recipe has."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = shipped("gpt2-medium-aozora", "model")
+    torch.manual_seed(7)
+    shape = model | narrow(model) | {"vocab_size": 1500, "bos_token_id": 1, "eos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +106,8 @@ def sources(tmp_path_factory):
         datasets.Dataset.from_dict(rows).to_parquet(
             folder / name / configuration / "train-00000-of-00001.parquet"
         )
-    published_tokenizer(folder / "tokenizer")
+    published_tokenizer(folder / "rinna")
+    published_checkpoint(folder / "rinna")
     write_pairs(folder)
     return folder
 
@@ -152,7 +164,8 @@ def cut_down(project, recipe, sources):
             spec["dataset"] = str(sources / name)
     project.edit(recipe, "dataset", sources=dataset["sources"], valid_share=0.2)
     if tokenizer["kind"] == "published":
-        project.edit(recipe, "tokenizer", published=str(sources / "tokenizer"))
+        project.edit(recipe, "tokenizer", published=str(sources / "rinna"))
+        project.edit(recipe, "pretrain", initial_model=str(sources / "rinna"))
     else:
         project.edit(recipe, "tokenizer", vocab_size=1200)
     if "segmenter" in tokenizer:
@@ -177,7 +190,9 @@ def cut_down(project, recipe, sources):
 
 
 def narrow(model):
-    """The keys of a model.json that make it small: 2 layers, a quarter of the heads with 16 dimensions each."""
+    """The keys of a model.json that make it small: 2 layers, a quarter of the heads with 16 dimensions
+    each.
+    """
     if model["model_type"] == "gpt2":
         return {"n_layer": 2, "n_head": model["n_head"] // 4, "n_embd": 16 * (model["n_head"] // 4)}
     heads = model["num_attention_heads"] // 4
@@ -287,6 +302,23 @@ def check_optimizer(project, recipe, file, stage):
     assert {tuple(group["betas"]) for group in groups} == {(0.9, values.get("adam_beta2", 0.999))}
     assert {group["eps"] for group in groups} == {values.get("adam_epsilon", 1e-8)}
     assert {group["weight_decay"] for group in groups} == {values["weight_decay"], 0.0}
+
+
+@pytest.mark.slow
+def test_gpt2_medium_aozora_starts_from_the_published_weights(project, sources):
+    from safetensors.torch import load_file
+
+    recipe = "gpt2-medium-aozora"
+    cut_down(project, recipe, sources)
+    project.run("run_all.sh", "--recipe", recipe, "--to", "05")
+    rate, steps = (
+        shipped(recipe, "pretrain")["learning_rate"],
+        project.figures(recipe, "05_pretrain")["steps"],
+    )
+    before = load_file(sources / "rinna/model.safetensors")
+    after = load_file(project.output(recipe, "05_pretrain", "model.safetensors"))
+    moved = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < moved < 2 * steps * rate  # weights drawn anew would be 0.1 away
 
 
 def test_mistral_300m_is_tuned_in_the_form_of_alpaca(project, sources):

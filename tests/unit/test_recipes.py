@@ -48,6 +48,7 @@ PRETRAINING = {
     "mistral-2b": NEWER,
     "mistral-3b": NEWER,
     "gpt2-medium-aozora": {
+        "initial_model": "rinna/japanese-gpt2-medium",
         "learning_rate": 5e-5,
         "lr_scheduler_type": "linear",
         "warmup_steps": 100,
