@@ -184,6 +184,14 @@ def test_batches_divide_as_in_the_original(recipe, ranks, wanted):
     assert config.batch_layout(values["global_batch_size"], most, ranks) == wanted
 
 
+def test_batches_divide_on_other_numbers_of_gpus_as_the_readmes_say():
+    values = config.load_recipe("mistral-300m-v2")["pretrain"]
+    with pytest.raises(Refused, match="do not divide into 8 ranks"):
+        config.batch_layout(values["global_batch_size"], 12, 8)
+    assert config.batch_layout(values["global_batch_size"], 10, 8) == (10, 3)
+    assert config.batch_layout(3, 3, 3) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("recipe", "wanted"),
     [
