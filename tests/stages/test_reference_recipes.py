@@ -1,5 +1,9 @@
-"""The recipes of the reference systems, stages 01 to 04, on small files in the real formats of their
-sources.
+"""The recipes of the reference systems, cut down, through the real stages on small files in the real formats
+of their sources.
+
+Cut down are the layers, the heads and their size, the vocabulary, the accumulation and the warm-up;
+everything else is as shipped: the kind of model and its proportions, optimizer, schedule, epochs, block,
+templates.
 """
 
 from __future__ import annotations
@@ -7,9 +11,11 @@ from __future__ import annotations
 import bz2
 import json
 import lzma
+import math
 import random
 
 import pytest
+from conftest import ROOT
 
 KANJI = [chr(code) for code in range(0x4E00, 0x5800, 5)]
 KANA = [chr(code) for code in range(0x3042, 0x3094)]
@@ -72,7 +78,17 @@ def published_tokenizer(folder):
         "pad_token": "[PAD]",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+
+
+def published_checkpoint(folder):
+    """Weights beside that tokenizer, of the shape that the cut-down recipe has."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = shipped("gpt2-medium-aozora", "model")
+    torch.manual_seed(7)
+    shape = model | narrow(model) | {"vocab_size": 1500, "bos_token_id": 1, "eos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -81,37 +97,65 @@ def sources(tmp_path_factory):
     import datasets
 
     folder = tmp_path_factory.mktemp("published")
-    write_dump(folder / "jawiki-latest-pages-articles-multistream.xml.bz2", 60)
-    cc100 = "\n\n".join("\n".join(article((n, line), 5) for line in range(4)) for n in range(60))
+    write_dump(folder / "jawiki-latest-pages-articles-multistream.xml.bz2", 40)
+    cc100 = "\n\n".join("\n".join(article((n, line), 5) for line in range(4)) for n in range(40))
     (folder / "ja.txt.xz").write_bytes(lzma.compress((cc100 + "\n").encode()))
     for name, configuration in (("wikipedia", "20231101.ja"), ("aozora", ".")):
-        rows = {"text": [article((name, n)) for n in range(80)], "title": [f"題{n}" for n in range(80)]}
+        rows = {"text": [article((name, n)) for n in range(40)], "title": [f"題{n}" for n in range(40)]}
         (folder / name / configuration).mkdir(parents=True)
         datasets.Dataset.from_dict(rows).to_parquet(
             folder / name / configuration / "train-00000-of-00001.parquet"
         )
-    published_tokenizer(folder / "tokenizer")
+    published_tokenizer(folder / "rinna")
+    published_checkpoint(folder / "rinna")
+    write_pairs(folder)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("recipe", "settings", "kept"),
-    [
-        ("mistral-300m", ["tokenizer.vocab_size=1200"], {"wikipedia": 60, "cc100": 60}),
-        ("gpt2-medium-aozora", ["tokenizer.published={folder}/tokenizer"], {"aozora": 80}),
-        ("gpt2-small", ["tokenizer.vocab_size=1200"], {"wikipedia": 80}),
-        (
-            "gpt2-xl",
-            ["tokenizer.vocab_size=1200", "tokenizer.segmenter=sudachi"],
-            {"wikipedia": 60, "cc100": 60},
-        ),
-    ],
-)
-def test_reference_recipe_makes_token_files(make_project, sources, recipe, settings, kept):
-    project = make_project()
+def write_pairs(folder):
+    """Instructions as kunishou/databricks-dolly-15k-ja and llm-jp/oasst1-21k-ja publish them."""
+    dolly = [
+        {
+            "index": str(n),
+            "category": "closed_qa",
+            "instruction": f"{n}番の文を要約してください。",
+            "input": article(("input", n), 2) if n % 2 else "",
+            "output": article(("output", n), 1),
+        }
+        for n in range(80)
+    ]
+    oasst = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"{n}番は何ですか?"},
+                {"from": "gpt", "value": article(("answer", n), 1)},
+                {"from": "human", "value": "もう少し詳しく。"},
+                {"from": "gpt", "value": article(("more", n), 1)},
+            ]
+        }
+        for n in range(80)
+    ]
+    for name, rows in (("dolly", dolly), ("oasst", oasst)):
+        (folder / name).mkdir()
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (folder / name / "train.jsonl").write_text(text, "utf-8")
+
+
+@pytest.fixture(scope="module")
+def project(make_project):
+    """One project for all recipes: what they share is made once and taken over, as for a user."""
+    return make_project()
+
+
+def shipped(recipe, file):
+    """A file of a recipe as it is shipped."""
+    return json.loads((ROOT / f"configs/{recipe}/{file}.json").read_text("utf-8"))
+
+
+def cut_down(project, recipe, sources):
+    """Make a recipe of the project small enough for a test."""
+    dataset, tokenizer = shipped(recipe, "dataset"), shipped(recipe, "tokenizer")
     files = {"wikipedia": "jawiki*.xml.bz2", "cc100": "ja.txt.xz"}
-    path = project.folder / f"configs/{recipe}/dataset.json"
-    dataset = json.loads(path.read_text())
     for name, spec in dataset["sources"].items():
         spec.pop("minimum_megabytes", None)
         if spec.pop("url", None):
@@ -119,8 +163,83 @@ def test_reference_recipe_makes_token_files(make_project, sources, recipe, setti
         else:
             spec["dataset"] = str(sources / name)
     project.edit(recipe, "dataset", sources=dataset["sources"], valid_share=0.2)
-    changes = [x for s in settings for x in ("--set", s.replace("{folder}", str(sources)))]
-    project.run("run_all.sh", "--recipe", recipe, "--to", "04", *changes)
+    if tokenizer["kind"] == "published":
+        project.edit(recipe, "tokenizer", published=str(sources / "rinna"))
+        project.edit(recipe, "pretrain", initial_model=str(sources / "rinna"))
+    else:
+        project.edit(recipe, "tokenizer", vocab_size=1200)
+    if "segmenter" in tokenizer:
+        project.edit(recipe, "tokenizer", segmenter="sudachi")  # Juman++ is no Python package
+    project.edit(recipe, "model", **narrow(shipped(recipe, "model")))
+    values, tuning = shipped(recipe, "pretrain"), shipped(recipe, "finetune")
+    micro = values["per_device_train_batch_size"]
+    small = {"logging_steps": 1, "save_steps": 0.5, "torch_compile": False}  # compiling takes a minute
+    most = micro * (2 if micro > 3 else 8)
+    warmup = min(values["warmup_steps"], 1)
+    batch = min(values["global_batch_size"], most)
+    project.edit(recipe, "pretrain", global_batch_size=batch, warmup_steps=warmup, **small)
+    if "lora" in tuning:
+        small["lora"] = tuning["lora"] | {"quantization": None}  # 4 bits want a GPU
+    project.edit(recipe, "finetune", global_batch_size=4, **small)
+    pairs = shipped(recipe, "instruction")["pairs"]
+    project.edit(
+        recipe,
+        "instruction",
+        pairs={name: spec | {"dataset": str(sources / name)} for name, spec in pairs.items()},
+    )
+
+
+def narrow(model):
+    """The keys of a model.json that make it small: 2 layers, few heads of 16 dimensions; a Mistral keeps its
+    proportions.
+    """
+    if model["model_type"] == "gpt2":
+        return {"n_layer": 2, "n_head": 2, "n_embd": 32}
+    heads = model["num_attention_heads"] // 4
+    return {
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": model["num_key_value_heads"] // 4,
+        "hidden_size": 16 * heads,
+        "intermediate_size": 16 * heads * model["intermediate_size"] // model["hidden_size"],
+    }
+
+
+def share_of_peak(values, step, warmup, steps):
+    """The learning rate after so many steps as a share of its peak, by the definitions of the schedules."""
+    if step < warmup:
+        return step / warmup
+    done = (step - warmup) / (steps - warmup)
+    if values["lr_scheduler_type"] == "linear":
+        return 1 - done
+    floor = 0.0 if values["lr_scheduler_type"] == "cosine" else values["lr_scheduler_kwargs"]["min_lr_rate"]
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+SHIPPED = [
+    pytest.param("mistral-300m", {"wikipedia": 40, "cc100": 40}),
+    pytest.param("mistral-300m-v2", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
+    pytest.param("mistral-39m", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
+    pytest.param("mistral-2b", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
+    pytest.param("mistral-3b", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
+    pytest.param("gpt2-medium-aozora", {"aozora": 40}, marks=pytest.mark.slow),
+    pytest.param("gpt2-small", {"wikipedia": 40}),
+    pytest.param("gpt2-xl", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("recipe", "kept"), SHIPPED)
+def test_a_cut_down_recipe_trains_as_its_files_say(project, sources, recipe, kept):
+    cut_down(project, recipe, sources)
+    project.run("run_all.sh", "--recipe", recipe, "--to", "05", timeout=600)
+    check_data(project, recipe, kept)
+    check_model(project, recipe)
+    check_batch_and_epochs(project, recipe)
+    check_optimizer(project, recipe, "pretrain", "05_pretrain")
+
+
+def check_data(project, recipe, kept):
+    """Every document that the sources hold is there once; what is no article is counted."""
     funnel = project.figures(recipe, "02_dataset")
     assert {name: table["documents"]["out"] for name, table in funnel.items()} == kept
     if "cc100" in kept:
@@ -128,3 +247,122 @@ def test_reference_recipe_makes_token_files(make_project, sources, recipe, setti
         assert dropped == {"redirect": 1, "not an article": 1, "disambiguation": 1}
     totals = project.figures(recipe, "04_tokenize")["totals"]
     assert totals["train"]["documents"] + totals["valid"]["documents"] == sum(kept.values())
+
+
+def check_model(project, recipe):
+    """The saved model has the shipped shape but for what was cut, and the tokenizer's vocabulary and ids."""
+    saved = json.loads(project.output(recipe, "05_pretrain", "config.json").read_text())
+    shape = shipped(recipe, "model")
+    kept = {key: value for key, value in shape.items() if key not in narrow(shape)}
+    assert {key: saved[key] for key in kept} == kept
+    figures = project.figures(recipe, "03_tokenizer")
+    ids = {key: figures["special_ids"][key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    assert {key: saved[key] for key in ids} == ids
+    assert saved["vocab_size"] == figures["vocabulary"]["size"]
+
+
+def check_batch_and_epochs(project, recipe):
+    """As many epochs, as long blocks and as large a micro-batch as shipped."""
+    from recipe.token_files import TokenFile
+
+    values, figures = shipped(recipe, "pretrain"), project.figures(recipe, "05_pretrain")
+    active = figures["active"]
+    blocks = math.ceil(
+        len(TokenFile(project.output(recipe, "04_tokenize", "train")).tokens) / values["block_size"]
+    )
+    assert figures["steps"] == math.ceil(values["num_train_epochs"] * blocks / active["global_batch"])
+    assert active["tokens_per_step"] == active["global_batch"] * values["block_size"]
+    assert active["micro_batch"] == values["per_device_train_batch_size"]
+    assert active["accumulation"] > 1 or values["global_batch_size"] == active["micro_batch"]
+    assert (active["attention"], active["parallel"], active["seed"]) == ("sdpa", "one process", 42)
+
+
+def check_optimizer(project, recipe, file, stage):
+    """Optimizer, decay and schedule are those of the shipped file: as the proof says, as every step was, and
+    as they lie in a checkpoint.
+    """
+    import torch
+
+    values, figures = shipped(recipe, file), project.figures(recipe, stage)
+    active, steps = figures["active"], figures["steps"]
+    assert active["optimizer"] == "AdamW" and active["fused"]
+    assert active["scheduler"].startswith(values["lr_scheduler_type"] + " (")
+    assert active["gradient_clipping"] == values["max_grad_norm"]
+    lines = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
+    rates = {row["step"]: row["learning_rate"] for row in map(json.loads, lines) if "learning_rate" in row}
+    warmup = json.loads((project.folder / f"configs/{recipe}/{file}.json").read_text())["warmup_steps"]
+    warmup = warmup if warmup >= 1 else math.ceil(warmup * steps)
+    shares = {step: share_of_peak(values, step, warmup, steps) for step in range(steps + 1)}
+    planned = {int(step): rate for step, rate in active["learning_rates"].items()}
+    assert steps in planned  # the floor, which no step has: it comes after the last one
+    for found, after in ((rates, -1), (planned, 0)):
+        wanted = {step: values["learning_rate"] * shares[step + after] for step in found}
+        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-15)
+    assert len(rates) == steps > 1
+    saved = next(project.output(recipe, stage, "checkpoints").glob("*/optimizer.pt"))
+    groups = torch.load(saved, weights_only=True, map_location="cpu")["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {values["learning_rate"]}
+    assert {tuple(group["betas"]) for group in groups} == {(0.9, values.get("adam_beta2", 0.999))}
+    assert {group["eps"] for group in groups} == {values.get("adam_epsilon", 1e-8)}
+    assert {group["weight_decay"] for group in groups} == {values["weight_decay"], 0.0}
+
+
+@pytest.mark.slow
+def test_gpt2_medium_aozora_starts_from_the_published_weights(project, sources):
+    from safetensors.torch import load_file
+
+    recipe = "gpt2-medium-aozora"
+    cut_down(project, recipe, sources)
+    project.run("run_all.sh", "--recipe", recipe, "--to", "05")
+    rate, steps = (
+        shipped(recipe, "pretrain")["learning_rate"],
+        project.figures(recipe, "05_pretrain")["steps"],
+    )
+    before = load_file(sources / "rinna/model.safetensors")
+    after = load_file(project.output(recipe, "05_pretrain", "model.safetensors"))
+    moved = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < moved < 2 * steps * rate  # weights drawn anew would be 0.1 away
+
+
+@pytest.mark.slow
+def test_mistral_300m_is_tuned_in_the_form_of_alpaca(project, sources):
+    from recipe.templates import INPUT_HEADING
+    from transformers import AutoTokenizer
+
+    recipe = "mistral-300m"
+    cut_down(project, recipe, sources)
+    project.run("run_all.sh", "--recipe", recipe, "--to", "05")
+    project.run("run_all.sh", "--recipe", recipe, "--from", "11", "--to", "14")
+    check_optimizer(project, recipe, "finetune", "12_finetune")
+    assert project.figures(recipe, "11_dataset")["pairs"]["dolly"] == {"in": 80, "out": 80, "dropped": {}}
+    tokenizer = AutoTokenizer.from_pretrained(project.output(recipe, "12_finetune", "."))
+    question = {"role": "user", "content": "要約してください。" + INPUT_HEADING + "湖は広い。"}
+    text = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<s>あなたは何でも正確に答えられるAIです。\n\n以下は、")
+    assert text.endswith("### 指示:\n要約してください。\n\n### 入力:\n湖は広い。\n\n### 応答:\n")
+    measured = project.figures(recipe, "14_evaluate")
+    assert measured["conversations"] == len_of(project.output(recipe, "11_dataset", "valid.parquet"))
+    assert measured["after"]["response_loss"] != measured["before"]["response_loss"]
+
+
+def len_of(path):
+    """The rows of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+
+
+@pytest.mark.slow
+def test_the_qlora_variant_shares_the_model_and_tunes_an_adapter(project, sources):
+    for recipe in ("mistral-300m", "mistral-300m-qlora"):
+        cut_down(project, recipe, sources)
+        project.run("run_all.sh", "--recipe", recipe, "--to", "05")
+    record = json.loads(project.output("mistral-300m-qlora", "05_pretrain").read_text())
+    assert record["recipe"] == "mistral-300m"  # taken over, not trained again
+    project.run("run_all.sh", "--recipe", "mistral-300m-qlora", "--from", "11", "--to", "12")
+    check_optimizer(project, "mistral-300m-qlora", "finetune", "12_finetune")
+    adapter = project.output("mistral-300m-qlora", "12_finetune", "adapter/adapter_config.json")
+    values = json.loads(adapter.read_text())
+    assert (values["r"], values["lora_alpha"]) == (128, 128)
+    adapted = {name.rsplit(".", 1)[-1] for name in values["target_modules"]}
+    assert adapted == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
