@@ -18,7 +18,7 @@ from recipe.preflight import PROFILES, Device, fit, setting_of
 SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4}
 SHIPPED = sorted(path.parent.name for path in CONFIGS.glob("*/model.json"))
-UNEVEN = ("mistral-39m", "gpt2-small")  # global batches that do not divide into 8 ranks
+UNEVEN = ("mistral-39m", "mistral-300m-v2", "gpt2-small")  # global batches that do not divide into 8 ranks
 PLAIN = Setting("cuda", 1, 1024, 4, 1, "bf16", False, False, "AdamW")
 
 
@@ -183,11 +183,15 @@ def test_report_of_every_recipe(recipe, launch):
 def test_vocabulary_of_a_published_tokenizer(tmp_path, monkeypatch):
     """Known from stage 03, from model.json, or assumed and called so."""
     monkeypatch.setattr(outputs, "OUTPUTS", tmp_path)
-    config = {"model": {}, "tokenizer": {"kind": "published", "published": "someone/something"}}
+    config = {
+        "model": {},
+        "pretrain": {},
+        "tokenizer": {"kind": "published", "published": "someone/something"},
+    }
     size, origin = preflight.vocabulary_of("mine", config)
     assert size == preflight.ASSUMED_VOCABULARY and "assumed" in origin
     config["model"]["vocab_size"] = 44_928
-    assert preflight.vocabulary_of("mine", config) == (44_928, " (model.json)")
+    assert preflight.vocabulary_of("mine", config) == (44_928, " (model.json or the published checkpoint)")
     folder = tmp_path / "mine/03_tokenizer"
     folder.mkdir(parents=True)
     (folder / "stage.json").write_text(json.dumps({"figures": {"vocabulary": {"size": 32_003}}}))
