@@ -27,9 +27,9 @@ _USER_TURNS = {
 }
 FORMS = tuple(_USER_TURNS)
 
-# `generation` marks what is trained, for apply_chat_template(return_assistant_tokens_mask=True). The heading
-# of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is the line
-# used when a conversation brings none.
+# The heading of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is
+# the line used when a conversation brings none. Only what every Jinja knows: transformers' own marks of what
+# is trained ({% generation %}) would stop the servers that render with another one.
 _TEMPLATE = """{{- bos_token -}}
 {%- if messages[0].role != 'system' and SYSTEM -%}
 {{- SYSTEM + '\\n\\n' -}}
@@ -42,7 +42,7 @@ _TEMPLATE = """{{- bos_token -}}
 {%- if not loop.first and loop.previtem.role == 'assistant' -%}{{- '\\n\\n' -}}{%- endif -%}
 USER_TURN
 {%- elif message.role == 'assistant' -%}
-{%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}
+{{- content + eos_token -}}
 {%- else -%}
 {{- raise_exception('unknown role ' + message.role + ': wanted system, user or assistant') -}}
 {%- endif -%}
