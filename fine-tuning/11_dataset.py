@@ -8,6 +8,7 @@ from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from recipe.dialogues import byte_order_marks
 from recipe.download import require_data
 from recipe.instructions import (
     Pair,
@@ -64,8 +65,12 @@ def main(stage: Stage) -> None:
             sides[side] += pairs
         out = sum(map(len, kept.values()))
         funnel[kind] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+        marks = byte_order_marks(f"instruction.json: pairs.{kind}", spec)
+        if marks:
+            funnel[kind]["byte_order_marks"] = marks
         stage.say(
             f"{kind}: {out:,} of {out + dropped.total():,} pairs kept; dropped {dict(dropped) or 'none'}"
+            + (f"; byte order marks taken off {marks} files" if marks else "")
         )
     for side, pairs in sides.items():
         if not pairs:

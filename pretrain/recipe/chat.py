@@ -31,7 +31,11 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     if not tokenizer.chat_template:
         raise RecipeError(f"the tokenizer has no chat template: it was never tuned. {way_out}")
     question, answer, other = _PROBES
-    said = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, _PROBES)]
+    said = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": other},
+    ]
     try:
         parts = [text for text, _ in _rendered(tokenizer, said)]
     except TemplateError as error:

@@ -77,7 +77,10 @@ def test_our_templates_can_be_trained(fast, form):
     chat.check_template(with_template(fast, forms.chat_template(form, SYSTEM)))
 
 
-TURN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}:{% endif %}{% endfor %}"
+TURN = (
+    "{% for m in messages %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% else %}:{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
