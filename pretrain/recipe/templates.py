@@ -8,8 +8,12 @@ tokens. In both, a conversation begins as a document does and every answer ends 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 INPUT_HEADING = "\n\n### 入力:\n"
+# What calls for an answer, by form: a question ends with it.
+ANSWER_HEADINGS = {"alpaca": "### 応答:\n", "chat": "Assistant:\n"}
+FORMS = tuple(ANSWER_HEADINGS)
 
 # What a turn of a user's adds; `content` is what it says. It ends a line: no token crosses into the answer.
 _USER_TURNS = {
@@ -22,10 +26,9 @@ _USER_TURNS = {
 {%- endif -%}
 {{- '要求を適切に満たす応答を書きなさい。\\n\\n' -}}
 {%- endif -%}
-{{- '### 指示:\\n' + content + '\\n\\n### 応答:\\n' -}}""",
-    "chat": "{{- 'User:\\n' + content + '\\n\\nAssistant:\\n' -}}",
+{{- '### 指示:\\n' + content + '\\n\\n' + ANSWER_HEADING -}}""",
+    "chat": "{{- 'User:\\n' + content + '\\n\\n' + ANSWER_HEADING -}}",
 }
-FORMS = tuple(_USER_TURNS)
 
 # The heading of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is
 # the line used when a conversation brings none. Only what every Jinja knows: transformers' own marks of what
@@ -57,12 +60,26 @@ def chat_template(form: str, system: str = "") -> str:
     filled = {
         "USER_TURN": _USER_TURNS[form].strip(),
         "INPUT_HEADING": json.dumps(INPUT_HEADING, ensure_ascii=False),
+        "ANSWER_HEADING": json.dumps(ANSWER_HEADINGS[form], ensure_ascii=False),
         "SYSTEM": json.dumps(system.strip(), ensure_ascii=False),
     }
     template = _TEMPLATE
     for name, text in filled.items():
         template = template.replace(name, text)
     return template
+
+
+def response_template(form: str, end: str) -> dict[str, Any]:
+    """How transformers' servers find the answer in what was generated, to keep in the tokenizer.
+
+    Without it they go by the architecture, and take a model of Qwen's for one that talks in Qwen's form: the
+    whole prompt stands in its answers then. end: the tokenizer's end token.
+    """
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": ANSWER_HEADINGS[form],
+        "fields": {"content": {"close": end, "content": "text"}},
+    }
 
 
 def user_message(instruction: str, given: str = "") -> str:

@@ -118,6 +118,22 @@ def test_a_tokenizer_without_the_special_tokens_is_named(fast):
 
 
 @pytest.mark.parametrize("form", forms.FORMS)
+def test_servers_find_the_answer_in_what_was_generated(fast, form, tmp_path):
+    """Saved and loaded: transformers' servers cut the prompt and the end token off by response_template."""
+    from transformers import AutoTokenizer
+
+    fast = with_template(fast, forms.chat_template(form, SYSTEM))
+    fast.response_template = forms.response_template(form, fast.eos_token)
+    fast.save_pretrained(tmp_path)
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    conversation = [QUESTION, ANSWER, QUESTION]
+    prompt, _ = chat.encode_conversation(served, conversation)
+    whole, _ = chat.encode_conversation(served, [*conversation, ANSWER])
+    parsed = served.parse_response(whole[len(prompt) :], prefix=served.decode(prompt))
+    assert parsed == ANSWER
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_what_servers_send_is_the_training_form(fast, form, tmp_path):
     """Saved and loaded, with the generation prompt that chat commands and servers ask for."""
     from transformers import AutoTokenizer
