@@ -1,6 +1,6 @@
 """Stage 11: make instruction pairs: count, filter, drop duplicates, split by headword.
 
-Edit: configs/<recipe>/instruction.json. Writes: train.parquet, valid.parquet, funnel.json.
+Edit: configs/<recipe>/instruction.json. Writes: train.parquet, valid.parquet, funnel.json, funnel.md.
 Run:  python fine-tuning/11_dataset.py --recipe tiny
 """
 
@@ -15,6 +15,7 @@ from recipe.instructions import (
     identity,
     no_pairs,
     pair_side,
+    pairs_table,
     pretraining_overlap,
     read_pairs,
     reason_to_drop,
@@ -85,6 +86,7 @@ def main(stage: Stage) -> None:
     stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
     stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}
     write_json(stage.folder / "funnel.json", stage.figures)
+    (stage.folder / "funnel.md").write_text(pairs_table(funnel, stage.config, overlap), "utf-8")
     stage.headline = f"{len(sides['train']):,} training pairs, {len(sides['valid']):,} for validation"
 
 
