@@ -46,8 +46,7 @@ def main(plan: dict[str, Any]) -> None:
         if not rows[side]:
             raise RecipeError(
                 f"preference.json: none of {len(preferences)} preferences on the {side} side fits into "
-                f"block_size "
-                f"{settings.block_size}. Raise it"
+                f"block_size {settings.block_size}. Raise it"
             )
     arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), settings.global_batch_size)
     if settings.lora:

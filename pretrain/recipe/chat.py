@@ -11,8 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from recipe.outputs import RecipeError
 from recipe.tokenizer import encode_text
 
-_PROBES = ("山は高いか", "はい、高い", "海は深いか")  # two questions and the answer between them
-
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise RecipeError unless a tokenizer's special tokens and chat template can train answers.
@@ -30,12 +28,9 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     way_out = "Take one of recipe/templates.py (instruction.json: template), and redo stage 12 with --force"
     if not tokenizer.chat_template:
         raise RecipeError(f"the tokenizer has no chat template: it was never tuned. {way_out}")
-    question, answer, other = _PROBES
-    said = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": other},
-    ]
+    question, answer, other = "山は高いか", "はい、高い", "海は深いか"
+    roles = {question: "user", answer: "assistant", other: "user"}
+    said = [{"role": role, "content": text} for text, role in roles.items()]
     try:
         parts = [text for text, _ in _rendered(tokenizer, said)]
     except TemplateError as error:

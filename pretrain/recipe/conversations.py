@@ -47,8 +47,7 @@ def encode_trained(tokenizer: Any, messages: list[Message], where: str) -> Conve
         if message["role"] == "assistant" and not message["content"].strip():
             raise RecipeError(
                 f"{where}: the pair {messages[-2]['content'][:60]!r} has no trained token: an answer is "
-                f"empty. "
-                "Redo stage 11, which drops such pairs"
+                "empty. Redo stage 11, which drops such pairs"
             )
     ids, trained = encode_conversation(tokenizer, messages)
     if not any(trained):
