@@ -1,6 +1,6 @@
 """Stage 11: make instruction pairs: count, filter, drop duplicates, split by headword.
 
-Edit: configs/<recipe>/instruction.json. Writes: train.parquet, valid.parquet, funnel.json.
+Edit: configs/<recipe>/instruction.json. Writes: train.parquet, valid.parquet, funnel.json, funnel.md.
 Run:  python fine-tuning/11_dataset.py --recipe tiny
 """
 
@@ -8,12 +8,14 @@ from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from recipe.dialogues import byte_order_marks
 from recipe.download import require_data
 from recipe.instructions import (
     Pair,
     identity,
     no_pairs,
     pair_side,
+    pairs_table,
     pretraining_overlap,
     read_pairs,
     reason_to_drop,
@@ -64,8 +66,12 @@ def main(stage: Stage) -> None:
             sides[side] += pairs
         out = sum(map(len, kept.values()))
         funnel[kind] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+        marks = byte_order_marks(f"instruction.json: pairs.{kind}", spec)
+        if marks:
+            funnel[kind]["byte_order_marks"] = marks
         stage.say(
             f"{kind}: {out:,} of {out + dropped.total():,} pairs kept; dropped {dict(dropped) or 'none'}"
+            + (f"; byte order marks taken off {marks} files" if marks else "")
         )
     for side, pairs in sides.items():
         if not pairs:
@@ -80,6 +86,7 @@ def main(stage: Stage) -> None:
     stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
     stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}
     write_json(stage.folder / "funnel.json", stage.figures)
+    (stage.folder / "funnel.md").write_text(pairs_table(funnel, stage.config, overlap), "utf-8")
     stage.headline = f"{len(sides['train']):,} training pairs, {len(sides['valid']):,} for validation"
 
 

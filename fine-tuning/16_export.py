@@ -5,8 +5,6 @@ there is no tuning); off by default. Writes: a model folder with README.md.
 Run:  python fine-tuning/16_export.py --recipe tiny
 """
 
-import shutil
-
 from recipe.config import tuned_stage
 from recipe.facts import hub
 from recipe.instructions import no_pairs
@@ -22,25 +20,25 @@ def last_model(config: dict) -> str:
 
 def inputs(config: dict) -> tuple[str, ...]:
     """Every stage that the card tells of."""
-    tuned = () if no_pairs(config) else ("12_finetune", "14_evaluate", "15_generate")
+    tuned = () if no_pairs(config) else ("11_dataset", "12_finetune", "14_evaluate", "15_generate")
     return tuple(sorted({*PRETRAINED, *tuned, last_model(config)}))
 
 
 def main(stage: Stage) -> None:
     """Gather the model's files, write the card, push."""
-    from recipe.card import copy_model, model_card, push
+    from recipe.card import copy_curves, copy_model, model_card, push
 
     target, source = hub(stage.config), stage.inputs[last_model(stage.config)]
     copy_model(source, stage.folder)
-    shutil.copy(stage.inputs["05_pretrain"] / "learning_curve.png", stage.folder)
-    name = target["repository"] or stage.recipe
-    card = model_card(name, stage.config, stage.inputs)
+    copy_curves(stage.inputs, stage.folder)
+    repository = target["repository"]
+    card = model_card(repository or stage.recipe, repository or "", stage.config, stage.inputs)
     (stage.folder / "README.md").write_text(card, "utf-8")
     size = sum(path.stat().st_size for path in stage.folder.iterdir())
     stage.headline = f"{size / 1e6:,.1f} MB to take away, card included"
     stage.figures = {"bytes": size, "from": last_model(stage.config)}
-    if target["repository"]:
-        stage.figures["commit_url"] = push(stage.folder, target["repository"], target["private"])
+    if repository:
+        stage.figures["commit_url"] = push(stage.folder, repository, target["private"])
         stage.headline += f"; pushed: {stage.figures['commit_url']}"
 
 

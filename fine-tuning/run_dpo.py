@@ -13,7 +13,7 @@ from recipe.training import prepare, run_script, total_steps, train, whole_model
 def main(plan: dict[str, Any]) -> None:
     """Encode the preferences, train against the tuned model as reference, save; rank 0 writes result.json."""
     from recipe.adapters import finish_adapter, load_with_adapter
-    from recipe.chat import encode_conversation
+    from recipe.chat import check_template, encode_conversation
     from recipe.curves import learning_curve
     from recipe.modeling import load_model
     from recipe.normalizing import make_normalizer
@@ -33,6 +33,7 @@ def main(plan: dict[str, Any]) -> None:
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base = Path(plan["inputs"]["12_finetune"])
     tokenizer = AutoTokenizer.from_pretrained(base)
+    check_template(tokenizer)
     normalize = make_normalizer(plan["config"]["dataset"])
     sides, funnel = load_preferences(plan["config"]["preference"], normalize)
     rows, left_out = {}, {}
@@ -45,8 +46,7 @@ def main(plan: dict[str, Any]) -> None:
         if not rows[side]:
             raise RecipeError(
                 f"preference.json: none of {len(preferences)} preferences on the {side} side fits into "
-                f"block_size "
-                f"{settings.block_size}. Raise it"
+                f"block_size {settings.block_size}. Raise it"
             )
     arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), settings.global_batch_size)
     if settings.lora:

@@ -22,7 +22,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.outputs import write_json
     from recipe.packing import PackedConversations
     from recipe.sampling import Samples
-    from recipe.templates import FORMS, chat_template
+    from recipe.templates import FORMS, chat_template, response_template
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 
@@ -30,9 +30,9 @@ def main(plan: dict[str, Any]) -> None:
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base, instruction = Path(plan["inputs"]["05_pretrain"]), plan["config"]["instruction"]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = chat_template(
-        instruction.get("template", FORMS[0]), instruction.get("system", "")
-    )
+    form = instruction.get("template", FORMS[0])
+    tokenizer.chat_template = chat_template(form, instruction.get("system", ""))
+    tokenizer.response_template = response_template(form, tokenizer.eos_token)
     pairs = Path(plan["inputs"]["11_dataset"])
     conversations, counts = load_conversations(pairs / "train.parquet", tokenizer, settings.block_size)
     held_out, valid_counts = load_conversations(pairs / "valid.parquet", tokenizer, settings.block_size)

@@ -22,6 +22,11 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+_STAGES = {
+    "05_pretrain": ("Pretraining", "pretrain"),
+    "12_finetune": ("Tuning on instructions", "finetune"),
+    "13_preference": ("Tuning on preferences", "preference"),
+}
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,9 +35,19 @@ model = AutoModelForCausalLM.from_pretrained({name!r})
 {ask}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={length})[0]))
 ```"""
+_LIMITS = (
+    "What it writes was not checked for truth, bias or harm. Expect it to state falsehoods fluently, the "
+    "more so the smaller it is. Below stands what was measured; nothing else is claimed."
+)
 _CHAT = """messages = [{{"role": "user", "content": {question}}}]
 inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)"""
 _CONTINUE = """inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)"""
+
+
+def copy_curves(folders: dict[str, Path], target: Path) -> None:
+    """Put the learning curves of the stages that train beside the card, as ``<stage>.png``."""
+    for stage in _STAGES.keys() & folders.keys():
+        shutil.copy(folders[stage] / "learning_curve.png", target / f"{stage}.png")
 
 
 def copy_model(source: Path, target: Path) -> None:
@@ -45,11 +60,14 @@ def copy_model(source: Path, target: Path) -> None:
                 shutil.copy2(path, target / path.name)
 
 
-def model_card(name: str, config: dict[str, dict[str, Any]], folders: dict[str, Path]) -> str:
+def model_card(
+    name: str, repository: str, config: dict[str, dict[str, Any]], folders: dict[str, Path]
+) -> str:
     """The README.md of a model's folder: data, training, evaluation and samples, all as measured.
 
-    name: what the model is called. config: the recipe. folders: finished stages by name; 02, 03, 05, 06 and
-    07 must be among them, 12 to 15 where the model was tuned. Raises RecipeError for a missing record.
+    name: what the model is called. repository: where it is loaded from; empty: the folder of the card.
+    config: the recipe. folders: finished stages by name; 02, 03, 05, 06 and 07 must be among them, 11, 12, 14
+    and 15 where the model was tuned. Raises RecipeError for a missing record.
     """
     try:
         records = {stage: read_json(folder / "stage.json") for stage, folder in folders.items()}
@@ -60,8 +78,9 @@ def model_card(name: str, config: dict[str, dict[str, Any]], folders: dict[str, 
         _front_matter(),
         f"# {name}",
         _summary(config, records),
-        "## Use\n\n" + _use(name, config, tuned),
-        "## Data\n\n" + _data(records),
+        "## Use\n\n" + _use(repository, config, tuned),
+        "## Limits\n\n" + _LIMITS,
+        "## Data\n\n" + _data(folders, records),
         "## Tokenizer\n\n" + records["03_tokenizer"]["headline"],
         "## Training\n\n" + _training(config, records),
         "## Evaluation\n\n" + _measured(folders, records, ("06_evaluate", "14_evaluate")),
@@ -92,11 +111,11 @@ def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any
     parts = [
         f"A Japanese language model: {model_values(config).get('model_type', 'published')}, "
         f"{trained['figures']['active']['parameters']:,} parameters, pretrained in this recipe on "
-        f"{trained['figures']['tokens']:,} tokens.{origin}",
-        f"Pretraining: {trained['headline']}.",
+        f"{trained['figures']['tokens']:,} tokens.{origin}"
     ]
-    tuning = ("12_finetune", "13_preference", "14_evaluate")
-    parts += [f"{stage}: {records[stage]['headline']}." for stage in tuning if stage in records]
+    told = {stage: title for stage, (title, _) in _STAGES.items()} | {"14_evaluate": "Held-out questions"}
+    lines = [f"- {title}: {records[stage]['headline']}" for stage, title in told.items() if stage in records]
+    parts.append("\n".join(lines))
     versions = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
     parts.append(
         f"Made {trained['finished'][:10]} from commit {trained['commit'] or 'unknown'} ({versions})."
@@ -104,24 +123,27 @@ def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any
     return "\n\n".join(parts)
 
 
-def _use(name: str, config: dict[str, dict[str, Any]], tuned: bool) -> str:
+def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str:
     values = config["generation"]
+    told = "" if repository else "In the folder of this card:\n\n"
     if tuned:
         question = (values.get("questions") or values["prompts"])[0]
         ask = _CHAT.format(question=json.dumps(question, ensure_ascii=False))
     else:
         ask = _CONTINUE.format(prompt=json.dumps(values["prompts"][0], ensure_ascii=False))
-    code = _USE.format(name=name, ask=ask, length=values["max_new_tokens"])
+    told += _USE.format(name=repository or ".", ask=ask, length=values["max_new_tokens"])
     rules = {key: v for key, v in config["dataset"].items() if key in ("neologdn", "keep_wave_dash", "nfkc")}
-    told = f"The training text was normalised by neologdn ({json.dumps(rules)}); normalise what you ask too."
+    told += "\n\nThe training text was normalised by neologdn"
+    told += f" ({json.dumps(rules)[1:-1]})" if rules else ""
+    told += "; normalise what you ask too."
     segmenter = config["tokenizer"].get("segmenter")
     if segmenter:
         told += f" Its words were separated by {segmenter}: so must yours be."
-    return f"{code}\n\n{told}"
+    return told
 
 
-def _data(records: dict[str, dict[str, Any]]) -> str:
-    """Sources with licence and what was kept of them; why the rest was dropped."""
+def _data(folders: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
+    """Sources with licence and what was kept of them; why the rest was dropped; the instruction pairs."""
     sources = records["01_download"]["figures"]["sources"] if "01_download" in records else {}
     lines = ["| source | licence | documents | kept | MB kept | dropped |", "|---|---|---:|---:|---:|---|"]
     for name, counts in records["02_dataset"]["figures"].items():
@@ -131,21 +153,27 @@ def _data(records: dict[str, dict[str, Any]]) -> str:
             f"| {name} | {sources.get(name, {}).get('licence', 'unknown')} | {documents['in']:,} | "
             f"{documents['out']:,} | {counts['bytes']['out'] / 1e6:,.2f} | {dropped} |"
         )
+    if "11_dataset" in folders:
+        lines += [
+            "",
+            "### Instructions",
+            "",
+            (folders["11_dataset"] / "funnel.md").read_text("utf-8").strip(),
+        ]
+    for name, counts in records.get("13_preference", {}).get("figures", {}).get("pairs", {}).items():
+        lines += ["", f"Preferences, {name}: {counts['out']:,} of {counts['in']:,} kept."]
     return "\n".join(lines)
 
 
 def _training(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
     """What was really active, the settings, the curve."""
-    parts = ["![learning curve](learning_curve.png)"]
-    for stage, file in (
-        ("05_pretrain", "pretrain"),
-        ("12_finetune", "finetune"),
-        ("13_preference", "preference"),
-    ):
+    parts = []
+    for stage, (title, file) in _STAGES.items():
         if stage in records:
             figures = records[stage]["figures"]
             rows = [f"| {key} | {value} |" for key, value in flat_figures(figures.get("active", {}))]
-            parts.append(f"### {stage}\n\n" + "\n".join(["| active | |", "|---|---|", *rows]))
+            parts.append(f"### {title}\n\n![learning curve]({stage}.png)")
+            parts.append("\n".join(["| active | |", "|---|---|", *rows]))
             settings = {
                 key: value for key, value in config[file].items() if key not in ("pairs", "hub_model_id")
             }

@@ -1066,8 +1066,8 @@ def check_launch(
 ) -> Path | None:
     """Check what a training file and a launcher ask of each other; return the path of the DeepSpeed file.
 
-    file: ``pretrain`` or ``finetune``. deepspeed: a short name, or None. tensor_parallel: ranks that share
-    each matrix. Raises Refused.
+    file: ``pretrain``, ``finetune`` or ``preference``. deepspeed: a short name, or None. tensor_parallel:
+    ranks that share each matrix. Raises Refused.
     """
     option = "--tensor-parallel" if tensor_parallel > 1 else "--fsdp" if fsdp else ""
     option = "--deepspeed" if deepspeed else option
@@ -1096,6 +1096,18 @@ def check_launch(
             "fp16.enabled": values.get("fp16", "auto"),
         }
         check_deepspeed_facts(path, facts)
+    lora = values.get("lora") or {}
+    if option in ("--fsdp", "--tensor-parallel") and (lora or file == "preference"):
+        raise Refused(
+            f"{file}.json: {option} shards a model whose weights are all trained, without an adapter (lora) "
+            "and without the reference model of preferences. Give this stage --nproc, with --deepspeed zero2 "
+            f"or zero3 if memory is short, and {option} to stage 05 alone (bash pretrain/05_pretrain.sh)"
+        )
+    if path and lora.get("quantization") and read_config(path)["zero_optimization"]["stage"] == 3:
+        raise Refused(
+            f"{file}.json: lora.quantization: ZeRO-3 cannot partition nf4 weights. Use --deepspeed zero2, or "
+            f"tune LoRA over unquantised weights: --set {file}.lora.quantization=null"
+        )
     if option and values.get("muon_learning_rate"):
         raise Refused(
             f"{file}.json: muon_learning_rate: Muon needs whole matrices, and under {option} a rank has "

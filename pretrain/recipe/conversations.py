@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from recipe.chat import encode_conversation
+from recipe.chat import check_template, encode_conversation
 from recipe.dialogues import Message
 from recipe.instructions import messages_of
 from recipe.outputs import RecipeError
@@ -22,8 +22,10 @@ def load_conversations(
     """Every pair of a file of stage 11 as ids and trained flags; what was left out or shortened, by reason.
 
     A conversation longer than `block_size` loses its last turns until it fits; one whose first answer does
-    not fit is left out. Raises RecipeError when a conversation trains nothing, or when none fits.
+    not fit is left out. Raises RecipeError when a conversation trains nothing, or when none fits, and for a
+    tokenizer or chat template that cannot train answers (see `check_template`).
     """
+    check_template(tokenizer)
     conversations: list[Conversation] = []
     counts = Counter({"longer than block_size": 0})
     for row in pq.read_table(path).to_pylist():
@@ -45,8 +47,7 @@ def encode_trained(tokenizer: Any, messages: list[Message], where: str) -> Conve
         if message["role"] == "assistant" and not message["content"].strip():
             raise RecipeError(
                 f"{where}: the pair {messages[-2]['content'][:60]!r} has no trained token: an answer is "
-                f"empty. "
-                "Redo stage 11, which drops such pairs"
+                "empty. Redo stage 11, which drops such pairs"
             )
     ids, trained = encode_conversation(tokenizer, messages)
     if not any(trained):

@@ -14,6 +14,7 @@ message_id, parent_id, role, text_ja, text  a tree of replies, a row a message (
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,6 +60,15 @@ def expand_pairs(where: str, pattern: str) -> list[Path]:
     if not paths:
         raise RecipeError(f"{where}.path: {pattern!r} matches no file (from {ROOT})")
     return paths
+
+
+def byte_order_marks(where: str, spec: dict[str, Any]) -> int:
+    """How many files of an entry with a `path` begin with a byte order mark, which `read_rows` takes off."""
+    found = 0
+    for path in expand_pairs(where, spec["path"]) if "path" in spec else []:
+        with path.open("rb") as handle:
+            found += handle.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return found
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,6 @@ it leaves to defaults are then set, and the file is loaded by llama.cpp itself (
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import socket
 import subprocess
@@ -72,10 +71,7 @@ def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
 
 
 def _set_tokenizer(source: Path, target: Path, kind: str) -> None:
-    """Copy a GGUF file with what its tokenizer must do: add no space, remove none; Unigram's own search.
-
-    The chat template loses the marks of what is trained, which llama.cpp does not know.
-    """
+    """Copy a GGUF file with what its tokenizer must do: add no space, remove none; Unigram's own search."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
@@ -89,10 +85,6 @@ def _set_tokenizer(source: Path, target: Path, kind: str) -> None:
     }
     if kind == "unigram":
         new["tokenizer.ggml.model"] = MetadataDetails(GGUFValueType.STRING, "t5")
-    template = reader.get_field("tokenizer.chat_template")
-    if template:
-        text = re.sub(r"\{%-? *(end)?generation *-?%\}", "", template.contents())
-        new["tokenizer.chat_template"] = MetadataDetails(GGUFValueType.STRING, text)
     copy_with_new_metadata(reader, writer, new, [])
 
 

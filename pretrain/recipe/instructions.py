@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.dialogues import Message, expand_pairs, read_dialogues, read_rows
-from recipe.download import file_facts
+from recipe.download import file_facts, licence
 from recipe.outputs import DATA, ROOT
 from recipe.rules import japanese_share
 from recipe.sources import read_descriptions, read_manpages, read_tatoeba
@@ -105,6 +105,32 @@ def entry_facts(file: str, pairs: dict[str, Any]) -> dict[str, Any]:
         elif "dataset" in spec and (folder := ROOT / Path(spec["dataset"]).expanduser()).is_dir():
             facts[kind] = file_facts(sorted(path for path in folder.rglob("*") if path.is_file()))
     return facts
+
+
+def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overlap: dict[str, int]) -> str:
+    """What became of the pairs, in Markdown: by entry of instruction.json, with the licences.
+
+    funnel: by entry, counts ``in``, ``out``, ``dropped`` by reason, and ``byte_order_marks`` where there were
+    any. config: a whole recipe. overlap: as `pretraining_overlap` counts it.
+    """
+    lines = ["| pairs | from | licence | in | kept | dropped |", "|---|---|---|---:|---:|---|"]
+    for name, counts in funnel.items():
+        spec = config["instruction"]["pairs"][name]
+        if "source" in spec:
+            origin, terms = spec["source"], licence(config["dataset"]["sources"][spec["source"]])
+        elif "dataset" in spec:
+            local = (ROOT / Path(spec["dataset"]).expanduser()).is_dir()
+            origin = Path(spec["dataset"]).name if local else spec["dataset"]
+            terms = "as its publisher says"
+        else:
+            origin, terms = Path(spec["path"]).name, "yours"
+        dropped = ", ".join(f"{reason} {n:,}" for reason, n in counts["dropped"].items() if n) or "none"
+        lines.append(f"| {name} | {origin} | {terms} | {counts['in']:,} | {counts['out']:,} | {dropped} |")
+    marks = sum(counts.get("byte_order_marks", 0) for counts in funnel.values())
+    lines += ["", f"Byte order marks were taken off {marks:,} files."] if marks else []
+    shared = " and ".join(f"{count:,} of the {side} side" for side, count in overlap.items())
+    lines += ["", f"Pairs that share a sentence with the validation text of pretraining: {shared}."]
+    return "\n".join(lines) + "\n"
 
 
 def no_pairs(config: dict[str, Any]) -> str:

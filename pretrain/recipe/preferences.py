@@ -66,8 +66,7 @@ def load_preferences(
         if not preferences:
             raise RecipeError(
                 f"preference.json: no preferences on the {side} side, of {funnel}: too few. Add some or "
-                f"change "
-                "valid_share"
+                "change valid_share"
             )
     return sides, funnel
 

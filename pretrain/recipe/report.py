@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,10 +35,11 @@ def write_report(recipe: str) -> Path:
         raise Refused(f"recipe {recipe!r} has no finished stage. Run `bash run_all.sh --recipe {recipe}`")
     last = max(records, key=lambda record: record["finished"])
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    finished = last["finished"].replace("T", " ")
     template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(f"Recipe {recipe}"),
-        made=html.escape(f"Finished {last['finished']}, commit {last['commit'] or 'unknown'}; {versions}."),
+        made=html.escape(f"Finished {finished}, commit {last['commit'] or 'unknown'}; {versions}."),
         stages="\n".join([_overview(records), *(_stage(folder, record) for record in records)]),
     )
     part = folder / ".report.html.part"
@@ -56,7 +58,7 @@ def _overview(records: list[dict[str, Any]]) -> str:
 
 
 def _stage(folder: Path, record: dict[str, Any]) -> str:
-    """A stage's section: its texts and pictures, or its figures where it has no text.
+    """A stage's section: its pictures and texts, and, folded, its figures where it has no text, and settings.
 
     A model's card is left out, with its pictures: it repeats the others.
     """
@@ -66,14 +68,19 @@ def _stage(folder: Path, record: dict[str, Any]) -> str:
     texts = [_markdown(path.read_text("utf-8")) for path in found if path.suffix == ".md"]
     if not texts:
         rows = list(flat_figures(record["figures"]))
-        texts = [_table(("figure", "value"), rows[:MOST_FIGURES])]
+        table = _table(("figure", "value"), rows[:MOST_FIGURES])
         if len(rows) > MOST_FIGURES:
-            texts.append(f"<p>and {len(rows) - MOST_FIGURES} more in {name}/stage.json</p>")
+            table += f"<p>and {len(rows) - MOST_FIGURES} more in {name}/stage.json</p>"
+        texts = [_folded("figures", table)] if rows else []
     pictures = [_picture(path) for path in found if path.suffix == ".png"]
     config = json.dumps(record["config"], ensure_ascii=False, indent=2)
-    settings = f"<details><summary>settings</summary><pre>{html.escape(config)}</pre></details>"
+    settings = _folded("settings", f"<pre>{html.escape(config)}</pre>")
     heading = f"<h2>{html.escape(name)}</h2>\n<p>{html.escape(record['headline'])}</p>"
     return "\n".join([heading, *pictures, *texts, settings])
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def _markdown(text: str) -> str:
@@ -92,8 +99,14 @@ def _picture(path: Path) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    lines += [f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _cell(text: str) -> str:
+    """A cell of a table; a number stands to the right."""
+    kind = ' class="number"' if re.fullmatch(r"[-+\d,.e]+", text) else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 def flat_figures(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from recipe.chat import encode_conversation
+from recipe.chat import check_template, encode_conversation
 from recipe.generation import check_room, clean_prompt, generation_config, stream
 from recipe.modeling import for_inference, load_model
 from recipe.outputs import RecipeError
@@ -22,12 +22,14 @@ class Talker:
     """A tuned model that answers conversations.
 
     folder: a tuned model with its chat template. config: the whole recipe; `config["generation"]` holds the
-    sampling options, and may be replaced between two answers.
+    sampling options, and may be replaced between two answers. Raises RecipeError for a model that was never
+    tuned to answer (see `check_template`).
     """
 
     def __init__(self, folder: Path, config: dict[str, dict[str, Any]]) -> None:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        check_template(self.tokenizer)
         self.model = for_inference(load_model(folder))
         torch.manual_seed(config["generation"].get("seed", 42))
 

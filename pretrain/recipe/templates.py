@@ -8,8 +8,12 @@ tokens. In both, a conversation begins as a document does and every answer ends 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 INPUT_HEADING = "\n\n### 入力:\n"
+# What calls for an answer, by form: a question ends with it.
+ANSWER_HEADINGS = {"alpaca": "### 応答:\n", "chat": "Assistant:\n"}
+FORMS = tuple(ANSWER_HEADINGS)
 
 # What a turn of a user's adds; `content` is what it says. It ends a line: no token crosses into the answer.
 _USER_TURNS = {
@@ -22,14 +26,13 @@ _USER_TURNS = {
 {%- endif -%}
 {{- '要求を適切に満たす応答を書きなさい。\\n\\n' -}}
 {%- endif -%}
-{{- '### 指示:\\n' + content + '\\n\\n### 応答:\\n' -}}""",
-    "chat": "{{- 'User:\\n' + content + '\\n\\nAssistant:\\n' -}}",
+{{- '### 指示:\\n' + content + '\\n\\n' + ANSWER_HEADING -}}""",
+    "chat": "{{- 'User:\\n' + content + '\\n\\n' + ANSWER_HEADING -}}",
 }
-FORMS = tuple(_USER_TURNS)
 
-# `generation` marks what is trained, for apply_chat_template(return_assistant_tokens_mask=True). The heading
-# of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is the line
-# used when a conversation brings none.
+# The heading of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is
+# the line used when a conversation brings none. Only what every Jinja knows: transformers' own marks of what
+# is trained ({% generation %}) would stop the servers that render with another one.
 _TEMPLATE = """{{- bos_token -}}
 {%- if messages[0].role != 'system' and SYSTEM -%}
 {{- SYSTEM + '\\n\\n' -}}
@@ -42,7 +45,7 @@ _TEMPLATE = """{{- bos_token -}}
 {%- if not loop.first and loop.previtem.role == 'assistant' -%}{{- '\\n\\n' -}}{%- endif -%}
 USER_TURN
 {%- elif message.role == 'assistant' -%}
-{%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}
+{{- content + eos_token -}}
 {%- else -%}
 {{- raise_exception('unknown role ' + message.role + ': wanted system, user or assistant') -}}
 {%- endif -%}
@@ -57,12 +60,26 @@ def chat_template(form: str, system: str = "") -> str:
     filled = {
         "USER_TURN": _USER_TURNS[form].strip(),
         "INPUT_HEADING": json.dumps(INPUT_HEADING, ensure_ascii=False),
+        "ANSWER_HEADING": json.dumps(ANSWER_HEADINGS[form], ensure_ascii=False),
         "SYSTEM": json.dumps(system.strip(), ensure_ascii=False),
     }
     template = _TEMPLATE
     for name, text in filled.items():
         template = template.replace(name, text)
     return template
+
+
+def response_template(form: str, end: str) -> dict[str, Any]:
+    """How transformers' servers find the answer in what was generated, to keep in the tokenizer.
+
+    Without it they go by the architecture, and take a model of Qwen's for one that talks in Qwen's form: the
+    whole prompt stands in its answers then. end: the tokenizer's end token.
+    """
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": ANSWER_HEADINGS[form],
+        "fields": {"content": {"close": end, "content": "text"}},
+    }
 
 
 def user_message(instruction: str, given: str = "") -> str:

@@ -21,6 +21,7 @@ import torch
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -81,6 +82,7 @@ def run(
             **more,
         )
         trainer = Trainer(model, arguments, data_collator=counted, train_dataset=samples, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     measured = counted.batches[WARM_UP : WARM_UP + STEPS]
     tokens, places = (sum(column) for column in zip(*measured, strict=True))

@@ -18,7 +18,8 @@ def test_the_folder_loads_and_is_the_tuned_model(project):
     assert model.generate(**ids, max_new_tokens=2).shape[1] > ids["input_ids"].shape[1]
     tuned = project.output("mini", "12_finetune", "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == tuned
-    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    for stage in ("05_pretrain", "12_finetune"):
+        assert (folder / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_card_says_what_was_measured(project):
@@ -34,7 +35,10 @@ def test_the_card_says_what_was_measured(project):
     bits = project.figures("mini", "06_evaluate")["in_domain"]["bits_per_byte"]
     assert f"{bits:.3f}" in card
     assert project.output("mini", "07_generate", "samples.md").read_text("utf-8").strip() in card
-    assert '"learning_rate": 0.01' in card and "](learning_curve.png)" in card
+    assert '"learning_rate": 0.01' in card and "](05_pretrain.png)" in card and "](12_finetune.png)" in card
+    pairs = project.figures("mini", "11_dataset")["pairs"]["mine"]
+    assert f"| mine | pairs.json | yours | {pairs['in']} | {pairs['out']} | none |" in card
+    assert "AutoModelForCausalLM.from_pretrained('.')" in card  # as it lies there, before any push
     assert str(project.folder) not in card  # nobody's paths are published
 
 

@@ -1,11 +1,16 @@
 """Tuning end to end: an adapter and its merge, preferences, and what is talked to afterwards."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
 from conftest import sentences
+from recipe.launch import descendants
 
 LORA = {"r": 4, "lora_alpha": 8}
 
@@ -76,6 +81,9 @@ def test_preferences_move_the_model_towards_the_chosen(tuned):
     figures = project.figures("lora", "13_preference")
     assert figures["pairs"]["mine"]["dropped"] == {"chosen equals rejected": 1}
     assert figures["steps"] == 8 and figures["eval_loss"] < 0.6
+    active = figures["active"]  # looked at in the running trainer, as in stage 05
+    assert active["optimizer"] == "AdamW" and active["accumulation"] == 2 and active["precision"] == "fp32"
+    assert "active: device cpu, precision fp32" in result.stdout.partition("13_preference")[2]
     rows = project.output("lora", "13_preference", "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # -log sigmoid(0): the model is its own reference
@@ -99,56 +107,74 @@ def test_preview_marks_the_answer(tuned):
     assert result.stdout.count("Assistant:\n【") == 3
 
 
-def test_nf4_is_refused_without_a_gpu(project):
-    change = ("--set", 'finetune.lora={"quantization": "nf4"}')
-    result = project.run("run_all.sh", "--recipe", "mini", *change, check=False)
-    assert result.returncode == 2
-    assert "no NVIDIA GPU" in result.stderr and "finetune.lora.quantization=null" in result.stderr
-
-
-def test_a_stopped_tuning_of_an_adapter_continues_to_the_same_weights(tuned):
-    from safetensors.torch import load_file
-
+@pytest.mark.parametrize("file", ["finetune", "preference"])
+def test_nf4_is_refused_without_a_gpu(tuned, file):
     project, _ = tuned
-    shutil.copytree(project.folder / "configs/lora", project.folder / "configs/again")
-    (project.folder / "configs/again/preference.json").unlink()
-    project.edit("again", "finetune", save_steps=2)
-    project.run("run_all.sh", "--recipe", "again", "--to", "12")
-    done = project.output("again", "12_finetune", ".").resolve()
-    first = load_file(done / "model.safetensors")
-    # What a kill after step 2 leaves: the work folder with the checkpoint of that step.
-    work = done.with_name(".12_finetune.work")
-    done.rename(work)
-    wanted = json.loads((work / "stage.json").read_text())["wanted"]
-    (work / ".wanted.json").write_text(json.dumps(wanted))
-    for name in ("stage.json", "result.json", "model.safetensors"):
-        (work / name).unlink()
-    shutil.rmtree(work / "adapter")
-    for checkpoint in work.glob("checkpoints/checkpoint-*"):
-        if checkpoint.name != "checkpoint-2":
-            shutil.rmtree(checkpoint)
-    result = project.run("fine-tuning/12_finetune.sh", "--recipe", "again")
-    assert "continues from checkpoint-2" in result.stdout
-    second = load_file(done / "model.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    change = ("--set", f'{file}.lora={{"quantization": "nf4"}}')
+    result = project.run("run_all.sh", "--recipe", "lora", *change, check=False)
+    assert result.returncode == 2 and "01_download" not in result.stdout
+    assert "no NVIDIA GPU" in result.stderr and f"{file}.lora.quantization=null" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "script"),
+    [
+        ("12_finetune", "finetune", "fine-tuning/12_finetune.sh"),
+        ("13_preference", "preference", "fine-tuning/13_preference.sh"),
+    ],
+)
+def test_a_killed_tuning_continues_to_the_same_weights(tuned, stage, file, script):
+    """SIGKILL to every process after a checkpoint: losses and weights are those of no kill."""
+    project, _ = tuned
+    name = f"killed-{file}"
+    shutil.copytree(project.folder / "configs/lora", project.folder / "configs" / name)
+    project.edit(name, file, max_steps=40, save_steps=2, eval_strategy="no")
+    project.run("run_all.sh", "--recipe", name, "--to", str(int(stage[:2]) - 1))
+    work = project.output(name, f".{stage}.work", "")
+    process = project.start(script, "--recipe", name)
+    deadline = time.monotonic() + 240
+    while not list(work.glob("checkpoints/checkpoint-*/manifest.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for child in reversed(descendants(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.communicate()
+    assert not project.output(name, stage).exists()
+    result = project.run(script, "--recipe", name)
+    assert "continues from checkpoint-" in result.stdout
+    continued = losses_and_weights(project, name, stage)
+    assert len(continued[0]) == 40
+    project.run(script, "--recipe", name, "--force")
+    assert losses_and_weights(project, name, stage) == continued
+
+
+def losses_and_weights(project, recipe, stage):
+    """What training logged by step, and the bytes of the model, and of the adapter where there is one."""
+    losses = [(row["step"], row["loss"]) for row in rows_of(project, recipe, stage) if "loss" in row]
+    folder = project.output(recipe, stage, ".")
+    files = [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]
+    assert len(files) == (2 if (folder / "adapter").exists() else 1)
+    return losses, [file.read_bytes() for file in files]
 
 
 def test_noisy_embeddings_are_off_unless_asked_for(project):
     """NEFTune: the same first batch has another loss, and evaluation is without noise."""
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs/noisy")
-    project.edit("noisy", "finetune", neftune_noise_alpha=50.0, learning_rate=0.0)
+    project.edit("noisy", "finetune", learning_rate=0.0)
     project.run("run_all.sh", "--recipe", "noisy", "--to", "12")
-    project.edit("noisy", "finetune", neftune_noise_alpha=None)
-    noisy = rows_of(project, "noisy")
-    project.run("fine-tuning/12_finetune.sh", "--recipe", "noisy", "--force")
     plain = rows_of(project, "noisy")
+    stage = ("fine-tuning/12_finetune.sh", "--recipe", "noisy", "--force")
+    project.run(*stage, "--set", "finetune.neftune_noise_alpha=0")
+    assert [row["loss"] for row in rows_of(project, "noisy")[:6]] == [row["loss"] for row in plain[:6]]
+    project.run(*stage, "--set", "finetune.neftune_noise_alpha=50.0")
+    noisy = rows_of(project, "noisy")
     assert noisy[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
     assert noisy[-1]["eval_loss"] == pytest.approx(plain[-1]["eval_loss"], rel=1e-6)
 
 
-def rows_of(project, recipe):
-    """The logged rows of stage 12."""
-    return [
-        json.loads(line)
-        for line in project.output(recipe, "12_finetune", "metrics.jsonl").read_text().splitlines()
-    ]
+def rows_of(project, recipe, stage="12_finetune"):
+    """The logged rows of a training."""
+    lines = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

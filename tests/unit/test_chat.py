@@ -1,11 +1,15 @@
 """The instruction format: real line ends, one <s>, answers trained to </s>, the same bytes in every place."""
 
+import copy
+
 import pytest
 from conftest import sentences
 from recipe import chat
 from recipe import templates as forms
 from recipe.conversations import preview
+from recipe.outputs import RecipeError
 from recipe.tokenizer_training import train_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 SYSTEM = 'あなたは"AI"です。'
 
@@ -48,6 +52,88 @@ def test_plain_chat_byte_for_byte(fast):
 
 
 @pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize(
+    "blocks", [False, True], ids=["jinja2's defaults", "as transformers and vLLM set it"]
+)
+def test_any_jinja_renders_the_saved_file_as_the_training_form(fast, form, blocks, tmp_path):
+    """A server that reads chat_template.jinja and knows nothing of transformers' extensions."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    fast = with_template(fast, forms.chat_template(form, SYSTEM))
+    fast.save_pretrained(tmp_path)
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=blocks, lstrip_blocks=blocks)
+    template = jinja.from_string((tmp_path / "chat_template.jinja").read_text("utf-8"))
+    conversation = [QUESTION, ANSWER, {"role": "user", "content": forms.user_message(" 訳せ\n", "山")}]
+    text = template.render(
+        messages=conversation, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+    )
+    assert text == fast.apply_chat_template(conversation, tokenize=False)
+    ids, _ = chat.encode_conversation(fast, conversation)
+    assert fast.decode(ids) == text
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_our_templates_can_be_trained(fast, form):
+    chat.check_template(with_template(fast, forms.chat_template(form, SYSTEM)))
+
+
+TURN = (
+    "{% for m in messages %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% else %}:{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template: it was never tuned"),
+        (TURN.replace(":", ""), "has no response mark: a question ends as '山は高いか'"),
+        (
+            TURN.replace("{{ eos_token }}", ""),
+            "writes the answer 'はい、高い' as 'はい、高い', wanted it with '</s>'",
+        ),
+        (TURN + "{{ messages|length }}", "renders '山は高いか:1' otherwise when 'はい、高い' follows"),
+        (TURN + "{% endfor %}", "cannot be rendered: .*endfor"),
+    ],
+    ids=["none", "no response mark", "no end token", "not the same again", "not Jinja"],
+)
+def test_a_template_that_cannot_train_answers_is_named(fast, template, message):
+    assert chat.check_template(with_template(fast, TURN)) is None
+    with pytest.raises(RecipeError, match=rf"{message}.*recipe/templates\.py"):
+        chat.check_template(with_template(fast, template))
+
+
+def with_template(fast, template):
+    """A copy of the tokenizer with another chat template."""
+    other = copy.deepcopy(fast)
+    other.chat_template = template
+    return other
+
+
+def test_a_tokenizer_without_the_special_tokens_is_named(fast):
+    bare = PreTrainedTokenizerFast(tokenizer_object=fast.backend_tokenizer)
+    bare.chat_template = TURN
+    with pytest.raises(RecipeError, match=r"no eos_token and no pad_token.*stage 03.*tokenizer_config\.json"):
+        chat.check_template(bare)
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_servers_find_the_answer_in_what_was_generated(fast, form, tmp_path):
+    """Saved and loaded: transformers' servers cut the prompt and the end token off by response_template."""
+    from transformers import AutoTokenizer
+
+    fast = with_template(fast, forms.chat_template(form, SYSTEM))
+    fast.response_template = forms.response_template(form, fast.eos_token)
+    fast.save_pretrained(tmp_path)
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    conversation = [QUESTION, ANSWER, QUESTION]
+    prompt, _ = chat.encode_conversation(served, conversation)
+    whole, _ = chat.encode_conversation(served, [*conversation, ANSWER])
+    parsed = served.parse_response(whole[len(prompt) :], prefix=served.decode(prompt))
+    assert parsed == ANSWER
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_what_servers_send_is_the_training_form(fast, form, tmp_path):
     """Saved and loaded, with the generation prompt that chat commands and servers ask for."""
     from transformers import AutoTokenizer
@@ -67,8 +153,14 @@ def test_what_servers_send_is_the_training_form(fast, form, tmp_path):
 
 def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
     ids, trained = chat.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])
+    # transformers' own marks of what is trained, which the saved template must do without.
+    marked = fast.chat_template.replace(
+        "{{- content + eos_token -}}",
+        "{%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}",
+    )
     direct = fast.apply_chat_template(
         [QUESTION, ANSWER, QUESTION, ANSWER],
+        chat_template=marked,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from recipe import instructions
+from recipe import dialogues, instructions
 from recipe.outputs import RecipeError
 from recipe.sources import ManPage
 
@@ -179,3 +179,35 @@ def test_overlap_counts_pairs_with_a_sentence_of_the_validation_text():
     }
     texts = iter([f"前置き。\n{shared}。後書き。", "短い"])
     assert instructions.pretraining_overlap(sides, texts) == {"train": 1, "valid": 0}
+
+
+def test_byte_order_marks_are_taken_off_and_counted(tmp_path):
+    row = json.dumps({"instruction": "訳せ", "input": "", "output": "あ"})
+    (tmp_path / "a.jsonl").write_text("\ufeff" + row, "utf-8")
+    (tmp_path / "b.jsonl").write_text(row, "utf-8")
+    spec = {"path": str(tmp_path / "*.jsonl")}
+    assert dialogues.byte_order_marks("x", spec) == 1
+    assert [row["instruction"] for _, row in dialogues.read_rows("x", spec)] == ["訳せ", "訳せ"]
+    assert dialogues.byte_order_marks("x", {"source": "manpages"}) == 0
+
+
+def test_the_table_of_pairs_names_where_they_are_from_and_their_licences():
+    config = {
+        "dataset": {"sources": {"tatoeba": {"source": "tatoeba", "licence": "CC-BY 2.0 FR"}}},
+        "instruction": {
+            "pairs": {
+                "translation": {"source": "tatoeba"},
+                "mine": {"path": "/home/somebody/pairs.json"},
+                "dolly": {"dataset": "kunishou/databricks-dolly-15k-ja"},
+            }
+        },
+    }
+    counts = {"in": 1200, "out": 1190, "dropped": {"duplicate": 10, "over translation_share": 0}}
+    funnel = dict.fromkeys(config["instruction"]["pairs"], counts)
+    funnel["mine"] = counts | {"byte_order_marks": 1}
+    table = instructions.pairs_table(funnel, config, {"train": 3, "valid": 0})
+    assert "| translation | tatoeba | CC-BY 2.0 FR | 1,200 | 1,190 | duplicate 10 |" in table
+    assert "| mine | pairs.json | yours | 1,200 " in table  # nobody's paths are published
+    assert "| dolly | kunishou/databricks-dolly-15k-ja | as its publisher says |" in table
+    assert "Byte order marks were taken off 1 files." in table
+    assert "pretraining: 3 of the train side and 0 of the valid side." in table

@@ -156,3 +156,19 @@ def test_launches_that_cannot_be_are_refused():
     check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 2)
     with pytest.raises(Refused, match="2 key-value heads"):
         check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 4)
+
+
+@pytest.mark.parametrize("option", ["--fsdp", "--tensor-parallel"])
+def test_adapters_and_preferences_are_not_sharded_by_torch(option):
+    sharding = {"fsdp": True} if option == "--fsdp" else {"tensor_parallel": 2}
+    for file, values in (("finetune", VALUES | {"lora": {"r": 4}}), ("preference", VALUES)):
+        check_launch(values, file, "zero3", 2)
+        with pytest.raises(Refused, match=rf"{file}\.json: {option} shards .*--deepspeed zero2 or zero3"):
+            check_launch(values, file, None, 2, **sharding)
+
+
+def test_nf4_is_not_partitioned_by_zero_3():
+    values = VALUES | {"lora": {"r": 4, "quantization": "nf4"}}
+    assert check_launch(values, "finetune", "zero2", 2).name == "zero2.json"
+    with pytest.raises(Refused, match=r"Use --deepspeed zero2, or .*finetune\.lora\.quantization=null"):
+        check_launch(values, "finetune", "zero3_offload", 2)
