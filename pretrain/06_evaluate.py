@@ -1,4 +1,5 @@
-"""Stage 06: measure the model: loss, perplexity, bits per byte and per character, in and out of domain; tasks.
+"""Stage 06: measure the model: loss, perplexity, bits per byte and per character, in and out of domain;
+tasks.
 
 Edit: configs/<recipe>/evaluation.json. Writes: metrics.json, metrics.md, tasks/ (what was asked).
 Run:  python pretrain/06_evaluate.py --recipe tiny
@@ -14,9 +15,13 @@ from recipe.shards import read_texts, side_sources
 
 
 def main(stage: Stage) -> None:
-    """Evaluate every source's validation side; sources held out whole are the out-of-domain set. Then tasks."""
+    """Evaluate every source's validation side; sources held out whole are the out-of-domain set.
+
+    Then tasks.
+    """
     from recipe.evaluation import WINDOW_RULE, combine, computes_in_bf16, evaluate_texts, markdown
     from recipe.modeling import for_inference, load_model
+    from recipe.tasks.harness import markdown as score_table
     from transformers import AutoTokenizer
 
     config, dataset = stage.config["evaluation"], stage.inputs["02_dataset"]
@@ -40,35 +45,30 @@ def main(stage: Stage) -> None:
     text = f"{markdown(metrics | sources)}\n{WINDOW_RULE.format(block_size=block_size)}\n"
     stage.figures = metrics | {"sources": sources, "precision": "bf16" if bf16 else "fp32"}
     if config.get("tasks"):
-        stage.figures["tasks"] = run(stage, model, tokenizer, batch_size, bf16)
-        from recipe.tasks import harness
-
-        text += f"\n{harness.markdown(stage.figures['tasks'])}"
+        stage.figures["tasks"] = score_tasks(stage, model, tokenizer, batch_size, bf16)
+        text += "\n" + score_table({"score": stage.figures["tasks"]})
     write_json(stage.folder / "metrics.json", stage.figures)
     (stage.folder / "metrics.md").write_text(text, "utf-8")
     shown = [f"{name.replace('_', ' ')} {figures['bits_per_byte']:.4f}" for name, figures in metrics.items()]
     stage.headline = "bits per byte: " + ", ".join(shown)
 
 
-def run(stage: Stage, model: Any, tokenizer: Any, batch_size: int, bf16: bool) -> dict[str, Any]:
+def score_tasks(stage: Stage, model: Any, tokenizer: Any, batch_size: int, bf16: bool) -> dict[str, Any]:
     """The scores of the tasks of evaluation.json."""
     from recipe.tasks.harness import Harness, run_tasks, scores
     from recipe.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
-        require_data(
-            read_json(stage.inputs["01_download"] / "stage.json")["figures"], stage.config["dataset"], DATA
-        )
-    asked = Harness(model, tokenizer, batch_size, bf16)
+        record = read_json(stage.inputs["01_download"] / "stage.json")
+        require_data(record["figures"], stage.config["dataset"], DATA)
+    names = stage.config["evaluation"]["tasks"]
     folder = stage.folder / "tasks"
-    tasks = write_tasks(stage.config, stage.inputs["02_dataset"], folder, stage.config["evaluation"]["tasks"])
+    tasks = write_tasks(stage.config, stage.inputs["02_dataset"], folder, names)
+    asked = Harness(model, tokenizer, batch_size, bf16)
     results = {name: scores(samples) for name, samples in run_tasks(asked, tasks).items()}
     shutil.rmtree(folder / ".cache")
-    if asked.cut:
-        stage.say(f"{asked.cut:,} prompts were longer than the model's positions and lost their beginning")
-    for name, figures in results.items():
-        stage.say(f"{name}: {figures['metric']} {figures['score']:.1%} of {figures['items']:,}")
-    return results | {}
+    stage.say(f"tasks: {asked.cut:,} prompts were cut: longer than the model's positions")
+    return results
 
 
 def inputs(config: dict[str, Any]) -> tuple[str, ...]:

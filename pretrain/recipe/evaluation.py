@@ -19,9 +19,12 @@ from recipe.token_files import TokenFile, write_token_file
 
 ROWS = 256  # tokens whose logits are in float32 at a time: tests/bench/evaluation.py
 WINDOW_RULE = (
-    "Documents stand end to end in blocks of {block_size} tokens without overlap, as in training. A token sees "
-    "what stands before it in its own document and block; what a block's end cuts off begins anew. Every token "
-    "but a document's first is predicted, the end token too; bits are divided by the bytes (characters) of the "
+    "Documents stand end to end in blocks of {block_size} tokens without overlap, as in training. A token "
+    "sees "
+    "what stands before it in its own document and block; what a block's end cuts off begins anew. Every "
+    "token "
+    "but a document's first is predicted, the end token too; bits are divided by the bytes (characters) of "
+    "the "
     "text alone."
 )
 
@@ -93,7 +96,8 @@ def evaluate_texts(
     first is predicted once.
 
     With a start token every byte of the text counts, without one the first token's do not. So does each
-    document's end: bits are those of text and ends, divided by the UTF-8 bytes (characters) of the text alone.
+    document's end: bits are those of text and ends, divided by the UTF-8 bytes (characters) of the text
+    alone.
     """
     from recipe.tokenizer import document_ids
 
@@ -143,7 +147,9 @@ def repetition(text: str, n: int = 8) -> float:
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Different character n-grams over all n-grams of some texts (Li et al., 2016: distinct-n); 0 for none."""
+    """Different character n-grams over all n-grams of some texts (Li et al., 2016: distinct-n); 0 for
+    none.
+    """
     grams = Counter(text[i : i + n] for text in texts for i in range(len(text) - n + 1))
     return len(grams) / grams.total() if grams else 0.0
 
@@ -158,4 +164,16 @@ def markdown(rows: dict[str, dict[str, float]]) -> str:
     for name, figures in rows.items():
         cells = [f"{figures[c]:,.0f}" if c in columns[:3] else f"{figures[c]:.4g}" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Figures of stage 14 as a table, before and after tuning; those that are no single numbers are left
+    out.
+    """
+    lines = ["| held-out instructions | before | after |", "|---|---:|---:|"]
+    for key, value in before.items():
+        if not isinstance(value, dict):
+            cells = [f"{x:,}" if isinstance(x, int) else f"{x:.4g}" for x in (value, after[key])]
+            lines.append(f"| {key.replace('_', ' ')} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"

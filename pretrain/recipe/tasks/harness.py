@@ -99,11 +99,13 @@ class Harness(HFLM):
 
 
 def run_tasks(model: Harness, tasks: list[dict[str, Any]], chat: bool = False) -> dict[str, list[Sample]]:
-    """What the harness logs of each item of each task.
+    """What the harness logs of each item of each task; nothing for no tasks.
 
-    tasks: as `recipe.tasks.items.write_tasks` gives them. chat: put prompts into the chat template, with
+    tasks: as `recipe.tasks.items.write_items` gives them. chat: put prompts into the chat template, with
     shots as turns before them.
     """
+    if not tasks:
+        return {}
     manager = TaskManager(include_path=str(Path(__file__).parent), include_defaults=False)
     # Only a group's members may add to what a YAML file says.
     loaded = manager.load([{"group": "recipe", "task": [dict(task) for task in tasks]}])
@@ -166,16 +168,20 @@ def _f1(found: str, wanted: str) -> float:
     return 2 * common / (len(found) + len(wanted)) if common else float(found == wanted)
 
 
-def markdown(tasks: dict[str, dict[str, Any]]) -> str:
-    """Scores as a table, a row per task."""
+def markdown(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Scores as a table: a row per task, a column per model.
+
+    columns: by the name of the column, what `scores` gives of each task; all have the same tasks.
+    """
+    heads = [f"{name}, 95 % interval" for name in columns]
     lines = [
-        "| task | metric | items | score | 95 % interval | majority | random |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"| task | metric | items | {' | '.join(heads)} | majority | random |",
+        "|---|---|---:|" + "---:|" * (len(heads) + 2),
     ]
-    for name, figures in tasks.items():
-        guesses = ["" if figures[key] is None else f"{figures[key]:.1%}" for key in ("majority", "random")]
-        lines.append(
-            f"| {name} | {figures['metric']} | {figures['items']:,} | {figures['score']:.1%} | "
-            f"{figures['low']:.1%} to {figures['high']:.1%} | {guesses[0]} | {guesses[1]} |"
-        )
+    for name, figures in next(iter(columns.values())).items():
+        cells = [name, figures["metric"], f"{figures['items']:,}"]
+        for scored in (tasks[name] for tasks in columns.values()):
+            cells.append(f"{scored['score']:.1%} ({scored['low']:.1%} to {scored['high']:.1%})")
+        cells += ["" if figures[key] is None else f"{figures[key]:.1%}" for key in ("majority", "random")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

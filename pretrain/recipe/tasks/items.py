@@ -34,7 +34,8 @@ Row = tuple[Item, str]  # what a question is made of, and its answer
 
 WRONG, DRAWN = 3, 24  # wrong choices, and the answers of other questions that they are taken from
 SHOTS = 100  # items of a training file that examples are drawn from
-JGLUE = "https://raw.githubusercontent.com/yahoojapan/JGLUE/6f071c09316baae89c3d083a90985b4b1cb9968c/datasets"
+JGLUE_COMMIT = "6f071c09316baae89c3d083a90985b4b1cb9968c"  # release 1.3.0: the content cannot change
+JGLUE = f"https://raw.githubusercontent.com/yahoojapan/JGLUE/{JGLUE_COMMIT}/datasets"
 LABELS = {"jnli": ("entailment", "contradiction", "neutral"), "marc-ja": ("positive", "negative")}
 
 _COMMAND = re.compile(r"名前\n(\S.*?) ?[-–—] ?(\S.*)")
@@ -58,9 +59,8 @@ def write_tasks(config: dict[str, Any], dataset: Path, folder: Path, names: Iter
             folders = jglue_files(name, spec)
             sides = {side: list(read_jglue(name, path, normalize)) for side, path in folders.items()}
             sides = {"train": sides["train"][:SHOTS], "test": in_hash_order(sides["test"])[:most]}
-        for side, items in sides.items():
-            if not items:
-                raise RecipeError(f"evaluation.json: tasks.{name}: nothing to ask about. Remove the task")
+        if not all(sides.values()):
+            raise RecipeError(f"evaluation.json: tasks.{name}: its files hold no items. Remove the task")
         tasks.append({"task": name} | write_items(folder, name, sides))
     return tasks
 
@@ -164,33 +164,35 @@ def read_readings(folder: Path) -> Iterator[Row]:
     """Words and readings of JMdict (CC BY-SA 4.0, Electronic Dictionary Research and Development Group): the
     common words of two kanji or more with a single reading, which is in hiragana.
 
-    folder: of the source `tatoeba`, whose archive holds the dictionary. Read line by line: memory is constant.
+    folder: of the source `tatoeba`, whose archive holds the dictionary. Read line by line: memory is
+    constant.
     """
     (archive,) = folder.glob("*.tar.gz")
     with gzip.open(archive) as handle:
         for _, packed in tar_members(handle, archive, re.compile(r"/res/jmdict/jmdict\.xml\.gz$")):
-            word, common, readings = "", False, []
-            for line in gzip.open(io.BytesIO(packed), "rt", encoding="utf-8"):
-                if line.startswith("<keb>"):
-                    word = word or line[5:].removesuffix("</keb>\n")
-                elif line.startswith(("<ke_pri>ichi1", "<ke_pri>news1", "<ke_pri>spec1")):
-                    common = True
-                elif line.startswith("<reb>"):
-                    readings.append(line[5:].removesuffix("</reb>\n"))
-                elif line.startswith("</entry>"):
-                    if (
-                        common
-                        and len(readings) == 1
-                        and re.fullmatch("[一-鿿々]{2,}", word)
-                        and re.fullmatch("[ぁ-ゖー]+", readings[0])
-                    ):
-                        yield {"word": word}, readings[0]
-                    word, common, readings = "", False, []
+            with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
+                yield from _readings(lines)
             return
     raise RecipeError(f"{archive}: holds no res/jmdict/jmdict.xml.gz. Remove the task `reading`")
 
 
-# -------------------------------------------------------------------------------------- held-out instructions
+def _readings(lines: Iterable[str]) -> Iterator[Row]:
+    word, common, readings = "", False, []
+    for line in lines:
+        if line.startswith("<keb>"):
+            word = word or line[5:].removesuffix("</keb>\n")
+        elif line.startswith(("<ke_pri>ichi1", "<ke_pri>news1", "<ke_pri>spec1")):
+            common = True
+        elif line.startswith("<reb>"):
+            readings.append(line[5:].removesuffix("</reb>\n"))
+        elif line.startswith("</entry>"):
+            alone = len(readings) == 1 and re.fullmatch("[ぁ-ゖー]+", readings[0])
+            if common and alone and re.fullmatch("[一-鿿々]{2,}", word):
+                yield {"word": word}, readings[0]
+            word, common, readings = "", False, []
+
+
+# -------------------------------------------------------------------------------------------- held-out pairs
 
 
 def held_out_items(
@@ -232,6 +234,30 @@ def jglue_files(name: str, spec: dict[str, str]) -> dict[str, Path]:
             if len(files) != 1:
                 raise RecipeError(
                     f"evaluation.json: tasks.{name}.path: {folder} holds {len(files)} files {pattern}, wanted "
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
+                    f""
                     f"one. Give the folder of JGLUE that holds train-*.json and valid-*.json of {name}"
                 )
             found[side] = files[0]
@@ -262,7 +288,7 @@ def read_jglue(name: str, path: Path, normalize: Callable[[str], str]) -> Iterat
 
 def _commonsense(row: dict[str, Any]) -> Item:
     choices = [row[f"choice{i}"] for i in range(5)]
-    choices[row["label"]]  # noqa: B018  a label that is none is found here
+    choices[row["label"]]
     return {"question": row["question"], "choices": choices, "answer": row["label"]}
 
 
