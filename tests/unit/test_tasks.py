@@ -136,18 +136,26 @@ def test_readings_are_of_common_words_with_one_reading(packaged, tmp_path):
 
 
 def test_four_choices_differ_and_the_right_one_stands_anywhere():
-    rows = [({"question": str(i)}, f"答え{i}" * (1 + i % 3)) for i in range(300)]
-    rows += [({"question": "同じ"}, "答え7" * 2)]  # an answer that two questions share
+    rows = [({"question": str(i)}, f"答え{i:03}" * (1 + i % 3)) for i in range(300)]
+    rows += [({"question": "同じ"}, rows[7][1])]  # an answer that two questions share
     found = items.four_choice(rows)
     assert len(found) == 301 and all(len(set(item["choices"])) == 4 for item in found)
     answers = dict((item["question"], answer) for item, answer in rows)
     assert all(item["choices"][item["answer"]] == answers[item["question"]] for item in found)
     assert min(Counter(item["answer"] for item in found).values()) > 50
-    # Length tells nothing: the right choice is the longest no more often than chance.
-    longest = sum(max(map(len, i["choices"])) == len(i["choices"][i["answer"]]) for i in found)
-    shortest = sum(min(map(len, i["choices"])) == len(i["choices"][i["answer"]]) for i in found)
-    assert longest == len(found) and shortest == len(found)
+    same_length = sum(len(set(map(len, item["choices"]))) == 1 for item in found)
+    assert same_length > 290  # there are always enough of each of the three lengths; by chance 1 in 27
     assert items.four_choice(reversed(rows)) == found and items.four_choice(rows, 5) == found[:5]
+
+
+def test_another_right_answer_is_no_wrong_choice():
+    rows = [({"english": "Hi."}, f"やあ{i}") for i in range(9)] + [
+        ({"english": "No."}, f"いや{i}") for i in range(9)
+    ]
+    (first, second) = items.four_choice(rows)
+    for item in (first, second):
+        same = {"Hi.": "やあ", "No.": "いや"}[item["english"]]
+        assert [choice[:2] == same for choice in item["choices"]].count(True) == 1
 
 
 def test_too_few_answers_make_no_question(packaged, tmp_path):
@@ -352,7 +360,7 @@ def test_rows_of_another_form_are_named(tmp_path, name, text, wanted):
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="holds 0 files train-"):
+    with pytest.raises(RecipeError, match="0 files train-"):
         items.jglue_files("jnli", {"path": str(tmp_path)})
 
 
@@ -408,7 +416,7 @@ def test_answers_of_squad(found, exact, f1):
 def test_a_prompt_that_is_cut_is_counted(trained, tmp_path):
     from recipe.tasks.harness import run_tasks
 
-    asked = items.four_choice([({"name": "本" * 300 if i == 0 else "本"}, f"{i}回") for i in range(4)])
+    asked = items.four_choice([({"name": "本" * (300 if i == 0 else i)}, f"{i}回") for i in range(4)])
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
     model = harness_of(trained)
     assert math.isfinite(run_tasks(model, [task])["command-summary"][0]["resps"][0][0][0])

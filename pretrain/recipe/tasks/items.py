@@ -113,23 +113,27 @@ def packaged_items(
 def four_choice(rows: Iterable[Row], most: int | None = None) -> list[Item]:
     """Questions with their answer among three of other questions'; none where there are too few answers.
 
-    The wrong choices are those nearest in length to the right one among `DRAWN` drawn ones, so that length
-    tells nothing. What is drawn depends on the question and the answers alone. Each item has the row's keys,
-    ``choices`` and ``answer``, the place of the right one. most: questions wanted, the first by their hash.
+    A question that has several answers is asked once, and none of them is a wrong choice. The wrong choices
+    are those nearest in length to the right one among `DRAWN` drawn ones, so that length tells nothing. What
+    is drawn depends on the question and the answers alone. Each item has the row's keys, ``choices`` and
+    ``answer``, the place of the right one. most: questions wanted, the first by their hash.
     """
-    unique = {json.dumps(item, ensure_ascii=False): (item, answer) for item, answer in rows}
-    answers = sorted({answer for _, answer in unique.values()})
+    right: dict[str, set[str]] = defaultdict(set)
+    for item, answer in rows:
+        right[json.dumps(item, ensure_ascii=False)].add(answer)
+    answers = sorted(set().union(*right.values()))
     if len(answers) <= WRONG:
         return []
     items = []
-    for key in sorted(unique, key=text_hash)[:most]:
-        item, answer = unique[key]
+    for key in sorted(right, key=text_hash)[:most]:
         draw = random.Random(text_hash(key))
-        others = [a for a in draw.sample(answers, min(len(answers), DRAWN + 1)) if a != answer]
+        answer = min(right[key])
+        drawn = draw.sample(answers, min(len(answers), DRAWN + 1))
+        others = [other for other in drawn if other not in right[key]]
         wrong = sorted(others, key=lambda other: abs(len(other) - len(answer)))[:WRONG]
         choices = [answer, *wrong]
         draw.shuffle(choices)
-        items.append(item | {"choices": choices, "answer": choices.index(answer)})
+        items.append(json.loads(key) | {"choices": choices, "answer": choices.index(answer)})
     return items
 
 
@@ -233,32 +237,8 @@ def jglue_files(name: str, spec: dict[str, str]) -> dict[str, Path]:
             files = sorted(folder.glob(pattern))
             if len(files) != 1:
                 raise RecipeError(
-                    f"evaluation.json: tasks.{name}.path: {folder} holds {len(files)} files {pattern}, wanted "
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f""
-                    f"one. Give the folder of JGLUE that holds train-*.json and valid-*.json of {name}"
+                    f"evaluation.json: tasks.{name}.path: {folder}: {len(files)} files {pattern}, not one. "
+                    "Give the folder of JGLUE with the train-*.json and valid-*.json of this task"
                 )
             found[side] = files[0]
         return found
