@@ -323,7 +323,7 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     _check_model(config["model"], f"{where}/model.json")
     _check_training(config["pretrain"], {}, f"{where}/pretrain.json")
     _check_training(config["finetune"], TUNING, f"{where}/finetune.json")
-    _check_evaluation(config["evaluation"], config["dataset"]["sources"], f"{where}/evaluation.json")
+    _check_evaluation(config["evaluation"], f"{where}/evaluation.json")
     _check_keys(config["generation"], native["generation"] | GENERATION, f"{where}/generation.json")
     _require(config["generation"], ("prompts", "max_new_tokens"), f"{where}/generation.json")
     _check_instruction(config["instruction"], f"{where}/instruction.json")
@@ -709,7 +709,7 @@ def _check_instruction(values: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_evaluation(values: dict[str, Any], sources: dict[str, Any], where: str) -> None:
+def _check_evaluation(values: dict[str, Any], where: str) -> None:
     _check_keys(values, EVALUATION, where)
     for key in ("batch_size", "megabytes_per_source", "items_per_task"):
         if values.get(key, 1) <= 0:
@@ -724,12 +724,6 @@ def _check_evaluation(values: dict[str, Any], sources: dict[str, Any], where: st
         if name in PACKAGED_TASKS:
             _check_keys(task, {"source": "str"}, here)
             _require(task, ("source",), here)
-            kind = sources.get(task["source"], {}).get("source")
-            if kind != PACKAGED_TASKS[name]:
-                raise Refused(
-                    f"{here}.source: {_show(task['source'])} is no source of kind {PACKAGED_TASKS[name]} in "
-                    f"dataset.json.{_nearest(task['source'], sources)} Remove the task, or name such a source"
-                )
         else:
             _check_keys(task, {"path": "str"}, here)
             if name == "marc-ja" and "path" not in task:
@@ -790,6 +784,9 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
         )
     for name, pair in config["instruction"]["pairs"].items():
         _check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
+    for name, task in config["evaluation"].get("tasks", {}).items():
+        if name in PACKAGED_TASKS:
+            _check_task(name, task["source"], config["dataset"]["sources"], f"{where}/evaluation.json: tasks")
 
 
 def check_special_ids(
@@ -830,6 +827,15 @@ def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: 
     kind = sources[pair["source"]]["source"]
     if kind != PAIR_SOURCES[name]:
         raise Refused(f"{here}.source: a source of kind {kind}, wanted {PAIR_SOURCES[name]}")
+
+
+def _check_task(name: str, source: str, sources: dict[str, Any], where: str) -> None:
+    kind = sources.get(source, {}).get("source")
+    if kind != PACKAGED_TASKS[name]:
+        raise Refused(
+            f"{where}.{name}.source: {_show(source)} is no source of kind {PACKAGED_TASKS[name]} in "
+            f"dataset.json.{_nearest(source, sources)} Remove the task, or name such a source"
+        )
 
 
 def training_files(config: dict[str, dict[str, Any]]) -> list[str]:
