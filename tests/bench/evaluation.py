@@ -6,13 +6,15 @@ busy moment meets all of them; the best of the rounds counts. The ratio is the s
 float32, its default, over the row's. The loss says what bf16 costs in exactness.
 
 - ``ours``: `total_loss`, in bf16 where the machine has the units (as stage 06), and in float32.
-- ``Trainer``: `Trainer.evaluate`, in float32 and with bf16=True.
+- ``Trainer``: `Trainer.evaluate`, in float32 and with bf16_full_eval, which casts the weights, too. Its loss
+  is a mean over blocks, whatever the number of tokens in each.
 
 Run (about 3 minutes, nothing else running):  python tests/bench/evaluation.py [MEGABYTES]
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from recipe.shards import read_texts
 from recipe.token_files import TokenFile, write_token_file
 from recipe.tokenizer import document_ids
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 ROUNDS, BATCH, BLOCK = 2, 8, 256
 
@@ -51,13 +53,14 @@ def trainer(model: Any, samples: Dataset, folder: str, bf16: bool) -> Callable[[
     arguments = TrainingArguments(
         folder,
         per_device_eval_batch_size=BATCH,
-        bf16=bf16,
+        bf16_full_eval=bf16,
         use_cpu=model.device.type == "cpu",
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
     )
     stock = Trainer(model, arguments, eval_dataset=samples)
+    stock.remove_callback(PrinterCallback)
     return lambda: stock.evaluate()["eval_loss"]
 
 
@@ -83,7 +86,10 @@ def main() -> None:
         tokens = sum(int((sample["labels"] != IGNORED).sum()) for sample in samples)
         ways = {"Trainer, float32": trainer(model, samples, work, False), "ours, float32": ours(False)}
         if detect().fast_bf16:
-            ways |= {"Trainer, bf16": trainer(model, samples, work, True), "ours, bf16": ours(True)}
+            ways |= {
+                "Trainer, bf16": trainer(copy.deepcopy(model), samples, work, True),
+                "ours, bf16": ours(True),
+            }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         losses: dict[str, float] = {}
         for _ in range(ROUNDS):
