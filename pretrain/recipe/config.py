@@ -135,7 +135,20 @@ TRAINING = {
 FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a model's facts
 # Beside TRAINING in pretrain.json: a published checkpoint to start from.
 INITIAL = {"initial_model": "str|null", "initial_revision": "str|null"}
-EVALUATION = {"batch_size": "int", "megabytes_per_source": "float"}
+EVALUATION = {
+    "batch_size": "int",
+    "megabytes_per_source": "float",
+    "tasks": "dict",
+    "items_per_task": "int",
+}
+# Tasks with questions from a packaged source, and its kind; and those of JGLUE, from their files.
+PACKAGED_TASKS = {
+    "command-summary": "manpages",
+    "package-summary": "descriptions",
+    "translation": "tatoeba",
+    "reading": "tatoeba",
+}
+JGLUE_TASKS = ("jcommonsenseqa", "jnli", "marc-ja", "jsquad")
 INSTRUCTION = {
     "template": "str",
     "system": "str",
@@ -378,7 +391,7 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
         _check_model(config["model"], f"{where}/model.json")
     _check_training(config["pretrain"], INITIAL, f"{where}/pretrain.json")
     _check_training(config["finetune"], TUNING, f"{where}/finetune.json")
-    _check_keys(config["evaluation"], EVALUATION, f"{where}/evaluation.json")
+    _check_evaluation(config["evaluation"], f"{where}/evaluation.json")
     _check_keys(config["generation"], native["generation"] | GENERATION, f"{where}/generation.json")
     _require(config["generation"], ("prompts", "max_new_tokens"), f"{where}/generation.json")
     _check_instruction(config["instruction"], f"{where}/instruction.json")
@@ -805,6 +818,30 @@ def _check_instruction(values: dict[str, Any], where: str) -> None:
         )
 
 
+def _check_evaluation(values: dict[str, Any], where: str) -> None:
+    _check_keys(values, EVALUATION, where)
+    for key in ("batch_size", "megabytes_per_source", "items_per_task"):
+        if values.get(key, 1) <= 0:
+            raise Refused(f"{where}: {key}: {values[key]}, wanted more than 0")
+    for name, task in values.get("tasks", {}).items():
+        here = f"{where}: tasks.{name}"
+        known = (*PACKAGED_TASKS, *JGLUE_TASKS)
+        if name not in known:
+            raise Refused(f"{here}: no such task.{_nearest(name, known)} Known: {', '.join(known)}")
+        if not isinstance(task, dict):
+            raise Refused(f"{here}: {_show(task)} is {_type_name(task)}, wanted an object")
+        if name in PACKAGED_TASKS:
+            _check_keys(task, {"source": "str"}, here)
+            _require(task, ("source",), here)
+        else:
+            _check_keys(task, {"path": "str"}, here)
+            if name == "marc-ja" and "path" not in task:
+                raise Refused(
+                    f"{here}.path: missing. MARC-ja is no longer given out: give the folder of your own copy "
+                    "(train-*.json and valid-*.json), or remove the task"
+                )
+
+
 def _check_own_pairs(values: dict[str, Any], known: dict[str, str], wanted: str, where: str) -> None:
     """Check the key `pairs` of instruction.json or preference.json, and how they are split."""
     _require(values, ("pairs",), where)
@@ -861,6 +898,9 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
         )
     for name, pair in config["instruction"]["pairs"].items():
         _check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
+    for name, task in config["evaluation"].get("tasks", {}).items():
+        if name in PACKAGED_TASKS:
+            _check_task(name, task["source"], config["dataset"]["sources"], f"{where}/evaluation.json: tasks")
 
 
 def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -947,6 +987,15 @@ def _check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: 
     kind = sources[pair["source"]]["source"]
     if kind != PAIR_SOURCES[name]:
         raise Refused(f"{here}.source: a source of kind {kind}, wanted {PAIR_SOURCES[name]}")
+
+
+def _check_task(name: str, source: str, sources: dict[str, Any], where: str) -> None:
+    kind = sources.get(source, {}).get("source")
+    if kind != PACKAGED_TASKS[name]:
+        raise Refused(
+            f"{where}.{name}.source: {_show(source)} is no source of kind {PACKAGED_TASKS[name]} in "
+            f"dataset.json.{_nearest(source, sources)} Remove the task, or name such a source"
+        )
 
 
 def training_files(config: dict[str, dict[str, Any]]) -> list[str]:

@@ -46,7 +46,7 @@ def read_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
     """
     if "path" in spec:
         for path in expand_pairs(where, spec["path"]):
-            for place, row in _json_rows(path):
+            for place, row in json_rows(path):
                 if not isinstance(row, dict):
                     raise RecipeError(f"{path}: {place}: wanted an object, found {type(row).__name__}")
                 yield f"{path}: {place}", row
@@ -71,8 +71,10 @@ def byte_order_marks(where: str, spec: dict[str, Any]) -> int:
     return found
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON list, or a value a line; a byte order mark is no part of either."""
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON list, or of JSON Lines, and where each stands; a byte order mark is no part of
+    either. Raises RecipeError naming the line at fault.
+    """
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:

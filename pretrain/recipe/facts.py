@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipe.download import source_facts
+from recipe.download import file_facts, source_facts
 from recipe.initial import initial_facts
 from recipe.instructions import no_pairs, pair_facts
 from recipe.outputs import ROOT, Refused
@@ -34,6 +34,13 @@ def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
     return weights(config) | initial_facts(config["pretrain"])
 
 
+def task_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Of stages 06 and 14: sizes and times of the files of tasks that have a `path`."""
+    tasks = config["evaluation"].get("tasks", {}).items()
+    folders = {name: ROOT / Path(task["path"]).expanduser() for name, task in tasks if "path" in task}
+    return {name: file_facts(sorted(folder.glob("*.json"))) for name, folder in folders.items()}
+
+
 def hub(config: dict) -> dict:
     """Where the model is pushed to: ``repository`` (None: nowhere) and ``private``."""
     file = "pretrain" if no_pairs(config) else "finetune"
@@ -49,7 +56,9 @@ FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "01_download": source_facts,
     "03_tokenizer": tokenizer_facts,
     "05_pretrain": pretraining_facts,
+    "06_evaluate": task_facts,
     "11_dataset": pair_facts,
     "13_preference": preference_facts,
+    "14_evaluate": task_facts,
     "16_export": hub,
 }

@@ -1,0 +1,68 @@
+"""Stages 06 and 14 with tasks: what they write, and when they are done again."""
+
+import json
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def asked(project):
+    """The recipe `asked`: mini with JGLUE's JNLI and JSQuAD from files in their own form."""
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/asked")
+    rows = [
+        {"sentence1": f"{i}回見ました。", "sentence2": f"{i}回です。", "label": label}
+        for i in range(4)
+        for label in ("entailment", "contradiction", "neutral")
+    ]
+    question = {"question": "何をしましたか?", "answers": [{"text": "山に登りました", "answer_start": 9}]}
+    paragraph = {"context": "夏 [SEP] 夏休みに山に登りました。", "qas": [question] * 3}
+    squad = {"data": [{"title": "夏", "paragraphs": [paragraph]}]}
+    for side in ("train", "valid"):
+        for name in ("jnli", "jsquad"):
+            (project.folder / name).mkdir(exist_ok=True)
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (project.folder / f"jnli/{side}-v1.3.json").write_text(text, "utf-8")
+        (project.folder / f"jsquad/{side}-v1.3.json").write_text(json.dumps(squad), "utf-8")
+    tasks = {"jnli": {"path": "jnli"}, "jsquad": {"path": "jsquad"}}
+    project.edit("asked", "evaluation", tasks=tasks, items_per_task=9)
+    project.run("run_all.sh", "--recipe", "asked", "--to", "14", timeout=600)
+    return project
+
+
+def test_tasks_are_scored_beside_guessing(asked):
+    metrics = json.loads(asked.output("asked", "06_evaluate", "metrics.json").read_text())
+    jnli = metrics["tasks"]["jnli"]
+    assert jnli["items"] == 9 and jnli["low"] < jnli["score"] < jnli["high"] and jnli["majority"] >= 1 / 3
+    assert metrics["tasks"]["jsquad"]["items"] == 3
+    text = asked.output("asked", "06_evaluate", "metrics.md").read_text()
+    assert "| jnli | acc | 9 |" in text and "blocks of 64 tokens without overlap" in text
+    assert len(asked.output("asked", "06_evaluate", "tasks/jnli.test.jsonl").read_text().splitlines()) == 9
+    assert not asked.output("asked", "06_evaluate", "tasks/.cache").exists()
+
+
+def test_before_and_after_stand_in_one_table(asked):
+    metrics = json.loads(asked.output("asked", "14_evaluate", "metrics.json").read_text())
+    for name in ("before", "after"):
+        assert {"jnli", "jsquad", "held-out mine"} == set(metrics[name]["tasks"])
+        assert 0 <= metrics[name]["stop_rate"] <= 1 and 0 < metrics[name]["distinct_2"] <= 1
+    lines = asked.output("asked", "14_evaluate", "metrics.md").read_text().splitlines()
+    assert lines[0] == "| held-out instructions | before | after |"
+    (row,) = [line for line in lines if line.startswith("| response loss ")]
+    before, after = (float(cell) for cell in row.split("|")[2:4])
+    assert after < before
+    assert any(line.startswith("| held-out mine | acc_norm | ") for line in lines)
+
+
+def test_a_changed_task_file_makes_both_stages_stale(asked):
+    path = asked.folder / "jnli/valid-v1.3.json"
+    path.write_text(path.read_text("utf-8") + "\n", "utf-8")
+    result = asked.run("run_all.sh", "--recipe", "asked", "--dry-run")
+    assert "06_evaluate     stale: facts.jnli" in result.stdout
+    assert "14_evaluate     stale: facts.jnli" in result.stdout
+
+
+def test_the_report_shows_the_tasks(asked):
+    asked.run("pretrain/recipe/report.py", "asked")
+    page = (asked.folder / "outputs/asked/report.html").read_text("utf-8")
+    assert "<td>jsquad</td>" in page and "held-out mine" in page
