@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-import recipe.attention  # noqa: F401  makes the attention "documents" known to transformers
+import recipe.attention  # makes the attention "documents" known to transformers
 from recipe.config import FROM_TOKENIZER
 from recipe.initial import NewPieces
 from recipe.outputs import RecipeError, Refused
@@ -122,15 +122,16 @@ def add_rows(model: PreTrainedModel, pieces: NewPieces) -> None:
             weight[new] = weight[old_ids].mean(0)
 
 
-def load_model(folder: Path, attention: str = "sdpa", **keywords: Any) -> Any:
+def load_model(folder: Path, attention: str | None = None, **keywords: Any) -> Any:
     """A model that a stage saved, in float32: safetensors only, no code from the folder.
 
+    attention: left out, PyTorch's, and on a CPU ours for packed blocks (see `recipe.attention`).
     keywords: more of what from_pretrained takes.
     """
     transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
     return AutoModelForCausalLM.from_pretrained(
         folder,
-        attn_implementation=attention,
+        attn_implementation=attention or ("sdpa" if torch.cuda.is_available() else recipe.attention.NAME),
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
