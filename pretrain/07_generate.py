@@ -18,7 +18,7 @@ def main(stage: Stage) -> None:
     from recipe.initial import find_initial, read_new_pieces
     from recipe.modeling import build_model, for_inference, load_model
     from recipe.tokenizer import prompt_ids
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     values = stage.config["generation"]
     tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
@@ -26,6 +26,8 @@ def main(stage: Stage) -> None:
     initial = find_initial(stage.config["pretrain"])
     pieces = read_new_pieces(stage.inputs["03_tokenizer"], len(tokenizer))
     before = load_model(initial) if initial else build_model(stage.config["model"], tokenizer, "sdpa", seed)
+    if initial:  # sample both by generation.json alone
+        before.generation_config = GenerationConfig.from_model_config(before.config)
     models = {
         "before": for_inference(before),
         "after": for_inference(load_model(stage.inputs["05_pretrain"])),

@@ -61,8 +61,8 @@ def main(plan: dict[str, Any]) -> None:
         share = wanted / blocks
         print(
             f"{parameter_count(model):,} parameters, {arguments.max_steps:,} steps x "
-            f"{settings.global_batch_size} x "
-            f"{settings.block_size} tokens = {share:.2f} epochs of {epoch:,} tokens",
+            f"{settings.global_batch_size} x {settings.block_size} tokens = {share:.2f} epochs of {epoch:,} "
+            "tokens",
             flush=True,
         )
     # Of a document's tokens all but <s> are predicted, and only they have a loss.

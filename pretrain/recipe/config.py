@@ -692,6 +692,8 @@ def _check_training(values: dict[str, Any], more: dict[str, str], where: str) ->
     _check_optimizer(values, where)
     _check_schedule(values, where)
     _check_watching(values, where)
+    if values.get("lora"):
+        _check_lora(values, where)
 
 
 def _check_optimizer(values: dict[str, Any], where: str) -> None:
@@ -754,8 +756,7 @@ def _check_decay(values: dict[str, Any], options: dict[str, Any], here: str) -> 
     if "num_stable_steps" in options:
         raise Refused(
             f"{here}: num_stable_steps: it follows from the steps of the run, warmup_steps and "
-            f"num_decay_steps. "
-            "Leave it out"
+            "num_decay_steps. Leave it out"
         )
     total, warmup = values.get("max_steps", -1), values.get("warmup_steps", 0)
     warmup = warmup if warmup >= 1 else warmup * total
@@ -780,15 +781,11 @@ def _check_watching(values: dict[str, Any], where: str) -> None:
     for step in steps if isinstance(steps, list) else [] if steps is None else [steps]:
         if not _is_type(step, "int") or step < 1:
             raise Refused(
-                f"{where}: sample_steps: {_show(steps)}, wanted a number of steps or a list of steps, each 1 "
-                f"or "
-                "more (before the first step and after the last it always samples)"
+                f"{where}: sample_steps: {_show(steps)}, wanted a number of steps or a list of steps, each "
+                "1 or more (before the first step and after the last it always samples)"
             )
     if values.get("z_loss", 0) < 0:
         raise Refused(f"{where}: z_loss: {values['z_loss']}, wanted 0 or more (PaLM took 1e-4)")
-
-    if values.get("lora"):
-        _check_lora(values, where)
 
 
 def _check_lora(values: dict[str, Any], where: str) -> None:
@@ -806,6 +803,8 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
             f"{where}: muon_learning_rate: Muon orthogonalises whole matrices, and LoRA's are halves of a "
             "product. Remove it, or lora"
         )
+    if values.get("z_loss"):
+        raise Refused(f"{where}: z_loss: an adapter leaves the output matrix alone. Remove it, or lora")
 
 
 def _check_instruction(values: dict[str, Any], where: str) -> None:
@@ -1013,8 +1012,8 @@ def check_quantization(values: dict[str, Any], file: str, gpus: int) -> None:
     if (values.get("lora") or {}).get("quantization") and not gpus:
         raise Refused(
             f"{file}.json: lora.quantization: nf4 weights are unpacked by CUDA kernels of bitsandbytes, and "
-            f"no "
-            f"NVIDIA GPU is visible. Tune LoRA over unquantised weights: --set {file}.lora.quantization=null"
+            "no NVIDIA GPU is visible. Tune LoRA over unquantised weights: --set "
+            f"{file}.lora.quantization=null"
         )
 
 

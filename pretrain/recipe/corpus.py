@@ -394,7 +394,7 @@ def check_size(name: str, spec: dict[str, Any], funnel: Funnel) -> None:
     if funnel.bytes_out < least * 1e6:
         raise RecipeError(
             f"sources.{name}: only {funnel.bytes_out / 1e6:.2f} MB are left, dataset.json wants "
-            f"minimum_megabytes "
-            f"{least}: {funnel.documents_in} documents in, dropped {dict(funnel.documents_dropped)}. Look at "
-            f"data/{name}/, lower the minimum, or remove the source"
+            f"minimum_megabytes {least}: {funnel.documents_in} documents in, dropped "
+            f"{dict(funnel.documents_dropped)}. Look at data/{name}/, lower the minimum, or remove the "
+            "source"
         )

@@ -244,8 +244,8 @@ def require_apt(name: str) -> None:
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise RecipeError(
             f"dataset.json: sources.{name} comes as a Debian package, and this system has no apt-get and "
-            f"dpkg-deb. "
-            "Run on Debian or Ubuntu (Windows: WSL; anywhere: the Dockerfile), or bring your own text: "
+            "dpkg-deb. Run on Debian or Ubuntu (Windows: WSL; anywhere: the Dockerfile), or bring your own "
+            "text: "
             '"sources": {"my-text": {"source": "files", "paths": ["my_text/*.txt"]}} and, in '
             'instruction.json, "pairs": {} (README: Your own recipe)'
         )
@@ -273,9 +273,8 @@ def download_packages(name: str, spec: dict[str, Any], part: Path, data: Path) -
         _run(name, [*apt, "download", *packages], part)
     if not any(part.iterdir()):
         raise RecipeError(
-            f"sources.{name}: apt knows no Japanese package descriptions on this system. Check the "
-            f"network and "
-            "the sources in /etc/apt, or remove this source from dataset.json"
+            f"sources.{name}: apt knows no Japanese package descriptions on this system. Check the network "
+            "and the sources in /etc/apt, or remove this source from dataset.json"
         )
 
 

@@ -19,13 +19,10 @@ from recipe.token_files import TokenFile, write_token_file
 
 ROWS = 256  # tokens whose logits are in float32 at a time: tests/bench/evaluation.py
 WINDOW_RULE = (
-    "Documents stand end to end in blocks of {block_size} tokens without overlap, as in training. A token "
-    "sees "
-    "what stands before it in its own document and block; what a block's end cuts off begins anew. Every "
-    "token "
-    "but a document's first is predicted, the end token too; bits are divided by the bytes (characters) of "
-    "the "
-    "text alone."
+    "Documents stand end to end in blocks of {block_size} tokens without overlap, as in training. A "
+    "token sees what stands before it in its own document and block; what a block's end cuts off begins "
+    "anew. Every token but a document's first is predicted, the end token too; bits are divided by the "
+    "bytes (characters) of the text alone."
 )
 
 
@@ -37,7 +34,7 @@ def total_loss(
 
     samples: items as `PackedBlocks` gives them; documents in a block do not see each other, exactly as in
     training (no attention mask and no cache: with either, transformers would let them). bf16: matrix products
-    in bfloat16, by autocast; softmax and sums are in float32 or more in any case.
+    in bfloat16, by autocast; the softmax over the vocabulary and sums are in float32 or more in any case.
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -73,7 +70,7 @@ def computes_in_bf16(training: dict[str, Any]) -> bool:
     training: pretrain.json or finetune.json. By how much the loss differs from float32's is measured by
     tests/bench/evaluation.py.
     """
-    wanted = training.get("bf16", not training.get("fp16"))
+    wanted = training.get("bf16", "fp16" not in training)  # as `recipe.hardware.choose`
     return bool(wanted) and detect().fast_bf16
 
 

@@ -122,16 +122,14 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
             instead = "fp16" if hardware.device == "cuda" else "fp32"
             raise Refused(
                 f"{where}: bf16: true, but {hardware.name} has no bf16 units (capability "
-                f"{hardware.capability})."
-                f" Leave the key out, and {instead} is chosen"
+                f"{hardware.capability}). Leave the key out, and {instead} is chosen"
             )
         precision = "bf16"
     elif values.get("fp16"):
         if hardware.device == "cpu":
             raise Refused(
                 f"{where}: fp16: true, but fp16 training needs a GPU. Leave the key out, and the CPU's best "
-                f"is "
-                "chosen"
+                "is chosen"
             )
         precision = "fp16"
     elif "bf16" in values or "fp16" in values:  # explicitly false
@@ -160,9 +158,8 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
         )
     if attention == "documents" and hardware.device != "cpu":
         raise Refused(
-            f"{where}: attn_implementation: documents is for CPUs; this is {hardware.name}. Write auto, sdpa "
-            f"or "
-            "flash_attention_2"
+            f"{where}: attn_implementation: documents is for CPUs; this is {hardware.name}. Write auto, "
+            "sdpa or flash_attention_2"
         )
     if attention == "auto" and hardware.device == "cpu":
         attention = "documents"

@@ -276,8 +276,8 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     for_hosts = stage.folder / "deepspeed_env" if launch.hostfile else None
     environment = child_environment(os.environ, launch.processes, for_hosts)
     lock = () if launch.node_rank else (stage.lock,)
-    child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
     watchdog = Watchdog(stage.folder / "ranks")
+    child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
     code = _wait(child, stage, watchdog, published)
     if code == EXIT_REFUSED:
         raise Refused("the training refused to start; the reason stands above")

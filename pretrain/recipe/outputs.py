@@ -209,8 +209,7 @@ def run_stage(
         free = shutil.disk_usage(ROOT).free
         print(
             f"{name}: error: cannot use {error.filename or OUTPUTS}: {error.strerror} ({free:,} bytes "
-            f"free). "
-            "Make room or mend the permissions, then run again",
+            "free). Make room or mend the permissions, then run again",
             file=sys.stderr,
         )
         sys.exit(EXIT_FAILED)

@@ -66,8 +66,7 @@ class Guard(TrainerCallback):
         if reason and deepspeed and not (args.bf16 or args.fp16):
             raise RecipeError(
                 f"step {step}: {reason}, which DeepSpeed has put into the weights. Run the same command "
-                f"again: "
-                "it continues from the last checkpoint, before this step"
+                "again: it continues from the last checkpoint, before this step"
             )
         if not reason and step not in self.skipped:
             self.losses.append(loss)

@@ -11,11 +11,10 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from recipe.chat import check_template, encode_conversation
+from recipe.dialogues import Message
 from recipe.generation import check_room, clean_prompt, generation_config, stream
 from recipe.modeling import for_inference, load_model
 from recipe.outputs import RecipeError
-
-Message = dict[str, str]  # role (system, user, assistant) and content
 
 
 class Talker:

@@ -15,7 +15,7 @@ import signal
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SHORTEST = 90.0  # seconds of silence that are never a fault
@@ -73,6 +73,8 @@ class Watchdog:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self.clock = folder, clock
+        # What an earlier try left: node 0 removes it, and may start later than this one.
+        self.old = {path.name: path.read_text("utf-8") for path in folder.glob("rank*[0-9]")}
         self.last = clock()
         self.found = ""  # what `stalled` said last
         self.silence: dict[str, tuple[str, float]] = {}  # by rank: the sign, and for how long nothing else
@@ -82,24 +84,28 @@ class Watchdog:
         now = self.clock()
         passed, self.last = min(now - self.last, 5.0), now
         found = []
-        for path in sorted(self.folder.glob("rank*[0-9]")):
-            try:
-                text = path.read_text("utf-8")
-                sign = json.loads(text)
-            except (OSError, ValueError):  # just being replaced
-                continue
-            before, silent = self.silence.get(path.name, ("", 0.0))
+        for name, text in self._signs():
+            sign = json.loads(text)
+            before, silent = self.silence.get(name, ("", 0.0))
             silent = silent + passed if text == before else 0.0
-            self.silence[path.name] = (text, silent)
+            self.silence[name] = (text, silent)
             if silent > sign["limit"]:
-                where = f"{path.name} (process {sign['process']} on {sign['host']})"
+                where = f"{name} (process {sign['process']} on {sign['host']})"
                 found.append(f"{where}: nothing after step {sign['step']} for {silent:.0f} s{_state(sign)}")
         self.found = "; ".join(found)
         return self.found
 
+    def _signs(self) -> Iterator[tuple[str, str]]:
+        """The signs of this try, by rank; they are replaced whole, never half written."""
+        for path in sorted(self.folder.glob("rank*[0-9]")):
+            with contextlib.suppress(FileNotFoundError):
+                text = path.read_text("utf-8")
+                if text != self.old.get(path.name):
+                    yield path.name, text
+
     def processes(self) -> list[int]:
         """The ranks' processes on this machine."""
-        signs = [json.loads(path.read_text("utf-8")) for path in self.folder.glob("rank*[0-9]")]
+        signs = [json.loads(text) for _, text in self._signs()]
         return [sign["process"] for sign in signs if sign["host"] == platform.node()]
 
 

@@ -150,16 +150,6 @@ def test_other_number_of_ranks_continues_with_the_same_samples(project, before, 
     assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-4)
 
 
-STEPS = (
-    "--set",
-    "pretrain.max_steps=60",
-    "--set",
-    "pretrain.save_steps=10",
-    "--set",
-    "pretrain.eval_steps=60",
-)
-
-
 def test_changed_global_batch_is_refused_in_the_middle(project):
     work = copy(project, "batch")
     run = project.start("pretrain/05_pretrain.sh", "--recipe", "batch", *LONG)

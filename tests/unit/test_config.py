@@ -216,6 +216,7 @@ def preference(config, **values):
         (lambda c: lora(c, r=0), ["lora.r: 0", "more than 0"]),
         (lambda c: lora(c, quantization="int8"), ['lora.quantization: "int8"', "nf4"]),
         (lambda c: c["finetune"].update(lora={"r": 4}), ["muon_learning_rate", "or lora"]),
+        (lambda c: (lora(c, r=4), c["finetune"].update(z_loss=1e-4)), ["finetune.json: z_loss", "or lora"]),
         (lambda c: c["pretrain"].update(lora={"r": 4}), ["pretrain.json: lora: unknown key"]),
         (lambda c: preference(c, pairs={}), ["preference.json: pairs: empty", "delete the file"]),
         (lambda c: preference(c, pairs={"x": {"source": "tatoeba"}}), ["pairs.x: source: unknown key"]),

@@ -117,6 +117,7 @@ def test_bf16_is_near_and_is_really_used(trained, tmp_path):
         ({"bf16": True}, False, False),
         ({"bf16": False}, True, False),
         ({"fp16": True}, True, False),
+        ({"fp16": False}, True, False),
     ],
 )
 def test_bf16_where_training_computes_in_it(monkeypatch, training, units, wanted):

@@ -60,6 +60,15 @@ def test_time_in_which_the_launcher_was_frozen_does_not_count(tmp_path, clock):
     assert watch(dog, clock, 200) == pytest.approx(SHORTEST - 13, abs=1)
 
 
+def test_what_an_earlier_try_left_is_no_sign(tmp_path, clock):
+    """Another node may start minutes before node 0, which removes it: no bark, no signal to old processes."""
+    sign(tmp_path)
+    dog = Watchdog(tmp_path, clock)
+    assert watch(dog, clock, 500) is None and dog.processes() == []
+    sign(tmp_path, step=1)
+    assert dog.processes() == [os.getpid()] and watch(dog, clock, 500) == SHORTEST + 2
+
+
 def test_limit_follows_the_slowest_recent_step():
     assert limit([1.0, 2.0]) == SHORTEST
     assert limit([1.0, 40.0]) == TIMES * 40
@@ -99,8 +108,8 @@ def test_a_frozen_process_is_called_frozen_and_writes_its_stacks_when_it_runs(tm
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     process.stdout.readline()
-    sign(tmp_path, process=process.pid)
     dog = Watchdog(tmp_path, clock)
+    sign(tmp_path, process=process.pid)
     process.send_signal(signal.SIGSTOP)
     time.sleep(0.2)
     assert watch(dog, clock, 100) and "its process is frozen (SIGSTOP)" in dog.found
