@@ -162,7 +162,7 @@ def cut_down(project, recipe, sources):
             spec["paths"] = [str(sources / files[name])]
         else:
             spec["dataset"] = str(sources / name)
-    project.edit(recipe, "dataset", sources=dataset["sources"], valid_share=0.2)
+    project.edit(recipe, "dataset", sources=dataset["sources"], valid_share=0.2, disk_gigabytes=0.1)
     if tokenizer["kind"] == "published":
         project.edit(recipe, "tokenizer", published=str(sources / "rinna"))
         project.edit(recipe, "pretrain", initial_model=str(sources / "rinna"))
@@ -274,7 +274,7 @@ def check_batch_and_epochs(project, recipe):
     assert active["tokens_per_step"] == active["global_batch"] * values["block_size"]
     assert active["micro_batch"] == values["per_device_train_batch_size"]
     assert active["accumulation"] > 1 or values["global_batch_size"] == active["micro_batch"]
-    assert (active["attention"], active["parallel"], active["seed"]) == ("sdpa", "one process", 42)
+    assert (active["attention"], active["parallel"], active["seed"]) == ("documents", "one process", 42)
 
 
 def check_optimizer(project, recipe, file, stage):
