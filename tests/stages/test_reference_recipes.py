@@ -181,6 +181,7 @@ def cut_down(project, recipe, sources):
     if "lora" in tuning:
         small["lora"] = tuning["lora"] | {"quantization": None}  # 4 bits want a GPU
     project.edit(recipe, "finetune", global_batch_size=4, **small)
+    project.edit(recipe, "evaluation", tasks={})  # JGLUE's would be fetched
     pairs = shipped(recipe, "instruction")["pairs"]
     project.edit(
         recipe,

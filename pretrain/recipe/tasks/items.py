@@ -35,6 +35,13 @@ Row = tuple[Item, str]  # what a question is made of, and its answer
 WRONG, DRAWN = 3, 24  # wrong choices, and the answers of other questions that they are taken from
 SHOTS = 100  # items of a training file that examples are drawn from
 JGLUE_COMMIT = "6f071c09316baae89c3d083a90985b4b1cb9968c"  # release 1.3.0: the content cannot change
+# The training files of jnli and jsquad rest on the commit alone: we did not have them to hash.
+JGLUE_SHA256 = {
+    "jcommonsenseqa/train": "9b55fae5ecb3aedd6f8ce5bc09196c3b629864668ec6c18eee4d65c0aa48229e",
+    "jcommonsenseqa/test": "0d8d76f3bfa0d174866939882faccdd01fbc2bcd5a76c43748ba0c40a7b3b8d4",
+    "jnli/test": "ca0353efc7c2eebfb6de4e13f16295053c8b1ee65e7b0849190c90426fbc495f",
+    "jsquad/test": "fb0a57a35281ff03bbe7f0e878cff5b577985fbe6fcb242e7e8ddb63d1c0ab11",
+}
 JGLUE = f"https://raw.githubusercontent.com/yahoojapan/JGLUE/{JGLUE_COMMIT}/datasets"
 LABELS = {"jnli": ("entailment", "contradiction", "neutral"), "marc-ja": ("positive", "negative")}
 
@@ -245,9 +252,9 @@ def jglue_files(name: str, spec: dict[str, str]) -> dict[str, Path]:
     folder = DATA / "jglue" / name
     folder.mkdir(parents=True, exist_ok=True)
     found = {"train": folder / "train-v1.3.json", "test": folder / "valid-v1.3.json"}
-    for path in found.values():
+    for side, path in found.items():
         if not path.exists():
-            fetch(f"{JGLUE}/{name}-v1.3/{path.name}", path)
+            fetch(f"{JGLUE}/{name}-v1.3/{path.name}", path, JGLUE_SHA256.get(f"{name}/{side}"))
     return found
 
 
