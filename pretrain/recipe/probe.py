@@ -39,14 +39,18 @@ SLOWER = 0.95  # a larger micro-batch below this share of the speed before ends 
 HOPELESS = 1.3  # times the memory there is, by the preflight's sum: not even tried
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory", re.I)
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
-# What a probe leaves out of a training.
+# What a probe leaves out of a training. Its few steps need no schedule, and would not hold a long one.
 SHORT = {
     "max_steps": STEPS,
+    "lr_scheduler_type": "constant",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
     "eval_strategy": "no",
+    "eval_on_start": False,
     "save_strategy": "no",
-    "load_best_model_at_end": False,
     "report_to": "none",
     "sample_steps": None,
+    "logging_strategy": "steps",
     "logging_steps": 1,
 }
 
