@@ -441,6 +441,9 @@ def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) 
 
     launch = launch_of(arguments)
     launch.check(config, "pretrain")
+    if "model_type" not in model_values(config):
+        print(f"  parameters   known once the checkpoint is fetched: {config['pretrain']['initial_model']}")
+        return
     for line in report(arguments.recipe, config, launch):
         print(f"  {line}")
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe import preflight
-from recipe.config import load_recipe
+from recipe.config import check_recipe, load_recipe
+from recipe.initial import find_initial
 from recipe.launch import (
     Launch,
     add_options,
@@ -232,6 +233,8 @@ def main(script: Path) -> None:
     for stage, folder in inputs.items():
         if not (folder / "stage.json").exists():
             raise Refused(f"--probe needs {stage}. Run `bash run_all.sh --recipe {recipe} --to 04`")
+    if find_initial(config["pretrain"]):
+        check_recipe(config, f"configs/{recipe}")  # again, now that its config.json was fetched
     rows = search(script, {"recipe": recipe, "config": config, "inputs": inputs}, launch)
     shown = table(rows)
     measured = [row for row in rows if row["outcome"] == "ok"]
