@@ -9,13 +9,14 @@ fastest, to ``probe.options`` beside it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,13 +128,28 @@ def climb(micros: list[int], measure: Callable[[int], dict[str, Any]]) -> Iterat
         before = row["tokens_per_second"]
 
 
-def options_of(row: dict[str, Any]) -> str:
-    """The options of 05_pretrain.sh and run_all.sh that train with a row's settings."""
-    parts = [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
+def options_of(row: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """The options of 05_pretrain.sh and run_all.sh that train with a row's settings.
+
+    overrides: the --set of the probe itself, without which it would be another training.
+    """
+    parts = [f"--set {_word(override)}" for override in overrides]
+    parts += [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
     parts.append(f"--set pretrain.gradient_checkpointing={str(row['checkpointing']).lower()}")
     if not row["joined"]:
         parts.append(f"--set pretrain.torch_compile={str(row['compiled']).lower()}")
     return " ".join([*parts, row["joined"]]).strip()
+
+
+def _word(override: str) -> str:
+    """FILE.KEY=VALUE without blanks, at which a shell would split what `cat probe.options` writes."""
+    key, _, value = override.partition("=")
+    try:
+        value = json.loads(value)
+    except json.JSONDecodeError:
+        if " " not in value:
+            return override
+    return f"{key}={json.dumps(value, separators=(',', ':'))}".replace(" ", r"\u0020")
 
 
 def joined(launch: Launch) -> str:
@@ -240,7 +256,7 @@ def main(script: Path) -> None:
     measured = [row for row in rows if row["outcome"] == "ok"]
     if not measured:
         raise RecipeError(f"no setting ran:\n{shown}\nSee what `05_pretrain.sh --dry-run` suggests")
-    options = options_of(max(measured, key=lambda row: row["tokens_per_second"]))
+    options = options_of(max(measured, key=lambda row: row["tokens_per_second"]), arguments.overrides)
     if arguments.nproc:
         options += f" --nproc {arguments.nproc}"
     folder = OUTPUTS / recipe

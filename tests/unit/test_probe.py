@@ -119,6 +119,11 @@ def test_table_and_options():
         "--set pretrain.per_device_train_batch_size=8 --set pretrain.gradient_checkpointing=true "
         "--deepspeed zero2"
     )
+    asked = ["pretrain.max_steps=7", 'generation.prompts=["a b", "c"]', "pretrain.run_name=a b"]
+    assert options_of(row, asked).startswith(
+        r'--set pretrain.max_steps=7 --set generation.prompts=["a\u0020b","c"] '
+        r'--set pretrain.run_name="a\u0020b" --set pretrain.per_device_train_batch_size=8'
+    )
     good = row | {"joined": "", "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
     assert options_of(good).endswith("--set pretrain.torch_compile=true")
     good |= {"flops_per_second": 2e11, "peak_memory_bytes": 3 * 2**30}
@@ -185,7 +190,7 @@ def test_lack_of_memory_ends_a_row_and_not_the_search(prepared, monkeypatch):
 
 
 def test_a_row_is_a_training_with_these_settings(prepared):
-    """Whatever the recipe's schedule: transformers divides by 0 where a polynomial has nothing but warm-up."""
+    """Whatever the recipe's schedule: a polynomial that only warms up divides by 0."""
     schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}
     schedule |= {"warmup_steps": probe.STEPS, "logging_strategy": "no"}
     plan = plan_of(prepared, global_batch_size=8, **schedule)
@@ -209,8 +214,9 @@ def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
     options = (folder / "probe.options").read_text().split()
     assert f"pretrain.per_device_train_batch_size={rows[0][0]}" in options
     assert f"fastest: {' '.join(options)}" in result.stdout
-    accepted = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--dry-run", *small, *options)
+    accepted = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--dry-run", *options)
     assert "would run" in accepted.stdout and f"micro-batch {rows[0][0]} " in accepted.stdout
+    assert "step         2 x 64 = 128 tokens" in accepted.stdout  # the probe's own --set among the options
     # The stage itself was not touched.
     assert not (folder / "05_pretrain").exists()
 
