@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -376,7 +376,7 @@ def _wait(
                 stop.touch()
             stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
         else:
-            _kill(child)
+            kill(child)
 
     old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -386,7 +386,7 @@ def _wait(
             if child.poll() is None and watchdog.stalled():
                 stage.say(f"the training stands still. {watchdog.found}")
                 dump_stacks(watchdog)
-                _kill(child)
+                kill(child)
             if published and published():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(10)  # for ranks that have trained and are on their way out
@@ -409,7 +409,8 @@ def _wait(
     return code
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child and all below it: torchrun's ranks have sessions of their own, and outlive it."""
     for process in reversed(descendants(child.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -424,15 +425,29 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def _probe(name: str, script: Path) -> None:
-    """Measure settings instead of training; errors end in one line as those of a stage."""
-    from recipe import probe  # here: it imports this module's names
-
+@contextlib.contextmanager
+def _ends_in_one_line(name: str) -> Iterator[None]:
+    """Errors and Ctrl-C end the process as those of a stage do."""
     try:
-        probe.main(script)
+        yield
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _probe(name: str, script: Path) -> None:
+    """Measure settings instead of training."""
+    from recipe import probe  # here: it imports this module's names
+
+    def end(signum: int, frame: object) -> None:
+        raise Interrupted("terminated (SIGTERM)", EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    with _ends_in_one_line(name):
+        probe.main(script)
 
 
 def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:

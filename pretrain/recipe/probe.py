@@ -29,6 +29,7 @@ from recipe.launch import (
     add_options,
     child_environment,
     command,
+    kill,
     launch_of,
     training_plan,
     visible_devices,
@@ -78,6 +79,8 @@ def attempt(
         except subprocess.TimeoutExpired:
             code = None
         finally:
+            if child.poll() is None:
+                kill(child)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # also what a dead launcher left behind
             child.wait()

@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,8 @@ def test_the_kernels_kill_is_survived(tmp_path):
 
 def test_a_killed_rank_is_recognised_behind_its_launcher(tmp_path):
     """torchrun itself ends with 1 when the kernel kills one of its ranks."""
-    (tmp_path / "rank.py").write_text(
-        "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
-    )
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    row = attempt([*line, str(tmp_path / "rank.py")], tmp_path, child_environment(os.environ, 2))
+    code = "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    row = attempt(torchrun(tmp_path, code), tmp_path, child_environment(os.environ, 2))
     assert row["outcome"] == "killed"
 
 
@@ -56,17 +55,51 @@ def test_a_crash_gives_its_last_line(tmp_path):
     assert end_of(tmp_path, "print('bye')") == {"outcome": "failed", "reason": "bye"}
 
 
-def test_a_hung_attempt_ends_with_all_its_processes(tmp_path):
-    code = "import subprocess\nchild = subprocess.Popen(['sleep', '1000'])\n"
-    code += "open('pid', 'w').write(str(child.pid)); child.wait()"
-    row = end_of(tmp_path, code, limit=6.0)
-    assert row["outcome"] == "too slow"
-    process = int((tmp_path / "pid").read_text())
+HANGING = "import os, time\nopen(f'pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
+
+
+def torchrun(folder, code):
+    """The command of two ranks that run `code`."""
+    (folder / "rank.py").write_text(code)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*line, str(folder / "rank.py")]
+
+
+def state_of(process):
     try:
-        state = Path(f"/proc/{process}/stat").read_text().split()[2]
+        return Path(f"/proc/{process}/stat").read_text().split()[2]
     except FileNotFoundError:
-        state = "gone"
-    assert state in ("gone", "Z", "X")
+        return "gone"
+
+
+def assert_ranks_are_dead(folder):
+    ranks = [int((folder / f"pid{rank}").read_text()) for rank in range(2)]
+    assert all(state_of(process) in ("gone", "Z", "X") for process in ranks)
+
+
+def test_a_hung_attempt_ends_with_all_its_ranks(tmp_path):
+    """torchrun gives each rank a session of its own, which no signal to torchrun's reaches."""
+    row = attempt(torchrun(tmp_path, HANGING), tmp_path, child_environment(os.environ, 2), 15.0)
+    assert row["outcome"] == "too slow"
+    assert_ranks_are_dead(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_probe_ends_in_one_line_and_with_all_its_ranks(tmp_path, number, code):
+    line = torchrun(tmp_path, HANGING)
+    code_of_probe = (
+        "import os; from pathlib import Path; from recipe import launch, probe\n"
+        f"run = lambda script: probe.attempt({line!r}, Path({str(tmp_path)!r}), dict(os.environ))\n"
+        "probe.main = run; launch._probe('05_pretrain', None)"
+    )
+    probing = subprocess.Popen([*PYTHON, code_of_probe], stderr=subprocess.PIPE, text=True)
+    while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
+        assert probing.poll() is None
+        time.sleep(0.1)
+    probing.send_signal(number)
+    said = probing.communicate(timeout=60)[1]
+    assert probing.returncode == code and "Traceback" not in said and said.count("05_pretrain: ") == 1
+    assert_ranks_are_dead(tmp_path)
 
 
 def test_the_attempt_is_what_the_kernel_would_kill_first(tmp_path):
