@@ -319,7 +319,7 @@ def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
     parser = stage_arguments(doc)
     add_options(parser)
     arguments = parser.parse_args()
-    try:
+    with _ends_in_one_line(name):
         config = load_recipe(arguments.recipe, arguments.overrides)
         final = stage_folder(arguments.recipe, name)
         if (final / "stage.json").exists() and not arguments.force:
@@ -336,9 +336,6 @@ def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
             _run_child(
                 stage, script, Path(plans), lambda: _identity(final / "stage.json") not in (None, before)
             )
-    except RecipeError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -438,7 +435,7 @@ def _ends_in_one_line(name: str) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _probe(name: str, script: Path) -> None:
+def _probe(name: str, script: Path, dry_run: bool) -> None:
     """Measure settings instead of training."""
     from recipe import probe  # here: it imports this module's names
 
@@ -447,6 +444,10 @@ def _probe(name: str, script: Path) -> None:
 
     signal.signal(signal.SIGTERM, end)
     with _ends_in_one_line(name):
+        if name != "05_pretrain":
+            raise Refused("--probe measures the settings of stage 05 only. Leave it out")
+        if dry_run:
+            raise Refused("--probe measures and --dry-run computes. Leave one of them out")
         probe.main(script)
 
 
@@ -466,17 +467,21 @@ def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) 
 def main() -> None:
     """Run the stage that belongs to the training script named first on the command line."""
     script = Path(sys.argv.pop(1))
-    if script.name not in STAGES:
-        raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
+    with _ends_in_one_line("recipe.launch"):
+        if script.name not in STAGES:
+            raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
     name, sections, inputs = STAGES[script.name]
     doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc, --nnodes) or deepspeed."
-    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    probe.add_argument("--node-rank", type=int, default=0)
-    if probe.parse_known_args()[0].node_rank > 0:
-        join(name, doc, inputs, script)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--node-rank", type=int, default=0)
+    early.add_argument("--probe", action="store_true")
+    early.add_argument("--dry-run", action="store_true")
+    asked = early.parse_known_args()[0]
+    if asked.probe:
+        _probe(name, script, asked.dry_run)
         return
-    if "--probe" in sys.argv and name == "05_pretrain":
-        _probe(name, script)
+    if asked.node_rank > 0:
+        join(name, doc, inputs, script)
         return
     run_stage(
         f"{name}.sh",

@@ -90,7 +90,7 @@ def test_an_interrupted_probe_ends_in_one_line_and_with_all_its_ranks(tmp_path, 
     code_of_probe = (
         "import os; from pathlib import Path; from recipe import launch, probe\n"
         f"run = lambda script: probe.attempt({line!r}, Path({str(tmp_path)!r}), dict(os.environ))\n"
-        "probe.main = run; launch._probe('05_pretrain', None)"
+        "probe.main = run; launch._probe('05_pretrain', None, False)"
     )
     probing = subprocess.Popen([*PYTHON, code_of_probe], stderr=subprocess.PIPE, text=True)
     while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
