@@ -7,9 +7,7 @@ training on this machine is measured, and each line says which it is.
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from recipe.config import CONFIGS, batch_layout, model_values, vocabulary_size
 from recipe.fetching import free_bytes, require_space
+from recipe.hardware import glance, gpus, host_memory
 from recipe.launch import Launch
 from recipe.memory import Setting, Shape, activation_bytes, memory, shape_of
 from recipe.outputs import DATA, OUTPUTS, Stage, read_json, stage_folder
@@ -69,22 +68,16 @@ USABLE = 0.94  # of a GPU's memory: the driver and fragmentation take the rest
 def this_machine(launch: Launch) -> tuple[Device, float]:
     """The device a training here would use, and the bytes free for each rank; found without torch.
 
-    The ranks of a machine share a CPU's memory; of several GPUs the first stands for all.
+    The ranks of a machine share its memory, also where a GPU has none of its own; of several GPUs the first
+    stands for all.
     """
-    if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap"]
-        text = subprocess.run(
-            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True
-        ).stdout
-        if text.strip():
-            name, total, free, capability = (part.strip() for part in text.splitlines()[0].split(","))
-            device = Device(name, round(float(total) / 1024), 0.0, float(capability) >= 8)
-            return device, float(free) * 2**20
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(facts[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    flags = Path("/proc/cpuinfo").read_text()
-    half = "avx512_bf16" in flags or "amx_bf16" in flags
-    return Device("CPU", round(total / GIB), 0.0, half, "cpu"), free / launch.processes
+    here, seen = glance(), gpus()
+    if seen and seen[0].total and seen[0].free is not None:
+        total, free = seen[0].total, float(seen[0].free)
+    else:
+        total, available = host_memory()
+        free = available / launch.processes
+    return Device(here.name, round(total / GIB), 0.0, here.fast_bf16, here.device), free
 
 
 # ------------------------------------------------------------------------------------------------- settings

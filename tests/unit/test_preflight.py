@@ -207,6 +207,26 @@ def test_this_machine_is_found_and_shared_by_its_ranks():
         assert preflight.this_machine(Launch(processes=4))[1] == pytest.approx(free / 4, rel=0.2)
 
 
+def test_the_gpu_is_the_one_that_is_visible(tmp_path, monkeypatch):
+    """nvidia-smi lists all GPUs, whatever CUDA_VISIBLE_DEVICES says, and no memory where it is the CPU's."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\necho GPU-a, NVIDIA A100, 8.0, 40960, 30720\necho GPU-b, Tesla T4, 7.5, 15360, 10240\n"
+        "echo GPU-c, NVIDIA GB10, 12.1, [N/A], [N/A]\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    a100 = Device("NVIDIA A100", 40, 0.0, True), 30 * preflight.GIB
+    assert preflight.this_machine(Launch(processes=2)) == a100
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert preflight.this_machine(Launch()) == (Device("Tesla T4", 15, 0.0, False), 10 * preflight.GIB)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert preflight.this_machine(Launch())[0].name == "NVIDIA GB10"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert preflight.this_machine(Launch())[0].kind == "cpu"
+
+
 def test_a_preflight_does_without_torch():
     code = (
         "import json, sys; from recipe import launch, preflight; from recipe.outputs import CONFIGS\n"
