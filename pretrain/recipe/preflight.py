@@ -102,7 +102,7 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
         accumulation,
         half,
         not sharded and bool(values.get("torch_compile", shutil.which("g++"))),
-        bool(values.get("gradient_checkpointing")),
+        bool(values.get("activation_checkpointing")),
         _optimizer(values),
         fsdp=launch.fsdp,
         tensor_parallel=split,
@@ -141,7 +141,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     options: list[str] = []
     plans = [(changes, options)]
     if not setting.checkpointing:
-        changes, options = {"checkpointing": True}, ["--set pretrain.gradient_checkpointing=true"]
+        changes, options = {"checkpointing": True}, ["--set pretrain.activation_checkpointing=true"]
         plans.append((changes, options))
     if not setting.fsdp and setting.tensor_parallel == 1:
         shared = ("zero1", "zero2", "zero3") if setting.ranks > 1 else ()
@@ -342,7 +342,7 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
     other = replace(setting, checkpointing=not setting.checkpointing)
     yield (
         f"             activations {activation_bytes(shape, other) / GIB:.2f} GiB "
-        f"{'with' if other.checkpointing else 'without'} gradient_checkpointing"
+        f"{'with' if other.checkpointing else 'without'} activation_checkpointing"
     )
     counts = (1, 2, 4, 8)
     names = "".join(f"{count:>8}" for count in counts)

@@ -138,7 +138,7 @@ def options_of(row: dict[str, Any], overrides: Sequence[str] = ()) -> str:
     """
     parts = [f"--set {_word(override)}" for override in overrides]
     parts += [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
-    parts.append(f"--set pretrain.gradient_checkpointing={str(row['checkpointing']).lower()}")
+    parts.append(f"--set pretrain.activation_checkpointing={str(row['checkpointing']).lower()}")
     if not row["joined"]:
         parts.append(f"--set pretrain.torch_compile={str(row['compiled']).lower()}")
     return " ".join([*parts, row["joined"]]).strip()
@@ -199,7 +199,7 @@ def measure(
     values |= {
         "per_device_train_batch_size": micro,
         "global_batch_size": micro * replicas * accumulation,
-        "gradient_checkpointing": checkpointing,
+        "activation_checkpointing": checkpointing,
         "torch_compile": compiled,
     }
     row = {"micro_batch": micro, "checkpointing": checkpointing, "compiled": compiled}

@@ -99,7 +99,7 @@ def run(name: str) -> tuple[float, dict[str, Any], int]:
         "pretrain": values,
         "generation": {"prompts": []},
     }
-    wished = values | {"gradient_checkpointing": checkpointing, "torch_compile": compiled}
+    wished = values | {"activation_checkpointing": checkpointing, "torch_compile": compiled}
     here, _ = preflight.this_machine(launch)
     shape = shape_of(model, vocabulary)
     computed = memory(shape, preflight.setting_of(wished, here, launch))

@@ -149,7 +149,7 @@ def test_the_climb_ends_at_a_failure_or_a_loss(speeds, measured):
 def test_table_and_options():
     row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "joined": "--deepspeed zero2"}
     assert options_of(row) == (
-        "--set pretrain.per_device_train_batch_size=8 --set pretrain.gradient_checkpointing=true "
+        "--set pretrain.per_device_train_batch_size=8 --set pretrain.activation_checkpointing=true "
         "--deepspeed zero2"
     )
     asked = ["pretrain.max_steps=7", 'generation.prompts=["a b", "c"]', "pretrain.run_name=a b"]
