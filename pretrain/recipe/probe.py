@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe import preflight
-from recipe.config import check_recipe, load_recipe
+from recipe.config import batch_layout, check_recipe, load_recipe
 from recipe.initial import find_initial
 from recipe.launch import (
     Launch,
@@ -38,6 +38,7 @@ from recipe.outputs import OUTPUTS, RecipeError, Refused, read_json, stage_argum
 
 STEPS = 5  # of which the first, which compiles, is not measured
 LIMIT = 1800  # seconds for one combination
+STRIDE = 1.3  # a micro-batch closer to the one before would tell little more
 SLOWER = 0.95  # a larger micro-batch below this share of the speed before ends the climb
 HOPELESS = 1.3  # times the memory there is, by the preflight's sum: not even tried
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory", re.I)
@@ -115,9 +116,15 @@ def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launc
                 yield way, checkpointing, True
 
 
-def micro_batches(share: int) -> list[int]:
-    """The powers of two, and all of it, that divide a rank's share of the global batch."""
-    return sorted({2**n for n in range(share.bit_length()) if share % 2**n == 0} | {share})
+def micro_batches(share: int, asked: int) -> list[int]:
+    """The divisors of a rank's share of the global batch, each at least `STRIDE` times the one before, and
+    `asked`, the recipe's own.
+    """
+    chosen: list[int] = []
+    for micro in (micro for micro in range(1, share + 1) if share % micro == 0):
+        if micro == asked or not chosen or micro >= STRIDE * chosen[-1]:
+            chosen.append(micro)
+    return chosen
 
 
 def climb(micros: list[int], measure: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -225,15 +232,15 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str,
     """Measure every combination worth it; each row is printed when it is there."""
     values = plan["config"]["pretrain"]
     replicas = launch.ranks // launch.tensor_parallel
-    share, rest = divmod(values["global_batch_size"], replicas)
-    if rest:
-        size = values["global_batch_size"]
-        raise Refused(f"pretrain.json: global_batch_size: {size} does not divide into {replicas} ranks")
+    asked, accumulation = batch_layout(
+        values["global_batch_size"], values["per_device_train_batch_size"], replicas
+    )
     if launch.ranks > 1 and values.get("muon_learning_rate"):
         print("ZeRO is left out: it has no Muon (--set pretrain.muon_learning_rate=null)", flush=True)
     rows: list[dict[str, Any]] = []
+    micros = micro_batches(asked * accumulation, asked)
     for way in combinations(values, launch):
-        for row in climb(micro_batches(share), lambda micro, way=way: measure(script, plan, *way, micro)):
+        for row in climb(micros, lambda micro, way=way: measure(script, plan, *way, micro)):
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     return rows

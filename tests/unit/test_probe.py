@@ -108,9 +108,11 @@ def test_the_attempt_is_what_the_kernel_would_kill_first(tmp_path):
 
 
 def test_micro_batches_divide_the_share():
-    assert micro_batches(16) == [1, 2, 4, 8, 16]
-    assert micro_batches(24) == [1, 2, 4, 8, 24]
-    assert micro_batches(3) == [1, 3]
+    assert micro_batches(16, 4) == [1, 2, 4, 8, 16]
+    assert micro_batches(24, 4) == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert micro_batches(60, 1) == [1, 2, 3, 4, 6, 10, 15, 20, 30, 60]  # 5 and 12 are close to others
+    assert micro_batches(60, 12) == [1, 2, 3, 4, 6, 10, 12, 20, 30, 60]
+    assert micro_batches(3, 1) == [1, 3]
 
 
 def test_combinations_are_those_that_training_accepts():
