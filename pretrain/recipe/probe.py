@@ -217,7 +217,7 @@ def measure(
     if peak > HOPELESS * limit:
         reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {limit / 2**30:.0f} GiB are free"
         return row | {"outcome": "not tried", "reason": reason}
-    with tempfile.TemporaryDirectory(prefix="probe-") as name:
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=OUTPUTS / plan["recipe"]) as name:
         folder = Path(name)
         plan = training_plan(plan["recipe"], config, plan["inputs"], launch, path, folder)
         write_json(folder / "plan.json", plan | {"probe": True})

@@ -205,7 +205,14 @@ def test_hopeless_settings_are_not_tried(prepared):
     assert row["outcome"] == "not tried" and "GiB are free" in row["reason"]
 
 
-def test_lack_of_memory_ends_a_row_and_not_the_search(prepared, monkeypatch):
+@pytest.fixture
+def measured(prepared, monkeypatch):
+    """`prepared`, for measurements in this process: the scratch of an attempt stands beside its recipe."""
+    monkeypatch.setattr(probe, "OUTPUTS", prepared.folder / "outputs")
+    return prepared
+
+
+def test_lack_of_memory_ends_a_row_and_not_the_search(measured, monkeypatch):
     """Real trainings under a limit of memory: one block fits, thousands at once do not."""
     limits = (int(2.5e9), resource.getrlimit(resource.RLIMIT_DATA)[1])
     popen = subprocess.Popen
@@ -218,21 +225,28 @@ def test_lack_of_memory_ends_a_row_and_not_the_search(prepared, monkeypatch):
 
     monkeypatch.setattr(probe.subprocess, "Popen", limited)
     monkeypatch.setattr(probe, "HOPELESS", float("inf"))
-    plan = plan_of(prepared, global_batch_size=2**12)
+    plan = plan_of(measured, global_batch_size=2**12)
     way = (Launch(), False, False)
     rows = list(climb([1, 2**12], lambda micro: measure(SCRIPT, plan, *way, micro)))
     assert [row["outcome"] for row in rows] == ["ok", "out of memory"]
 
 
-def test_a_row_is_a_training_with_these_settings(prepared):
+def test_a_row_is_a_training_with_these_settings(measured, monkeypatch):
     """Whatever the recipe's schedule: a polynomial that only warms up divides by 0."""
     schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}
     schedule |= {"warmup_steps": probe.STEPS, "logging_strategy": "no"}
-    plan = plan_of(prepared, global_batch_size=8, **schedule)
+    plan = plan_of(measured, global_batch_size=8, **schedule)
+    folders = []
+    attempts = probe.attempt
+    monkeypatch.setattr(
+        probe, "attempt", lambda line, *rest: folders.append(rest[0]) or attempts(line, *rest)
+    )
     row = measure(SCRIPT, plan, Launch(), True, False, 2)
     assert row["outcome"] == "ok" and row["steps"] == probe.STEPS
     active = row["active"]
     assert (active["micro_batch"], active["accumulation"], active["compiled"]) == (2, 2, False)
+    assert [folder.parent for folder in folders] == [measured.folder / "outputs/mini"]
+    assert not folders[0].exists()
     assert row["tokens_per_second"] > 0 and 2**27 < row["peak_memory_bytes"] < 2**32
 
 
