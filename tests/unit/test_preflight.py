@@ -133,6 +133,13 @@ def test_data_without_room_is_refused_before_the_download(tmp_path, monkeypatch)
     preflight.require_data_space("a", dataset)
 
 
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_recipes_that_download_say_how_much_disk_they_take(recipe):
+    dataset = read(recipe, "dataset")
+    downloads = any("url" in source for source in dataset["sources"].values())
+    assert not downloads or dataset["disk_gigabytes"] >= 1
+
+
 def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "OUTPUTS", tmp_path)
     assert preflight.measured_rate("a", "CPU") is None
