@@ -180,10 +180,18 @@ def fit(
 # ----------------------------------------------------------------------------------------- steps, disk, time
 
 
-def training_tokens(recipe: str) -> int | None:
-    """Training tokens that stage 04 has counted; None before it has run."""
+def training_tokens(recipe: str, dataset: dict[str, Any]) -> int | None:
+    """Tokens of an epoch: those that stage 04 has counted, each source by its weight; None before it has run.
+
+    A source of weight 2 is read twice, as `packing.epoch_tokens` has it.
+    """
     record = stage_folder(recipe, "04_tokenize") / "stage.json"
-    return read_json(record)["figures"]["totals"]["train"]["tokens"] if record.exists() else None
+    if not record.exists():
+        return None
+    counts = read_json(record)["figures"]["sources"]["train"]
+    weights = {name: source.get("weight", 1) for name, source in dataset["sources"].items()}
+    # A source that dataset.json has no more: stage 04 is stale, and says so itself.
+    return round(sum(count["tokens"] * weights.get(name, 1) for name, count in counts.items()))
 
 
 def step_count(values: dict[str, Any], tokens: int | None) -> int | None:
@@ -250,7 +258,12 @@ def check_room(stage: Stage, launch: Launch) -> None:
     shape = shape_of(model_values(stage.config), vocabulary_of(stage.recipe, stage.config)[0])
     here, _ = this_machine(launch)
     setting = setting_of(values, here, launch)
-    disk = training_disk(shape, setting, values, step_count(values, training_tokens(stage.recipe))) or 0
+    disk = (
+        training_disk(
+            shape, setting, values, step_count(values, training_tokens(stage.recipe, stage.config["dataset"]))
+        )
+        or 0
+    )
     needed = disk - _size(stage.folder)
     require_space(stage.folder, needed, "checkpoints and the model (pretrain.json: save_total_limit)")
     peak, limit = peak_and_limit(stage.recipe, stage.config, launch)
@@ -293,7 +306,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
     shape = shape_of(model_values(config), vocabulary)
     here, limit = this_machine(launch)
     setting = setting_of(values, here, launch)
-    tokens = training_tokens(recipe)
+    tokens = training_tokens(recipe, config["dataset"])
     steps = step_count(values, tokens)
     per_step = values["global_batch_size"] * values["block_size"]
     replicas = launch.ranks // launch.tensor_parallel

@@ -102,6 +102,17 @@ def test_steps():
     assert preflight.step_count(values | {"max_steps": 7}, None) == 7
 
 
+def test_tokens_of_an_epoch_follow_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "OUTPUTS", tmp_path)
+    dataset = {"sources": {"a": {"weight": 2}, "c": {"weight": 0.5}, "held": {"held_out": True}}}
+    assert preflight.training_tokens("mine", dataset) is None
+    folder = tmp_path / "mine/04_tokenize"
+    folder.mkdir(parents=True)
+    counts = {"a": {"tokens": 1000}, "b": {"tokens": 100}, "c": {"tokens": 11}}
+    (folder / "stage.json").write_text(json.dumps({"figures": {"sources": {"train": counts}}}))
+    assert preflight.training_tokens("mine", dataset) == 2106  # 2105.5, rounded
+
+
 def test_disk_holds_the_checkpoints_kept_and_one_more():
     shape = shape_of(SMALL, 1000)
     model, checkpoint = 4 * shape.parameters, 12 * shape.parameters
