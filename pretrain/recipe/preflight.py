@@ -279,20 +279,21 @@ def peak_and_limit(recipe: str, config: dict[str, dict[str, Any]], launch: Launc
     return memory(shape, setting_of(config["pretrain"], here, launch))["peak"], limit
 
 
-def measured_rate(recipe: str, hardware: str) -> tuple[float, str] | None:
-    """FLOP/s of an earlier training on this hardware, all ranks together, and where it was measured.
+def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] | None:
+    """FLOP/s of `ranks` together by an earlier training on such a device, and where it was measured.
 
-    This recipe's own record first, then the newest of the others. hardware: as stage.json names it.
+    This recipe's own record first, then the newest of the others. Each GPU is taken to compute as fast as
+    one did then; ranks on a CPU share its cores, and are as fast together as others were.
     """
     records = sorted(
         OUTPUTS.glob("*/05_pretrain/stage.json"), key=lambda p: (p.parts[-3] == recipe, p.stat().st_mtime)
     )
     for path in reversed(records):
         figures = read_json(path)["figures"]
-        if figures.get("hardware") == hardware and figures.get("mfu"):
-            ranks = (figures.get("active") or {}).get("ranks", 1)
-            rate = figures["mfu"] * figures["gemm_peak_flops"] * ranks
-            return rate, f"measured, recipe {path.parts[-3]}"
+        if figures.get("hardware") == device.name and figures.get("mfu"):
+            then = (figures.get("active") or {}).get("ranks", 1)
+            rate = figures["mfu"] * figures["gemm_peak_flops"]
+            return rate * (ranks if device.kind == "cuda" else then), f"measured, recipe {path.parts[-3]}"
     return None
 
 
@@ -332,7 +333,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
         "devices      with the settings asked for, or with what must change to fit. GPUs: computed, none was "
         f"measured; time by the maker's TFLOP/s x {ASSUMED_MFU:.0%}, an assumption"
     )
-    measured = measured_rate(recipe, here.name)
+    measured = measured_rate(recipe, here, launch.ranks)
     yield from _device_lines(here, limit, values, shape, launch, work, measured, unit)
     for device in PROFILES:
         rate = device.flops * ASSUMED_MFU * launch.ranks, f"tabulated {device.flops / 1e12:.0f} TFLOP/s"

@@ -153,7 +153,8 @@ def test_recipes_that_download_say_how_much_disk_they_take(recipe):
 
 def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "OUTPUTS", tmp_path)
-    assert preflight.measured_rate("a", "CPU") is None
+    cpu, gpu = Device("CPU", 64, 0.0, True, "cpu"), Device("A100", 40, 0.0, True)
+    assert preflight.measured_rate("a", cpu, 2) is None
     for number, (recipe, hardware, mfu) in enumerate(
         [("a", "CPU", 0.5), ("b", "CPU", 0.25), ("c", "A100", 0.5), ("d", "CPU", None)]
     ):
@@ -164,9 +165,12 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
         )
         (folder / "stage.json").write_text(json.dumps({"figures": figures}))
         os.utime(folder / "stage.json", (number, number))
-    assert preflight.measured_rate("a", "CPU") == (1e12, "measured, recipe a")
-    assert preflight.measured_rate("new", "CPU") == (5e11, "measured, recipe b")
-    assert preflight.measured_rate("a", "H100") is None
+    assert preflight.measured_rate("a", cpu, 2) == (1e12, "measured, recipe a")
+    assert preflight.measured_rate("new", cpu, 2) == (5e11, "measured, recipe b")
+    assert preflight.measured_rate("a", dataclasses.replace(gpu, name="H100"), 2) is None
+    # Twice the GPUs are twice as fast; ranks on a CPU share it.
+    assert preflight.measured_rate("a", gpu, 4) == (2e12, "measured, recipe c")
+    assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")
 
 
 LAUNCHES = [
