@@ -218,12 +218,9 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
 
     None when their number is unknown: all are kept (no save_total_limit) and the steps are not known yet.
     """
-    strategy = values.get("save_strategy", "steps")
     saved = None
-    if strategy == "no":
+    if values.get("save_strategy") == "no":
         saved = 0
-    elif strategy == "epoch":
-        saved = math.ceil(values.get("num_train_epochs", 3))
     elif steps:
         every = values.get("save_steps", 500)
         saved = steps // max(1, math.ceil(every * steps) if every < 1 else int(every))
@@ -250,33 +247,29 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def on_this_machine(
+    recipe: str, config: dict[str, dict[str, Any]], launch: Launch
+) -> tuple[Shape, Setting, float]:
+    """The model, the setting it would train with here, and the bytes free for each rank."""
+    here, free = this_machine(launch)
+    shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
+    return shape, setting_of(config["pretrain"], here, launch), free
+
+
 def check_room(stage: Stage, launch: Launch) -> None:
     """Say what the training that starts now will take; raise Refused when its checkpoints cannot fit on the
     disk.
     """
     values = stage.config["pretrain"]
-    shape = shape_of(model_values(stage.config), vocabulary_of(stage.recipe, stage.config)[0])
-    here, _ = this_machine(launch)
-    setting = setting_of(values, here, launch)
-    disk = (
-        training_disk(
-            shape, setting, values, step_count(values, training_tokens(stage.recipe, stage.config["dataset"]))
-        )
-        or 0
-    )
+    shape, setting, free = on_this_machine(stage.recipe, stage.config, launch)
+    steps = step_count(values, training_tokens(stage.recipe, stage.config["dataset"]))
+    disk = training_disk(shape, setting, values, steps) or 0
     needed = disk - _size(stage.folder)
     require_space(stage.folder, needed, "checkpoints and the model (pretrain.json: save_total_limit)")
-    peak, limit = peak_and_limit(stage.recipe, stage.config, launch)
+    peak = memory(shape, setting)["peak"]
     stage.say(f"preflight: {peak / GIB:.1f} GiB per device and {disk / 1e9:.1f} GB of disk, computed")
-    if peak > limit:
-        stage.say(f"warning: only {limit / GIB:.1f} GiB are free; see --dry-run for what to change")
-
-
-def peak_and_limit(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> tuple[float, float]:
-    """Bytes at the peak of a step here (computed), and the bytes free, both for each rank."""
-    shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
-    here, limit = this_machine(launch)
-    return memory(shape, setting_of(config["pretrain"], here, launch))["peak"], limit
+    if peak > free:
+        stage.say(f"warning: only {free / GIB:.1f} GiB are free; see --dry-run for what to change")
 
 
 def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] | None:

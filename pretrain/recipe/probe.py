@@ -34,6 +34,7 @@ from recipe.launch import (
     training_plan,
     visible_devices,
 )
+from recipe.memory import memory
 from recipe.outputs import OUTPUTS, RecipeError, Refused, read_json, stage_arguments, stage_folder, write_json
 
 STEPS = 5  # of which the first, which compiles, is not measured
@@ -213,9 +214,10 @@ def measure(
     row |= {"joined": joined(launch)}
     config = plan["config"] | {"pretrain": values}
     path = launch.check(config, "pretrain")
-    peak, limit = preflight.peak_and_limit(plan["recipe"], config, launch)
-    if peak > HOPELESS * limit:
-        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {limit / 2**30:.0f} GiB are free"
+    shape, setting, free = preflight.on_this_machine(plan["recipe"], config, launch)
+    peak = memory(shape, setting)["peak"]
+    if peak > HOPELESS * free:
+        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {free / 2**30:.0f} GiB are free"
         return row | {"outcome": "not tried", "reason": reason}
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=OUTPUTS / plan["recipe"]) as name:
         folder = Path(name)
