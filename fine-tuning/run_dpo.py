@@ -27,7 +27,7 @@ def main(plan: dict[str, Any]) -> None:
     always = {"max_length": None, "torch_compile": False}
     own = {"pairs", "valid_share"}
     values = {key: value for key, value in plan["config"]["preference"].items() if key not in own}
-    always |= {"gradient_checkpointing": values.get("gradient_checkpointing", False)}
+    always |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
     tuning = plan | {"config": plan["config"] | {"preference": values}}
     run = prepare(tuning, "preference", DPOConfig, always)
     settings, arguments, folder = run.settings, run.arguments, run.folder

@@ -42,10 +42,10 @@ def load_with_adapter(folder: Path, attention: str, lora: dict[str, Any], argume
             use_safetensors=True,
             trust_remote_code=False,
         )
-        model = prepare_model_for_kbit_training(model, arguments.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(model, arguments.activation_checkpointing)
     else:
         model = load_model(folder, attention)
-        if arguments.gradient_checkpointing:
+        if arguments.activation_checkpointing:
             # Else no gradient reaches a checkpointed layer, whose inputs are all frozen.
             model.enable_input_require_grads()
     torch.manual_seed(arguments.seed)

@@ -362,7 +362,7 @@ def active(trainer: Trainer) -> dict[str, Any]:
         "precision": {"no": "fp32"}.get(precision, precision),
         "attention": model.config._attn_implementation,
         "compiled": counters["stats"]["unique_graphs"] > 0,
-        "activation_checkpointing": model.is_gradient_checkpointing,
+        "activation_checkpointing": model.is_activation_checkpointing,
         "optimizer": _optimizer_name(optimizer),
         "fused": bool(groups[0].get("fused")),
         "offloaded": type(optimizer).__name__.startswith("DeepSpeedCPU"),

@@ -229,6 +229,8 @@ ELSEWHERE = {
     "do_eval": "the stage: it trains, and evaluates by eval_strategy",
     "do_predict": "the stage: it trains, and evaluates by eval_strategy",
     "enable_jit_checkpoint": "the stage: on a signal it always saves a checkpoint",
+    "gradient_checkpointing": "activation_checkpointing, the name that transformers has for it now",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs, as transformers calls them now",
     "ignore_data_skip": "the stage: it continues with the sample after the last one",
     "save_only_model": "the stage: it could not continue from such a checkpoint",
     "save_on_each_node": "the stage: several nodes share one folder",
@@ -684,11 +686,10 @@ def _check_training(values: dict[str, Any], more: dict[str, str], where: str) ->
                 f"{where}: {key}: {_show(values[key])}, wanted steps or no: a training is one pass over "
                 "blocks that are shuffled before it, and knows no end of an epoch"
             )
-    for name in ("activation", "gradient"):
-        if values.get(f"{name}_checkpointing_kwargs") and not values.get(f"{name}_checkpointing"):
-            raise Refused(
-                f"{where}: {name}_checkpointing_kwargs does nothing without {name}_checkpointing: true"
-            )
+    if values.get("activation_checkpointing_kwargs") and not values.get("activation_checkpointing"):
+        raise Refused(
+            f"{where}: activation_checkpointing_kwargs does nothing without activation_checkpointing: true"
+        )
     _check_optimizer(values, where)
     _check_schedule(values, where)
     _check_watching(values, where)

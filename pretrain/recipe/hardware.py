@@ -11,9 +11,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipe.outputs import Refused
+
+GPU_COLUMNS = "uuid,name,compute_cap,memory.total,memory.free"
 
 
 @dataclass(frozen=True)
@@ -49,29 +51,47 @@ def detect() -> Hardware:
     return _cpu()
 
 
+class Gpu(NamedTuple):
+    """What nvidia-smi says of a GPU. total, free: bytes, None where it shares the machine's memory."""
+
+    name: str
+    capability: tuple[int, int]
+    total: int | None
+    free: int | None
+
+
 def glance() -> Hardware:
     """What `detect` will find, without importing torch: of the first visible GPU, or of the CPU."""
-    gpus = visible_gpus(os.environ, _nvidia_smi())
-    return _gpu(*gpus[0]) if gpus else _cpu()
+    seen = gpus()
+    return _gpu(seen[0].name, seen[0].capability) if seen else _cpu()
 
 
 def count_gpus() -> int:
     """GPUs that a training started now would see."""
-    return len(visible_gpus(os.environ, _nvidia_smi()))
+    return len(gpus())
 
 
-def visible_gpus(environment: Mapping[str, str], listing: str) -> list[tuple[str, tuple[int, int]]]:
-    """Name and compute capability of the GPUs that CUDA_VISIBLE_DEVICES leaves, by ``nvidia-smi
-    --query-gpu=uuid,name,compute_cap --format=csv,noheader``.
+def gpus() -> list[Gpu]:
+    """The GPUs that a training started now would see."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", f"--query-gpu={GPU_COLUMNS}", "--format=csv,noheader,nounits"]
+    return visible_gpus(os.environ, subprocess.run(query, capture_output=True, text=True).stdout)
+
+
+def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves of a listing by nvidia-smi with `GPU_COLUMNS`.
 
     As CUDA does, it reads numbers or beginnings of UUIDs, in that order, up to the first that is not there.
     """
     present = []
     for line in listing.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3 and parts[2].replace(".", "").isdigit():
+        if len(parts) == 5 and parts[2].replace(".", "").isdigit():
             major, _, minor = parts[2].partition(".")
-            present.append((parts[0], (parts[1], (int(major), int(minor or 0)))))
+            # In MiB; "[N/A]" where GPU and CPU have one memory.
+            total, free = (int(size) * 2**20 if size.isdigit() else None for size in parts[3:])
+            present.append((parts[0], Gpu(parts[1], (int(major), int(minor or 0)), total, free)))
     asked = environment.get("CUDA_VISIBLE_DEVICES")
     if asked is None:
         return [facts for _, facts in present]
@@ -86,13 +106,6 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[tuple[str
             break
         visible.append(found[0])
     return visible
-
-
-def _nvidia_smi() -> str:
-    if not shutil.which("nvidia-smi"):
-        return ""
-    query = ["nvidia-smi", "--query-gpu=uuid,name,compute_cap", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout
 
 
 def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
@@ -196,6 +209,17 @@ def check_optimizer(hardware: Hardware, optimizer: str, where: str) -> None:
             f"{where}: optim: {optimizer} needs bitsandbytes, which is not installed "
             f"(.venv/bin/pip install bitsandbytes). {way_out}"
         )
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of this machine's memory: all, and what is available. Without /proc (no Linux) both are all."""
+    try:
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except FileNotFoundError:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+    total, available = (int(facts[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    return total, available
 
 
 def peak_memory(device: str) -> int:

@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -319,7 +319,7 @@ def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
     parser = stage_arguments(doc)
     add_options(parser)
     arguments = parser.parse_args()
-    try:
+    with _ends_in_one_line(name):
         config = load_recipe(arguments.recipe, arguments.overrides)
         final = stage_folder(arguments.recipe, name)
         if (final / "stage.json").exists() and not arguments.force:
@@ -336,9 +336,6 @@ def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
             _run_child(
                 stage, script, Path(plans), lambda: _identity(final / "stage.json") not in (None, before)
             )
-    except RecipeError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -376,7 +373,7 @@ def _wait(
                 stop.touch()
             stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
         else:
-            _kill(child)
+            kill(child)
 
     old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -386,7 +383,7 @@ def _wait(
             if child.poll() is None and watchdog.stalled():
                 stage.say(f"the training stands still. {watchdog.found}")
                 dump_stacks(watchdog)
-                _kill(child)
+                kill(child)
             if published and published():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(10)  # for ranks that have trained and are on their way out
@@ -409,7 +406,8 @@ def _wait(
     return code
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child and all below it: torchrun's ranks have sessions of their own, and outlive it."""
     for process in reversed(descendants(child.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -424,15 +422,33 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def _probe(name: str, script: Path) -> None:
-    """Measure settings instead of training; errors end in one line as those of a stage."""
-    from recipe import probe  # here: it imports this module's names
-
+@contextlib.contextmanager
+def _ends_in_one_line(name: str) -> Iterator[None]:
+    """Errors and Ctrl-C end the process as those of a stage do."""
     try:
-        probe.main(script)
+        yield
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _probe(name: str, script: Path, dry_run: bool) -> None:
+    """Measure settings instead of training."""
+    from recipe import probe  # here: it imports this module's names
+
+    def end(signum: int, frame: object) -> None:
+        raise Interrupted("terminated (SIGTERM)", EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    with _ends_in_one_line(name):
+        if name != "05_pretrain":
+            raise Refused("--probe measures the settings of stage 05 only. Leave it out")
+        if dry_run:
+            raise Refused("--probe measures and --dry-run computes. Leave one of them out")
+        probe.main(script)
 
 
 def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -441,6 +457,9 @@ def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) 
 
     launch = launch_of(arguments)
     launch.check(config, "pretrain")
+    if "model_type" not in model_values(config):
+        print(f"  parameters   known once the checkpoint is fetched: {config['pretrain']['initial_model']}")
+        return
     for line in report(arguments.recipe, config, launch):
         print(f"  {line}")
 
@@ -448,17 +467,21 @@ def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) 
 def main() -> None:
     """Run the stage that belongs to the training script named first on the command line."""
     script = Path(sys.argv.pop(1))
-    if script.name not in STAGES:
-        raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
+    with _ends_in_one_line("recipe.launch"):
+        if script.name not in STAGES:
+            raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
     name, sections, inputs = STAGES[script.name]
     doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc, --nnodes) or deepspeed."
-    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    probe.add_argument("--node-rank", type=int, default=0)
-    if probe.parse_known_args()[0].node_rank > 0:
-        join(name, doc, inputs, script)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--node-rank", type=int, default=0)
+    early.add_argument("--probe", action="store_true")
+    early.add_argument("--dry-run", action="store_true")
+    asked = early.parse_known_args()[0]
+    if asked.probe:
+        _probe(name, script, asked.dry_run)
         return
-    if "--probe" in sys.argv and name == "05_pretrain":
-        _probe(name, script)
+    if asked.node_rank > 0:
+        join(name, doc, inputs, script)
         return
     run_stage(
         f"{name}.sh",

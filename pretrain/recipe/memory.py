@@ -175,13 +175,16 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
     """What all layers keep for the backward pass of one micro-batch.
 
     With checkpointing only each layer's input is kept, and one layer at a time is computed again. Tensor
-    parallelism splits what is as wide as heads or as the intermediate size, nothing else.
+    parallelism splits what is as wide as heads or as the intermediate size, nothing else. On a CPU attention
+    is that of `recipe.attention`, which needs no mask.
     """
     tokens = setting.micro_batch * setting.block_size
     split = setting.tensor_parallel
     widths = (shape.hidden, shape.query / split, shape.key / split, shape.intermediate / split)
-    factors = activation_table()[shape.kind][setting.mode]
-    layer = sum(factor * size for factor, size in zip(factors, (*widths, setting.block_size), strict=True))
+    *factors, mask = activation_table()[shape.kind][setting.mode]
+    layer = sum(factor * size for factor, size in zip(factors, widths, strict=True))
+    if setting.device != "cpu" or shape.attention_dropout:
+        layer += mask * setting.block_size
     if setting.device == "cpu" and shape.attention_dropout:
         # PyTorch's CPU kernel knows no dropout: the plain one keeps three float32 scores of each pair, and
         # queries, keys and values in float32.

@@ -7,9 +7,7 @@ training on this machine is measured, and each line says which it is.
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from recipe.config import CONFIGS, batch_layout, model_values, vocabulary_size
 from recipe.fetching import free_bytes, require_space
+from recipe.hardware import glance, gpus, host_memory
 from recipe.launch import Launch
 from recipe.memory import Setting, Shape, activation_bytes, memory, shape_of
 from recipe.outputs import DATA, OUTPUTS, Stage, read_json, stage_folder
@@ -69,22 +68,16 @@ USABLE = 0.94  # of a GPU's memory: the driver and fragmentation take the rest
 def this_machine(launch: Launch) -> tuple[Device, float]:
     """The device a training here would use, and the bytes free for each rank; found without torch.
 
-    The ranks of a machine share a CPU's memory; of several GPUs the first stands for all.
+    The ranks of a machine share its memory, also where a GPU has none of its own; of several GPUs the first
+    stands for all.
     """
-    if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap"]
-        text = subprocess.run(
-            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True
-        ).stdout
-        if text.strip():
-            name, total, free, capability = (part.strip() for part in text.splitlines()[0].split(","))
-            device = Device(name, round(float(total) / 1024), 0.0, float(capability) >= 8)
-            return device, float(free) * 2**20
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(facts[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    flags = Path("/proc/cpuinfo").read_text()
-    half = "avx512_bf16" in flags or "amx_bf16" in flags
-    return Device("CPU", round(total / GIB), 0.0, half, "cpu"), free / launch.processes
+    here, seen = glance(), gpus()
+    if seen and seen[0].total and seen[0].free is not None:
+        total, free = seen[0].total, float(seen[0].free)
+    else:
+        total, available = host_memory()
+        free = available / launch.processes
+    return Device(here.name, round(total / GIB), 0.0, here.fast_bf16, here.device), free
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -109,7 +102,7 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
         accumulation,
         half,
         not sharded and bool(values.get("torch_compile", shutil.which("g++"))),
-        bool(values.get("gradient_checkpointing")),
+        bool(values.get("activation_checkpointing")),
         _optimizer(values),
         fsdp=launch.fsdp,
         tensor_parallel=split,
@@ -148,7 +141,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     options: list[str] = []
     plans = [(changes, options)]
     if not setting.checkpointing:
-        changes, options = {"checkpointing": True}, ["--set pretrain.gradient_checkpointing=true"]
+        changes, options = {"checkpointing": True}, ["--set pretrain.activation_checkpointing=true"]
         plans.append((changes, options))
     if not setting.fsdp and setting.tensor_parallel == 1:
         shared = ("zero1", "zero2", "zero3") if setting.ranks > 1 else ()
@@ -187,10 +180,18 @@ def fit(
 # ----------------------------------------------------------------------------------------- steps, disk, time
 
 
-def training_tokens(recipe: str) -> int | None:
-    """Training tokens that stage 04 has counted; None before it has run."""
+def training_tokens(recipe: str, dataset: dict[str, Any]) -> int | None:
+    """Tokens of an epoch: those that stage 04 has counted, each source by its weight; None before it has run.
+
+    A source of weight 2 is read twice, as `packing.epoch_tokens` has it.
+    """
     record = stage_folder(recipe, "04_tokenize") / "stage.json"
-    return read_json(record)["figures"]["totals"]["train"]["tokens"] if record.exists() else None
+    if not record.exists():
+        return None
+    counts = read_json(record)["figures"]["sources"]["train"]
+    weights = {name: source.get("weight", 1) for name, source in dataset["sources"].items()}
+    # A source that dataset.json has no more: stage 04 is stale, and says so itself.
+    return round(sum(count["tokens"] * weights.get(name, 1) for name, count in counts.items()))
 
 
 def step_count(values: dict[str, Any], tokens: int | None) -> int | None:
@@ -217,12 +218,9 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
 
     None when their number is unknown: all are kept (no save_total_limit) and the steps are not known yet.
     """
-    strategy = values.get("save_strategy", "steps")
     saved = None
-    if strategy == "no":
+    if values.get("save_strategy") == "no":
         saved = 0
-    elif strategy == "epoch":
-        saved = math.ceil(values.get("num_train_epochs", 3))
     elif steps:
         every = values.get("save_steps", 500)
         saved = steps // max(1, math.ceil(every * steps) if every < 1 else int(every))
@@ -249,44 +247,46 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def on_this_machine(
+    recipe: str, config: dict[str, dict[str, Any]], launch: Launch
+) -> tuple[Shape, Setting, float]:
+    """The model, the setting it would train with here, and the bytes free for each rank."""
+    here, free = this_machine(launch)
+    shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
+    return shape, setting_of(config["pretrain"], here, launch), free
+
+
 def check_room(stage: Stage, launch: Launch) -> None:
     """Say what the training that starts now will take; raise Refused when its checkpoints cannot fit on the
     disk.
     """
     values = stage.config["pretrain"]
-    shape = shape_of(model_values(stage.config), vocabulary_of(stage.recipe, stage.config)[0])
-    here, _ = this_machine(launch)
-    setting = setting_of(values, here, launch)
-    disk = training_disk(shape, setting, values, step_count(values, training_tokens(stage.recipe))) or 0
+    shape, setting, free = on_this_machine(stage.recipe, stage.config, launch)
+    steps = step_count(values, training_tokens(stage.recipe, stage.config["dataset"]))
+    disk = training_disk(shape, setting, values, steps) or 0
     needed = disk - _size(stage.folder)
     require_space(stage.folder, needed, "checkpoints and the model (pretrain.json: save_total_limit)")
-    peak, limit = peak_and_limit(stage.recipe, stage.config, launch)
+    peak = memory(shape, setting)["peak"]
     stage.say(f"preflight: {peak / GIB:.1f} GiB per device and {disk / 1e9:.1f} GB of disk, computed")
-    if peak > limit:
-        stage.say(f"warning: only {limit / GIB:.1f} GiB are free; see --dry-run for what to change")
+    if peak > free:
+        stage.say(f"warning: only {free / GIB:.1f} GiB are free; see --dry-run for what to change")
 
 
-def peak_and_limit(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> tuple[float, float]:
-    """Bytes at the peak of a step here (computed), and the bytes free, both for each rank."""
-    shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
-    here, limit = this_machine(launch)
-    return memory(shape, setting_of(config["pretrain"], here, launch))["peak"], limit
+def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] | None:
+    """FLOP/s of `ranks` together by an earlier training on such a device, and where it was measured.
 
-
-def measured_rate(recipe: str, hardware: str) -> tuple[float, str] | None:
-    """FLOP/s of an earlier training on this hardware, all ranks together, and where it was measured.
-
-    This recipe's own record first, then the newest of the others. hardware: as stage.json names it.
+    This recipe's own record first, then the newest of the others. Each GPU is taken to compute as fast as
+    one did then; ranks on a CPU share its cores, and are as fast together as others were.
     """
     records = sorted(
         OUTPUTS.glob("*/05_pretrain/stage.json"), key=lambda p: (p.parts[-3] == recipe, p.stat().st_mtime)
     )
     for path in reversed(records):
         figures = read_json(path)["figures"]
-        if figures.get("hardware") == hardware and figures.get("mfu"):
-            ranks = (figures.get("active") or {}).get("ranks", 1)
-            rate = figures["mfu"] * figures["gemm_peak_flops"] * ranks
-            return rate, f"measured, recipe {path.parts[-3]}"
+        if figures.get("hardware") == device.name and figures.get("mfu"):
+            then = (figures.get("active") or {}).get("ranks", 1)
+            rate = figures["mfu"] * figures["gemm_peak_flops"]
+            return rate * (ranks if device.kind == "cuda" else then), f"measured, recipe {path.parts[-3]}"
     return None
 
 
@@ -300,7 +300,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
     shape = shape_of(model_values(config), vocabulary)
     here, limit = this_machine(launch)
     setting = setting_of(values, here, launch)
-    tokens = training_tokens(recipe)
+    tokens = training_tokens(recipe, config["dataset"])
     steps = step_count(values, tokens)
     per_step = values["global_batch_size"] * values["block_size"]
     replicas = launch.ranks // launch.tensor_parallel
@@ -326,7 +326,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
         "devices      with the settings asked for, or with what must change to fit. GPUs: computed, none was "
         f"measured; time by the maker's TFLOP/s x {ASSUMED_MFU:.0%}, an assumption"
     )
-    measured = measured_rate(recipe, here.name)
+    measured = measured_rate(recipe, here, launch.ranks)
     yield from _device_lines(here, limit, values, shape, launch, work, measured, unit)
     for device in PROFILES:
         rate = device.flops * ASSUMED_MFU * launch.ranks, f"tabulated {device.flops / 1e12:.0f} TFLOP/s"
@@ -349,7 +349,7 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
     other = replace(setting, checkpointing=not setting.checkpointing)
     yield (
         f"             activations {activation_bytes(shape, other) / GIB:.2f} GiB "
-        f"{'with' if other.checkpointing else 'without'} gradient_checkpointing"
+        f"{'with' if other.checkpointing else 'without'} activation_checkpointing"
     )
     counts = (1, 2, 4, 8)
     names = "".join(f"{count:>8}" for count in counts)

@@ -9,44 +9,53 @@ fastest, to ``probe.options`` beside it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recipe import preflight
-from recipe.config import load_recipe
+from recipe.config import batch_layout, check_recipe, load_recipe
+from recipe.initial import find_initial
 from recipe.launch import (
     Launch,
     add_options,
     child_environment,
     command,
+    kill,
     launch_of,
     training_plan,
     visible_devices,
 )
+from recipe.memory import memory
 from recipe.outputs import OUTPUTS, RecipeError, Refused, read_json, stage_arguments, stage_folder, write_json
 
 STEPS = 5  # of which the first, which compiles, is not measured
 LIMIT = 1800  # seconds for one combination
+STRIDE = 1.3  # a micro-batch closer to the one before would tell little more
 SLOWER = 0.95  # a larger micro-batch below this share of the speed before ends the climb
 HOPELESS = 1.3  # times the memory there is, by the preflight's sum: not even tried
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory", re.I)
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
-# What a probe leaves out of a training.
+# What a probe leaves out of a training. Its few steps need no schedule, and would not hold a long one.
 SHORT = {
     "max_steps": STEPS,
+    "lr_scheduler_type": "constant",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
     "eval_strategy": "no",
+    "eval_on_start": False,
     "save_strategy": "no",
-    "load_best_model_at_end": False,
     "report_to": "none",
     "sample_steps": None,
+    "logging_strategy": "steps",
     "logging_steps": 1,
 }
 
@@ -72,6 +81,8 @@ def attempt(
         except subprocess.TimeoutExpired:
             code = None
         finally:
+            if child.poll() is None:
+                kill(child)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # also what a dead launcher left behind
             child.wait()
@@ -106,9 +117,15 @@ def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launc
                 yield way, checkpointing, True
 
 
-def micro_batches(share: int) -> list[int]:
-    """The powers of two, and all of it, that divide a rank's share of the global batch."""
-    return sorted({2**n for n in range(share.bit_length()) if share % 2**n == 0} | {share})
+def micro_batches(share: int, asked: int) -> list[int]:
+    """The divisors of a rank's share of the global batch, each at least `STRIDE` times the one before, and
+    `asked`, the recipe's own.
+    """
+    chosen: list[int] = []
+    for micro in (micro for micro in range(1, share + 1) if share % micro == 0):
+        if micro == asked or not chosen or micro >= STRIDE * chosen[-1]:
+            chosen.append(micro)
+    return chosen
 
 
 def climb(micros: list[int], measure: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -122,13 +139,28 @@ def climb(micros: list[int], measure: Callable[[int], dict[str, Any]]) -> Iterat
         before = row["tokens_per_second"]
 
 
-def options_of(row: dict[str, Any]) -> str:
-    """The options of 05_pretrain.sh and run_all.sh that train with a row's settings."""
-    parts = [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
-    parts.append(f"--set pretrain.gradient_checkpointing={str(row['checkpointing']).lower()}")
+def options_of(row: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """The options of 05_pretrain.sh and run_all.sh that train with a row's settings.
+
+    overrides: the --set of the probe itself, without which it would be another training.
+    """
+    parts = [f"--set {_word(override)}" for override in overrides]
+    parts += [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
+    parts.append(f"--set pretrain.activation_checkpointing={str(row['checkpointing']).lower()}")
     if not row["joined"]:
         parts.append(f"--set pretrain.torch_compile={str(row['compiled']).lower()}")
     return " ".join([*parts, row["joined"]]).strip()
+
+
+def _word(override: str) -> str:
+    """FILE.KEY=VALUE without blanks, at which a shell would split what `cat probe.options` writes."""
+    key, _, value = override.partition("=")
+    try:
+        value = json.loads(value)
+    except json.JSONDecodeError:
+        if " " not in value:
+            return override
+    return f"{key}={json.dumps(value, separators=(',', ':'))}".replace(" ", r"\u0020")
 
 
 def joined(launch: Launch) -> str:
@@ -175,18 +207,19 @@ def measure(
     values |= {
         "per_device_train_batch_size": micro,
         "global_batch_size": micro * replicas * accumulation,
-        "gradient_checkpointing": checkpointing,
+        "activation_checkpointing": checkpointing,
         "torch_compile": compiled,
     }
     row = {"micro_batch": micro, "checkpointing": checkpointing, "compiled": compiled}
     row |= {"joined": joined(launch)}
     config = plan["config"] | {"pretrain": values}
     path = launch.check(config, "pretrain")
-    peak, limit = preflight.peak_and_limit(plan["recipe"], config, launch)
-    if peak > HOPELESS * limit:
-        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {limit / 2**30:.0f} GiB are free"
+    shape, setting, free = preflight.on_this_machine(plan["recipe"], config, launch)
+    peak = memory(shape, setting)["peak"]
+    if peak > HOPELESS * free:
+        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {free / 2**30:.0f} GiB are free"
         return row | {"outcome": "not tried", "reason": reason}
-    with tempfile.TemporaryDirectory(prefix="probe-") as name:
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=OUTPUTS / plan["recipe"]) as name:
         folder = Path(name)
         plan = training_plan(plan["recipe"], config, plan["inputs"], launch, path, folder)
         write_json(folder / "plan.json", plan | {"probe": True})
@@ -201,15 +234,15 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str,
     """Measure every combination worth it; each row is printed when it is there."""
     values = plan["config"]["pretrain"]
     replicas = launch.ranks // launch.tensor_parallel
-    share, rest = divmod(values["global_batch_size"], replicas)
-    if rest:
-        size = values["global_batch_size"]
-        raise Refused(f"pretrain.json: global_batch_size: {size} does not divide into {replicas} ranks")
+    asked, accumulation = batch_layout(
+        values["global_batch_size"], values["per_device_train_batch_size"], replicas
+    )
     if launch.ranks > 1 and values.get("muon_learning_rate"):
         print("ZeRO is left out: it has no Muon (--set pretrain.muon_learning_rate=null)", flush=True)
     rows: list[dict[str, Any]] = []
+    micros = micro_batches(asked * accumulation, asked)
     for way in combinations(values, launch):
-        for row in climb(micro_batches(share), lambda micro, way=way: measure(script, plan, *way, micro)):
+        for row in climb(micros, lambda micro, way=way: measure(script, plan, *way, micro)):
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     return rows
@@ -228,12 +261,14 @@ def main(script: Path) -> None:
     for stage, folder in inputs.items():
         if not (folder / "stage.json").exists():
             raise Refused(f"--probe needs {stage}. Run `bash run_all.sh --recipe {recipe} --to 04`")
+    if find_initial(config["pretrain"]):
+        check_recipe(config, f"configs/{recipe}")  # again, now that its config.json was fetched
     rows = search(script, {"recipe": recipe, "config": config, "inputs": inputs}, launch)
     shown = table(rows)
     measured = [row for row in rows if row["outcome"] == "ok"]
     if not measured:
         raise RecipeError(f"no setting ran:\n{shown}\nSee what `05_pretrain.sh --dry-run` suggests")
-    options = options_of(max(measured, key=lambda row: row["tokens_per_second"]))
+    options = options_of(max(measured, key=lambda row: row["tokens_per_second"]), arguments.overrides)
     if arguments.nproc:
         options += f" --nproc {arguments.nproc}"
     folder = OUTPUTS / recipe

@@ -50,7 +50,7 @@ def factor(kind: str, options: dict[str, Any], step: int, warmup: int, total: in
         return math.sqrt(scale / (step + scale - warmup))
     done = min((step - warmup) / max(1, total - warmup), 1.0)
     if kind == "linear":
-        return 1 - done
+        return (total - step) / max(1, total - warmup)  # 0 at the end, also of a run that only warms up
     if kind == "polynomial":
         return options["lr_end"] + (1 - options["lr_end"]) * (1 - done) ** options.get("power", 1.0)
     if kind == "cosine_with_restarts":
@@ -87,6 +87,8 @@ def sampled(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     wrong = []
     rates = {}
     for step in sorted({warmup // 2, warmup, (warmup + total) // 2, total - 1, total}):
+        if step > total:  # a warm-up longer than the run: schedules say nothing about steps beyond it
+            break
         rates[step] = peak * shape(step)
         wanted = factor(kind, options, step, warmup, total)
         if wanted is not None and not math.isclose(shape(step), wanted, rel_tol=1e-6, abs_tol=1e-9):

@@ -99,11 +99,13 @@ def run(name: str) -> tuple[float, dict[str, Any], int]:
         "pretrain": values,
         "generation": {"prompts": []},
     }
-    wished = values | {"gradient_checkpointing": checkpointing, "torch_compile": compiled}
+    wished = values | {"activation_checkpointing": checkpointing, "torch_compile": compiled}
     here, _ = preflight.this_machine(launch)
     shape = shape_of(model, vocabulary)
     computed = memory(shape, preflight.setting_of(wished, here, launch))
     with tempfile.TemporaryDirectory() as folder:
+        probe.OUTPUTS = Path(folder)
+        (probe.OUTPUTS / "bench").mkdir()
         plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), vocabulary)}
         script = ROOT / "pretrain/run_clm.py"
         row = probe.measure(script, plan, launch, checkpointing, compiled, micro)

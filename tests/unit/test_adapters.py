@@ -10,7 +10,7 @@ from recipe.modeling import build_model, load_model
 from recipe.outputs import RecipeError
 from recipe.tokenizer_training import train_tokenizer
 
-ARGUMENTS = SimpleNamespace(seed=1, gradient_checkpointing=False)
+ARGUMENTS = SimpleNamespace(seed=1, activation_checkpointing=False)
 IDS = torch.arange(5, 37).reshape(1, -1)
 
 

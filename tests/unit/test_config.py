@@ -193,8 +193,12 @@ def preference(config, **values):
         ),
         (lambda c: c["pretrain"].update(torch_compile_mode="max-autotune"), ["torch_compile_mode", "null"]),
         (
-            lambda c: c["pretrain"].update(gradient_checkpointing_kwargs={"use_reentrant": False}),
-            ["gradient_checkpointing_kwargs does nothing without"],
+            lambda c: c["pretrain"].update(activation_checkpointing_kwargs={"use_reentrant": False}),
+            ["activation_checkpointing_kwargs does nothing without"],
+        ),
+        (
+            lambda c: c["pretrain"].update(gradient_checkpointing=True),
+            ["gradient_checkpointing: unknown key", "It follows from activation_checkpointing"],
         ),
         (
             lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="galore_adamw")),

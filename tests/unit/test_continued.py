@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, sentences
-from recipe import config, facts, initial, launch, modeling, published
+from recipe import config, facts, initial, launch, modeling, probe, published
 from recipe.outputs import RecipeError, Refused, Stage
 from recipe.tokenizer import encode_texts
 from safetensors.torch import load_file, save_file
@@ -271,6 +271,28 @@ def test_a_fetched_checkpoint_is_checked_again_before_it_is_loaded(monkeypatch, 
     stage = Stage("05_pretrain", "x", values, {}, tmp_path, launch_options(), -1)
     with pytest.raises(Refused, match="block_size: 512, more than the 256 positions of nobody/model/config"):
         launch._run_child(stage, Path("run_clm.py"), tmp_path)
+
+
+def test_a_dry_run_before_the_checkpoint_is_fetched_says_what_is_not_known(capsys):
+    launch._forecast(recipe_of("nobody/model"), launch_options())
+    assert "parameters   known once the checkpoint is fetched: nobody/model" in capsys.readouterr().out
+
+
+def test_a_probe_fetches_the_checkpoint_and_checks_again(monkeypatch, tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    values = recipe_of("nobody/model", pretrain_block_size=512)
+    monkeypatch.setattr(initial, "_fetch", lambda name, revision: folder)
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda name, file, revision: str(folder / file)
+    )
+    monkeypatch.setattr(probe, "load_recipe", lambda recipe, overrides: values)
+    monkeypatch.setattr(probe, "stage_folder", lambda recipe, stage: tmp_path / stage)
+    monkeypatch.setattr("sys.argv", ["05_pretrain.sh", "--recipe", "x", "--probe"])
+    for stage in ("03_tokenizer", "04_tokenize"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "stage.json").write_text("{}")
+    with pytest.raises(Refused, match="block_size: 512, more than the 256 positions of nobody/model/config"):
+        probe.main(Path("run_clm.py"))
 
 
 def launch_options():

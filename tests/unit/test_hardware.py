@@ -1,7 +1,18 @@
 """The choice of precision, attention and compilation, with the hardware faked at the edge."""
 
 import pytest
-from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, glance, visible_gpus
+from recipe import hardware
+from recipe.hardware import (
+    Choice,
+    Gpu,
+    Hardware,
+    choose,
+    detect,
+    gemm_peak,
+    glance,
+    host_memory,
+    visible_gpus,
+)
 from recipe.outputs import Refused
 
 A100 = Hardware("cuda", "A100", (8, 0), True, True, True)
@@ -58,17 +69,18 @@ def test_gemm_peak_is_a_plausible_rate():
     assert 1e9 < gemm_peak("cpu", "fp32", 0.05) < 1e14
 
 
-LISTING = "GPU-aa11, NVIDIA A100-SXM4-40GB, 8.0\nGPU-aa22, Tesla T4, 7.5\n"
-BIG, SMALL = ("NVIDIA A100-SXM4-40GB", (8, 0)), ("Tesla T4", (7, 5))
+LISTING = "GPU-aa11, NVIDIA A100-SXM4-40GB, 8.0, 40960, 40000\nGPU-aa22, NVIDIA GB10, 12.1, [N/A], [N/A]\n"
+BIG = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40 * 2**30, 40_000 * 2**20)
+SHARED = Gpu("NVIDIA GB10", (12, 1), None, None)
 
 
 @pytest.mark.parametrize(
     ("environment", "wanted"),
     [
-        ({}, [BIG, SMALL]),
-        ({"CUDA_VISIBLE_DEVICES": "1"}, [SMALL]),
-        ({"CUDA_VISIBLE_DEVICES": "1,0"}, [SMALL, BIG]),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-aa2"}, [SMALL]),
+        ({}, [BIG, SHARED]),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, [SHARED]),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, [SHARED, BIG]),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-aa2"}, [SHARED]),
         ({"CUDA_VISIBLE_DEVICES": "0,7,1"}, [BIG]),
         ({"CUDA_VISIBLE_DEVICES": ""}, []),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
@@ -82,3 +94,11 @@ def test_visible_gpus(environment, wanted):
 
 def test_a_glance_finds_what_torch_finds():
     assert glance() == detect()
+
+
+def test_host_memory_is_what_the_machine_has(monkeypatch, tmp_path):
+    total, available = host_memory()
+    assert 0 < available <= total
+    monkeypatch.setattr(hardware, "Path", lambda name: tmp_path / name.lstrip("/"))  # without /proc
+    without, free = host_memory()
+    assert without == free == pytest.approx(total, rel=0.02)

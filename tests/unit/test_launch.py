@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from recipe.config import batch_layout, check_launch, check_tensor_parallel
-from recipe.launch import Launch, add_options, child_environment, command, launch_of
+from recipe.launch import Launch, add_options, child_environment, command, launch_of, main
 from recipe.outputs import Refused
 
 
@@ -86,6 +86,32 @@ def test_hostfile(tmp_path, monkeypatch):
         path.write_text(f"node0 slots=1\n{line}\n")
         with pytest.raises(Refused, match=f"hosts:{1 + len(line.splitlines())}: 'node1"):
             options("--hostfile", str(path), "--deepspeed", "zero2")
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("run_sft.py", "--probe"), "12_finetune: error: --probe measures"),
+        (
+            ("run_dpo.py", "--node-rank", "1", "--probe"),
+            "13_preference: error: --probe measures",
+        ),
+        (
+            ("run_clm.py", "--probe", "--dry-run"),
+            "05_pretrain: error: --probe measures and --dry-run",
+        ),
+        (
+            ("train.py", "--recipe", "tiny"),
+            "recipe.launch: error: train.py: wanted one of run_clm.py",
+        ),
+        (("run_clm.py", "--recipe", "nosuch", "--node-rank", "1"), "05_pretrain: error: configs/nosuch: no"),
+    ],
+)
+def test_what_cannot_be_started_ends_in_one_line(monkeypatch, capsys, words, fault):
+    monkeypatch.setattr(sys, "argv", ["launch", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith(fault)
 
 
 def test_hosts_are_handed_the_environment(tmp_path):

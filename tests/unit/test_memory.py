@@ -108,6 +108,32 @@ def test_activations_are_what_a_model_keeps(kind, mode):
     assert computed == pytest.approx(3 * ROWS * block * kept, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+@pytest.mark.parametrize("mode", ["mixed", "fp32"])
+def test_a_cpu_keeps_no_attention_mask(kind, mode, monkeypatch):
+    """The attention that a CPU trains with, against its sum; as many keys as queries, which it keeps once."""
+    from recipe import activations
+
+    def with_documents(*arguments):
+        model = small_model(*arguments)
+        model.set_attn_implementation("documents")
+        return model
+
+    small_model, width, block = activations.small_model, 128, 320
+    monkeypatch.setattr(activations, "small_model", with_documents)
+    kept = activations.bytes_per_token(kind, mode, (160, width, width, 480), block)
+    model = SMALL | {"model_type": kind, "hidden_size": 160, "intermediate_size": 480, "head_dim": width // 4}
+    precision = "fp32" if mode == "fp32" else "bf16"
+    setting = dataclasses.replace(PLAIN, device="cpu", block_size=block, micro_batch=1, precision=precision)
+    shape = shape_of(model | {"num_hidden_layers": 1, "num_key_value_heads": 4}, 100)
+    assert activation_bytes(shape, setting) == pytest.approx(block * kept, rel=0.01)
+    dropped = dataclasses.replace(shape, attention_dropout=0.1)
+    mask = activation_table()[kind][mode][-1]
+    assert activation_bytes(dropped, setting) - activation_bytes(shape, setting) == pytest.approx(
+        block * ((mask + 12 * shape.heads) * block + 6 * shape.hidden)
+    )
+
+
 PLAIN = Setting("cuda", 1, 1024, 4, 1, "bf16", False, False, "AdamW")
 
 

@@ -1,4 +1,4 @@
-"""What a training takes, computed: against transformers' models, published figures, ZeRO's formulas."""
+"""What a training takes on the usual devices and here, and what to change where it does not fit."""
 
 import dataclasses
 import json
@@ -9,21 +9,14 @@ import sys
 
 import pytest
 from recipe import outputs, preflight
-from recipe.config import CONFIGS, _apply, check_launch
+from recipe.config import _apply, check_launch
 from recipe.launch import Launch
-from recipe.memory import Setting, memory, shape_of
+from recipe.memory import memory, shape_of
 from recipe.outputs import Refused
 from recipe.preflight import PROFILES, Device, fit, setting_of
+from test_memory import PLAIN, SHIPPED, SMALL, read
 
-SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4}
-SHIPPED = sorted(path.parent.name for path in CONFIGS.glob("*/model.json"))
 UNEVEN = ("mistral-39m", "mistral-300m-v2", "gpt2-small")  # global batches that do not divide into 8 ranks
-PLAIN = Setting("cuda", 1, 1024, 4, 1, "bf16", False, False, "AdamW")
-
-
-def read(recipe, file):
-    return json.loads((CONFIGS / recipe / f"{file}.json").read_text())
 
 
 def apply(options, values):
@@ -102,6 +95,17 @@ def test_steps():
     assert preflight.step_count(values | {"max_steps": 7}, None) == 7
 
 
+def test_tokens_of_an_epoch_follow_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "OUTPUTS", tmp_path)
+    dataset = {"sources": {"a": {"weight": 2}, "c": {"weight": 0.5}, "held": {"held_out": True}}}
+    assert preflight.training_tokens("mine", dataset) is None
+    folder = tmp_path / "mine/04_tokenize"
+    folder.mkdir(parents=True)
+    counts = {"a": {"tokens": 1000}, "b": {"tokens": 100}, "c": {"tokens": 11}}
+    (folder / "stage.json").write_text(json.dumps({"figures": {"sources": {"train": counts}}}))
+    assert preflight.training_tokens("mine", dataset) == 2106  # 2105.5, rounded
+
+
 def test_disk_holds_the_checkpoints_kept_and_one_more():
     shape = shape_of(SMALL, 1000)
     model, checkpoint = 4 * shape.parameters, 12 * shape.parameters
@@ -133,9 +137,17 @@ def test_data_without_room_is_refused_before_the_download(tmp_path, monkeypatch)
     preflight.require_data_space("a", dataset)
 
 
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_recipes_that_download_say_how_much_disk_they_take(recipe):
+    dataset = read(recipe, "dataset")
+    downloads = any("url" in source for source in dataset["sources"].values())
+    assert not downloads or dataset["disk_gigabytes"] >= 1
+
+
 def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "OUTPUTS", tmp_path)
-    assert preflight.measured_rate("a", "CPU") is None
+    cpu, gpu = Device("CPU", 64, 0.0, True, "cpu"), Device("A100", 40, 0.0, True)
+    assert preflight.measured_rate("a", cpu, 2) is None
     for number, (recipe, hardware, mfu) in enumerate(
         [("a", "CPU", 0.5), ("b", "CPU", 0.25), ("c", "A100", 0.5), ("d", "CPU", None)]
     ):
@@ -146,9 +158,12 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
         )
         (folder / "stage.json").write_text(json.dumps({"figures": figures}))
         os.utime(folder / "stage.json", (number, number))
-    assert preflight.measured_rate("a", "CPU") == (1e12, "measured, recipe a")
-    assert preflight.measured_rate("new", "CPU") == (5e11, "measured, recipe b")
-    assert preflight.measured_rate("a", "H100") is None
+    assert preflight.measured_rate("a", cpu, 2) == (1e12, "measured, recipe a")
+    assert preflight.measured_rate("new", cpu, 2) == (5e11, "measured, recipe b")
+    assert preflight.measured_rate("a", dataclasses.replace(gpu, name="H100"), 2) is None
+    # Twice the GPUs are twice as fast; ranks on a CPU share it.
+    assert preflight.measured_rate("a", gpu, 4) == (2e12, "measured, recipe c")
+    assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")
 
 
 LAUNCHES = [
@@ -205,6 +220,26 @@ def test_this_machine_is_found_and_shared_by_its_ranks():
     assert isinstance(device, Device) and 0 < free <= (device.gigabytes + 1) * preflight.GIB
     if device.kind == "cpu":
         assert preflight.this_machine(Launch(processes=4))[1] == pytest.approx(free / 4, rel=0.2)
+
+
+def test_the_gpu_is_the_one_that_is_visible(tmp_path, monkeypatch):
+    """nvidia-smi lists all GPUs, whatever CUDA_VISIBLE_DEVICES says, and no memory where it is the CPU's."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\necho GPU-a, NVIDIA A100, 8.0, 40960, 30720\necho GPU-b, Tesla T4, 7.5, 15360, 10240\n"
+        "echo GPU-c, NVIDIA GB10, 12.1, [N/A], [N/A]\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    a100 = Device("NVIDIA A100", 40, 0.0, True), 30 * preflight.GIB
+    assert preflight.this_machine(Launch(processes=2)) == a100
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert preflight.this_machine(Launch()) == (Device("Tesla T4", 15, 0.0, False), 10 * preflight.GIB)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert preflight.this_machine(Launch())[0].name == "NVIDIA GB10"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert preflight.this_machine(Launch())[0].kind == "cpu"
 
 
 def test_a_preflight_does_without_torch():

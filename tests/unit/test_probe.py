@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,8 @@ def test_the_kernels_kill_is_survived(tmp_path):
 
 def test_a_killed_rank_is_recognised_behind_its_launcher(tmp_path):
     """torchrun itself ends with 1 when the kernel kills one of its ranks."""
-    (tmp_path / "rank.py").write_text(
-        "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
-    )
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    row = attempt([*line, str(tmp_path / "rank.py")], tmp_path, child_environment(os.environ, 2))
+    code = "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    row = attempt(torchrun(tmp_path, code), tmp_path, child_environment(os.environ, 2))
     assert row["outcome"] == "killed"
 
 
@@ -56,17 +55,51 @@ def test_a_crash_gives_its_last_line(tmp_path):
     assert end_of(tmp_path, "print('bye')") == {"outcome": "failed", "reason": "bye"}
 
 
-def test_a_hung_attempt_ends_with_all_its_processes(tmp_path):
-    code = "import subprocess\nchild = subprocess.Popen(['sleep', '1000'])\n"
-    code += "open('pid', 'w').write(str(child.pid)); child.wait()"
-    row = end_of(tmp_path, code, limit=6.0)
-    assert row["outcome"] == "too slow"
-    process = int((tmp_path / "pid").read_text())
+HANGING = "import os, time\nopen(f'pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
+
+
+def torchrun(folder, code):
+    """The command of two ranks that run `code`."""
+    (folder / "rank.py").write_text(code)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*line, str(folder / "rank.py")]
+
+
+def state_of(process):
     try:
-        state = Path(f"/proc/{process}/stat").read_text().split()[2]
+        return Path(f"/proc/{process}/stat").read_text().split()[2]
     except FileNotFoundError:
-        state = "gone"
-    assert state in ("gone", "Z", "X")
+        return "gone"
+
+
+def assert_ranks_are_dead(folder):
+    ranks = [int((folder / f"pid{rank}").read_text()) for rank in range(2)]
+    assert all(state_of(process) in ("gone", "Z", "X") for process in ranks)
+
+
+def test_a_hung_attempt_ends_with_all_its_ranks(tmp_path):
+    """torchrun gives each rank a session of its own, which no signal to torchrun's reaches."""
+    row = attempt(torchrun(tmp_path, HANGING), tmp_path, child_environment(os.environ, 2), 15.0)
+    assert row["outcome"] == "too slow"
+    assert_ranks_are_dead(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_probe_ends_in_one_line_and_with_all_its_ranks(tmp_path, number, code):
+    line = torchrun(tmp_path, HANGING)
+    code_of_probe = (
+        "import os; from pathlib import Path; from recipe import launch, probe\n"
+        f"run = lambda script: probe.attempt({line!r}, Path({str(tmp_path)!r}), dict(os.environ))\n"
+        "probe.main = run; launch._probe('05_pretrain', None, False)"
+    )
+    probing = subprocess.Popen([*PYTHON, code_of_probe], stderr=subprocess.PIPE, text=True)
+    while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
+        assert probing.poll() is None
+        time.sleep(0.1)
+    probing.send_signal(number)
+    said = probing.communicate(timeout=60)[1]
+    assert probing.returncode == code and "Traceback" not in said and said.count("05_pretrain: ") == 1
+    assert_ranks_are_dead(tmp_path)
 
 
 def test_the_attempt_is_what_the_kernel_would_kill_first(tmp_path):
@@ -75,9 +108,11 @@ def test_the_attempt_is_what_the_kernel_would_kill_first(tmp_path):
 
 
 def test_micro_batches_divide_the_share():
-    assert micro_batches(16) == [1, 2, 4, 8, 16]
-    assert micro_batches(24) == [1, 2, 4, 8, 24]
-    assert micro_batches(3) == [1, 3]
+    assert micro_batches(16, 4) == [1, 2, 4, 8, 16]
+    assert micro_batches(24, 4) == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert micro_batches(60, 1) == [1, 2, 3, 4, 6, 10, 15, 20, 30, 60]  # 5 and 12 are close to others
+    assert micro_batches(60, 12) == [1, 2, 3, 4, 6, 10, 12, 20, 30, 60]
+    assert micro_batches(3, 1) == [1, 3]
 
 
 def test_combinations_are_those_that_training_accepts():
@@ -116,8 +151,13 @@ def test_the_climb_ends_at_a_failure_or_a_loss(speeds, measured):
 def test_table_and_options():
     row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "joined": "--deepspeed zero2"}
     assert options_of(row) == (
-        "--set pretrain.per_device_train_batch_size=8 --set pretrain.gradient_checkpointing=true "
+        "--set pretrain.per_device_train_batch_size=8 --set pretrain.activation_checkpointing=true "
         "--deepspeed zero2"
+    )
+    asked = ["pretrain.max_steps=7", 'generation.prompts=["a b", "c"]', "pretrain.run_name=a b"]
+    assert options_of(row, asked).startswith(
+        r'--set pretrain.max_steps=7 --set generation.prompts=["a\u0020b","c"] '
+        r'--set pretrain.run_name="a\u0020b" --set pretrain.per_device_train_batch_size=8'
     )
     good = row | {"joined": "", "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
     assert options_of(good).endswith("--set pretrain.torch_compile=true")
@@ -165,7 +205,14 @@ def test_hopeless_settings_are_not_tried(prepared):
     assert row["outcome"] == "not tried" and "GiB are free" in row["reason"]
 
 
-def test_lack_of_memory_ends_a_row_and_not_the_search(prepared, monkeypatch):
+@pytest.fixture
+def measured(prepared, monkeypatch):
+    """`prepared`, for measurements in this process: the scratch of an attempt stands beside its recipe."""
+    monkeypatch.setattr(probe, "OUTPUTS", prepared.folder / "outputs")
+    return prepared
+
+
+def test_lack_of_memory_ends_a_row_and_not_the_search(measured, monkeypatch):
     """Real trainings under a limit of memory: one block fits, thousands at once do not."""
     limits = (int(2.5e9), resource.getrlimit(resource.RLIMIT_DATA)[1])
     popen = subprocess.Popen
@@ -178,17 +225,28 @@ def test_lack_of_memory_ends_a_row_and_not_the_search(prepared, monkeypatch):
 
     monkeypatch.setattr(probe.subprocess, "Popen", limited)
     monkeypatch.setattr(probe, "HOPELESS", float("inf"))
-    plan = plan_of(prepared, global_batch_size=2**12)
+    plan = plan_of(measured, global_batch_size=2**12)
     way = (Launch(), False, False)
     rows = list(climb([1, 2**12], lambda micro: measure(SCRIPT, plan, *way, micro)))
     assert [row["outcome"] for row in rows] == ["ok", "out of memory"]
 
 
-def test_a_row_is_a_training_with_these_settings(prepared):
-    row = measure(SCRIPT, plan_of(prepared, global_batch_size=8), Launch(), True, False, 2)
+def test_a_row_is_a_training_with_these_settings(measured, monkeypatch):
+    """Whatever the recipe's schedule: a polynomial that only warms up divides by 0."""
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}
+    schedule |= {"warmup_steps": probe.STEPS, "logging_strategy": "no"}
+    plan = plan_of(measured, global_batch_size=8, **schedule)
+    folders = []
+    attempts = probe.attempt
+    monkeypatch.setattr(
+        probe, "attempt", lambda line, *rest: folders.append(rest[0]) or attempts(line, *rest)
+    )
+    row = measure(SCRIPT, plan, Launch(), True, False, 2)
     assert row["outcome"] == "ok" and row["steps"] == probe.STEPS
     active = row["active"]
     assert (active["micro_batch"], active["accumulation"], active["compiled"]) == (2, 2, False)
+    assert [folder.parent for folder in folders] == [measured.folder / "outputs/mini"]
+    assert not folders[0].exists()
     assert row["tokens_per_second"] > 0 and 2**27 < row["peak_memory_bytes"] < 2**32
 
 
@@ -205,8 +263,9 @@ def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
     options = (folder / "probe.options").read_text().split()
     assert f"pretrain.per_device_train_batch_size={rows[0][0]}" in options
     assert f"fastest: {' '.join(options)}" in result.stdout
-    accepted = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--dry-run", *small, *options)
+    accepted = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--dry-run", *options)
     assert "would run" in accepted.stdout and f"micro-batch {rows[0][0]} " in accepted.stdout
+    assert "step         2 x 64 = 128 tokens" in accepted.stdout  # the probe's own --set among the options
     # The stage itself was not touched.
     assert not (folder / "05_pretrain").exists()
 
