@@ -14,7 +14,7 @@ The loss is that of the saved model on the same packed validation blocks, in flo
 compiles from nothing: its start counts in the time to a million tokens, the rest of which is reckoned from
 the median step. MFU is against the fastest matrix product that any of the processes measured.
 
-Run (about 25 minutes, nothing else running):
+Run (about 20 minutes, nothing else running):
     .venv/bin/python tests/bench/training.py [6m] [30m]
     .venv/bin/python tests/bench/training.py profile      where the time of a step goes (2 minutes)
 """
@@ -49,7 +49,7 @@ SHAPES = {
         "num_key_value_heads": 4,
     },
 }
-STEPS = {"6m": 40, "30m": 16}
+STEPS = {"6m": 30, "30m": 12}
 RATES = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95, "warmup_steps": 4, "seed": 42}
 ROWS = {
     "stock fp32": {},
