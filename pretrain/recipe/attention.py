@@ -1,13 +1,12 @@
 """Attention on a CPU that computes only what packed documents can see.
 
 PyTorch's own computes every pair of places of a block and hides most of them by a mask: those behind, and
-those of other documents. Here each document is computed alone, and no chunk of queries looks at a key behind
-it. On a GPU FlashAttention-2 does the same, from the same ``position_ids``.
+those of other documents. Here each chunk of queries looks only at keys from the document of its first query
+on, and at none behind it. On a GPU FlashAttention-2 does the same, from the same ``position_ids``.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,34 +18,35 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "documents"  # by which attn_implementation asks for it
 QUERIES = 128  # to a chunk, so that its scores stay in the second-level cache; 64 and 256 were no faster
+# Where the keys of a chunk may begin: few shapes of matrices, since oneDNN makes and keeps a kernel for each.
+KEYS = 64
 
 
-def chunks(position_ids: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """(row, first key, first query, end of both) of each chunk of queries.
+def chunks(position_ids: Tensor) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """(row, first key, first query, end of both, hidden) of each chunk of queries.
 
+    The keys begin with the document of the first query, or up to `KEYS` before. hidden: bool [queries, keys],
+    what a query must not see: keys of documents before its own, and keys behind it.
     position_ids: int64 [rows, places]. A document begins where it is 0, and at the beginning of a row.
     """
-    for row, positions in enumerate(position_ids.numpy()):
-        begins = [0, *((positions[1:] == 0).nonzero()[0] + 1).tolist(), len(positions)]
-        for first, end in itertools.pairwise(begins):
-            for query in range(first, end, QUERIES):
-                yield row, first, query, min(query + QUERIES, end)
+    places = torch.arange(position_ids.shape[1])
+    begins = (places - position_ids).clamp(min=0)
+    for row, of_row in enumerate(begins):
+        for here in range(0, len(places), QUERIES):
+            end, first = min(here + QUERIES, len(places)), int(of_row[here]) // KEYS * KEYS
+            keys, queries = places[first:end], slice(here, end)
+            hidden = (keys < of_row[queries, None]) | (keys > places[queries, None])
+            yield row, first, here, end, hidden
 
 
-def _weights(query: Tensor, key: Tensor, future: Tensor) -> Tensor:
+def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
     """The share of each key in each query: [groups, heads of a group * queries, keys].
 
-    query: [groups, heads of a group * queries, size], scaled; key: [groups, keys, size], the last of them
-    those of the queries; future: [queries, queries], -inf for the keys behind a query.
+    query: [groups, heads of a group * queries, size], scaled; key: [groups, keys, size].
     """
     scores = query @ key.transpose(1, 2)
-    places = len(future)
-    scores.view(len(key), -1, places, key.shape[1])[..., -places:] += future
+    scores.view(len(key), -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
     return torch.softmax(scores, -1)
-
-
-def _future(dtype: torch.dtype) -> Tensor:
-    return torch.full((QUERIES, QUERIES), float("-inf"), dtype=dtype).triu(1)
 
 
 @torch.library.custom_op("recipe::document_attention", mutates_args=())
@@ -56,10 +56,10 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, position_ids: 
     query: [rows, heads, places, size], scaled. key and value: [rows, groups, places, size]; heads are a
     multiple of groups, and neighbouring heads share one. position_ids: see `chunks`.
     """
-    out, groups, future = torch.empty_like(query), key.shape[1], _future(query.dtype)
-    for row, first, here, end in chunks(position_ids):
+    out, groups = torch.empty_like(query), key.shape[1]
+    for row, first, here, end, hidden in chunks(position_ids):
         queries, keys = query[row, :, here:end], key[row, :, first:end]
-        weights = _weights(_by_group(queries, groups), keys, future[: end - here, : end - here])
+        weights = _weights(_by_group(queries, groups), keys, hidden)
         out[row, :, here:end] = (weights @ value[row, :, first:end]).view(queries.shape)
     return out
 
@@ -75,11 +75,11 @@ def document_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `document_attention`'s query, key and value; the weights are computed once more."""
     of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    groups, future = key.shape[1], _future(query.dtype)
-    for row, first, here, end in chunks(position_ids):
+    groups = key.shape[1]
+    for row, first, here, end, hidden in chunks(position_ids):
         places, seen = (row, slice(None), slice(here, end)), (row, slice(None), slice(first, end))
         queries, of_out = _by_group(query[places], groups), _by_group(gradient[places], groups)
-        weights = _weights(queries, key[seen], future[: end - here, : end - here])
+        weights = _weights(queries, key[seen], hidden)
         of_weights = of_out @ value[seen].transpose(1, 2)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         of_query[places] = (of_scores @ key[seen]).view(query[places].shape)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SHAPE, sentences
 from recipe import generation
-from recipe.attention import QUERIES, _visible, attend, chunks, document_attention
+from recipe.attention import KEYS, QUERIES, _visible, attend, chunks, document_attention
 from recipe.modeling import build_model
 from recipe.tokenizer import prompt_ids
 from recipe.tokenizer_training import train_tokenizer
@@ -33,18 +33,38 @@ def masked(query, key, value, scale):
     return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value
 
 
-def test_chunks_hold_every_query_once_and_the_keys_of_its_document_up_to_it():
-    seen = []
-    for row, first, query, end in chunks(POSITIONS):
-        assert 0 < end - query <= QUERIES
-        for place in range(query, end):
-            assert first == place - POSITIONS[row, place]
-            seen.append((row, place))
-    assert sorted(seen) == [(row, place) for row in range(2) for place in range(PLACES)]
+def seen(position_ids):
+    """By query, the keys that it sees, from the chunks; every query must come once."""
+    found = {}
+    for row, first, here, end, hidden in chunks(position_ids):
+        assert hidden.shape == (end - here, end - first)
+        for query, keys in zip(range(here, end), ~hidden, strict=True):
+            assert (row, query) not in found
+            found[row, query] = (keys.nonzero().flatten() + first).tolist()
+    return found
+
+
+def test_a_query_sees_its_document_up_to_itself():
+    found = seen(POSITIONS)
+    assert len(found) == 2 * PLACES
+    for (row, query), keys in found.items():
+        assert keys == list(range(query - int(POSITIONS[row, query]), query + 1))
 
 
 def test_a_row_that_begins_inside_a_document_is_read_from_its_beginning():
-    assert list(chunks(torch.tensor([[4, 5, 0, 1]]))) == [(0, 0, 0, 2), (0, 2, 2, 4)]
+    assert list(seen(torch.tensor([[4, 5, 0, 1]])).values()) == [[0], [0, 1], [2], [2, 3]]
+
+
+def test_few_shapes_whatever_the_documents():
+    """Each shape of matrices has kernels of its own, which are kept: memory would grow with every batch."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = set()
+    for _ in range(50):
+        starts = torch.rand(512, generator=generator) < 0.01
+        places = torch.arange(512)
+        positions = places - torch.where(starts, places, 0).cummax(0).values
+        shapes |= {hidden.shape for *_, hidden in chunks(positions[None])}
+    assert len(shapes) <= 512 // KEYS
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
