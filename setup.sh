@@ -53,7 +53,7 @@ install() {
 install_flash_attention() {
   local gpu=$1
   if [[ -z $gpu ]]; then
-    say "flash-attn: not installed, no NVIDIA GPU found; attention will be PyTorch's SDPA"
+    say "flash-attn: not installed, no NVIDIA GPU found"
   elif ((gpu < 80)); then
     say "flash-attn: not installed, it needs compute capability 8.0 and this GPU has ${gpu%?}.${gpu: -1}; SDPA instead"
   elif ! command -v nvcc >/dev/null; then
