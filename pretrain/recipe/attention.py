@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "documents"  # by which attn_implementation asks for it
-QUERIES = 128  # to a chunk, so that its scores stay in the second-level cache; 64 and 256 were no faster
+QUERIES = 128  # to a chunk, so that its scores stay in the second-level cache; 256 was no faster
 # Where the keys of a chunk may begin: few shapes of matrices, since oneDNN makes and keeps a kernel for each.
 KEYS = 64
 
