@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from recipe.config import OPTIMIZERS
+from recipe.config_training import OPTIMIZERS
 from recipe.hardware import Choice, peak_memory
 from recipe.modeling import parameter_count
 from recipe.outputs import Refused

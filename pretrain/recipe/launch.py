@@ -29,15 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import (
-    check_boards,
-    check_launch,
-    check_quantization,
-    check_recipe,
-    check_tensor_parallel,
-    load_recipe,
-    model_values,
-)
+from recipe.config import check_recipe, load_recipe, model_values
+from recipe.config_launch import check_launch, check_tensor_parallel
+from recipe.config_training import check_boards, check_quantization
 from recipe.hardware import Hardware, choose, count_gpus, glance
 from recipe.initial import find_initial
 from recipe.instructions import no_pairs

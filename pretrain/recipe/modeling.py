@@ -18,7 +18,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 import recipe.attention  # makes the attention "documents" known to transformers
-from recipe.config import FROM_TOKENIZER
+from recipe.config_model import FROM_TOKENIZER
 from recipe.initial import NewPieces
 from recipe.outputs import RecipeError, Refused
 

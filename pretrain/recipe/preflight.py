@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config import CONFIGS, batch_layout, model_values, vocabulary_size
+from recipe.config import model_values
+from recipe.config_launch import batch_layout
+from recipe.config_tokenizer import vocabulary_size
 from recipe.fetching import free_bytes, require_space
 from recipe.hardware import glance, gpus, host_memory
 from recipe.launch import Launch
 from recipe.memory import Setting, Shape, activation_bytes, memory, shape_of
-from recipe.outputs import DATA, OUTPUTS, Stage, read_json, stage_folder
+from recipe.outputs import CONFIGS, DATA, OUTPUTS, Stage, read_json, stage_folder
 
 GIB = 2**30
 ASSUMED_VOCABULARY = 32_000

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe import preflight
-from recipe.config import batch_layout, check_recipe, load_recipe
+from recipe.config import check_recipe, load_recipe
+from recipe.config_launch import batch_layout
 from recipe.initial import find_initial
 from recipe.launch import (
     Launch,

@@ -14,7 +14,7 @@ import sentencepiece as spm
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recipe.config import SPECIAL_TOKENS, round_up, special_tokens
+from recipe.config_tokenizer import SPECIAL_TOKENS, round_up, special_tokens
 from recipe.conversion import NEVER, as_fast, from_sentencepiece, hide_control_pieces, sentencepiece_tokens
 from recipe.outputs import ROOT, RecipeError
 from recipe.tokenizer_training import train_sentencepiece

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import SEGMENTERS
+from recipe.config_tokenizer import SEGMENTERS
 from recipe.download import download_packages
 from recipe.outputs import RecipeError, Refused, fsync_tree
 

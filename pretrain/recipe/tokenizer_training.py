@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recipe.config import special_ids, special_tokens, vocabulary_size
+from recipe.config_tokenizer import special_ids, special_tokens, vocabulary_size
 from recipe.conversion import as_fast, from_sentencepiece, sentencepiece_tokens
 from recipe.outputs import RecipeError
 from recipe.segmentation import ESCAPE, MARKS

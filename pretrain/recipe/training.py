@@ -35,7 +35,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from recipe.callbacks import Heartbeat, Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
-from recipe.config import batch_layout, check_boards
+from recipe.config_launch import batch_layout
+from recipe.config_training import check_boards
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.losses import return_loss_only
 from recipe.modeling import flops_per_token

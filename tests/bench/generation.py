@@ -31,8 +31,8 @@ LOOP, BATCH = "generate() in a loop", "batch 8"
 
 def configs(tokenizer: Any) -> dict[str, GenerationConfig]:
     """tiny's sampling with transformers' default cache, with a static one, and with decoding compiled."""
-    from recipe.config import read_config
     from recipe.generation import generation_config
+    from recipe.keys import read_config
     from recipe.outputs import CONFIGS
 
     values = read_config(CONFIGS / "tiny/generation.json") | {"max_new_tokens": NEW, "min_new_tokens": NEW}

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from recipe import config
+from recipe import config, config_dataset, config_launch, config_tokenizer, config_training, keys
 from recipe.outputs import CONFIGS, Refused
 
 
@@ -22,7 +22,7 @@ def test_shipped_recipe_is_valid(recipe):
 
 @pytest.mark.parametrize("name", [path.stem for path in (CONFIGS / "deepspeed").glob("*.json")])
 def test_shipped_deepspeed_file_is_valid(name):
-    config.check_deepspeed(name)
+    config_launch.check_deepspeed(name)
 
 
 def refusal(change) -> str:
@@ -154,6 +154,7 @@ def preference(config, **values):
             ["model.json: hidden size 258 does not divide by 4"],
         ),
         (schedule("constant", warmup_steps=10), ["warmup_steps: 10", "constant_with_warmup"]),
+        (schedule("polynomial", warmup_steps=9, max_steps=9), ["warmup_steps: 9", "divide by zero"]),
         (schedule("cosine_with_min_lr"), ["lr_scheduler_kwargs", "one floor", "min_lr_rate"]),
         (schedule("cosine_with_min_lr", {"min_lr": 1, "min_lr_rate": 0.1}), ["one floor"]),
         (schedule("cosine_with_min_lr", {"min_lr": 0.0045}), ["min_lr: 0.0045", "below 0.0045"]),
@@ -249,10 +250,10 @@ def test_duplicate_key_and_bad_json_name_the_place(tmp_path):
     path = tmp_path / "pretrain.json"
     path.write_text('{"seed": 1, "seed": 2}')
     with pytest.raises(Refused, match="seed: stands there twice"):
-        config.read_config(path)
+        keys.read_config(path)
     path.write_text('{"seed": 1,\n "x" 2}')
     with pytest.raises(Refused, match=r"pretrain\.json:2: not valid JSON"):
-        config.read_config(path)
+        keys.read_config(path)
 
 
 def test_override_reaches_nested_keys_and_is_checked():
@@ -266,15 +267,15 @@ def test_override_reaches_nested_keys_and_is_checked():
 
 
 def test_deepspeed_scheduler_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "CONFIGS", tmp_path)
+    monkeypatch.setattr(config_launch, "CONFIGS", tmp_path)
     (tmp_path / "deepspeed").mkdir()
     path = tmp_path / "deepspeed/mine.json"
     path.write_text('{"scheduler": {"type": "WarmupLR"}}')
     with pytest.raises(Refused, match="silently replace the Trainer's"):
-        config.check_deepspeed("mine")
+        config_launch.check_deepspeed("mine")
     path.write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
     with pytest.raises(Refused, match="'overlap_comm'"):
-        config.check_deepspeed("mine")
+        config_launch.check_deepspeed("mine")
 
 
 ZERO2 = {
@@ -305,15 +306,15 @@ BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 2}
     ],
 )
 def test_deepspeed_file_that_says_otherwise_is_refused(tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr(config, "CONFIGS", tmp_path)
+    monkeypatch.setattr(config_launch, "CONFIGS", tmp_path)
     (tmp_path / "deepspeed").mkdir()
     values = {key: value for key, value in (ZERO2 | change).items() if value is not None}
     (tmp_path / "deepspeed/mine.json").write_text(json.dumps(values))
     if not words:
-        assert config.check_launch(BATCHES, "pretrain", "mine", 2).name == "mine.json"
+        assert config_launch.check_launch(BATCHES, "pretrain", "mine", 2).name == "mine.json"
         return
     with pytest.raises(Refused, match=f"configs/deepspeed/mine.json: {words}"):
-        config.check_launch(BATCHES, "pretrain", "mine", 2)
+        config_launch.check_launch(BATCHES, "pretrain", "mine", 2)
 
 
 def test_what_the_hardware_lacks_is_refused_before_torch_is_imported():
@@ -341,21 +342,21 @@ def test_what_the_hardware_lacks_is_refused_before_torch_is_imported():
 
 def test_typos_are_answered_with_the_right_key():
     """One wrong letter in any known key: the right key is suggested in at least 95 % of cases."""
-    table = config.known_keys()
+    table = keys.known_keys()
     groups = [
-        table["training_arguments"] | config.TRAINING,
+        table["training_arguments"] | config_training.TRAINING,
         table["generation"],
         table["model"]["qwen3"],
-        config.DATASET,
+        config_dataset.DATASET,
     ]
     hits, total = 0, 0
-    for keys in groups:
-        for key in keys:
+    for known in groups:
+        for key in known:
             for place in range(len(key)):
                 typo = key[:place] + ("x" if key[place] != "x" else "y") + key[place + 1 :]
-                if typo not in keys:
+                if typo not in known:
                     total += 1
-                    hits += f"'{key}'" in config._nearest(typo, keys)
+                    hits += f"'{key}'" in keys.nearest(typo, known)
     assert hits / total >= 0.95, f"{hits} of {total}"
 
 
@@ -380,7 +381,7 @@ def test_bad_recipe_exits_with_2_within_two_seconds():
 def test_known_keys_are_those_of_the_installed_libraries():
     from recipe.known_keys import table
 
-    assert json.loads(json.dumps(table())) == config.known_keys(), "run: python -m recipe.known_keys"
+    assert json.loads(json.dumps(table())) == keys.known_keys(), "run: python -m recipe.known_keys"
 
 
 def test_keys_that_decide_nothing_are_left_out():
@@ -391,17 +392,17 @@ def test_keys_that_decide_nothing_are_left_out():
 
 
 def test_special_ids_follow_the_tokens_that_are_there():
-    assert config.special_ids({}) == {
+    assert config_tokenizer.special_ids({}) == {
         f"{name}_token_id": i for i, name in enumerate(("pad", "unk", "bos", "eos"))
     }
     words = {"kind": "word-bpe", "pad_token": None}
-    assert config.special_ids(words) == {
+    assert config_tokenizer.special_ids(words) == {
         "pad_token_id": 2,
         "unk_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    assert config.special_ids({"kind": "published", "published": "x"}) == {}
+    assert config_tokenizer.special_ids({"kind": "published", "published": "x"}) == {}
 
 
 def test_vocabulary_is_rounded_up():
@@ -424,10 +425,10 @@ def test_preference_is_an_optional_file_and_its_model_the_last():
 
 def test_nf4_wants_a_gpu():
     values = {"lora": {"quantization": "nf4"}}
-    config.check_quantization(values, "finetune", 1)
-    config.check_quantization({"lora": None}, "finetune", 0)
+    config_training.check_quantization(values, "finetune", 1)
+    config_training.check_quantization({"lora": None}, "finetune", 0)
     with pytest.raises(Refused, match=r"lora.quantization: nf4 .*--set finetune.lora.quantization=null"):
-        config.check_quantization(values, "finetune", 0)
+        config_training.check_quantization(values, "finetune", 0)
 
 
 def test_the_variant_of_a_recipe_differs_in_its_tuning_only():

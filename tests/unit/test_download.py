@@ -9,7 +9,7 @@ import tarfile
 import threading
 
 import pytest
-from recipe import config, download, sources
+from recipe import config_dataset, download, sources
 from recipe.outputs import RecipeError, Refused
 
 
@@ -163,9 +163,9 @@ def test_every_url_has_its_own_hashes():
 @pytest.mark.parametrize("spec", [{}, {"url": URL, "paths": ["a.txt"]}])
 def test_files_come_from_paths_or_from_a_url(spec):
     with pytest.raises(Refused, match="either `paths` .* or `url`"):
-        config._check_dataset({"sources": {"web": {"source": "files", **spec}}}, "dataset.json")
+        config_dataset.check_dataset({"sources": {"web": {"source": "files", **spec}}}, "dataset.json")
 
 
 def test_url_and_hashes_are_known_keys_of_files():
     spec = {"source": "files", "url": [URL], "sha256": [None], "sha1": "0", "md5": "0", "column": "body"}
-    config._check_dataset({"sources": {"web": spec}}, "dataset.json")
+    config_dataset.check_dataset({"sources": {"web": spec}}, "dataset.json")

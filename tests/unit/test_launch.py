@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe.config import batch_layout, check_launch, check_tensor_parallel
+from recipe.config_launch import batch_layout, check_launch, check_tensor_parallel
 from recipe.launch import Launch, add_options, child_environment, command, launch_of, main
 from recipe.outputs import Refused
 

@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from recipe.config import CONFIGS
 from recipe.known_keys import MODEL_TYPES
 from recipe.memory import DEFAULTS, Setting, activation_bytes, activation_table, memory, shape_of
+from recipe.outputs import CONFIGS
 
 SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4}

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 from recipe import outputs, preflight
-from recipe.config import _apply, check_launch
+from recipe.config import _apply
+from recipe.config_launch import check_launch
 from recipe.launch import Launch
 from recipe.memory import memory, shape_of
 from recipe.outputs import Refused

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from recipe import config
+from recipe import config, config_launch, config_tokenizer
 from recipe.modeling import build_model, parameter_count
 from recipe.outputs import CONFIGS, Refused
 from recipe.templates import chat_template
@@ -106,7 +106,7 @@ def built(recipe, size):
     values = config.load_recipe(recipe)
     with torch.device("meta"):
         return build_model(
-            values["model"], Vocabulary(size, config.special_ids(values["tokenizer"])), "sdpa", 0
+            values["model"], Vocabulary(size, config_tokenizer.special_ids(values["tokenizer"])), "sdpa", 0
         )
 
 
@@ -134,7 +134,7 @@ def test_every_folder_is_known_here():
 )
 def test_a_model_has_the_published_size(recipe, size, positions, parameters):
     if size != 50_257:
-        assert config.vocabulary_size(config.load_recipe(recipe)["tokenizer"]) in (size, None)
+        assert config_tokenizer.vocabulary_size(config.load_recipe(recipe)["tokenizer"]) in (size, None)
     model = built(recipe, size)
     assert parameter_count(model) == parameters
     assert model.config.max_position_embeddings == positions
@@ -143,9 +143,9 @@ def test_a_model_has_the_published_size(recipe, size, positions, parameters):
 
 def test_special_ids_of_the_model_are_the_tokenizers():
     assert built("mistral-300m", 50_000).config.eos_token_id == 3
-    ids = config.special_ids(config.load_recipe("mistral-300m")["tokenizer"])
+    ids = config_tokenizer.special_ids(config.load_recipe("mistral-300m")["tokenizer"])
     assert ids == {"pad_token_id": 0, "unk_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
-    ids = config.special_ids(config.load_recipe("gpt2-xl")["tokenizer"])
+    ids = config_tokenizer.special_ids(config.load_recipe("gpt2-xl")["tokenizer"])
     assert ids == {"pad_token_id": 2, "unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -181,15 +181,15 @@ def test_what_the_hardware_decides_is_left_to_it(recipe):
 def test_batches_divide_as_in_the_original(recipe, ranks, wanted):
     values = config.load_recipe(recipe)["pretrain"]
     most = values["per_device_train_batch_size"]
-    assert config.batch_layout(values["global_batch_size"], most, ranks) == wanted
+    assert config_launch.batch_layout(values["global_batch_size"], most, ranks) == wanted
 
 
 def test_batches_divide_on_other_numbers_of_gpus_as_the_readmes_say():
     values = config.load_recipe("mistral-300m-v2")["pretrain"]
     with pytest.raises(Refused, match="do not divide into 8 ranks"):
-        config.batch_layout(values["global_batch_size"], 12, 8)
-    assert config.batch_layout(values["global_batch_size"], 10, 8) == (10, 3)
-    assert config.batch_layout(3, 3, 3) == (1, 1)
+        config_launch.batch_layout(values["global_batch_size"], 12, 8)
+    assert config_launch.batch_layout(values["global_batch_size"], 10, 8) == (10, 3)
+    assert config_launch.batch_layout(3, 3, 3) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,9 @@ def test_generation_has_the_figures_of_the_original(recipe, wanted):
 
 def test_tokenizers_are_of_the_kinds_of_the_originals():
     found = {name: config.load_recipe(name)["tokenizer"] for name in REFERENCES}
-    kinds = {name: (values["kind"], config.vocabulary_size(values)) for name, values in found.items()}
+    kinds = {
+        name: (values["kind"], config_tokenizer.vocabulary_size(values)) for name, values in found.items()
+    }
     assert kinds == {
         "mistral-300m": ("unigram", 50_000),
         "mistral-300m-qlora": ("unigram", 50_000),
@@ -232,7 +234,7 @@ def test_tokenizers_are_of_the_kinds_of_the_originals():
         "gpt2-small": ("byte-level-bpe", 30_000),
         "gpt2-xl": ("word-bpe", 50_000),
     }
-    assert config.special_tokens(found["gpt2-small"]) == {
+    assert config_tokenizer.special_tokens(found["gpt2-small"]) == {
         "pad_token": "<pad>",
         "unk_token": None,
         "bos_token": "<bos>",
@@ -254,7 +256,7 @@ def test_gpt2_small_has_a_variant_with_sentencepiece():
     """The command that its README gives."""
     changes = ["tokenizer.kind=unigram", "tokenizer.unk_token=<unk>"]
     values = config.load_recipe("gpt2-small", changes)["tokenizer"]
-    assert config.vocabulary_size(values) == 30_000
+    assert config_tokenizer.vocabulary_size(values) == 30_000
     with pytest.raises(Refused, match="unk_token"):
         config.load_recipe("gpt2-small", changes[:1])
 
@@ -268,4 +270,4 @@ def test_a_readme_names_only_what_is_there(recipe):
     overrides = [change.strip("'") for change in re.findall(r"--set ('[^']+'|\S+)", text)]
     config.load_recipe(recipe, [change.rstrip("`.,;)") for change in overrides])
     for name in re.findall(r"--deepspeed (\w+)", text):
-        assert config.check_deepspeed(name).is_file()
+        assert config_launch.check_deepspeed(name).is_file()

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from conftest import sentences
-from recipe import callbacks, config, losses, schedules, training
+from recipe import callbacks, config_training, losses, schedules, training
 from recipe.modeling import build_model
 from recipe.optimizers import decayed
 from recipe.outputs import RecipeError, Refused
@@ -484,10 +484,16 @@ def test_every_figure_is_on_the_board(train):
 
 
 def test_board_without_its_library_is_refused(monkeypatch):
-    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr(
+        config_training.importlib.util, "find_spec", lambda name: None if name == "wandb" else name
+    )
     with pytest.raises(Refused, match=r"pretrain.json: report_to: wandb is not installed.*pip install wandb"):
-        config.check_boards(["wandb"], "pretrain.json")
-    assert config.check_boards("none", "x") == config.check_boards(None, "x") == ["tensorboard"]
+        config_training.check_boards(["wandb"], "pretrain.json")
+    assert (
+        config_training.check_boards("none", "x")
+        == config_training.check_boards(None, "x")
+        == ["tensorboard"]
+    )
 
 
 def test_wandb_offline_holds_the_figures(train, monkeypatch):

@@ -1,0 +1,39 @@
+"""The keys of model.json and their checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recipe.keys import check_keys, known_keys, nearest, require, show
+from recipe.outputs import Refused
+
+FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a model's facts
+
+
+def check_model(values: dict[str, Any], where: str) -> None:
+    """Refuse an unknown architecture or key, and heads that do not divide."""
+    models = known_keys()["model"]
+    require(values, ("model_type",), where)
+    kind = values["model_type"]
+    if kind not in models:
+        raise Refused(
+            f"{where}: model_type: unknown {show(kind)}.{nearest(str(kind), models)} "
+            f"Known: {', '.join(sorted(models))}"
+        )
+    check_keys(values, models[kind], where)
+    if values.get("dtype") not in (None, "float32"):
+        raise Refused(
+            f"{where}: dtype: {show(values['dtype'])}, but weights are kept in float32, and bf16 or fp16 "
+            "in pretrain.json decides what is computed with. Leave it out"
+        )
+    hidden, heads = values.get("hidden_size") or values.get("n_embd"), attention_heads(values)
+    if hidden and heads and "head_dim" not in values and hidden % heads:
+        raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads")
+    groups = values.get("num_key_value_heads")
+    if groups and heads and heads % groups:
+        raise Refused(f"{where}: num_attention_heads {heads} does not divide by num_key_value_heads {groups}")
+
+
+def attention_heads(model: dict[str, Any]) -> int | None:
+    """The query heads of a model.json, whose name differs between architectures."""
+    return model.get("num_attention_heads") or model.get("n_head")
