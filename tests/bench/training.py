@@ -152,7 +152,7 @@ def measure(name: str, shape: str, cache: Path) -> dict[str, float]:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         first: list[float] = []
         started = time.perf_counter()
-        watcher = threading.Thread(target=_wait_for_line, args=(folder / "metrics.jsonl", first))
+        watcher = threading.Thread(target=_wait_for_line, args=(folder / "metrics.jsonl", first), daemon=True)
         watcher.start()
         if ours:
             line = ["bash", "pretrain/05_pretrain.sh", "--recipe", RECIPE, "--force"]
