@@ -22,68 +22,64 @@ QUERIES = 128  # to a chunk, so that its scores stay in the second-level cache; 
 KEYS = 64
 
 
-def chunks(position_ids: Tensor) -> Iterator[tuple[int, int, int, int, Tensor]]:
-    """(row, first key, first query, end of both, hidden) of each chunk of queries.
+def chunks(position_ids: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """(row, queries, keys) of each chunk. The keys begin with the document of the first query, or up to
+    `KEYS` before, and end with the last query.
 
-    The keys begin with the document of the first query, or up to `KEYS` before. hidden: bool [queries, keys],
-    what a query must not see: keys of documents before its own, and keys behind it.
     position_ids: int64 [rows, places]. A document begins where it is 0, and at the beginning of a row.
     """
-    places = torch.arange(position_ids.shape[1])
-    begins = (places - position_ids).clamp(min=0)
-    for row, of_row in enumerate(begins):
-        for here in range(0, len(places), QUERIES):
-            end, first = min(here + QUERIES, len(places)), int(of_row[here]) // KEYS * KEYS
-            keys, queries = places[first:end], slice(here, end)
-            hidden = (keys < of_row[queries, None]) | (keys > places[queries, None])
-            yield row, first, here, end, hidden
+    firsts = torch.arange(0, position_ids.shape[1], QUERIES)
+    begins = (firsts - position_ids[:, ::QUERIES]).clamp(min=0) // KEYS * KEYS
+    for row, of_row in enumerate(begins.tolist()):
+        for here, first in zip(firsts.tolist(), of_row, strict=True):
+            end = min(here + QUERIES, position_ids.shape[1])
+            yield row, slice(here, end), slice(first, end)
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
-    """The share of each key in each query: [groups, heads of a group * queries, keys].
+    """The share of each key in each query: [groups, queries * heads of a group, keys].
 
-    query: [groups, heads of a group * queries, size], scaled; key: [groups, keys, size].
+    query: [groups, queries * heads of a group, size], scaled; key: [groups, keys, size]; hidden: what to add
+    to the scores, [queries, keys].
     """
     scores = query @ key.transpose(1, 2)
-    scores.view(len(key), -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
+    scores.view(len(key), len(hidden), -1, len(hidden[0])).add_(hidden[:, None])
     return torch.softmax(scores, -1)
 
 
 @torch.library.custom_op("recipe::document_attention", mutates_args=())
-def document_attention(query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor) -> Tensor:
-    """Causal attention inside each document: [rows, heads, places, size], of the arguments' type.
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, position_ids: Tensor
+) -> Tensor:
+    """Causal attention inside each document: the shape and type of query.
 
-    query: [rows, heads, places, size], scaled. key and value: [rows, groups, places, size]; heads are a
-    multiple of groups, and neighbouring heads share one. position_ids: see `chunks`.
+    query: [rows, groups, places, heads of a group, size], scaled. key and value: [rows, groups, places,
+    size]. All contiguous: a chunk is then read in place. hidden: of the same type, [rows, 1, places, places],
+    0 where a query sees a key, else minus infinity. position_ids: see `chunks`.
     """
-    out, groups = torch.empty_like(query), key.shape[1]
-    for row, first, here, end, hidden in chunks(position_ids):
-        queries, keys = query[row, :, here:end], key[row, :, first:end]
-        weights = _weights(_by_group(queries, groups), keys, hidden)
-        out[row, :, here:end] = (weights @ value[row, :, first:end]).view(queries.shape)
+    out = torch.empty_like(query)
+    for row, queries, keys in chunks(position_ids):
+        seen = hidden[row, 0, queries, keys]
+        weights = _weights(query[row, :, queries].flatten(1, 2), key[row, :, keys], seen)
+        out[row, :, queries] = (weights @ value[row, :, keys]).view_as(out[row, :, queries])
     return out
-
-
-def _by_group(heads: Tensor, groups: int) -> Tensor:
-    """[heads, places, size] as [groups, heads of a group * places, size]."""
-    return heads.reshape(groups, -1, heads.shape[-1])
 
 
 @torch.library.custom_op("recipe::document_attention_backward", mutates_args=())
 def document_attention_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, position_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `document_attention`'s query, key and value; the weights are computed once more."""
     of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    groups = key.shape[1]
-    for row, first, here, end, hidden in chunks(position_ids):
-        places, seen = (row, slice(None), slice(here, end)), (row, slice(None), slice(first, end))
-        queries, of_out = _by_group(query[places], groups), _by_group(gradient[places], groups)
-        weights = _weights(queries, key[seen], hidden)
+    gradient = gradient.contiguous()
+    for row, queries, keys in chunks(position_ids):
+        here, seen = (row, slice(None), queries), (row, slice(None), keys)
+        asked, of_out = query[here].flatten(1, 2), gradient[here].flatten(1, 2)
+        weights = _weights(asked, key[seen], hidden[row, 0, queries, keys])
         of_weights = of_out @ value[seen].transpose(1, 2)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_query[places] = (of_scores @ key[seen]).view(query[places].shape)
-        of_key[seen] += of_scores.transpose(1, 2) @ queries
+        of_query[here] = (of_scores @ key[seen]).view_as(query[here])
+        of_key[seen] += of_scores.transpose(1, 2) @ asked
         of_value[seen] += weights.transpose(1, 2) @ of_out
     return of_query, of_key, of_value
 
@@ -98,7 +94,7 @@ document_attention_backward.register_fake(
     )
 )
 document_attention.register_autograd(
-    lambda ctx, gradient: (*document_attention_backward(gradient, *ctx.saved_tensors), None),
+    lambda ctx, gradient: (*document_attention_backward(gradient, *ctx.saved_tensors), None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
@@ -118,32 +114,39 @@ def attend(
 
     Whatever is no packed block (padded prompts, a cache), and dropout of attention, goes to PyTorch's own.
     """
-    packed = attention_mask is None and position_ids is not None and query.shape[2] == key.shape[2]
-    if not packed or dropout:
-        if packed:
-            attention_mask = _visible(position_ids)
+    packed = attention_mask is not None and attention_mask.is_floating_point()  # made by `mask` below
+    if not packed or position_ids is None or dropout:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
+    rows, heads, places, size = query.shape
+    scale = size**-0.5 if scaling is None else scaling
     # Under autocast, norms and rotations give float32 from bfloat16; PyTorch's own would be cast likewise.
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = (query * scale).to(value.dtype), key.to(value.dtype)
-    out = document_attention(query, key, value, position_ids.expand(len(query), -1))
-    return out.transpose(1, 2), None
-
-
-def _visible(position_ids: Tensor) -> Tensor:
-    """What each place of packed documents sees, as a mask: bool [rows, 1, places, places]."""
-    document = (position_ids == 0).cumsum(-1)
-    same = document[:, None, :, None] == document[:, None, None, :]
-    return same.tril()
+    grouped = query.view(rows, key.shape[1], -1, places, size).transpose(2, 3)
+    out = document_attention(
+        grouped.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        attention_mask.to(value.dtype),
+        position_ids.expand(rows, -1),
+    )
+    return out.transpose(1, 2).reshape(rows, places, heads, size), None
 
 
 def mask(**keywords: Any) -> Tensor | None:
-    """The mask that goes with `attend`: none for packed blocks, else that of PyTorch's attention."""
+    """The mask that goes with `attend`: numbers to add to the scores for packed blocks, else that of
+    PyTorch's attention, true where a query sees a key.
+    """
     packed = keywords["attention_mask"] is None and keywords["q_length"] == keywords["kv_length"]
     windowed = (keywords.get("local_size") or keywords["kv_length"]) < keywords["kv_length"]
-    return None if packed and not windowed else sdpa_mask(**keywords)
+    if not packed or windowed:
+        return sdpa_mask(**keywords)
+    visible = sdpa_mask(**keywords | {"allow_is_causal_skip": False})
+    # As wide as scores are, so that no layer has to cast it.
+    mixed = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if mixed else keywords.get("dtype", torch.float32)
+    return torch.where(visible, 0.0, float("-inf")).to(dtype)
 
 
 AttentionInterface.register(NAME, attend)
