@@ -176,7 +176,7 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
 
     With checkpointing only each layer's input is kept, and one layer at a time is computed again. Tensor
     parallelism splits what is as wide as heads or as the intermediate size, nothing else. On a CPU attention
-    is that of `recipe.attention`, which needs no mask.
+    is that of `recipe.attention`, whose layers share one mask, small beside the logits.
     """
     tokens = setting.micro_batch * setting.block_size
     split = setting.tensor_parallel
