@@ -70,7 +70,7 @@ main() {
   ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
   # Should this shell be killed, the running stage ends with it and can be continued.
   export RECIPE_RUN_ALL=$$
-  "$python" -m recipe.config --recipe "$recipe" "${overrides[@]}" "${launch[@]}"
+  "$python" -m recipe.config --recipe "$recipe" --from "$from" --to "$to" "${overrides[@]}" "${launch[@]}"
 
   while read -r stage <&3; do
     number=$(basename "$stage")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from recipe.config import JGLUE_TASKS, tuned_stage
 from recipe.download import require_data
 from recipe.instructions import messages_of, no_pairs
-from recipe.outputs import DATA, Stage, read_json, run_stage, write_json
+from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
 
 ANSWERED = 32  # held-out instructions that are answered, to see whether answers stop by themselves
 UNTRAINED = ("reading", *JGLUE_TASKS)  # tasks about nothing that pretraining or tuning has read
@@ -96,6 +96,12 @@ def answer(stage: Stage, model: Any, tokenizer: Any, rows: list[dict[str, Any]])
     ]  # of every source: they stand one after another
     prompts = [encode_conversation(tokenizer, messages_of(row)[:-1])[0] for row in chosen]
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
+    if not fitting:
+        raise RecipeError(
+            f"generation.json: max_new_tokens: {values['max_new_tokens']} leaves none of {len(prompts)} "
+            "held-out instructions room in the model's positions "
+            f"({model.config.max_position_embeddings}). Lower it"
+        )
     settings = generation_config(values, tokenizer)
     answers = generate_all(model, tokenizer, fitting, settings, values.get("seed", 42))
     texts = [found.text for found in answers]

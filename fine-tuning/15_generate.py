@@ -6,11 +6,10 @@ Run:  python fine-tuning/15_generate.py --recipe tiny
 
 import pyarrow.parquet as pq
 from recipe.config import tuned_stage
-from recipe.instructions import no_pairs
-from recipe.outputs import Stage, run_stage, write_json
-from recipe.templates import user_message
+from recipe.instructions import messages_of, no_pairs
+from recipe.outputs import RecipeError, Stage, run_stage, write_json
 
-HELD_OUT = 5  # instructions of the validation side that are asked beside the questions
+HELD_OUT = 5  # conversations of the validation side whose last answer is asked for, beside the questions
 
 
 def main(stage: Stage) -> None:
@@ -19,7 +18,7 @@ def main(stage: Stage) -> None:
     from recipe.evaluation import repetition
     from recipe.generation import check_room, clean_prompt, generate_all, generation_config, side_by_side
     from recipe.modeling import for_inference, load_model
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     values, tuned = stage.config["generation"], stage.inputs[tuned_stage(stage.config)]
     tokenizer = AutoTokenizer.from_pretrained(tuned)
@@ -27,12 +26,26 @@ def main(stage: Stage) -> None:
         {"prompt": clean_prompt(stage.config, question), "wanted": ""}
         for question in values.get("questions", [])
     ]
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     pairs = pq.read_table(stage.inputs["11_dataset"] / "valid.parquet").to_pylist()
     for pair in pairs[:: max(1, len(pairs) // HELD_OUT)][:HELD_OUT]:
-        rows.append({"prompt": user_message(pair["instruction"], pair["input"]), "wanted": pair["output"]})
-    questions = [{"role": "user", "content": row["prompt"]} for row in rows]
+        *before, answer = messages_of(pair)
+        asked.append(before)
+        # A conversation of several turns is shown as one line.
+        rows.append({"prompt": " → ".join(m["content"] for m in before), "wanted": answer["content"]})
     config = generation_config(values, tokenizer)
-    prompts = [encode_conversation(tokenizer, [question])[0] for question in questions]
+    prompts = [encode_conversation(tokenizer, messages)[0] for messages in asked]
+    # A question of generation.json that is too long is the user's to mend; a held-out one is passed over.
+    room = AutoConfig.from_pretrained(tuned).max_position_embeddings - config.max_new_tokens
+    own = len(values.get("questions", []))
+    kept = [i for i, ids in enumerate(prompts) if i < own or len(ids) <= room]
+    too_long = len(prompts) - len(kept)
+    rows, prompts = [rows[i] for i in kept], [prompts[i] for i in kept]
+    if not rows:
+        raise RecipeError(
+            "generation.json: questions: none, and no held-out instruction leaves room for max_new_tokens "
+            f"{config.max_new_tokens} in the model's positions. Write questions, or lower max_new_tokens"
+        )
     for name, folder in (("before", stage.inputs["05_pretrain"]), ("after", tuned)):
         model = for_inference(load_model(folder))
         for row, ids in zip(rows, prompts, strict=True):
@@ -45,6 +58,7 @@ def main(stage: Stage) -> None:
     rate = sum(repetition(row["after"]) for row in rows) / len(rows)
     stopped = sum(answer.stopped for answer in answers)
     stage.figures = {"answers": rows, "repetition": rate, "stop_rate": stopped / len(rows)}
+    stage.figures["too_long_to_ask"] = too_long
     stage.headline = f"{len(rows)} questions, {stopped} answers stop by themselves, repetition {rate:.1%}"
 
 

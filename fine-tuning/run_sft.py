@@ -18,6 +18,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.chat import encode_conversation
     from recipe.conversations import load_conversations, preview
     from recipe.curves import learning_curve
+    from recipe.generation import clean_prompt
     from recipe.modeling import load_model
     from recipe.outputs import write_json
     from recipe.packing import PackedConversations
@@ -56,9 +57,9 @@ def main(plan: dict[str, Any]) -> None:
             flush=True,
         )
     generation = plan["config"]["generation"]
+    texts = [clean_prompt(plan["config"], question) for question in generation.get("questions", [])]
     questions = {
-        question: encode_conversation(tokenizer, [{"role": "user", "content": question}])[0]
-        for question in generation.get("questions", [])
+        text: encode_conversation(tokenizer, [{"role": "user", "content": text}])[0] for text in texts
     }
     sampling = Samples(settings.sample_steps, questions, generation, tokenizer, folder)
     figures = train(model, tokenizer, samples, valid, run, None, sampling)

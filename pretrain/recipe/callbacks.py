@@ -129,6 +129,10 @@ class Meter(TrainerCallback):
         """Evaluation is not training time: the speed starts afresh after it."""
         self._restart(state)
 
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Nor is saving."""
+        self._restart(state)
+
     def _restart(self, state: TrainerState) -> None:
         self.mark, self.mark_step = time.perf_counter(), state.global_step
 
@@ -253,8 +257,11 @@ def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
 class Proof(TrainerCallback):
     """After the first step, find out what is really active; stop when it is not what was asked for."""
 
-    def __init__(self, choice: Choice, parallel: str, ranks: int, settings: Settings) -> None:
+    def __init__(
+        self, choice: Choice, parallel: str, ranks: int, settings: Settings, tokens_per_step: int
+    ) -> None:
         self.choice, self.parallel, self.ranks, self.settings = choice, parallel, ranks, settings
+        self.tokens_per_step = tokens_per_step
         self.trainer: Trainer | None = None
         self.block: dict[str, Any] = {}
 
@@ -264,7 +271,7 @@ class Proof(TrainerCallback):
             return
         assert self.trainer is not None
         self.block = active(self.trainer)
-        self.block["tokens_per_step"] = self.settings.global_batch_size * self.settings.block_size
+        self.block["tokens_per_step"] = self.tokens_per_step
         muon = self.settings.muon_learning_rate
         wanted = {
             "precision": self.choice.precision,
@@ -352,7 +359,7 @@ def active(trainer: Trainer) -> dict[str, Any]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     embeddings = model.get_input_embeddings()
     precision = trainer.accelerator.mixed_precision
-    clipping = trainer.args.max_grad_norm
+    clipping = getattr(trainer, "clipped_at", None)
     if hasattr(engine, "zero_optimization_stage"):
         precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
         clipping = engine.gradient_clipping()

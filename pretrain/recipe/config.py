@@ -126,10 +126,8 @@ def _apply(config: dict[str, dict[str, Any]], override: str) -> None:
     target, equals, text = override.partition("=")
     file, *keys = target.split(".")
     if not equals or not keys or file not in config:
-        raise Refused(
-            f"--set {override}: wanted FILE.KEY=VALUE with FILE one of {', '.join(FILES)}."
-            f"{nearest(file, FILES)}"
-        )
+        near = nearest(file, config) if file not in config else ""
+        raise Refused(f"--set {override}: wanted FILE.KEY=VALUE with FILE one of {', '.join(config)}.{near}")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -154,6 +152,17 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     _check_evaluation(config["evaluation"], f"{where}/evaluation.json")
     check_keys(config["generation"], native["generation"] | GENERATION, f"{where}/generation.json")
     require(config["generation"], ("prompts", "max_new_tokens"), f"{where}/generation.json")
+    if not config["generation"]["prompts"]:
+        raise Refused(f"{where}/generation.json: prompts: empty, wanted one or more texts to continue")
+    for key in ("prompts", "questions"):
+        for text in config["generation"].get(key, []):
+            if not isinstance(text, str):
+                raise Refused(f"{where}/generation.json: {key}: {show(text)}, wanted texts")
+    if config["finetune"].get("sample_steps") is not None and not config["generation"].get("questions"):
+        raise Refused(
+            f"{where}/finetune.json: sample_steps: {config['finetune']['sample_steps']}, but generation.json "
+            "has no questions to answer. Add `questions` there, or leave sample_steps out"
+        )
     _check_instruction(config["instruction"], f"{where}/instruction.json")
     if "preference" in config:
         _check_preference(config, f"{where}/preference.json")
@@ -355,6 +364,9 @@ def training_files(config: dict[str, dict[str, Any]]) -> list[str]:
     return [name for name in ("pretrain", "finetune", "preference") if name in config]
 
 
+TRAINING_STAGES = {"pretrain": 5, "finetune": 12, "preference": 13}
+
+
 def tuned_stage(config: dict[str, dict[str, Any]]) -> str:
     """The stage whose model is the recipe's last: what is evaluated, asked and talked to."""
     return "13_preference" if "preference" in config else "12_finetune"
@@ -389,6 +401,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="first stage that will run")
+    parser.add_argument("--to", type=int, default=99, dest="last", help="last stage that will run")
     add_options(parser)
     arguments = parser.parse_args()
 
@@ -397,6 +411,8 @@ def main() -> None:
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
         for file in training_files(config):
+            if not arguments.first <= TRAINING_STAGES[file] <= arguments.last:
+                continue  # on another machine, perhaps, or never
             launch_of(arguments).check(config, file, glance())
         source_facts(config)
         pair_facts(config)

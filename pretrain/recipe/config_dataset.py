@@ -91,6 +91,8 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
                 f"Known: {', '.join(SOURCE_KINDS)}"
             )
         _check_source(source, here)
+    if not values["sources"]:
+        raise Refused(f"{where}: sources: empty, wanted at least one source of text")
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     for key in ("minimum_japanese_share", "valid_share"):
@@ -114,6 +116,9 @@ def _check_source(source: dict[str, Any], here: str) -> None:
     require(source, tuple(key for key in SOURCE_KINDS[kind] if key not in OPTIONAL), here)
     if "paths" in SOURCE_KINDS[kind] and ("paths" in source) == ("url" in source):
         raise Refused(f"{here}: wanted either `paths` (files of your own) or `url`")
+    for path in source.get("paths", ["x"]) or [None]:
+        if not isinstance(path, str):
+            raise Refused(f"{here}: paths: {show(source['paths'])}, wanted one or more paths as text")
     if source.get("rules") is not None:
         rules.check_rules(source["rules"], {}, f"{here}: rules")
     for key in ("weight", "maximum_megabytes", "maximum_documents"):

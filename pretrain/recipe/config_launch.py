@@ -64,17 +64,21 @@ def check_deepspeed_facts(path: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def batch_layout(global_batch: int, most: int, ranks: int) -> tuple[int, int]:
+def batch_layout(global_batch: int, most: int, ranks: int, where: str = "") -> tuple[int, int]:
     """(micro-batch, accumulation steps) of each rank; `most` is per_device_train_batch_size.
+
+    where: the file, for the message.
 
     Raises Refused when the global batch does not divide.
     """
     share, rest = divmod(global_batch, ranks)
     micro = min(most, share)
     if rest or share % micro:
+        fits = max((size for size in range(1, micro) if not rest and share % size == 0), default=0)
+        way_out = f"Set per_device_train_batch_size to {fits}, or change" if fits else "Change"
         raise Refused(
-            f"global_batch_size: {global_batch} sequences do not divide into {ranks} ranks with "
-            f"per_device_train_batch_size {most}. Change one of the three (--nproc sets the ranks)"
+            f"{where}global_batch_size: {global_batch} sequences do not divide into {ranks} ranks with "
+            f"per_device_train_batch_size {most}. {way_out} one of the three (--nproc sets the ranks)"
         )
     return micro, share // micro
 
@@ -106,7 +110,10 @@ def check_launch(
             "Give more ranks (--nproc), or drop the option"
         )
     micro_batch, accumulation = batch_layout(
-        values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel
+        values["global_batch_size"],
+        values["per_device_train_batch_size"],
+        ranks // tensor_parallel,
+        f"{file}.json: ",
     )
     path = check_deepspeed(deepspeed) if deepspeed else None
     if path:
@@ -144,6 +151,10 @@ def check_launch(
 
 def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
     """Raise Refused when the heads of model.json do not divide among the ranks that share each matrix."""
+    if tensor_parallel > 1 and model.get("model_type") == "gpt2":
+        raise Refused(
+            "--tensor-parallel: transformers has no plan for gpt2. Use --fsdp, or --deepspeed zero3"
+        )
     heads = model.get("num_key_value_heads") or attention_heads(model)
     if heads and heads % tensor_parallel:
         raise Refused(

@@ -26,6 +26,9 @@ def check_model(values: dict[str, Any], where: str) -> None:
             f"{where}: dtype: {show(values['dtype'])}, but weights are kept in float32, and bf16 or fp16 "
             "in pretrain.json decides what is computed with. Leave it out"
         )
+    for key in ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head"):
+        if key in values and values[key] < 1:
+            raise Refused(f"{where}: {key}: {show(values[key])}, wanted 1 or more")
     hidden, heads = values.get("hidden_size") or values.get("n_embd"), attention_heads(values)
     if hidden and heads and "head_dim" not in values and hidden % heads:
         raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads")

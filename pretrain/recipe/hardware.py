@@ -125,10 +125,13 @@ def _compiler() -> bool:
     return shutil.which("g++") is not None
 
 
-def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.json") -> Choice:
+def choose(
+    hardware: Hardware, values: dict[str, Any], where: str = "pretrain.json", documents: bool = True
+) -> Choice:
     """What to use: what a training file demands, else the best that the hardware has.
 
-    where: the file's name, for messages. Raises Refused for a demand that the hardware cannot meet.
+    where: the file's name, for messages. documents: see
+    `config_training.documents_suffice`. Raises Refused for a demand that the hardware cannot meet.
     """
     if values.get("bf16"):
         if not hardware.fast_bf16:
@@ -151,7 +154,7 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
         precision = "bf16" if hardware.fast_bf16 else "fp16" if hardware.device == "cuda" else "fp32"
 
     attention = values.get("attn_implementation", "auto")
-    if attention.startswith("flash") and not hardware.flash_attention:
+    if attention == "flash_attention_2" and not hardware.flash_attention:
         raise Refused(
             f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or "
             f"more with flash-attn installed; this is {hardware.name}. Write auto or sdpa"
@@ -174,8 +177,14 @@ def choose(hardware: Hardware, values: dict[str, Any], where: str = "pretrain.js
             f"{where}: attn_implementation: documents is for CPUs; this is {hardware.name}. Write auto, "
             "sdpa or flash_attention_2"
         )
+    if attention == "documents" and not documents:
+        raise Refused(
+            f"{where}: attn_implementation: documents computes neither dropout of attention (model.json: "
+            "attention_dropout, attn_pdrop) nor a sliding_window below block_size nor padded preferences. "
+            "Write auto or sdpa"
+        )
     if attention == "auto" and hardware.device == "cpu":
-        attention = "documents"
+        attention = "documents" if documents else "sdpa"
     elif attention == "auto":
         attention = "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
 

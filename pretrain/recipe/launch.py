@@ -31,7 +31,7 @@ from typing import Any
 
 from recipe.config import check_recipe, load_recipe, model_values
 from recipe.config_launch import check_launch, check_tensor_parallel
-from recipe.config_training import check_boards, check_quantization
+from recipe.config_training import check_boards, check_quantization, documents_suffice
 from recipe.hardware import Hardware, choose, count_gpus, glance
 from recipe.initial import find_initial
 from recipe.instructions import no_pairs
@@ -97,9 +97,10 @@ class Launch:
         check_boards(config[file].get("report_to"), f"{file}.json")
         if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
             check_quantization(config[file], file, int(hardware.device == "cuda"))
-            choose(hardware, config[file], f"{file}.json")
+            choose(hardware, config[file], f"{file}.json", documents_suffice(config, file))
+        path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
         check_tensor_parallel(model_values(config), self.tensor_parallel)
-        return check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
+        return path
 
 
 def launch_of(arguments: argparse.Namespace) -> Launch:
@@ -107,6 +108,8 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
     nodes, node_rank = arguments.nnodes, arguments.node_rank
     if nodes < 1 or not 0 <= node_rank < nodes:
         raise Refused(f"--nnodes {nodes} --node-rank {node_rank}: wanted a rank from 0 to nnodes - 1")
+    if arguments.nproc < 0:
+        raise Refused(f"--nproc {arguments.nproc}: wanted the number of ranks on this machine, 1 or more")
     if nodes > 1 and not arguments.master_addr:
         raise Refused(f"--nnodes {nodes}: give --master-addr, the address of node 0")
     if arguments.hostfile and (not arguments.deepspeed or nodes > 1):
@@ -308,13 +311,18 @@ def training_plan(
     }
 
 
-def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
+def join(name: str, doc: str, script: Path) -> None:
     """Lend this machine's ranks to the stage that node 0 holds; exits with the right code."""
+    _, sections, inputs = STAGES[script.name]
     parser = stage_arguments(doc)
     add_options(parser)
     arguments = parser.parse_args()
     with _ends_in_one_line(name):
         config = load_recipe(arguments.recipe, arguments.overrides)
+        reason = SKIP[name](config) if name in SKIP else ""
+        if reason:
+            print(f"{name:15} nothing to join: {reason}")
+            return
         final = stage_folder(arguments.recipe, name)
         if (final / "stage.json").exists() and not arguments.force:
             print(f"{name:15} nothing to join: {final} is there; node 0 says more")
@@ -323,6 +331,7 @@ def join(name: str, doc: str, inputs: tuple[str, ...], script: Path) -> None:
         folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
         stage = Stage(name, arguments.recipe, config, folders, folder, arguments, lock=-1)
         if arguments.dry_run:
+            launch_of(arguments).check(config, sections[-1], glance())
             print(f"{name:15} would join node 0 at {arguments.master_addr}")
             return
         before = _identity(final / "stage.json")
@@ -450,12 +459,22 @@ def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) 
     from recipe.preflight import report
 
     launch = launch_of(arguments)
-    launch.check(config, "pretrain")
+    launch.check(config, "pretrain", glance())
     if "model_type" not in model_values(config):
         print(f"  parameters   known once the checkpoint is fetched: {config['pretrain']['initial_model']}")
         return
     for line in report(arguments.recipe, config, launch):
         print(f"  {line}")
+
+
+def _check_tuning(file: str) -> Callable[[dict[str, Any], argparse.Namespace], None]:
+    """The preview of a stage that has no preflight: its launch is checked. file: its own JSON file."""
+
+    def check(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+        if file in config:
+            launch_of(arguments).check(config, file, glance())
+
+    return check
 
 
 def main() -> None:
@@ -475,7 +494,7 @@ def main() -> None:
         _probe(name, script, asked.dry_run)
         return
     if asked.node_rank > 0:
-        join(name, doc, inputs, script)
+        join(name, doc, script)
         return
     run_stage(
         f"{name}.sh",
@@ -486,7 +505,7 @@ def main() -> None:
         options=add_options,
         resumable=True,
         skip=SKIP.get(name),
-        preview=_forecast if name == "05_pretrain" else None,
+        preview=_forecast if name == "05_pretrain" else _check_tuning(sections[-1]),
     )
 
 

@@ -181,6 +181,11 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
         raise Refused(f"{tokens}: missing. Run `bash run_all.sh --recipe {recipe} --to 04`")
     vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
     values = model_values(config)
+    if "model_type" not in values:
+        raise Refused(
+            f"{config['pretrain']['initial_model']}: its config.json was not fetched yet. Run "
+            f"`bash pretrain/05_pretrain.sh --recipe {recipe}` first, or give the path of a folder"
+        )
     rows = max(vocab_size, values.get("vocab_size", 0))  # a published checkpoint may have more than pieces
     model = AutoConfig.for_model(values.pop("model_type"), **values | {"vocab_size": rows})
     pretrain = config["pretrain"]

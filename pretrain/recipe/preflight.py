@@ -388,6 +388,9 @@ def _device_lines(
     """
     setting = setting_of(values, device, launch)
     name = f"this machine, {device.name}" if device.kind == "cpu" else device.name
+    if setting.precision == "bf16" and not device.bf16:
+        yield f"  {name:38} has no bf16 units: leave bf16 out of pretrain.json"
+        return
     peak = memory(shape, setting)["peak"]
     head = f"  {name:38} {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
     found = fit(shape, values, setting, limit)

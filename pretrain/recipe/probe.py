@@ -43,7 +43,11 @@ LIMIT = 1800  # seconds for one combination
 STRIDE = 1.3  # a micro-batch closer to the one before would tell little more
 SLOWER = 0.95  # a larger micro-batch below this share of the speed before ends the climb
 HOPELESS = 1.3  # times the memory there is, by the preflight's sum: not even tried
-OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory", re.I)
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|MemoryError|std::bad_alloc|out of memory|not enough memory"
+    r"|(can't|cannot) allocate memory",
+    re.I,
+)
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
 # What a probe leaves out of a training. Its few steps need no schedule, and would not hold a long one.
 SHORT = {

@@ -434,7 +434,7 @@ def _sudachi() -> Any:
     except ImportError as error:
         raise Refused(
             f"tokenizer.json: segmenter: sudachi is not installed ({error}). Install it with "
-            "`pip install sudachipy sudachidict_core`"
+            "`.venv/bin/pip install sudachipy sudachidict_core`"
         ) from error
     # The shortest of its three units of words is the nearest to JUMAN's (tests/bench/segmentation.py).
     return dictionary.tokenizer(mode=sudachipy.SplitMode.A)

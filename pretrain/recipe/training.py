@@ -36,7 +36,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from recipe.callbacks import Heartbeat, Meter, Progress, Proof, StopOnSignal, gather, parallel_wish
 from recipe.checkpoints import MANIFEST, list_checkpoints, newest_good_checkpoint, write_manifest
 from recipe.config_launch import batch_layout
-from recipe.config_training import check_boards
+from recipe.config_training import check_boards, documents_suffice
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.losses import return_loss_only
 from recipe.modeling import flops_per_token
@@ -119,7 +119,7 @@ def prepare(
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     values, folder, deepspeed = plan["config"][file] | (also or {}), Path(plan["folder"]), plan["deepspeed"]
     hardware = detect()
-    choice = choose(hardware, values, f"{file}.json")
+    choice = choose(hardware, values, f"{file}.json", documents_suffice(plan["config"], file))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     fsdp, tensor_parallel = plan["fsdp"], plan["tensor_parallel"]
     micro_batch, accumulation = batch_layout(
@@ -224,6 +224,7 @@ class RecipeTrainer(ShardedTrainer):
         self.sequences = 0  # that this rank has trained on
         self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
         self.gradient_norm: torch.Tensor | float | None = None  # before it was clipped
+        self.clipped_at: float | None = None  # since it was clipped once
         super().__init__(**keywords)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -236,6 +237,10 @@ class RecipeTrainer(ShardedTrainer):
         loss = super().training_step(model, inputs, *rest)
         self.step_loss = self.step_loss + loss
         return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self.clipped_at = self.args.max_grad_norm
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, *arguments: Any, **keywords: Any) -> torch.Tensor | float | None:
         self.gradient_norm = super()._get_grad_norm(*arguments, **keywords)
@@ -331,10 +336,10 @@ def train(
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
-    proof = Proof(run.choice, parallel, run.ranks, settings)
+    tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
+    proof = Proof(run.choice, parallel, run.ranks, settings, tokens_per_step)
     stop, guard = StopOnSignal(folder / "stop", run.parent), Guard(folder)
     life = SignsOfLife(folder / "ranks", arguments.process_index)
-    tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
     flops = flops_per_token(model, settings.block_size)
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     progress = Progress(folder, tokens_per_step)
@@ -352,9 +357,9 @@ def train(
             stop,
             guard,
             proof,
-            meter,
-            *([progress] if run.is_main else []),
             *([sampling] if sampling else []),
+            meter,  # behind the sampling, whose time is none of training
+            *([progress] if run.is_main else []),
             Heartbeat(life),
         ],
         **keywords,

@@ -110,7 +110,7 @@ def test_preview_marks_the_answer(tuned):
 @pytest.mark.parametrize("file", ["finetune", "preference"])
 def test_nf4_is_refused_without_a_gpu(tuned, file):
     project, _ = tuned
-    change = ("--set", f'{file}.lora={{"quantization": "nf4"}}')
+    change = ("--set", f'{file}.lora={{"r": 4, "quantization": "nf4"}}')
     result = project.run("run_all.sh", "--recipe", "lora", *change, check=False)
     assert result.returncode == 2 and "01_download" not in result.stdout
     assert "no NVIDIA GPU" in result.stderr and f"{file}.lora.quantization=null" in result.stderr

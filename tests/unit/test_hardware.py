@@ -1,7 +1,10 @@
 """The choice of precision, attention and compilation, with the hardware faked at the edge."""
 
+from dataclasses import replace
+
 import pytest
 from recipe import hardware
+from recipe.config_training import documents_suffice
 from recipe.hardware import (
     Choice,
     Gpu,
@@ -40,6 +43,38 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
 )
 def test_choice(hardware, values, wanted):
     assert choose(hardware, values) == wanted
+
+
+def test_attention_by_documents_is_not_named_where_another_would_compute():
+    """Dropout in attention, a window, padded preferences: there PyTorch's own computes."""
+    assert choose(ZEN4, {}, documents=False).attention == "sdpa"
+    with pytest.raises(Refused, match="attn_implementation: documents computes neither"):
+        choose(ZEN4, {"attn_implementation": "documents"}, documents=False)
+    assert choose(A100, {}, documents=False).attention == "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "wanted"),
+    [
+        ({"model_type": "qwen3"}, "pretrain", True),
+        ({"model_type": "mistral", "sliding_window": 64}, "pretrain", True),
+        ({"model_type": "mistral", "sliding_window": 32}, "pretrain", False),
+        ({"model_type": "llama", "attention_dropout": 0.1}, "pretrain", False),
+        ({"model_type": "gpt2"}, "finetune", False),
+        ({"model_type": "gpt2", "attn_pdrop": 0.0}, "finetune", True),
+        ({"model_type": "qwen3"}, "preference", False),
+    ],
+)
+def test_what_attention_by_documents_can_compute(model, file, wanted):
+    config = dict.fromkeys(("pretrain", "finetune", "preference"), {"block_size": 64}) | {"model": model}
+    assert documents_suffice(config, file) is wanted
+
+
+def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
+    hopper = replace(A100_WITHOUT_FLASH, capability=(9, 0))
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
+    wanted = {"attn_implementation": "flash_attention_3"}
+    assert choose(hopper, wanted) == Choice("bf16", "flash_attention_3", True)
 
 
 @pytest.mark.parametrize(
