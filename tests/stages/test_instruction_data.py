@@ -21,6 +21,8 @@ def data(project):
             "messages": [
                 {"role": "user", "content": f"{i % GROUPS}番の話をして"},
                 {"role": "assistant", "content": text},
+                {"role": "user", "content": "もう一度。"},
+                {"role": "assistant", "content": "はい。"},
             ]
         }
         for i, text in enumerate(texts)
@@ -83,3 +85,14 @@ def test_overlap_with_the_validation_text_of_pretraining_is_reported(data):
     project, output = data
     assert sum(project.figures("flawed", "11_dataset")["pretraining_overlap"].values()) == 1
     assert "pairs that share a sentence with the validation text of pretraining: {" in output
+
+
+def test_a_held_out_conversation_is_asked_with_all_its_turns(data):
+    project, _ = data
+    project.run("run_all.sh", "--recipe", "flawed", "--from", "15", "--to", "15")
+    answers = json.loads(project.output("flawed", "15_generate", "answers.json").read_text())
+    turns = {
+        (row["headword"], row["history"][1]["content"]) for row in sides(project)["valid"] if row["history"]
+    }
+    shown = [tuple(row["prompt"].split(" → ")) for row in answers if row["prompt"].endswith(" → もう一度。")]
+    assert shown and {(question, answer) for question, answer, _ in shown} <= turns
