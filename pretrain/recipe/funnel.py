@@ -106,9 +106,10 @@ def from_record(record: dict[str, Any]) -> Funnel:
 
 
 def _reasons(funnels: dict[str, Funnel]) -> list[str]:
-    """All reasons, the one that took most bytes first."""
-    total: Counter[str] = sum((funnel.bytes_dropped for funnel in funnels.values()), Counter())
-    return sorted(total, key=lambda reason: (-total[reason], reason))
+    """All reasons, the one that took most bytes first; an empty document takes none."""
+    names = {reason for funnel in funnels.values() for reason in funnel.documents_dropped}
+    size = {reason: sum(funnel.bytes_dropped[reason] for funnel in funnels.values()) for reason in names}
+    return sorted(names, key=lambda reason: (-size[reason], reason))
 
 
 def markdown(funnels: dict[str, Funnel]) -> str:

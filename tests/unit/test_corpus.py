@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from recipe import corpus
+from recipe.funnel import Funnel, markdown
 from recipe.outputs import RecipeError
 
 SYLLABLES = [chr(code) for code in range(0x3042, 0x3094)] + list("山川空海人木本日月火水金土学校町村")
@@ -215,3 +216,11 @@ def test_nothing_read_from_any_source_is_named(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [prose(1)]) | {"maximum_megabytes": 1e-6}
     with pytest.raises(RecipeError, match=r"sources\.a: nothing is left"):
         build(tmp_path, {"a": source})
+
+
+def test_a_reason_that_took_no_byte_has_its_column():
+    """Empty documents: without it the table would not sum up."""
+    part, whole = Funnel(), Funnel()
+    part.drop("empty", 0, "a", "")
+    whole.add(part)
+    assert "| dropped: empty |" in markdown({"x": whole})
