@@ -85,7 +85,8 @@ def test_its_answer_is_ours(ask, ours, messages):
     reply = json.loads(ask(messages, config))
     size, text = answer(messages)
     assert reply["usage"]["prompt_tokens"] == size
-    assert reply["choices"][0]["message"]["content"].strip() == text.strip() != ""
+    assert text  # of so small a model perhaps only line breaks, which a server may strip
+    assert reply["choices"][0]["message"]["content"].strip() == text.strip()
 
 
 def test_its_stream_is_the_answer_in_pieces(ask, ours):
