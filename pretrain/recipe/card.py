@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recipe.config import model_values
+from recipe.config_model import model_values
 from recipe.outputs import RecipeError, read_json
 from recipe.report import flat_figures
 

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from recipe.config_dataset import check_dataset
-from recipe.config_model import FROM_TOKENIZER, check_model
+from recipe.config_model import FROM_TOKENIZER, check_model, model_values
 from recipe.config_tokenizer import check_tokenizer, special_ids, vocabulary_size
 from recipe.config_training import INITIAL, TUNING, check_training
 from recipe.initial import published_config
@@ -262,14 +262,6 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     for name, task in config["evaluation"].get("tasks", {}).items():
         if name in PACKAGED_TASKS:
             _check_task(name, task["source"], config["dataset"]["sources"], f"{where}/evaluation.json: tasks")
-
-
-def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is known of the model: model.json, and config.json of the checkpoint that it starts from.
-
-    The latter is missing as long as it has to be fetched from the hub. Raises Refused.
-    """
-    return config["model"] | published_config(config["pretrain"])
 
 
 def _check_initial(config: dict[str, dict[str, Any]], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from recipe.initial import published_config
 from recipe.keys import check_keys, known_keys, nearest, require, show
 from recipe.outputs import Refused
 
@@ -40,3 +41,11 @@ def check_model(values: dict[str, Any], where: str) -> None:
 def attention_heads(model: dict[str, Any]) -> int | None:
     """The query heads of a model.json, whose name differs between architectures."""
     return model.get("num_attention_heads") or model.get("n_head")
+
+
+def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is known of the model: model.json, and config.json of the checkpoint that it starts from.
+
+    The latter is missing as long as it has to be fetched from the hub. Raises Refused.
+    """
+    return config["model"] | published_config(config["pretrain"])

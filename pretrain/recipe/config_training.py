@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from recipe.initial import published_config
+from recipe.config_model import model_values
 from recipe.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show, type_name
+from recipe.memory import DEFAULTS
 from recipe.outputs import Refused
 
 TRAINING = {
@@ -279,10 +280,9 @@ def documents_suffice(config: Mapping[str, dict[str, Any]], file: str) -> bool:
     """Whether a training computes attention over packed blocks only, without dropout in it and without a
     window: all that the attention "documents" does. file: ``pretrain``, ``finetune`` or ``preference``.
     """
-    model = dict(config["model"]) | published_config(config["pretrain"])
-    dropout = model.get("attention_dropout") or model.get(
-        "attn_pdrop", 0.1 * (model.get("model_type") == "gpt2")
-    )
+    model = model_values(config)
+    model = DEFAULTS.get(model.get("model_type", ""), {}) | model
+    dropout = model.get("attention_dropout") or model.get("attn_pdrop")
     window = model.get("sliding_window") or math.inf
     return file != "preference" and not dropout and config[file]["block_size"] <= window
 

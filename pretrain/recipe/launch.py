@@ -29,8 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config import check_recipe, load_recipe, model_values
+from recipe.config import check_recipe, load_recipe
 from recipe.config_launch import check_launch, check_tensor_parallel
+from recipe.config_model import model_values
 from recipe.config_training import check_boards, check_quantization, documents_suffice
 from recipe.hardware import Hardware, choose, count_gpus, glance
 from recipe.initial import find_initial

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipe.config import load_recipe, model_values
+from recipe.config import load_recipe
+from recipe.config_model import model_values
 from recipe.outputs import RecipeError, Refused, stage_folder
 from recipe.token_files import TokenFile
 

@@ -15,7 +15,7 @@ from typing import Any
 # What transformers takes where model.json says nothing (its config classes; a test compares).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096},
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "attention_bias": False, "mlp_bias": False},
     "qwen3": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}

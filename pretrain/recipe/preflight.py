@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config import model_values
 from recipe.config_launch import batch_layout
+from recipe.config_model import model_values
 from recipe.config_tokenizer import vocabulary_size
 from recipe.fetching import free_bytes, require_space
 from recipe.hardware import glance, gpus, host_memory

@@ -214,9 +214,8 @@ def compare(shape: str) -> None:
     flops, peaks = flops_per_token(model, BLOCK), [run["peak"] for runs in results.values() for run in runs]
     steps = {name: statistics.median(run["step"] for run in runs) for name, runs in results.items()}
     print(
-        f"\n{parameter_count(model):,} parameters, {STEPS[shape]} steps of {BATCH} x {BLOCK} tokens, median "
-        f"of "
-        f"{REPEATS}; bf16 GEMM peak {min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f} GFLOP/s\n"
+        f"\n{parameter_count(model):,} parameters, {STEPS[shape]} steps of {BATCH} x {BLOCK} tokens, "
+        f"median of {REPEATS}; bf16 GEMM peak {min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f} GFLOP/s\n"
     )
     print("| trainer | tokens/s | least to most | ratio | MFU | first 1M tokens | peak memory | valid loss |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")

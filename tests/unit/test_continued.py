@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, sentences
-from recipe import config, facts, initial, launch, modeling, probe, published
+from recipe import config, config_model, facts, initial, launch, modeling, probe, published
 from recipe.outputs import RecipeError, Refused, Stage
 from recipe.tokenizer import encode_texts
 from safetensors.torch import load_file, save_file
@@ -204,7 +204,7 @@ def test_what_fits_is_accepted(tmp_path):
     config.check_recipe(
         recipe_of(folder, model={"model_type": "llama", "hidden_size": 32, "eos_token_id": 299}), "configs/x"
     )
-    assert config.model_values(recipe_of(folder))["num_key_value_heads"] == 2
+    assert config_model.model_values(recipe_of(folder))["num_key_value_heads"] == 2
 
 
 def test_revision_alone_and_no_model_at_all_are_refused(tmp_path):

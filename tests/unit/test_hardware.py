@@ -59,6 +59,7 @@ def test_attention_by_documents_is_not_named_where_another_would_compute():
         ({"model_type": "qwen3"}, "pretrain", True),
         ({"model_type": "mistral", "sliding_window": 64}, "pretrain", True),
         ({"model_type": "mistral", "sliding_window": 32}, "pretrain", False),
+        ({"model_type": "mistral"}, "pretrain", True),
         ({"model_type": "llama", "attention_dropout": 0.1}, "pretrain", False),
         ({"model_type": "gpt2"}, "finetune", False),
         ({"model_type": "gpt2", "attn_pdrop": 0.0}, "finetune", True),

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from recipe.tokenizer import document_ids, prompt_ids
 from recipe.tokenizer_training import train_tokenizer
 from torch._dynamo.utils import counters
 from torch.utils.data import Subset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerState
 
 # Dropout, so that one random number more or less between two steps shows.
 GPT2 = {
@@ -103,6 +104,20 @@ def rows_of(path):
 
 def losses_of(rows):
     return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("pause", ["on_evaluate", "on_save"])
+def test_the_speed_leaves_pauses_out(monkeypatch, pause):
+    clock = iter([0.0, 10.0, 60.0, 62.0, 62.0])  # begin, end of step 1, end of the pause, end of step 2
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    meter, state = callbacks.Meter(100, 1.0, 1.0, None), TrainerState(max_steps=9)
+    meter.on_train_begin(None, state, None)
+    state.global_step = 1
+    meter.on_step_end(None, state, None)
+    getattr(meter, pause)(None, state, None)
+    state.global_step, logs = 2, {"loss": 1.0}
+    meter.complete(logs, state, torch.device("cpu"))
+    assert logs["tokens_per_second"] == 50.0
 
 
 # ------------------------------------------------------------------------------------------------ schedules
