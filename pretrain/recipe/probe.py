@@ -71,7 +71,7 @@ def attempt(
     """Run one command in `folder` to whatever end; ``outcome`` tells which.
 
     ``ok`` (with the figures it wrote to result.json), ``out of memory``, ``killed``, ``too slow``, or
-    ``failed`` with the last line it wrote as ``reason``.
+    ``failed`` with its own error, or else the last line it wrote, as ``reason``.
     """
     log = folder / "log"
     with log.open("w") as handle:
@@ -101,7 +101,9 @@ def attempt(
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or KILLED.search(text):
         return {"outcome": "killed", "reason": "SIGKILL: most likely the machine's memory ran out"}
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return {"outcome": "failed", "reason": lines[-1][:300] if lines else f"exit {code}"}
+    # After a rank's own error torchrun writes a page about which rank it was.
+    said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or [f"exit {code}"]
+    return {"outcome": "failed", "reason": said[0].removeprefix("error: ")[:300]}
 
 
 def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launch, bool, bool]]:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.distributed import DistributedConfig
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -27,6 +28,9 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 from recipe.outputs import RecipeError, Refused
 
 OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"
+# transformers 5.23 gathers each of a model's `layers` by itself. Those of GPT-2 are called `h`: all weights
+# would be gathered at once, without a word.
+FSDP_PLANS = {"gpt2": {"transformer.h.*": "free_full_weight"}}
 
 
 class _SummedGradient(TensorParallelLayer):
@@ -81,7 +85,8 @@ def shard(
     tensor_parallel: ranks that share each matrix; the copies made of so many ranks are joined by FSDP2.
     scratch: a folder that all ranks see; the whole model is written there and deleted again.
     bf16: FSDP2 gathers the weights in bf16 and reduces gradients in float32.
-    Raises Refused for an architecture without a tensor parallel plan.
+    Raises Refused for an architecture without a tensor parallel plan, or whose layers FSDP2 would not gather
+    one by one.
     """
     # On a mesh of two dimensions every rank would say, twice, that two collectives are slower than one.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -90,7 +95,10 @@ def shard(
         build().save_pretrained(scratch)
     dist.barrier()
     config = DistributedConfig(
-        tp_size=tensor_parallel, fsdp_size=ranks // tensor_parallel, fsdp_mixed_precision=bf16
+        tp_size=tensor_parallel,
+        fsdp_size=ranks // tensor_parallel,
+        fsdp_plan=FSDP_PLANS.get(AutoConfig.from_pretrained(scratch).model_type),
+        fsdp_mixed_precision=bf16,
     )
     try:
         model = _load(scratch, config, attention)
@@ -98,6 +106,8 @@ def shard(
         if "plan" not in str(error):
             raise
         raise Refused(f"model.json: this architecture cannot be sharded so: {error}") from error
+    if ranks > tensor_parallel:
+        _check_layers(model)
     dist.barrier()
     if main:
         shutil.rmtree(scratch)
@@ -113,6 +123,18 @@ def _load(folder: Path, config: DistributedConfig, attention: str) -> PreTrained
         use_safetensors=True,
         distributed_config=config,
     )
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    names = set(model._no_split_modules)
+    # FSDP2 makes each class it shards a subclass, of another name.
+    layers = [m for m in model.modules() if names & {parent.__name__ for parent in type(m).__mro__}]
+    if not layers or not all(isinstance(layer, FSDPModule) for layer in layers):
+        raise Refused(
+            f"model.json, model_type {model.config.model_type!r}: --fsdp would gather all weights at once, "
+            "as transformers does not know what the layers are called. Name them in FSDP_PLANS of "
+            "recipe/sharding.py, or train with --deepspeed zero3"
+        )
 
 
 def _save_tied_weights_once(model: PreTrainedModel) -> None:

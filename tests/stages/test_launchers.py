@@ -271,12 +271,40 @@ def test_proof_finds_that_stock_fsdp_is_ddp_on_cpus(prepared, tmp_path):
     assert result.stdout.count(refusal) == 2, result.stdout + result.stderr
 
 
-def test_architecture_without_a_plan_is_refused(prepared):
-    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs/gpt2")
+@pytest.fixture(scope="module")
+def gpt2(prepared):
+    folder = prepared.folder / "configs/gpt2"
+    shutil.copytree(prepared.folder / "configs/mini", folder)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
-    (prepared.folder / "configs/gpt2/model.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
+    dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # other ranks draw others
+    (folder / "model.json").write_text(json.dumps({"model_type": "gpt2"} | shape | dropout))
     prepared.run("run_all.sh", "--recipe", "gpt2", "--to", "04")
+    return prepared
+
+
+def test_architecture_without_a_plan_is_refused(gpt2):
     line = ("pretrain/05_pretrain.sh", "--recipe", "gpt2", *COMMON, "--nproc", "2", "--tensor-parallel", "2")
-    result = prepared.run(*line, check=False)
+    result = gpt2.run(*line, check=False)
     assert result.returncode == 2
     assert "transformers has no plan for gpt2" in result.stderr
+
+
+def test_fsdp_gathers_gpt2_layer_by_layer(gpt2):
+    """Its layers are called otherwise than transformers' plan says; without ours the training is refused."""
+    line = ("pretrain/05_pretrain.sh", "--recipe", "gpt2", "--force", *COMMON, *PRECISION["fp32"])
+    gpt2.run(*line)
+    alone = losses_of(gpt2, "gpt2")
+    fsdp = (*line, *WAYS["fsdp"][0])
+    gpt2.run(*fsdp)
+    assert gpt2.figures("gpt2", "05_pretrain")["active"]["parallel"] == "FSDP2 2"
+    assert close(losses_of(gpt2, "gpt2"), alone, "fp32")
+
+    module = gpt2.folder / "pretrain/recipe/sharding.py"
+    text = module.read_text("utf-8")
+    assert text.count('"transformer.h.*"') == 1
+    try:
+        module.write_text(text.replace('"transformer.h.*"', '"transformer.wpe"'), "utf-8")
+        result = gpt2.run(*fsdp, check=False)
+    finally:
+        module.write_text(text, "utf-8")
+    assert result.returncode == 1 and "--fsdp would gather all weights at once" in result.stderr

@@ -3,7 +3,7 @@ of their sources.
 
 Cut down are the layers, the heads and their size, the vocabulary, the accumulation and the warm-up;
 everything else is as shipped: the kind of model and its proportions, optimizer, schedule, epochs, block,
-templates.
+templates. One test cuts the layers only, and gives them random tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import math
 import random
 
 import pytest
+from bench.preflight import inputs as random_inputs
 from conftest import ROOT
+from recipe import preflight, probe
+from recipe.config import load_recipe
+from recipe.launch import Launch
+from recipe.memory import memory
 
 KANJI = [chr(code) for code in range(0x4E00, 0x5800, 5)]
 KANA = [chr(code) for code in range(0x3042, 0x3094)]
@@ -308,6 +313,29 @@ def check_optimizer(project, recipe, file, stage):
     assert {tuple(group["betas"]) for group in groups} == {(0.9, values.get("adam_beta2", 0.999))}
     assert {group["eps"] for group in groups} == {values.get("adam_epsilon", 1e-8)}
     assert {group["weight_decay"] for group in groups} == {values["weight_decay"], 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [one.values[0] for one in SHIPPED])
+def test_two_whole_layers_train_in_the_memory_announced(recipe, tmp_path, monkeypatch):
+    """Fewer layers and nothing else: the shipped widths, heads, blocks and vocabulary, by five real steps."""
+    monkeypatch.setattr(probe, "OUTPUTS", tmp_path)
+    (tmp_path / recipe).mkdir()
+    config = load_recipe(recipe, [])
+    model, values = config["model"], config["pretrain"]
+    model["n_layer" if model["model_type"] == "gpt2" else "num_hidden_layers"] = 2
+    values["initial_model"] = None
+    vocabulary, _ = preflight.vocabulary_of(recipe, config)
+    plan = {"recipe": recipe, "config": config, "inputs": random_inputs(tmp_path, vocabulary)}
+    row = probe.measure(ROOT / "pretrain/run_clm.py", plan, Launch(), False, False, 1)
+    assert row["outcome"] == "ok", row
+    assert row["tokens"] == 5 * 2 * values["block_size"]
+    values |= {"per_device_train_batch_size": 1, "global_batch_size": 2, "torch_compile": False}
+    shape, setting, _ = preflight.on_this_machine(recipe, config, Launch())
+    assert row["active"]["parameters"] == shape.parameters
+    announced = memory(shape, setting)["peak"] / row["peak_memory_bytes"]
+    print(f"{recipe}: {announced:.3f} of the measured peak announced")
+    assert 0.9 < announced < 1.1
 
 
 @pytest.mark.slow

@@ -160,6 +160,20 @@ def test_bytes_a_parameter_by_zero_stage():
     assert states(shape, optimizer="Muon") == 16 * count - 4 * shape.matrices
 
 
+def test_only_gathered_weights_leave_holes():
+    """On CPUs, under ZeRO-3 and FSDP2; a GPU's allocator is in what a process holds."""
+    shape = shape_of(SMALL, 1000)
+    for zero, fsdp, device, share in (
+        (0, False, "cpu", 0),
+        (2, False, "cpu", 0),
+        (3, False, "cpu", 0.15),
+        (0, True, "cpu", 0.15),
+        (3, False, "cuda", 0),
+    ):
+        parts = memory(shape, dataclasses.replace(PLAIN, ranks=2, zero=zero, fsdp=fsdp, device=device))
+        assert parts["holes"] == pytest.approx(share * (parts["peak"] - parts["holes"]))
+
+
 def test_offloading_moves_to_the_host():
     shape = shape_of(SMALL, 1000)
     kept = memory(shape, dataclasses.replace(PLAIN, ranks=4, zero=3))

@@ -51,6 +51,9 @@ def test_a_killed_rank_is_recognised_behind_its_launcher(tmp_path):
 def test_a_crash_gives_its_last_line(tmp_path):
     row = end_of(tmp_path, "raise ValueError('no such layer')")
     assert row == {"outcome": "failed", "reason": "ValueError: no such layer"}
+    # Behind torchrun's own page about it, a rank's error is what counts.
+    code = "print('error: model.json: no such layer'); print('====='); exit(1)"
+    assert end_of(tmp_path, code) == {"outcome": "failed", "reason": "model.json: no such layer"}
     # exit 0 without figures is no success
     assert end_of(tmp_path, "print('bye')") == {"outcome": "failed", "reason": "bye"}
 
