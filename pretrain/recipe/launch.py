@@ -265,8 +265,8 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     if file == "pretrain" and find_initial(stage.config[file]):
         check_recipe(stage.config, f"configs/{stage.recipe}")  # again, now that its config.json was fetched
     deepspeed = launch.check(stage.config, file, glance())
-    if file == "pretrain" and not launch.node_rank:
-        check_room(stage, launch)
+    if not launch.node_rank:
+        check_room(stage, launch, file)
     plan = training_plan(stage.recipe, stage.config, stage.inputs, launch, deepspeed, stage.folder)
     write_json(plans / "plan.json", plan)
     line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible_devices())

@@ -86,7 +86,7 @@ def this_machine(launch: Launch) -> tuple[Device, float]:
 
 
 def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Setting:
-    """The setting that pretrain.json and the launch ask for on a device."""
+    """The setting that the keys of a training and the launch ask for on a device."""
     ranks, split = launch.ranks, launch.tensor_parallel
     micro, accumulation = batch_layout(
         values["global_batch_size"], values["per_device_train_batch_size"], ranks // split
@@ -250,24 +250,29 @@ def _size(folder: Path) -> int:
 
 
 def on_this_machine(
-    recipe: str, config: dict[str, dict[str, Any]], launch: Launch
+    recipe: str, config: dict[str, dict[str, Any]], launch: Launch, file: str = "pretrain"
 ) -> tuple[Shape, Setting, float]:
-    """The model, the setting it would train with here, and the bytes free for each rank."""
+    """The model, the setting by FILE.json that it would train with here, and the bytes free for each rank."""
     here, free = this_machine(launch)
     shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
-    return shape, setting_of(config["pretrain"], here, launch), free
+    return shape, setting_of(config[file], here, launch), free
 
 
-def check_room(stage: Stage, launch: Launch) -> None:
+def check_room(stage: Stage, launch: Launch, file: str = "pretrain") -> None:
     """Say what the training that starts now will take; raise Refused when its checkpoints cannot fit on the
     disk.
+
+    file: pretrain, finetune or preference, for which the sums of memory are not made. An adapter's
+    checkpoints are small beside its model and not reckoned.
     """
-    values = stage.config["pretrain"]
-    shape, setting, free = on_this_machine(stage.recipe, stage.config, launch)
-    steps = step_count(values, training_tokens(stage.recipe, stage.config["dataset"]))
-    disk = training_disk(shape, setting, values, steps) or 0
+    values = stage.config[file]
+    shape, setting, free = on_this_machine(stage.recipe, stage.config, launch, file)
+    tokens = training_tokens(stage.recipe, stage.config["dataset"]) if file == "pretrain" else None
+    disk = 0 if values.get("lora") else training_disk(shape, setting, values, step_count(values, tokens)) or 0
     needed = disk - _size(stage.folder)
-    require_space(stage.folder, needed, "checkpoints and the model (pretrain.json: save_total_limit)")
+    require_space(stage.folder, needed, f"checkpoints and the model ({file}.json: save_total_limit)")
+    if file != "pretrain":
+        return
     peak = memory(shape, setting)["peak"]
     stage.say(f"preflight: {peak / GIB:.1f} GiB per device and {disk / 1e9:.1f} GB of disk, computed")
     if peak > free:

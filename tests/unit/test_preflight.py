@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
-from recipe import outputs, preflight
+from recipe import fetching, outputs, preflight
 from recipe.config import _apply
 from recipe.config_launch import check_launch
 from recipe.launch import Launch
@@ -105,6 +106,24 @@ def test_tokens_of_an_epoch_follow_the_weights(tmp_path, monkeypatch):
     counts = {"a": {"tokens": 1000}, "b": {"tokens": 100}, "c": {"tokens": 11}}
     (folder / "stage.json").write_text(json.dumps({"figures": {"sources": {"train": counts}}}))
     assert preflight.training_tokens("mine", dataset) == 2106  # 2105.5, rounded
+
+
+@pytest.mark.parametrize("file", ["pretrain", "finetune", "preference"])
+def test_no_training_starts_where_its_checkpoints_have_no_room(tmp_path, monkeypatch, file):
+    """Three checkpoints of 12 bytes a parameter and the model; an adapter's are small."""
+    config = {name: read("mistral-300m", name) for name in ("dataset", "model", "tokenizer", "pretrain")}
+    config[file] = config["pretrain"] | {"save_total_limit": 2}
+    stage = SimpleNamespace(recipe="mine", config=config, folder=tmp_path, say=print)
+    parameters = shape_of(config["model"], 50_000).parameters
+    monkeypatch.setattr(outputs, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(fetching, "free_bytes", lambda folder: (3 * 12 + 4) * parameters - 1)
+    with pytest.raises(Refused, match=f"{file}.json: save_total_limit.*needs {40 * parameters:,} bytes"):
+        preflight.check_room(stage, Launch(), file)
+    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 40 * parameters)
+    preflight.check_room(stage, Launch(), file)
+    config[file]["lora"] = {"r": 8}
+    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 0)
+    preflight.check_room(stage, Launch(), file)
 
 
 def test_disk_holds_the_checkpoints_kept_and_one_more():
