@@ -111,6 +111,12 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
         raise Refused(f"--nnodes {nodes} --node-rank {node_rank}: wanted a rank from 0 to nnodes - 1")
     if arguments.nproc < 0:
         raise Refused(f"--nproc {arguments.nproc}: wanted the number of ranks on this machine, 1 or more")
+    visible = count_gpus()
+    if visible and arguments.nproc > visible and not arguments.hostfile:
+        raise Refused(
+            f"--nproc {arguments.nproc}: {visible} GPUs are visible here (nvidia-smi, CUDA_VISIBLE_DEVICES); "
+            "wanted at most one rank for each"
+        )
     if nodes > 1 and not arguments.master_addr:
         raise Refused(f"--nnodes {nodes}: give --master-addr, the address of node 0")
     if arguments.hostfile and (not arguments.deepspeed or nodes > 1):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from recipe import launch
 from recipe.config_launch import batch_layout, check_launch, check_tensor_parallel
 from recipe.launch import Launch, add_options, child_environment, command, launch_of, main
 from recipe.outputs import Refused
@@ -112,6 +113,16 @@ def test_what_cannot_be_started_ends_in_one_line(monkeypatch, capsys, words, fau
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2 and capsys.readouterr().err.startswith(fault)
+
+
+def test_no_more_ranks_than_gpus(monkeypatch):
+    """Two ranks on one GPU would end in a message of NCCL's; on a CPU ranks share the cores."""
+    monkeypatch.setattr(launch, "count_gpus", lambda: 2)
+    assert options("--nproc", "2").processes == options().processes == 2
+    with pytest.raises(Refused, match="--nproc 3: 2 GPUs are visible"):
+        options("--nproc", "3")
+    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
+    assert options("--nproc", "3").processes == 3
 
 
 def test_hosts_are_handed_the_environment(tmp_path):
