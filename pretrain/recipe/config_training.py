@@ -287,16 +287,6 @@ def documents_suffice(config: Mapping[str, dict[str, Any]], file: str) -> bool:
     return file != "preference" and not dropout and config[file]["block_size"] <= window
 
 
-def check_quantization(values: dict[str, Any], file: str, gpus: int) -> None:
-    """Refuse an adapter over 4-bit weights where there is no GPU. file: ``finetune`` or ``preference``."""
-    if (values.get("lora") or {}).get("quantization") and not gpus:
-        raise Refused(
-            f"{file}.json: lora.quantization: nf4 weights are unpacked by CUDA kernels of bitsandbytes, and "
-            "no NVIDIA GPU is visible. Tune LoRA over unquantised weights: --set "
-            f"{file}.lora.quantization=null"
-        )
-
-
 def check_boards(asked: str | list[str] | None, file: str) -> list[str]:
     """Where the figures go: TensorBoard always, and what `report_to` asks for.
 

@@ -220,6 +220,21 @@ def check_optimizer(hardware: Hardware, optimizer: str, where: str) -> None:
         )
 
 
+def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -> None:
+    """Refuse an adapter over 4-bit weights without a GPU or without bitsandbytes. where: the file."""
+    if not (values.get("lora") or {}).get("quantization"):
+        return
+    missing = "no NVIDIA GPU is visible" if hardware.device != "cuda" else ""
+    if not missing and not hardware.bitsandbytes:
+        missing = "it is not installed (.venv/bin/pip install bitsandbytes)"
+    if missing:
+        raise Refused(
+            f"{where}: lora.quantization: nf4 weights are unpacked by CUDA kernels of bitsandbytes, and "
+            f"{missing}. To tune LoRA over unquantised weights: --set "
+            f"{where.removesuffix('.json')}.lora.quantization=null"
+        )
+
+
 def host_memory() -> tuple[int, int]:
     """Bytes of this machine's memory: all, and what is available. Without /proc (no Linux) both are all."""
     try:

@@ -32,8 +32,8 @@ from typing import Any
 from recipe.config import check_recipe, load_recipe
 from recipe.config_launch import check_launch, check_tensor_parallel
 from recipe.config_model import model_values
-from recipe.config_training import check_boards, check_quantization, documents_suffice
-from recipe.hardware import Hardware, choose, count_gpus, glance
+from recipe.config_training import check_boards, documents_suffice
+from recipe.hardware import Hardware, check_quantization, choose, count_gpus, glance
 from recipe.initial import find_initial
 from recipe.instructions import no_pairs
 from recipe.outputs import (
@@ -97,7 +97,7 @@ class Launch:
         """
         check_boards(config[file].get("report_to"), f"{file}.json")
         if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
-            check_quantization(config[file], file, int(hardware.device == "cuda"))
+            check_quantization(hardware, config[file], f"{file}.json")
             choose(hardware, config[file], f"{file}.json", documents_suffice(config, file))
         path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
         check_tensor_parallel(model_values(config), self.tensor_parallel)

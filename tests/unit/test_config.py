@@ -442,14 +442,6 @@ def test_preference_is_an_optional_file_and_its_model_the_last():
     assert config.tuned_stage(values) == "13_preference"
 
 
-def test_nf4_wants_a_gpu():
-    values = {"lora": {"quantization": "nf4"}}
-    config_training.check_quantization(values, "finetune", 1)
-    config_training.check_quantization({"lora": None}, "finetune", 0)
-    with pytest.raises(Refused, match=r"lora.quantization: nf4 .*--set finetune.lora.quantization=null"):
-        config_training.check_quantization(values, "finetune", 0)
-
-
 def test_the_variant_of_a_recipe_differs_in_its_tuning_only():
     one, other = config.load_recipe("mistral-300m"), config.load_recipe("mistral-300m-qlora")
     assert {name for name in one if one[name] != other[name]} == {"instruction", "finetune"}

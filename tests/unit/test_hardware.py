@@ -9,6 +9,7 @@ from recipe.hardware import (
     Choice,
     Gpu,
     Hardware,
+    check_quantization,
     choose,
     detect,
     gemm_peak,
@@ -69,6 +70,15 @@ def test_attention_by_documents_is_not_named_where_another_would_compute():
 def test_what_attention_by_documents_can_compute(model, file, wanted):
     config = dict.fromkeys(("pretrain", "finetune", "preference"), {"block_size": 64}) | {"model": model}
     assert documents_suffice(config, file) is wanted
+
+
+def test_nf4_wants_a_gpu_and_bitsandbytes():
+    values = {"lora": {"quantization": "nf4"}}
+    check_quantization(A100_WITH_BITSANDBYTES, values, "finetune.json")
+    check_quantization(ZEN4, {"lora": None}, "finetune.json")
+    for seen, missing in ((ZEN4, "no NVIDIA GPU"), (A100, "pip install bitsandbytes")):
+        with pytest.raises(Refused, match=rf"{missing}.*--set finetune.lora.quantization=null"):
+            check_quantization(seen, values, "finetune.json")
 
 
 def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
