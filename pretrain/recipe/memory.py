@@ -164,9 +164,10 @@ PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
 COMPILER_BYTES = 0.13e9  # on a CPU, measured
 # What joins ranks on CPUs, measured; for ZeRO-1 and 2 their buckets' sum has room for it.
 GLOO_BYTES = 0.2e9
-# On a CPU the heap keeps the holes that gathered weights leave among activations (ZeRO-3, FSDP2). Measured;
-# none where MALLOC_MMAP_THRESHOLD_=1048576 gives them back, which makes a step a third slower.
-HOLES = 0.15
+# Share of the peak on a CPU, measured: the heap does not give back what gathered weights leave free between
+# activations (ZeRO-3, FSDP2). Nearly all of it comes back with MALLOC_MMAP_THRESHOLD_=1048576, at a cost in
+# speed.
+FRAGMENTATION = 0.15
 
 
 @functools.cache
@@ -242,8 +243,8 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
     kept = parts["process"] + parts["weights"] + parts["optimizer"] + parts["buckets"]
     early = setting.accumulation > 1 or setting.ranks > 1
     peak = kept + (parts["gradients"] + forward if early else max(parts["gradients"], forward))
-    parts["holes"] = HOLES * peak if setting.device == "cpu" and stage >= 3 else 0
-    return parts | {"peak": peak + parts["holes"], "host": host}
+    parts["fragmentation"] = FRAGMENTATION * peak if setting.device == "cpu" and stage >= 3 else 0
+    return parts | {"peak": peak + parts["fragmentation"], "host": host}
 
 
 def _bucket_bytes(shape: Shape, setting: Setting, count: float) -> float:

@@ -8,7 +8,7 @@ more text in them. Stage 06 measures all of them on the same held-out text (bits
 have a start token). The row "before" is one step at a rate of 1e-30: what training starts from. Finished
 runs are kept in ``outputs/bench-continued-*``; delete them to measure again.
 
-Run (about 20 minutes), after `.venv/bin/pip install --no-deps gguf==0.19.0` and
+Run (about 35 minutes), after `.venv/bin/pip install --no-deps gguf==0.19.0` and
 `bash run_all.sh --recipe tiny --to 02`:  .venv/bin/python tests/bench/continued.py
 """
 
@@ -111,7 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--pieces", type=int, nargs="+", default=[0, 256], help="0: as published")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     if not CHECKPOINT.exists():

@@ -160,7 +160,7 @@ def test_bytes_a_parameter_by_zero_stage():
     assert states(shape, optimizer="Muon") == 16 * count - 4 * shape.matrices
 
 
-def test_only_gathered_weights_leave_holes():
+def test_only_gathered_weights_fragment_the_heap():
     """On CPUs, under ZeRO-3 and FSDP2; a GPU's allocator is in what a process holds."""
     shape = shape_of(SMALL, 1000)
     for zero, fsdp, device, share in (
@@ -171,7 +171,7 @@ def test_only_gathered_weights_leave_holes():
         (3, False, "cuda", 0),
     ):
         parts = memory(shape, dataclasses.replace(PLAIN, ranks=2, zero=zero, fsdp=fsdp, device=device))
-        assert parts["holes"] == pytest.approx(share * (parts["peak"] - parts["holes"]))
+        assert parts["fragmentation"] == pytest.approx(share * (parts["peak"] - parts["fragmentation"]))
 
 
 def test_offloading_moves_to_the_host():
