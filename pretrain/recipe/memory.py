@@ -164,9 +164,9 @@ PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
 COMPILER_BYTES = 0.13e9  # on a CPU, measured
 # What joins ranks on CPUs, measured; for ZeRO-1 and 2 their buckets' sum has room for it.
 GLOO_BYTES = 0.2e9
-# Share of the peak on a CPU, measured: the heap does not give back what gathered weights leave free between
-# activations (ZeRO-3, FSDP2). Nearly all of it comes back with MALLOC_MMAP_THRESHOLD_=1048576, at a cost in
-# speed.
+# Added to the peak on a CPU, as a share of it: the heap does not give back what gathered weights leave free
+# between activations (ZeRO-3, FSDP2). Measured; nearly all of it comes back with
+# MALLOC_MMAP_THRESHOLD_=1048576, at a cost in speed.
 FRAGMENTATION = 0.15
 
 
