@@ -258,17 +258,18 @@ def on_this_machine(
     return shape, setting_of(config[file], here, launch), free
 
 
-def check_room(stage: Stage, launch: Launch, file: str = "pretrain") -> None:
+def check_room(stage: Stage, launch: Launch, file: str) -> None:
     """Say what the training that starts now will take; raise Refused when its checkpoints cannot fit on the
     disk.
 
-    file: pretrain, finetune or preference, for which the sums of memory are not made. An adapter's
-    checkpoints are small beside its model and not reckoned.
+    file: pretrain, or finetune or preference, for which the sums of memory are not made.
     """
     values = stage.config[file]
+    if values.get("lora"):  # an adapter's checkpoints are small beside the merged model
+        values = values | {"save_strategy": "no"}
     shape, setting, free = on_this_machine(stage.recipe, stage.config, launch, file)
     tokens = training_tokens(stage.recipe, stage.config["dataset"]) if file == "pretrain" else None
-    disk = 0 if values.get("lora") else training_disk(shape, setting, values, step_count(values, tokens)) or 0
+    disk = training_disk(shape, setting, values, step_count(values, tokens)) or 0
     needed = disk - _size(stage.folder)
     require_space(stage.folder, needed, f"checkpoints and the model ({file}.json: save_total_limit)")
     if file != "pretrain":

@@ -318,7 +318,7 @@ def check_optimizer(project, recipe, file, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [one.values[0] for one in SHIPPED])
 def test_two_whole_layers_train_in_the_memory_announced(recipe, tmp_path, monkeypatch):
-    """Fewer layers and nothing else: the shipped widths, heads, blocks and vocabulary, by five real steps."""
+    """Fewer layers and nothing else: the shipped widths, heads, blocks and vocabulary, a few real steps."""
     monkeypatch.setattr(probe, "OUTPUTS", tmp_path)
     (tmp_path / recipe).mkdir()
     config = load_recipe(recipe, [])
@@ -329,7 +329,7 @@ def test_two_whole_layers_train_in_the_memory_announced(recipe, tmp_path, monkey
     plan = {"recipe": recipe, "config": config, "inputs": random_inputs(tmp_path, vocabulary)}
     row = probe.measure(ROOT / "pretrain/run_clm.py", plan, Launch(), False, False, 1)
     assert row["outcome"] == "ok", row
-    assert row["tokens"] == 5 * 2 * values["block_size"]
+    assert row["tokens"] == probe.STEPS * 2 * values["block_size"]
     values |= {"per_device_train_batch_size": 1, "global_batch_size": 2, "torch_compile": False}
     shape, setting, _ = preflight.on_this_machine(recipe, config, Launch())
     assert row["active"]["parameters"] == shape.parameters

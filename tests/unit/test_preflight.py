@@ -110,7 +110,7 @@ def test_tokens_of_an_epoch_follow_the_weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", ["pretrain", "finetune", "preference"])
 def test_no_training_starts_where_its_checkpoints_have_no_room(tmp_path, monkeypatch, file):
-    """Three checkpoints of 12 bytes a parameter and the model; an adapter's are small."""
+    """Three checkpoints of 12 bytes a parameter and the model; of an adapter the merged model alone."""
     config = {name: read("mistral-300m", name) for name in ("dataset", "model", "tokenizer", "pretrain")}
     config[file] = config["pretrain"] | {"save_total_limit": 2}
     stage = SimpleNamespace(recipe="mine", config=config, folder=tmp_path, say=print)
@@ -122,8 +122,11 @@ def test_no_training_starts_where_its_checkpoints_have_no_room(tmp_path, monkeyp
     monkeypatch.setattr(fetching, "free_bytes", lambda folder: 40 * parameters)
     preflight.check_room(stage, Launch(), file)
     config[file]["lora"] = {"r": 8}
-    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 0)
+    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 4 * parameters)
     preflight.check_room(stage, Launch(), file)
+    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 4 * parameters - 1)
+    with pytest.raises(Refused, match=f"needs {4 * parameters:,} bytes"):
+        preflight.check_room(stage, Launch(), file)
 
 
 def test_disk_holds_the_checkpoints_kept_and_one_more():
