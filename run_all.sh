@@ -70,7 +70,7 @@ main() {
   ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
   # Should this shell be killed, the running stage ends with it and can be continued.
   export RECIPE_RUN_ALL=$$
-  "$python" -m recipe.config --recipe "$recipe" --from "$from" --to "$to" "${overrides[@]}" "${launch[@]}"
+  "$python" -m recipe.run.check --recipe "$recipe" --from "$from" --to "$to" "${overrides[@]}" "${launch[@]}"
 
   while read -r stage <&3; do
     number=$(basename "$stage")
@@ -85,8 +85,8 @@ main() {
   ((ran)) || refuse "no stage between $from and $to"
   if ! $talk; then return; fi
   printf '\n'
-  "$python" -m recipe.outputs "$recipe"
-  "$python" -m recipe.report "$recipe"
+  "$python" -m recipe.export.summary "$recipe"
+  "$python" -m recipe.export.html_report "$recipe"
   printf '\n%d s in all.\n' $((SECONDS - started))
   if [[ -f outputs/$recipe/12_finetune/stage.json ]]; then
     printf 'Talk to the model: %s fine-tuning/chat.py --recipe %s\n' "${python#"$here"/}" "$recipe"

@@ -8,9 +8,7 @@ from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from recipe.dialogues import byte_order_marks
-from recipe.download import require_data
-from recipe.instructions import (
+from recipe.conversations.instructions import (
     Pair,
     identity,
     no_pairs,
@@ -20,11 +18,14 @@ from recipe.instructions import (
     read_pairs,
     reason_to_drop,
 )
-from recipe.normalizing import make_normalizer
-from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
+from recipe.conversations.read_rows import byte_order_marks
+from recipe.corpus.download import require_data
+from recipe.corpus.normalizing import make_normalizer
+from recipe.corpus.shards import read_texts
+from recipe.corpus.splitting import text_hash
 from recipe.progress import progress
-from recipe.shards import read_texts
-from recipe.splitting import text_hash
+from recipe.project import DATA, RecipeError, read_json, write_json
+from recipe.run.stage import Stage, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

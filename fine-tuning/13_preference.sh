@@ -6,4 +6,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/../setup.sh" --python)
-exec "$python" -m recipe.launch "$here/run_dpo.py" "$@"
+exec "$python" -m recipe.run.launch "$here/run_dpo.py" "$@"

@@ -10,10 +10,12 @@ import shutil
 from typing import Any
 
 import pyarrow.parquet as pq
-from recipe.config import JGLUE_TASKS, tuned_stage
-from recipe.download import require_data
-from recipe.instructions import messages_of, no_pairs
-from recipe.outputs import DATA, RecipeError, Stage, read_json, run_stage, write_json
+from recipe.config.evaluation import JGLUE_TASKS
+from recipe.config.training import tuned_stage
+from recipe.conversations.instructions import messages_of, no_pairs
+from recipe.corpus.download import require_data
+from recipe.project import DATA, RecipeError, read_json, write_json
+from recipe.run.stage import Stage, run_stage
 
 ANSWERED = 32  # held-out instructions that are answered, to see whether answers stop by themselves
 UNTRAINED = ("reading", *JGLUE_TASKS)  # tasks about nothing that pretraining or tuning has read
@@ -21,11 +23,11 @@ UNTRAINED = ("reading", *JGLUE_TASKS)  # tasks about nothing that pretraining or
 
 def main(stage: Stage) -> None:
     """Both models on the validation pairs: the loss, what they write, and which answer they choose."""
-    from recipe.conversations import load_conversations
-    from recipe.evaluation import comparison, computes_in_bf16, total_loss
-    from recipe.modeling import for_inference, load_model
-    from recipe.packing import PackedConversations
-    from recipe.tasks.harness import Harness, markdown, run_tasks, scores
+    from recipe.conversations.encode import load_conversations
+    from recipe.evaluation.metrics import comparison, computes_in_bf16, total_loss
+    from recipe.evaluation.tasks.harness import Harness, markdown, run_tasks, scores
+    from recipe.model.build import for_inference, load_model
+    from recipe.tokenization.packing import PackedConversations
     from transformers import AutoTokenizer
 
     tuned = stage.inputs[tuned_stage(stage.config)]
@@ -62,8 +64,8 @@ def main(stage: Stage) -> None:
 
 def ask_about(stage: Stage, rows: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
     """What the harness is told of the held-out instructions, and of the tasks that nothing was trained on."""
-    from recipe.tasks.harness import as_context
-    from recipe.tasks.items import held_out_items, write_items, write_tasks
+    from recipe.evaluation.tasks.harness import as_context
+    from recipe.evaluation.tasks.items import held_out_items, write_items, write_tasks
 
     if "01_download" in stage.inputs:
         record = read_json(stage.inputs["01_download"] / "stage.json")
@@ -85,9 +87,9 @@ def by_source(logged: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 def answer(stage: Stage, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How a model answers held-out instructions, each after what was said before it."""
-    from recipe.chat import encode_conversation
-    from recipe.evaluation import distinct, repetition
-    from recipe.generation import generate_all, generation_config
+    from recipe.conversations.chat_template import encode_conversation
+    from recipe.evaluation.generation import generate_all, generation_config
+    from recipe.evaluation.metrics import distinct, repetition
 
     values = stage.config["generation"]
     room = model.config.max_position_embeddings - values["max_new_tokens"]

@@ -5,19 +5,26 @@ Run:  python fine-tuning/15_generate.py --recipe tiny
 """
 
 import pyarrow.parquet as pq
-from recipe.config import tuned_stage
-from recipe.instructions import messages_of, no_pairs
-from recipe.outputs import RecipeError, Stage, run_stage, write_json
+from recipe.config.training import tuned_stage
+from recipe.conversations.instructions import messages_of, no_pairs
+from recipe.project import RecipeError, write_json
+from recipe.run.stage import Stage, run_stage
 
 HELD_OUT = 5  # conversations of the validation side whose last answer is asked for, beside the questions
 
 
 def main(stage: Stage) -> None:
     """Answer with the pretrained and with the tuned model, from the same seeds and the same prompts."""
-    from recipe.chat import encode_conversation
-    from recipe.evaluation import repetition
-    from recipe.generation import check_room, clean_prompt, generate_all, generation_config, side_by_side
-    from recipe.modeling import for_inference, load_model
+    from recipe.conversations.chat_template import encode_conversation
+    from recipe.evaluation.generation import (
+        check_room,
+        clean_prompt,
+        generate_all,
+        generation_config,
+        side_by_side,
+    )
+    from recipe.evaluation.metrics import repetition
+    from recipe.model.build import for_inference, load_model
     from transformers import AutoConfig, AutoTokenizer
 
     values, tuned = stage.config["generation"], stage.inputs[tuned_stage(stage.config)]

@@ -5,10 +5,10 @@ there is no tuning); off by default. Writes: a model folder with README.md.
 Run:  python fine-tuning/16_export.py --recipe tiny
 """
 
-from recipe.config import tuned_stage
-from recipe.facts import hub
-from recipe.instructions import no_pairs
-from recipe.outputs import Stage, run_stage
+from recipe.config.training import tuned_stage
+from recipe.conversations.instructions import no_pairs
+from recipe.run.freshness import hub
+from recipe.run.stage import Stage, run_stage
 
 PRETRAINED = ("01_download", "02_dataset", "03_tokenizer", "05_pretrain", "06_evaluate", "07_generate")
 
@@ -26,7 +26,7 @@ def inputs(config: dict) -> tuple[str, ...]:
 
 def main(stage: Stage) -> None:
     """Gather the model's files, write the card, push."""
-    from recipe.card import copy_curves, copy_model, model_card, push
+    from recipe.export.card import copy_curves, copy_model, model_card, push
 
     target, source = hub(stage.config), stage.inputs[last_model(stage.config)]
     copy_model(source, stage.folder)

@@ -12,9 +12,10 @@ import argparse
 import json
 import sys
 
-from recipe.config import load_recipe, tuned_stage
-from recipe.instructions import no_pairs
-from recipe.outputs import RecipeError, Refused, stage_folder
+from recipe.config.recipe import load_recipe
+from recipe.config.training import tuned_stage
+from recipe.conversations.instructions import no_pairs
+from recipe.project import RecipeError, Refused, stage_folder
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
             if why:
                 raise Refused(f"this recipe does without tuning ({why}), and only a tuned model can chat")
             raise Refused(f"there is no tuned model yet. Run `bash run_all.sh --recipe {arguments.recipe}`")
-        from recipe.talking import Talker
+        from recipe.evaluation.talking import Talker
 
         talker = Talker(folder, config)
         if arguments.web:
@@ -96,7 +97,7 @@ def say(pieces) -> str:
 
 def set_option(talker, recipe: str, overrides: list[str], text: str) -> list[str]:
     """`/set KEY VALUE`: checked as ``--set generation.KEY=VALUE`` is; returns the overrides now in force."""
-    from recipe.generation import generation_config
+    from recipe.evaluation.generation import generation_config
 
     key, _, value = text.partition(" ")
     if key:
@@ -113,7 +114,7 @@ def set_option(talker, recipe: str, overrides: list[str], text: str) -> list[str
 
 def serve(talker, recipe: str, port: int) -> None:
     """The page on the loopback address, until Ctrl-C."""
-    from recipe.talking import web_page
+    from recipe.evaluation.talking import web_page
 
     page = web_page(talker, f"{recipe}: ask in Japanese")
     try:

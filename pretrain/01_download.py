@@ -7,10 +7,11 @@ Run:  python pretrain/01_download.py --recipe tiny
 
 import time
 
-from recipe.download import download, missing_bytes
-from recipe.fetching import require_space
-from recipe.outputs import DATA, Stage, data_lock, run_stage
-from recipe.preflight import require_data_space
+from recipe.corpus.download import download, missing_bytes
+from recipe.corpus.fetch import require_space
+from recipe.project import DATA
+from recipe.run.preflight import require_data_space
+from recipe.run.stage import Stage, data_lock, run_stage
 
 
 def main(stage: Stage) -> None:

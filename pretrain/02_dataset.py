@@ -5,16 +5,17 @@ Writes: {train,valid}-<source>-<number>.parquet, funnel.json, funnel.md (with sa
 funnel.png. Run:  python pretrain/02_dataset.py --recipe tiny
 """
 
-from recipe import corpus, funnel
-from recipe.download import licence, require_data
-from recipe.outputs import DATA, Stage, read_json, run_stage, write_json
+from recipe.corpus import funnel, pipeline
+from recipe.corpus.download import licence, require_data
+from recipe.project import DATA, read_json, write_json
+from recipe.run.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
     """Build the corpus, and account for every document and byte of every source."""
     config = stage.config["dataset"]
     require_data(read_json(stage.inputs["01_download"] / "stage.json")["figures"], config, DATA)
-    funnels, leaks = corpus.build(config, DATA, stage.folder)
+    funnels, leaks = pipeline.build(config, DATA, stage.folder)
     for name, f in funnels.items():
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in f.documents_dropped.most_common()) or "none"
         stage.say(f"{name}: {f.documents_in:,} documents in, {f.documents_out:,} kept, dropped {dropped}")
@@ -25,7 +26,7 @@ def main(stage: Stage) -> None:
     )
     (stage.folder / "funnel.md").write_text(funnel.markdown(funnels), "utf-8")
     funnel.picture(funnels, stage.folder / "funnel.png")
-    corpus.remove_scaffold(stage.folder)
+    pipeline.remove_scaffold(stage.folder)
     kept, read = (sum(getattr(f, key) for f in funnels.values()) / 1e6 for key in ("bytes_out", "bytes_in"))
     documents = sum(f.documents_out for f in funnels.values())
     stage.headline = f"{documents:,} documents, {kept:.1f} MB kept of {read:.1f} MB"

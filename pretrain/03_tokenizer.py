@@ -10,10 +10,11 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from recipe.facts import weights
-from recipe.outputs import DATA, RecipeError, Stage, run_stage, write_json
+from recipe.corpus.shards import read_texts, side_sources
 from recipe.progress import progress
-from recipe.shards import read_texts, side_sources
+from recipe.project import DATA, RecipeError, write_json
+from recipe.run.freshness import weights
+from recipe.run.stage import Stage, run_stage
 
 SIDE_BYTES = 1_000_000  # text per source for the compression table
 PROOF_TEXTS = 2_000
@@ -22,8 +23,8 @@ PROOF_TEXTS = 2_000
 def main(stage: Stage) -> None:
     """Make the tokenizer by the training side, save it, prove what was saved, measure on held-out text."""
     import sentencepiece as spm
-    from recipe.config import check_special_ids
-    from recipe.tokenizer_report import describe, gate, losses, markdown, picture
+    from recipe.config.recipe import check_special_ids
+    from recipe.tokenization.report import describe, gate, losses, markdown, picture
     from transformers import AutoTokenizer
 
     config, dataset = stage.config["tokenizer"], stage.inputs["02_dataset"]
@@ -66,9 +67,9 @@ def main(stage: Stage) -> None:
 
 def make(stage: Stage) -> tuple[Any, bytes | None]:
     """The tokenizer that tokenizer.json asks for, and its SentencePiece model if it was trained as one."""
-    from recipe.initial import NEW_PIECES, NewPieces, check_rows
-    from recipe.published import find_published, load_published, take_over
-    from recipe.tokenizer_training import expected_memory, train_tokenizer
+    from recipe.config.initial_model import NEW_PIECES, NewPieces, check_rows
+    from recipe.tokenization.published import find_published, load_published, take_over
+    from recipe.tokenization.train import expected_memory, train_tokenizer
 
     config = stage.config["tokenizer"]
     kind = config.get("kind", "unigram")
@@ -89,7 +90,7 @@ def make(stage: Stage) -> tuple[Any, bytes | None]:
 
 def sample(stage: Stage) -> Iterator[str]:
     """The seeded sample of the training side, by source weight; segmented where the kind wants it."""
-    from recipe.tokenizer_training import draw_sample
+    from recipe.tokenization.train import draw_sample
 
     config = stage.config["tokenizer"]
     bound = int(config.get("training_megabytes", 10) * 1e6)
@@ -98,7 +99,7 @@ def sample(stage: Stage) -> Iterator[str]:
     stage.say(f"samples {found.drawn / 1e6:.1f} MB of {found.bytes / 1e6:.1f} MB")
     lines = progress(found.lines, "sampling", "sentences")
     if config.get("segmenter"):
-        from recipe.segmentation import make_segmenter
+        from recipe.tokenization.word_segmenter import make_segmenter
 
         return make_segmenter(config["segmenter"], DATA).parallel(lines, os.cpu_count() or 1)
     return lines
@@ -106,7 +107,7 @@ def sample(stage: Stage) -> Iterator[str]:
 
 def published_to_compare(names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Published tokenizers that are at hand, by name, and for each that is not the reason."""
-    from recipe.published import find_published, load_published, take_over
+    from recipe.tokenization.published import find_published, load_published, take_over
 
     found, missing = {}, {}
     for name in names:

@@ -10,16 +10,17 @@ Run:  python pretrain/04_tokenize.py --recipe tiny
 import shutil
 from pathlib import Path
 
-from recipe.outputs import RecipeError, Stage, read_json, run_stage
-from recipe.shards import SIDES, Shard, count_documents, list_shards
+from recipe.corpus.shards import SIDES, Shard, count_documents, list_shards
+from recipe.project import RecipeError, read_json
+from recipe.run.stage import Stage, run_stage
 
 KEYS = ("documents", "bytes", "tokens")
 
 
 def main(stage: Stage) -> None:
     """Encode each shard into a part, join the parts by side, count by source."""
-    from recipe.encoding import ShardEncoder, document_frame, vocab_size
-    from recipe.engine import engine
+    from recipe.corpus.engine import engine
+    from recipe.tokenization.encode_corpus import ShardEncoder, document_frame, vocab_size
 
     dataset, tokenizer = stage.inputs["02_dataset"], stage.inputs["03_tokenizer"]
     frame, vocabulary = document_frame(tokenizer), vocab_size(tokenizer)
@@ -54,7 +55,7 @@ def join(shards: list[Shard], parts: Path, prefix: Path) -> tuple[dict[str, int]
 
     A source's documents lie together; `first_document` and `first_token` say where they begin.
     """
-    from recipe.token_files import TokenFile, join_token_files
+    from recipe.tokenization.token_files import TokenFile, join_token_files
 
     total = dict.fromkeys(KEYS, 0) | {"largest_id": 0}
     sources: dict[str, dict[str, int]] = {}

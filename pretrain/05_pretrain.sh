@@ -9,4 +9,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/../setup.sh" --python)
-exec "$python" -m recipe.launch "$here/run_clm.py" "$@"
+exec "$python" -m recipe.run.launch "$here/run_clm.py" "$@"

@@ -8,10 +8,11 @@ Run:  python pretrain/06_evaluate.py --recipe tiny
 import shutil
 from typing import Any
 
-from recipe.config import PACKAGED_TASKS
-from recipe.download import require_data
-from recipe.outputs import DATA, Stage, read_json, run_stage, write_json
-from recipe.shards import read_texts, side_sources
+from recipe.config.evaluation import PACKAGED_TASKS
+from recipe.corpus.download import require_data
+from recipe.corpus.shards import read_texts, side_sources
+from recipe.project import DATA, read_json, write_json
+from recipe.run.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
@@ -19,9 +20,9 @@ def main(stage: Stage) -> None:
 
     Then tasks.
     """
-    from recipe.evaluation import WINDOW_RULE, combine, computes_in_bf16, evaluate_texts, markdown
-    from recipe.modeling import for_inference, load_model
-    from recipe.tasks.harness import markdown as score_table
+    from recipe.evaluation.metrics import WINDOW_RULE, combine, computes_in_bf16, evaluate_texts, markdown
+    from recipe.evaluation.tasks.harness import markdown as score_table
+    from recipe.model.build import for_inference, load_model
     from transformers import AutoTokenizer
 
     config, dataset = stage.config["evaluation"], stage.inputs["02_dataset"]
@@ -55,8 +56,8 @@ def main(stage: Stage) -> None:
 
 def score_tasks(stage: Stage, model: Any, tokenizer: Any, batch_size: int, bf16: bool) -> dict[str, Any]:
     """The scores of the tasks of evaluation.json."""
-    from recipe.tasks.harness import Harness, run_tasks, scores
-    from recipe.tasks.items import write_tasks
+    from recipe.evaluation.tasks.harness import Harness, run_tasks, scores
+    from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
         record = read_json(stage.inputs["01_download"] / "stage.json")

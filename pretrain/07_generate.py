@@ -4,7 +4,8 @@ Edit: configs/<recipe>/generation.json. Writes: samples.json, samples.md.
 Run:  python pretrain/07_generate.py --recipe tiny
 """
 
-from recipe.outputs import Stage, run_stage, write_json
+from recipe.project import write_json
+from recipe.run.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
@@ -13,11 +14,17 @@ def main(stage: Stage) -> None:
     Before is freshly initialised, or the published checkpoint itself: without new pieces, in whose place its
     prompts have the old ones.
     """
-    from recipe.evaluation import repetition
-    from recipe.generation import check_room, clean_prompt, generate_all, generation_config, side_by_side
-    from recipe.initial import find_initial, read_new_pieces
-    from recipe.modeling import build_model, for_inference, load_model
-    from recipe.tokenizer import prompt_ids
+    from recipe.config.initial_model import find_initial, read_new_pieces
+    from recipe.evaluation.generation import (
+        check_room,
+        clean_prompt,
+        generate_all,
+        generation_config,
+        side_by_side,
+    )
+    from recipe.evaluation.metrics import repetition
+    from recipe.model.build import build_model, for_inference, load_model
+    from recipe.tokenization.encode_text import prompt_ids
     from transformers import AutoTokenizer, GenerationConfig
 
     values = stage.config["generation"]

@@ -7,22 +7,22 @@ Run:  bash pretrain/05_pretrain.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
+from recipe.training.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
     """Build or load the model, build the packed dataset, train, save; rank 0 writes result.json for the
     stage.
     """
-    from recipe.curves import learning_curve
-    from recipe.generation import clean_prompt
-    from recipe.initial import check_rows, describe_initial, find_initial, read_new_pieces
-    from recipe.modeling import build_model, continued_model, parameter_count
-    from recipe.outputs import read_json, write_json
-    from recipe.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
-    from recipe.sampling import Samples
-    from recipe.token_files import TokenFile
-    from recipe.tokenizer import prompt_ids
+    from recipe.config.initial_model import check_rows, describe_initial, find_initial, read_new_pieces
+    from recipe.evaluation.generation import clean_prompt
+    from recipe.model.build import build_model, continued_model, parameter_count
+    from recipe.project import read_json, write_json
+    from recipe.tokenization.encode_text import prompt_ids
+    from recipe.tokenization.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
+    from recipe.tokenization.token_files import TokenFile
+    from recipe.training.curves import learning_curve
+    from recipe.training.sample_prompts import Samples
     from torch.utils.data import Subset
     from transformers import AutoConfig, AutoTokenizer
 

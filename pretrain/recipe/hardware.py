@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.outputs import Refused
+from recipe.project import Refused
 
 GPU_COLUMNS = "uuid,name,compute_cap,memory.total,memory.free"
 

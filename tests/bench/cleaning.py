@@ -3,7 +3,7 @@
 All peers read the same raw documents, in turn, three rounds, best round counts:
 
 - ``plain``: neologdn.normalize on every line, as the common recipes do; nothing else.
-- ``normalise``: `recipe.normalizing`; its output is compared with that of ``plain``, byte by byte.
+- ``normalise``: `recipe.corpus.normalizing`; its output is compared with that of ``plain``, byte by byte.
 - ``clean``: normalise + filter + exact deduplication by hash, with the settings of configs/tiny, and with the
   sets of rules for books and for the web.
 
@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 
 import neologdn
-from recipe.cleaning import make_cleaner
-from recipe.normalizing import make_normalizer
-from recipe.sources import read
-from recipe.splitting import text_hash
+from recipe.corpus.cleaning import make_cleaner
+from recipe.corpus.normalizing import make_normalizer
+from recipe.corpus.sources import read
+from recipe.corpus.splitting import text_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = json.loads((ROOT / "configs/tiny/dataset.json").read_text("utf-8"))

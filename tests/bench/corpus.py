@@ -22,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from recipe import corpus
-from recipe.shards import read_texts
+from recipe.corpus import pipeline
+from recipe.corpus.shards import read_texts
 
 SIZES = (50, 100, 250, 500, 1000)
 LINES = 12
@@ -49,7 +49,7 @@ def build(path: Path, folder: Path) -> None:
     }
     folder.mkdir()
     started = time.monotonic()
-    funnels, _ = corpus.build(config, folder, folder)
+    funnels, _ = pipeline.build(config, folder, folder)
     seconds = time.monotonic() - started
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     own, largest_child = (resource.getrusage(kind).ru_maxrss / 1024 for kind in kinds)

@@ -1,4 +1,4 @@
-"""MinHash of recipe/dedup.py against datatrove's own, on one corpus with planted near-duplicates.
+"""MinHash of recipe/corpus/dedup.py against datatrove's own, on one corpus with planted near-duplicates.
 
 The peer is datatrove's stock MinHash (14 buckets x 8 hashes, 64-bit xxhash, 5-grams) with characters as words
 and its removal of diacritics off, which would make が and か equal. Both read the same Parquet shards in one
@@ -35,7 +35,7 @@ from datatrove.pipeline.readers import ParquetReader
 from datatrove.utils.logging import logger
 from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
-from recipe import dedup
+from recipe.corpus import dedup
 
 PLANTED = 500  # copies of each kind
 EDITS = ("passage inserted, deleted or replaced", "passage replaced", "characters here and there")

@@ -19,7 +19,7 @@ import time
 FETCH = """
 import sys, time
 from pathlib import Path
-from recipe.fetching import fetch
+from recipe.corpus.fetch import fetch
 started = time.perf_counter()
 fetch(sys.argv[1], Path(sys.argv[2]))
 """

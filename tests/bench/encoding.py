@@ -28,7 +28,7 @@ def make(outputs: Path, folder: Path, copies: int) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-    from recipe.shards import list_shards
+    from recipe.corpus.shards import list_shards
 
     source = outputs / "02_dataset"
     table = pa.concat_tables([pq.read_table(shard.path) for shard in list_shards(source, "train")])
@@ -47,7 +47,8 @@ def stage(dataset: Path, tokenizer: Path, folder: Path) -> None:
     """Stage 04's main function on a folder of shards."""
     import runpy
 
-    from recipe.outputs import Stage, fsync_tree
+    from recipe.project import fsync_tree
+    from recipe.run.stage import Stage
 
     config = {"dataset": {"sources": {"text": {}}}}
     inputs = {"02_dataset": dataset, "03_tokenizer": tokenizer}

@@ -23,14 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipe.evaluation import total_loss
+from recipe.corpus.shards import read_texts
+from recipe.evaluation.metrics import total_loss
 from recipe.hardware import detect
-from recipe.modeling import for_inference, load_model
-from recipe.outputs import OUTPUTS
-from recipe.packing import IGNORED, PackedBlocks
-from recipe.shards import read_texts
-from recipe.token_files import TokenFile, write_token_file
-from recipe.tokenizer import document_ids
+from recipe.model.build import for_inference, load_model
+from recipe.project import OUTPUTS
+from recipe.tokenization.encode_text import document_ids
+from recipe.tokenization.packing import IGNORED, PackedBlocks
+from recipe.tokenization.token_files import TokenFile, write_token_file
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 

@@ -31,9 +31,9 @@ LOOP, BATCH = "generate() in a loop", "batch 8"
 
 def configs(tokenizer: Any) -> dict[str, GenerationConfig]:
     """tiny's sampling with transformers' default cache, with a static one, and with decoding compiled."""
-    from recipe.generation import generation_config
-    from recipe.keys import read_config
-    from recipe.outputs import CONFIGS
+    from recipe.config.keys import read_config
+    from recipe.evaluation.generation import generation_config
+    from recipe.project import CONFIGS
 
     values = read_config(CONFIGS / "tiny/generation.json") | {"max_new_tokens": NEW, "min_new_tokens": NEW}
     static = generation_config(values | {"cache_implementation": "static"}, tokenizer)
@@ -46,10 +46,10 @@ def configs(tokenizer: Any) -> dict[str, GenerationConfig]:
 
 def main() -> None:
     """Measure and print the table."""
-    from recipe.generation import generate_all
-    from recipe.modeling import for_inference, load_model
-    from recipe.outputs import OUTPUTS
-    from recipe.tokenizer import prompt_ids
+    from recipe.evaluation.generation import generate_all
+    from recipe.model.build import for_inference, load_model
+    from recipe.project import OUTPUTS
+    from recipe.tokenization.encode_text import prompt_ids
 
     transformers.logging.set_verbosity_error()
     scratch = tempfile.TemporaryDirectory()  # an empty cache: the first run compiles

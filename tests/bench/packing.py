@@ -30,7 +30,7 @@ def rss() -> float:
 
 def make(prefix: Path) -> None:
     """Write the index and a sparse file of zeros."""
-    from recipe.token_files import _write_index
+    from recipe.tokenization.token_files import _write_index
 
     _write_index(prefix.with_suffix(".idx"), np.dtype("<u2"), [np.full(TOKENS // DOCUMENT, DOCUMENT, "<i4")])
     with prefix.with_suffix(".bin").open("wb") as handle:
@@ -56,8 +56,8 @@ def run(kind: str, folder: Path) -> str:
     prefix = folder / "train"
     if kind.startswith("ours"):
         import torch  # noqa: F401 (its import is not what is measured)
-        from recipe.packing import PackedBlocks
-        from recipe.token_files import TokenFile
+        from recipe.tokenization.packing import PackedBlocks
+        from recipe.tokenization.token_files import TokenFile
 
         documents = TOKENS // DOCUMENT
         sources = None

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipe import preflight, probe
-from recipe.launch import Launch
-from recipe.memory import memory, shape_of
-from recipe.outputs import ROOT
-from recipe.token_files import write_token_file
+from recipe.project import ROOT
+from recipe.run import preflight, probe
+from recipe.run.launch_options import Launch
+from recipe.run.memory import memory, shape_of
+from recipe.tokenization.token_files import write_token_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast

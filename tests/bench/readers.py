@@ -1,4 +1,4 @@
-"""How fast `recipe.readers` gives documents, against the usual library's loop over lines of the same file.
+"""How fast `recipe.corpus.readers` gives documents, against the usual library's loop over lines.
 
 The text is made up: lines and documents as long as those of CC-100 ja (130 bytes a line, 1 kB a document).
 
@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import zstandard
-from recipe.aozora import prose
-from recipe.readers import read_file
+from recipe.corpus.aozora import prose
+from recipe.corpus.readers import read_file
 
 MEGABYTES = 40
 LETTERS = "のにはをたがでてと日本語学文章私人年大山川田中東京気見行来食飲書読話聞今明昨週月火水木金土時分秒"

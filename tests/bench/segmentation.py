@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from recipe import segmentation
-from recipe.outputs import DATA, OUTPUTS
+from recipe.project import DATA, OUTPUTS
+from recipe.tokenization import word_segmenter
 
 DOCUMENTS = 3000  # of each file
 COMPARED = 400
@@ -32,12 +32,12 @@ def seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def bare(segmenter: segmentation.Segmenter, lines: list[str]) -> None:
+def bare(segmenter: word_segmenter.Segmenter, lines: list[str]) -> None:
     """The segmenter alone."""
     if segmenter.command:
         subprocess.run(segmenter.command, input="\n".join(lines).encode(), capture_output=True, check=True)
     else:
-        tokenizer = segmentation._sudachi()
+        tokenizer = word_segmenter._sudachi()
         for line in lines:
             str(tokenizer.tokenize(line))
 
@@ -62,7 +62,7 @@ def main() -> None:
     print("| segmenter | workers | lines/s | MB/s | to 1 worker | to the bare segmenter |")
     print("|---|---|---|---|---|---|")
     for name in ("mecab", "sudachi"):
-        segmenter = segmentation.make_segmenter(name, DATA)
+        segmenter = word_segmenter.make_segmenter(name, DATA)
         times = {"bare": seconds(lambda s=segmenter: bare(s, lines))}
         for workers in (1, 2):
             times[workers] = seconds(lambda s=segmenter, n=workers: list(s.parallel(texts, n)))
@@ -72,15 +72,15 @@ def main() -> None:
                 f"| {times[1] / taken:.2f} | {times['bare'] / taken:.2f} |"
             )
     sample = [text for part in by_file for text in part[:COMPARED]]
-    wanted = word_ends(segmentation.make_segmenter("mecab", DATA).segment(sample))
+    wanted = word_ends(word_segmenter.make_segmenter("mecab", DATA).segment(sample))
     print("\n| Sudachi's unit | words | F1 with JUMAN's |")
     print("|---|---|---|")
     import sudachipy
 
     for mode in "ABC":
         tokenizer = sudachipy.Dictionary(dict="core").tokenizer(mode=mode)
-        segmentation._sudachi = lambda tokenizer=tokenizer: tokenizer
-        found = word_ends(segmentation.Segmenter("sudachi").segment(sample))
+        word_segmenter._sudachi = lambda tokenizer=tokenizer: tokenizer
+        found = word_ends(word_segmenter.Segmenter("sudachi").segment(sample))
         print(f"| {mode} | {len(found):,} | {2 * len(found & wanted) / (len(found) + len(wanted)):.3f} |")
     print(f"| (JUMAN's) | {len(wanted):,} | |")
 

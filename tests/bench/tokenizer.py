@@ -50,9 +50,9 @@ TRAININGS = {
 def train_one(job: dict) -> dict:
     """Train once in this process: seconds, peak memory, bytes per token of the held-out text."""
     import sentencepiece as spm
-    from recipe import tokenizer_training as training
-    from recipe.shards import read_texts, side_sources
-    from recipe.tokenizer import encode_texts
+    from recipe.corpus.shards import read_texts, side_sources
+    from recipe.tokenization import train as training
+    from recipe.tokenization.encode_text import encode_texts
 
     dataset = Path(job["dataset"])
     sample = functools.partial(training.draw_sample, dataset, {}, job.get("bytes", TEN), 0)
@@ -107,7 +107,7 @@ def _train_with(train, options, **arguments):
 
 def whole_lines(dataset: Path, most_bytes: int) -> list[str]:
     """Lines of the training side, drawn as the sample is, but not cut."""
-    from recipe.shards import document_bytes, read_texts
+    from recipe.corpus.shards import document_bytes, read_texts
 
     draw, share = random.Random(0).random, most_bytes / document_bytes(dataset, "train")
     return [
@@ -127,7 +127,7 @@ def write_corpus(source: Path, folder: Path, size: int) -> None:
     """A training side of `size` bytes: documents of 50 lines each, drawn from the lines of a corpus."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from recipe.shards import read_texts
+    from recipe.corpus.shards import read_texts
 
     lines = [line for text in read_texts(source, "train") for line in text.split("\n") if line]
     draw, written = random.Random(0), 0
@@ -176,9 +176,9 @@ def bench_memory(dataset: Path) -> None:
 def bench_encoding(dataset: Path) -> None:
     """Table 3."""
     import sentencepiece as spm
-    from recipe import tokenizer_training as training
-    from recipe.shards import read_texts
-    from recipe.tokenizer import encode_texts
+    from recipe.corpus.shards import read_texts
+    from recipe.tokenization import train as training
+    from recipe.tokenization.encode_text import encode_texts
 
     trained = training.train_tokenizer(training.draw_sample(dataset, {}, TEN, 0).lines, {"vocab_size": 8000})
     processor = spm.SentencePieceProcessor(model_proto=trained.sentencepiece)

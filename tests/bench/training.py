@@ -67,8 +67,8 @@ def model_values(shape: str) -> dict[str, Any]:
 
 def blocks(side: str, count: int) -> Any:
     """The first `count` packed blocks of a side; the training side in the order of stage 05."""
-    from recipe.packing import PackedBlocks
-    from recipe.token_files import TokenFile
+    from recipe.tokenization.packing import PackedBlocks
+    from recipe.tokenization.token_files import TokenFile
 
     seed = RATES["seed"] if side == "train" else None
     return PackedBlocks(TokenFile(OUTPUTS / "04_tokenize" / side), BLOCK, 0, seed, count)
@@ -76,7 +76,7 @@ def blocks(side: str, count: int) -> Any:
 
 def stock(name: str, shape: str, folder: Path) -> None:
     """Train as run_clm.py does; a line per step goes to metrics.jsonl, the model to the folder."""
-    from recipe.modeling import build_model
+    from recipe.model.build import build_model
     from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
     class Steps(TrainerCallback):
@@ -185,7 +185,7 @@ def _wait_for_line(path: Path, found: list[float]) -> None:
 def valid_loss(folder: Path) -> float:
     """Loss of a saved model on the validation blocks, float32, nats a token."""
     import torch
-    from recipe.modeling import load_model
+    from recipe.model.build import load_model
 
     model, samples = load_model(folder), blocks("valid", VALID)
     total = count = 0.0
@@ -200,7 +200,7 @@ def valid_loss(folder: Path) -> float:
 
 def compare(shape: str) -> None:
     """Run all rows, one after the other, and print the table."""
-    from recipe.modeling import build_model, flops_per_token, parameter_count
+    from recipe.model.build import build_model, flops_per_token, parameter_count
     from transformers import AutoTokenizer
 
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
@@ -235,8 +235,8 @@ def compare(shape: str) -> None:
 def profile(shape: str) -> None:
     """Print where the time of a compiled bf16 step goes, stock and ours: milliseconds."""
     import torch
-    from recipe.losses import return_loss_only
-    from recipe.modeling import build_model
+    from recipe.model.build import build_model
+    from recipe.model.losses import return_loss_only
     from torch.profiler import ProfilerActivity
     from transformers import AutoTokenizer
 

@@ -61,8 +61,8 @@ def run(
     samples: list[dict[str, Any]], collate: Any, batch: int, tokenizer: Any, **more: Any
 ) -> tuple[float, float]:
     """Tokens a second, and the share of places that hold one."""
-    from recipe.config import load_recipe
-    from recipe.modeling import build_model
+    from recipe.config.recipe import load_recipe
+    from recipe.model.build import build_model
 
     model = build_model(load_recipe("tiny")["model"], tokenizer, "sdpa", 0)
     model.config.use_cache = False
@@ -91,9 +91,9 @@ def run(
 
 def main() -> None:
     """Print the table; the ratio is packing's speed over the peer's."""
-    from recipe.conversations import load_conversations
-    from recipe.packing import PackedConversations
-    from recipe.templates import chat_template
+    from recipe.config.chat_templates import chat_template
+    from recipe.conversations.encode import load_conversations
+    from recipe.tokenization.packing import PackedConversations
 
     folder = ROOT / "outputs/tiny"
     tokenizer = AutoTokenizer.from_pretrained(folder / "03_tokenizer")

@@ -20,9 +20,9 @@ from collections import Counter
 from pathlib import Path
 
 import mwparserfromhell
-from recipe.wikipedia import extract
+from recipe.corpus.wikipedia import extract
 
-PAGES = Path(__file__).resolve().parents[1] / "unit/wikipedia"
+PAGES = Path(__file__).resolve().parents[1] / "unit/corpus/wikipedia"
 REPEATS, ROUNDS = 5, 5
 TAGS_OUT = {"ref", "table", "gallery", "syntaxhighlight", "source", "pre", "score"}
 LINKS_OUT = ("file:", "image:", "category:", "ファイル:", "画像:", "カテゴリ:")
@@ -47,7 +47,7 @@ def remove_nodes(title: str, text: str) -> str:
 PEERS = {
     "node removal": remove_nodes,
     "parse alone": lambda title, text: mwparserfromhell.parse(text) and "",
-    "recipe.wikipedia": lambda title, text: extract(title, text)[0],
+    "recipe.corpus.wikipedia": lambda title, text: extract(title, text)[0],
 }
 
 
@@ -57,7 +57,7 @@ def lines(text: str) -> Counter[str]:
 
 
 def main() -> None:
-    """Print speed, recall and precision of each peer, and what recipe.wikipedia does not get right."""
+    """Print speed, recall and precision of each peer, and what recipe.corpus.wikipedia does not get right."""
     pages = [(path.stem, path.read_text("utf-8")) for path in sorted(PAGES.glob("*.wiki"))]
     expected = {title: lines((PAGES / f"{title}.txt").read_text("utf-8")) for title, _ in pages}
     megabytes = REPEATS * sum(len(text.encode()) for _, text in pages) / 1e6

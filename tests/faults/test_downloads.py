@@ -20,9 +20,11 @@ import tracemalloc
 import types
 
 import pytest
-from recipe import download, fetching
-from recipe.outputs import RecipeError, Refused
+from recipe import project
+from recipe.corpus import download, fetch
+from recipe.project import RecipeError, Refused
 
+PACKAGE = project.ROOT / "pretrain"
 CONTENT = random.Random(1).randbytes(3_000_000)
 OTHER = random.Random(2).randbytes(3_000_000)
 HALF = len(CONTENT) // 2
@@ -125,9 +127,9 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def fetch(site, target, **wishes):
+def fetched(site, target, **wishes):
     """`fetch` with short pauses; the file must be whole, and nothing else may lie beside it but its state."""
-    facts = fetching.fetch(site.url, target, **{"timeout": 30, "pause": 0.001} | wishes)
+    facts = fetch.fetch(site.url, target, **{"timeout": 30, "pause": 0.001} | wishes)
     assert target.read_bytes() == site.content
     assert sorted(p.name for p in target.parent.iterdir()) == [f".{target.name}.json", target.name]
     assert (facts["bytes"], facts["sha256"]) == (len(site.content), sha256(site.content))
@@ -143,7 +145,7 @@ def ranges(site):
 
 def test_dropped_connection_goes_on_where_it_ended(site, tmp_path):
     site.faults = [{"cut": HALF}, {"cut": 1000}]
-    facts = fetch(site, tmp_path / "x")
+    facts = fetched(site, tmp_path / "x")
     assert ranges(site) == [None, f"bytes={HALF}-", f"bytes={HALF + 1000}-"]
     assert sum(sent for *_, sent in site.requests) == len(CONTENT)  # not one byte came twice
     assert facts["version"] == '"one"' and facts["url"] == site.url
@@ -151,7 +153,7 @@ def test_dropped_connection_goes_on_where_it_ended(site, tmp_path):
 
 def test_server_that_falls_silent_is_left_and_asked_again(site, tmp_path, capsys):
     site.faults = [{"stall": HALF}]
-    fetch(site, tmp_path / "x", timeout=0.3)
+    fetched(site, tmp_path / "x", timeout=0.3)
     assert ranges(site) == [None, f"bytes={HALF}-"]
     assert "timed out" in capsys.readouterr().err  # and not: the server closed the connection in the end
 
@@ -159,7 +161,7 @@ def test_server_that_falls_silent_is_left_and_asked_again(site, tmp_path, capsys
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_passing_trouble_of_the_server_is_waited_out(site, tmp_path, status):
     site.faults = [{"status": status}] * 3
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert [status for *_, status, _ in site.requests] == [status] * 3 + [200]
 
 
@@ -167,7 +169,7 @@ def test_passing_trouble_of_the_server_is_waited_out(site, tmp_path, status):
 def pauses(monkeypatch):
     """The seconds that downloads would have slept."""
     slept = []
-    monkeypatch.setattr(fetching, "time", types.SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(fetch, "time", types.SimpleNamespace(sleep=slept.append))
     return slept
 
 
@@ -176,38 +178,38 @@ def test_retry_after_is_heeded(site, tmp_path, form, pauses):
     date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=500)
     value = "500" if form == "seconds" else email.utils.format_datetime(date, usegmt=True)
     site.faults = [{"status": 429, "headers": {"Retry-After": value}}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert len(pauses) == 1 and 450 < pauses[0] <= 500
 
 
 def test_server_that_asks_for_hours_is_left_alone(site, tmp_path, pauses):
     site.faults = [{"status": 503, "headers": {"Retry-After": "7200"}}]
     with pytest.raises(RecipeError, match="asks to wait 7,200 s"):
-        fetch(site, tmp_path / "x")
+        fetched(site, tmp_path / "x")
     assert len(site.requests) == 1 and not pauses
 
 
 def test_pauses_double_with_jitter_and_tries_end(site, tmp_path, pauses, capsys):
     site.faults = [{"status": 503}] * 99
     with pytest.raises(RecipeError, match=r"does not come: HTTP 503.*run again"):
-        fetch(site, tmp_path / "x", pause=1.0)
-    assert len(site.requests) == fetching.TRIES
-    assert len(pauses) == capsys.readouterr().err.count("HTTP 503") == fetching.TRIES - 1
+        fetched(site, tmp_path / "x", pause=1.0)
+    assert len(site.requests) == fetch.TRIES
+    assert len(pauses) == capsys.readouterr().err.count("HTTP 503") == fetch.TRIES - 1
     shares = [pause / min(2**i, 60) for i, pause in enumerate(pauses)]
     assert all(0.5 <= share <= 1 for share in shares) and len(set(shares)) > 1
 
 
 def test_tries_count_only_while_nothing_more_comes(site, tmp_path):
-    site.faults = [{"cut": 100_000}] * (2 * fetching.TRIES)
-    fetch(site, tmp_path / "x")
-    assert len(site.requests) == 2 * fetching.TRIES + 1
+    site.faults = [{"cut": 100_000}] * (2 * fetch.TRIES)
+    fetched(site, tmp_path / "x")
+    assert len(site.requests) == 2 * fetch.TRIES + 1
 
 
 def test_server_without_ranges_that_always_drops_is_given_up(site, tmp_path):
     site.ranges, site.faults = False, [{"cut": HALF}] * 99
     with pytest.raises(RecipeError, match="ended at 1,500,000 of 3,000,000 bytes"):
-        fetch(site, tmp_path / "x")
-    assert len(site.requests) == fetching.TRIES
+        fetched(site, tmp_path / "x")
+    assert len(site.requests) == fetch.TRIES
 
 
 def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, capsys):
@@ -216,30 +218,30 @@ def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, caps
         free.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
         with pytest.raises(RecipeError, match=r"Connection refused.*Check the network"):
-            fetching.fetch(url, tmp_path / "x", pause=0.001)
-    assert capsys.readouterr().err.count("again in") == fetching.TRIES - 1
+            fetch.fetch(url, tmp_path / "x", pause=0.001)
+    assert capsys.readouterr().err.count("again in") == fetch.TRIES - 1
 
 
 def test_short_content_is_not_taken_for_whole(site, tmp_path):
     site.faults = [{"cut": len(CONTENT) - 1}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site)[1] == f"bytes={len(CONTENT) - 1}-"
 
 
 def test_chunked_answer_is_cut_nowhere(site, tmp_path):
     site.chunked, site.faults = True, [{"cut": HALF}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site) == [None, f"bytes={HALF}-"]
 
 
 def test_answer_without_size_needs_a_hash_or_a_size(site, tmp_path):
     site.tells_length = False
     with pytest.raises(RecipeError, match="does not tell the size.*sha256"):
-        fetch(site, tmp_path / "x")
-    fetch(site, tmp_path / "x", sha256=sha256(CONTENT))
+        fetched(site, tmp_path / "x")
+    fetched(site, tmp_path / "x", sha256=sha256(CONTENT))
     (tmp_path / "x").unlink()
     site.faults = [{"cut": HALF}]
-    fetch(site, tmp_path / "x", bytes=len(CONTENT))
+    fetched(site, tmp_path / "x", bytes=len(CONTENT))
 
 
 # -------------------------------------------------------------------------- only what belongs together
@@ -247,7 +249,7 @@ def test_answer_without_size_needs_a_hash_or_a_size(site, tmp_path):
 
 def test_server_that_ignores_ranges_sends_all_again(site, tmp_path):
     site.ranges, site.faults = False, [{"cut": HALF}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert [status for *_, status, _ in site.requests] == [200, 200]
 
 
@@ -255,42 +257,42 @@ def test_server_that_ignores_ranges_sends_all_again(site, tmp_path):
 def test_file_that_changes_midway_is_not_glued_to_its_old_half(site, tmp_path, heeds_if_range):
     site.heeds_if_range = heeds_if_range
     site.faults = [{"cut": HALF}, {"content": OTHER, "etag": '"two"'}]
-    assert fetch(site, tmp_path / "x")["version"] == '"two"'
+    assert fetched(site, tmp_path / "x")["version"] == '"two"'
     assert ranges(site)[1] == f"bytes={HALF}-"
 
 
 def test_changed_date_counts_where_there_is_no_etag(site, tmp_path):
     site.etag, site.modified = "", "Mon, 01 Jan 2024 00:00:00 GMT"
     site.faults = [{"cut": HALF}, {"content": OTHER, "modified": "Tue, 02 Jan 2024 00:00:00 GMT"}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert [status for *_, status, _ in site.requests] == [200, 200]
 
 
 def test_nothing_tells_the_version_so_a_half_is_not_continued(site, tmp_path):
     site.etag = ""
     site.faults = [{"cut": HALF}, {"content": OTHER}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site) == [None, None]
 
 
 def test_a_hash_makes_up_for_the_missing_version(site, tmp_path):
     site.etag = 'W/"weak"'
     site.faults = [{"cut": HALF}]
-    fetch(site, tmp_path / "x", sha256=sha256(CONTENT))
+    fetched(site, tmp_path / "x", sha256=sha256(CONTENT))
     assert ranges(site) == [None, f"bytes={HALF}-"]
 
 
 def test_file_that_became_shorter_than_what_is_here(site, tmp_path):
     site.heeds_if_range = False
     site.faults = [{"cut": HALF}, {"content": OTHER[:1000], "etag": '"two"'}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert [status for *_, status, _ in site.requests] == [200, 416, 200]
 
 
 def test_answer_to_another_range_is_not_used(site, tmp_path):
     wrong = {"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"}
     site.faults = [{"cut": HALF}, {"status": 206, "headers": wrong}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site) == [None, f"bytes={HALF}-", None]
 
 
@@ -298,7 +300,7 @@ def test_beginning_from_another_url_is_not_used(site, tmp_path):
     (tmp_path / "x.part").write_bytes(OTHER[:HALF])
     state = {"url": "http://127.0.0.1/else", "bytes": len(OTHER), "etag": site.etag, "last_modified": ""}
     (tmp_path / ".x.json").write_text(json.dumps(state))
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site) == [None]
 
 
@@ -310,36 +312,36 @@ def test_altered_byte_is_refused_and_removed(site, tmp_path, name):
     site.content = CONTENT[:HALF] + bytes([CONTENT[HALF] ^ 1]) + CONTENT[HALF + 1 :]
     pin = hashlib.new(name, CONTENT).hexdigest()
     with pytest.raises(RecipeError, match=f"{name} .*, wanted {pin}.*altered"):
-        fetch(site, tmp_path / "x", **{name: pin})
+        fetched(site, tmp_path / "x", **{name: pin})
     assert not list(tmp_path.iterdir()) and len(site.requests) == 1
     site.content = CONTENT
-    fetch(site, tmp_path / "x", **{name: pin.upper()})
+    fetched(site, tmp_path / "x", **{name: pin.upper()})
 
 
 def test_damaged_beginning_is_thrown_away_once(site, tmp_path):
-    site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetching.TRIES - 1)
+    site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetch.TRIES - 1)
     with pytest.raises(RecipeError):
-        fetch(site, tmp_path / "x", sha256=sha256(CONTENT))
+        fetched(site, tmp_path / "x", sha256=sha256(CONTENT))
     damaged = bytearray((tmp_path / "x.part").read_bytes())
     damaged[1000] ^= 1
     (tmp_path / "x.part").write_bytes(damaged)
     site.requests.clear()
     site.faults = []
-    fetch(site, tmp_path / "x", sha256=sha256(CONTENT))
+    fetched(site, tmp_path / "x", sha256=sha256(CONTENT))
     assert ranges(site) == [f"bytes={HALF}-", None]
 
 
 @pytest.mark.parametrize("wanted", [len(CONTENT) - 1, len(CONTENT) + 1])
 def test_another_size_than_pinned_is_refused_before_it_comes(site, tmp_path, wanted):
     with pytest.raises(RecipeError, match=f"has 3,000,000 bytes, wanted {wanted:,}"):
-        fetch(site, tmp_path / "x", bytes=wanted)
+        fetched(site, tmp_path / "x", bytes=wanted)
     assert not list(tmp_path.iterdir()) and len(site.requests) == 1
 
 
 def test_content_that_does_not_end_at_the_pinned_size_is_refused(site, tmp_path):
     site.tells_length = False
     with pytest.raises(RecipeError, match="more than the wanted 2,000,000 bytes"):
-        fetch(site, tmp_path / "x", bytes=2_000_000)
+        fetched(site, tmp_path / "x", bytes=2_000_000)
     assert not list(tmp_path.iterdir()) and len(site.requests) == 1
 
 
@@ -347,7 +349,7 @@ def test_content_that_does_not_end_at_the_pinned_size_is_refused(site, tmp_path)
 def test_final_answer_is_not_asked_for_again(site, tmp_path, status):
     site.faults = [{"status": status}] * 2
     with pytest.raises(RecipeError, match=rf"{site.url}: HTTP {status}"):
-        fetch(site, tmp_path / "x")
+        fetched(site, tmp_path / "x")
     assert len(site.requests) == 1 and not list(tmp_path.iterdir())
 
 
@@ -357,7 +359,7 @@ def test_final_answer_is_not_asked_for_again(site, tmp_path, status):
 )
 def test_only_http_is_fetched(tmp_path, url):
     with pytest.raises(Refused, match="wanted a URL that starts with http"):
-        fetching.fetch(url, tmp_path / "x")
+        fetch.fetch(url, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -365,27 +367,27 @@ def test_only_http_is_fetched(tmp_path, url):
 def test_redirect_to_another_scheme_is_refused(site, tmp_path, to):
     site.moved["/text.bin"] = to
     with pytest.raises(RecipeError, match="(?i)redirect"):
-        fetch(site, tmp_path / "x")
+        fetched(site, tmp_path / "x")
     assert len(site.requests) == 1 and not list(tmp_path.iterdir())
 
 
 def test_redirect_is_followed_and_the_range_goes_along(site, tmp_path):
     site.moved["/text.bin"] = "/elsewhere"
     site.faults = [{}, {"cut": HALF}]
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site) == [None, None, f"bytes={HALF}-", f"bytes={HALF}-"]
 
 
 def test_redirect_from_https_to_http_is_refused():
-    request = fetching.urllib.request.Request("https://example.org/x")
+    request = fetch.urllib.request.Request("https://example.org/x")
     with pytest.raises(RecipeError, match="wanted https"):
-        fetching._Redirects().redirect_request(request, None, 302, "Found", {}, "http://example.org/x")
+        fetch._Redirects().redirect_request(request, None, 302, "Found", {}, "http://example.org/x")
 
 
 def test_redirects_in_a_circle_end(site, tmp_path):
     site.moved["/text.bin"] = "/text.bin"
     with pytest.raises(RecipeError, match="HTTP 302"):
-        fetch(site, tmp_path / "x")
+        fetched(site, tmp_path / "x")
     assert len(site.requests) < 20
 
 
@@ -395,26 +397,26 @@ def test_redirects_in_a_circle_end(site, tmp_path):
 def test_file_larger_than_the_disk_is_refused_before_it_comes(site, tmp_path):
     site.claims = 10**18
     with pytest.raises(Refused, match=rf"{tmp_path}: x needs {10**18:,} bytes, and [\d,]+ bytes are free"):
-        fetch(site, tmp_path / "x")
+        fetched(site, tmp_path / "x")
     assert (tmp_path / "x.part").stat().st_size == 0 and len(site.requests) == 1
 
 
 def test_full_disk_is_named(site, tmp_path):
     (tmp_path / "x.part").symlink_to("/dev/full")  # every write to it fails as on a full disk
     with pytest.raises(RecipeError, match=r"x\.part: No space left on device: 3,000,000 bytes .* free"):
-        fetch(site, tmp_path / "x")
+        fetched(site, tmp_path / "x")
     assert len(site.requests) == 1
 
 
 FETCH = """
 import resource, sys
 from pathlib import Path
-from recipe import fetching
-from recipe.outputs import RecipeError
+from recipe.corpus import fetch
+from recipe.project import RecipeError
 if int(sys.argv[3]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
-    fetching.fetch(sys.argv[1], Path(sys.argv[2]))
+    fetch.fetch(sys.argv[1], Path(sys.argv[2]))
 except RecipeError as error:
     sys.exit(f"refused: {error}")
 """
@@ -422,7 +424,7 @@ except RecipeError as error:
 
 def start(site, target, limit=0):
     command = [sys.executable, "-c", FETCH, site.url, str(target), str(limit)]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(fetching.__file__))}
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -430,7 +432,7 @@ def test_what_fitted_on_the_disk_is_gone_on_from(site, tmp_path):
     _, said = start(site, tmp_path / "x", limit=HALF).communicate(timeout=60)
     assert "refused:" in said and f"{HALF:,} bytes are still to come" in said
     assert (tmp_path / "x.part").stat().st_size == HALF
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site) == [None, f"bytes={HALF}-"]
 
 
@@ -452,27 +454,27 @@ def test_killed_download_goes_on_where_it_was(site, tmp_path):
         assert site.requests[-1][1] == (f"bytes={reached}-" if reached else None)
         reached = part.stat().st_size
     site.pause = 0.0
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert site.requests[-1] == ["GET", f"bytes={reached}-", 206, len(CONTENT) - reached]
 
 
 def test_killed_before_the_last_rename_nothing_is_asked_for(site, tmp_path):
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / "x.part")
     site.requests.clear()
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert not site.requests
-    fetch(site, tmp_path / "x")  # and one that is there is checked, not fetched
+    fetched(site, tmp_path / "x")  # and one that is there is checked, not fetched
     assert not site.requests
     (tmp_path / "x").write_bytes(OTHER)
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert len(site.requests) == 1
 
 
 def test_state_cut_off_by_a_power_failure_starts_over(site, tmp_path):
     (tmp_path / "x.part").write_bytes(OTHER[:HALF])
     (tmp_path / ".x.json").write_text('{"url": "htt')
-    fetch(site, tmp_path / "x")
+    fetched(site, tmp_path / "x")
     assert ranges(site) == [None]
 
 
@@ -480,7 +482,7 @@ def test_memory_does_not_grow_with_the_file(site, tmp_path):
     site.content = bytes(64 << 20)
     pin = sha256(site.content)
     tracemalloc.start()
-    fetching.fetch(site.url, tmp_path / "x", sha256=pin)
+    fetch.fetch(site.url, tmp_path / "x", sha256=pin)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20
@@ -524,8 +526,8 @@ def test_space_for_all_sources_is_looked_for_before_the_first(site, tmp_path):
     assert download.missing_bytes("b", specs["b"], tmp_path) == HALF
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(Refused, match=rf"b/c: all needs {free * 2:,} bytes, and"):
-        fetching.require_space(tmp_path / "b/c", free * 2, "all")
-    fetching.require_space(tmp_path / "b/c", 1, "all")
+        fetch.require_space(tmp_path / "b/c", free * 2, "all")
+    fetch.require_space(tmp_path / "b/c", 1, "all")
 
 
 def test_stopped_stage_goes_on_with_the_file_it_was_at(site, make_project):

@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from recipe.checkpoints import write_manifest
+from recipe.training.checkpoints import write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +206,7 @@ ONE_BAD_RANK = """
 import math, sys, types
 from pathlib import Path
 import torch, torch.distributed as dist
-from recipe.spikes import Guard
+from recipe.training.skip_bad_steps import Guard
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -234,7 +234,7 @@ import sys
 import torch
 from recipe.callbacks import Proof, parallel_wish
 from recipe.hardware import Choice
-from recipe.outputs import Refused
+from recipe.project import Refused
 from recipe.training import Settings
 from transformers import AutoModelForCausalLM, Qwen3Config, Trainer, TrainingArguments
 
@@ -299,7 +299,7 @@ def test_fsdp_gathers_gpt2_layer_by_layer(gpt2):
     assert gpt2.figures("gpt2", "05_pretrain")["active"]["parallel"] == "FSDP2 2"
     assert close(losses_of(gpt2, "gpt2"), alone, "fp32")
 
-    module = gpt2.folder / "pretrain/recipe/sharding.py"
+    module = gpt2.folder / "pretrain/recipe/model/sharding.py"
     text = module.read_text("utf-8")
     assert text.count('"transformer.h.*"') == 1
     try:

@@ -17,10 +17,10 @@ import random
 import pytest
 from bench.preflight import inputs as random_inputs
 from conftest import ROOT
-from recipe import preflight, probe
-from recipe.config import load_recipe
-from recipe.launch import Launch
-from recipe.memory import memory
+from recipe.config.recipe import load_recipe
+from recipe.run import preflight, probe
+from recipe.run.launch_options import Launch
+from recipe.run.memory import memory
 
 KANJI = [chr(code) for code in range(0x4E00, 0x5800, 5)]
 KANA = [chr(code) for code in range(0x3042, 0x3094)]
@@ -269,7 +269,7 @@ def check_model(project, recipe):
 
 def check_batch_and_epochs(project, recipe):
     """As many epochs, as long blocks and as large a micro-batch as shipped."""
-    from recipe.token_files import TokenFile
+    from recipe.tokenization.token_files import TokenFile
 
     values, figures = shipped(recipe, "pretrain"), project.figures(recipe, "05_pretrain")
     active = figures["active"]
@@ -357,7 +357,7 @@ def test_gpt2_medium_aozora_starts_from_the_published_weights(project, sources):
 
 @pytest.mark.slow
 def test_mistral_300m_is_tuned_in_the_form_of_alpaca(project, sources):
-    from recipe.templates import INPUT_HEADING
+    from recipe.config.chat_templates import INPUT_HEADING
     from transformers import AutoTokenizer
 
     recipe = "mistral-300m"

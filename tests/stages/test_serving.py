@@ -61,9 +61,9 @@ def ask(project):
 @pytest.fixture(scope="module")
 def ours(project):
     """The sampling of the tests, and a function that gives our prompt's number of ids and our answer."""
-    from recipe.chat import encode_conversation
-    from recipe.generation import generate_all, generation_config
-    from recipe.modeling import for_inference, load_model
+    from recipe.conversations.chat_template import encode_conversation
+    from recipe.evaluation.generation import generate_all, generation_config
+    from recipe.model.build import for_inference, load_model
     from transformers import AutoTokenizer
 
     folder = project.output("mini", "12_finetune", ".")

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import sentences
-from recipe.launch import descendants
+from recipe.run.processes import descendants
 
 LORA = {"r": 4, "lora_alpha": 8}
 
@@ -46,14 +46,14 @@ def tuned(project):
 
 
 def load(project, stage):
-    from recipe.modeling import load_model
+    from recipe.model.build import load_model
 
     return load_model(project.output("lora", stage, "."))
 
 
 def test_the_merged_model_is_the_base_and_its_adapter(tuned):
     from peft import PeftModel
-    from recipe.modeling import load_model
+    from recipe.model.build import load_model
 
     project, _ = tuned
     base = load_model(project.output("lora", "05_pretrain", "."))

@@ -70,7 +70,7 @@ def train(make_project):
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one"])
 def test_ranks_together_reach_the_losses_of_one(train, kind, way):
     import torch
-    from recipe.modeling import load_model
+    from recipe.model.build import load_model
 
     project, trained = train
     stage = KINDS[kind][0]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from recipe import hardware
-from recipe.config_training import documents_suffice
+from recipe.config.training import documents_suffice
 from recipe.hardware import (
     Choice,
     Gpu,
@@ -17,7 +17,7 @@ from recipe.hardware import (
     host_memory,
     visible_gpus,
 )
-from recipe.outputs import Refused
+from recipe.project import Refused
 
 A100 = Hardware("cuda", "A100", (8, 0), True, True, True)
 A100_WITHOUT_FLASH = Hardware("cuda", "A100", (8, 0), True, False, True)

@@ -1,0 +1,174 @@
+"""The published checkpoint that pretraining may start from: found and checked before torch is imported.
+
+``initial_model`` in pretrain.json names it: a folder, or a repository of the hub (``initial_revision`` pins a
+commit of that). Only config.json and safetensors weights are read or fetched: pickled weights could run code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipe.project import ROOT, RecipeError, Refused, read_json
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_FETCHED = ("config.json", *WEIGHTS, "model-*.safetensors")
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+NEW_PIECES = "new_pieces.json"
+
+
+class NewPieces(NamedTuple):
+    """What stage 03 put behind a published vocabulary: piece ``first + i`` was spelled ``old_ids[i]``."""
+
+    first: int
+    old_ids: list[list[int]]
+
+    def spelled(self, ids: list[int]) -> list[int]:
+        """Ids in which every new piece is spelled by the old ids that it stands for."""
+        return [old for i in ids for old in ([i] if i < self.first else self.old_ids[i - self.first])]
+
+
+def read_new_pieces(tokenizer: Path, size: int) -> NewPieces:
+    """The record of stage 03 beside a tokenizer of `size` pieces; no new pieces where there is none.
+
+    Raises RecipeError when it belongs to another tokenizer.
+    """
+    path = tokenizer / NEW_PIECES
+    found = NewPieces(**read_json(path)) if path.exists() else NewPieces(size, [])
+    if found.first + len(found.old_ids) != size:
+        raise RecipeError(
+            f"{path}: {found.first} old and {len(found.old_ids)} new pieces, but the tokenizer has {size}. "
+            "Run stage 03 again with --force"
+        )
+    return found
+
+
+def find_initial(pretrain: dict[str, Any]) -> Path | None:
+    """The folder of the checkpoint that pretrain.json names, fetched from the hub where it is no path.
+
+    None without ``initial_model``. Raises Refused where there is no such thing, or no safetensors weights.
+    """
+    name = pretrain.get("initial_model")
+    if name is None:
+        return None
+    folder = ROOT / Path(name).expanduser()
+    if not folder.exists():
+        folder = _fetch(name, pretrain.get("initial_revision"))
+    _check_weights(folder, name)
+    return folder
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    if any((folder / weights).is_file() for weights in WEIGHTS):
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    seen = f"only {', '.join(pickles)}" if pickles else "none"
+    raise Refused(
+        f"pretrain.json: initial_model: {name}: wanted weights as model.safetensors, found {seen}. Pickled "
+        "weights (.bin, .pt) can run code when they are loaded and are never read. Convert them once, on a "
+        "machine without secrets, with transformers' from_pretrained and save_pretrained, and give that "
+        "folder; or give a revision of the hub that has safetensors (initial_revision)"
+    )
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"pretrain.json: initial_model: {name!r}: no such folder, and not to be had from the hub "
+            f"({str(error).strip().splitlines()[0]}). Give the path of a folder with config.json and "
+            "model.safetensors"
+        ) from error
+
+
+def published_config(pretrain: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the checkpoint that pretrain.json names, without asking the network.
+
+    Empty without ``initial_model``, and for a name of the hub that was not fetched yet. Raises Refused for
+    what is there and of no use: pickled weights, a bad config.json.
+    """
+    name = pretrain.get("initial_model")
+    if name is None:
+        return {}
+    folder = ROOT / Path(name).expanduser()
+    if folder.exists():
+        _check_weights(folder, name)
+        return read_config_of(folder)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=pretrain.get("initial_revision"))
+    except HFValidationError as error:
+        raise Refused(
+            f"pretrain.json: initial_model: {name!r}: no such folder, and no name of the hub (OWNER/NAME)"
+        ) from error
+    return read_config_of(Path(found).parent) if isinstance(found, str) else {}
+
+
+def read_config_of(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint's folder. Raises Refused where it is missing or bad, or says quantised."""
+    path = folder / "config.json"
+    try:
+        values = read_json(path)
+    except OSError as error:
+        raise Refused(
+            f"pretrain.json: initial_model: {path}: {error.strerror}. Give the folder of a model as "
+            "save_pretrained writes it"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f"pretrain.json: initial_model: {path}: not valid JSON ({error})") from error
+    if values.get("quantization_config"):
+        raise Refused(
+            f"pretrain.json: initial_model: {path}: quantization_config: quantised weights cannot be "
+            "trained further. Give the checkpoint they were made from"
+        )
+    return values
+
+
+def describe_initial(
+    pretrain: dict[str, Any], folder: Path, pieces: NewPieces, before: int, rows: int
+) -> dict[str, Any]:
+    """For stage.json: where the weights came from, and what was added to them.
+
+    before, rows: of the embeddings as published, and now. ``commit`` is that of the hub, None for a folder.
+    """
+    return {
+        "name": pretrain["initial_model"],
+        "revision": pretrain.get("initial_revision"),
+        "commit": folder.name if folder.parent.name == "snapshots" else None,
+        "new_pieces": len(pieces.old_ids),
+        "rows_added": rows - before,
+        "rows": rows,
+    }
+
+
+def initial_facts(pretrain: dict[str, Any]) -> dict[str, Any]:
+    """What else a training depends on: size and time of the files of an initial model that lies in a folder.
+
+    Empty without ``initial_model``, so that records of trainings from scratch stay as they were.
+    """
+    name = pretrain.get("initial_model")
+    if name is None:
+        return {}
+    folder = ROOT / Path(name).expanduser()
+    files = sorted({path for pattern in _FETCHED for path in folder.glob(pattern)})
+    return {"initial_model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
+
+
+def check_rows(pretrain: dict[str, Any], pieces: NewPieces) -> None:
+    """Refuse a tokenizer with ids that are neither rows of the initial model nor new pieces.
+
+    Does nothing without ``initial_model``, or before its config.json was fetched.
+    """
+    rows = published_config(pretrain).get("vocab_size")
+    if rows is not None and pieces.first > rows:
+        raise Refused(
+            f"{pretrain['initial_model']}/config.json: vocab_size: {rows}, but the tokenizer has "
+            f"{pieces.first} pieces of its own: they were not published together. Set tokenizer.published "
+            "to the tokenizer of pretrain.initial_model"
+        )

@@ -1,0 +1,163 @@
+"""What a training file, a DeepSpeed file and a launcher ask of each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recipe.config.keys import check_keys, known_keys, nearest, read_config, short, show
+from recipe.config.model import attention_heads
+from recipe.project import CONFIGS, Refused
+
+
+def check_deepspeed(name: str) -> Path:
+    """The path of a DeepSpeed file by its short name (``zero2``), checked.
+
+    Refuses an optimizer or a scheduler in it, because DeepSpeed would silently use it instead of the
+    Trainer's.
+    """
+    path = CONFIGS / "deepspeed" / f"{name}.json"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.json"))
+        raise Refused(
+            f"--deepspeed {name}: no such file {short(path)}.{nearest(name, known)} Known: {', '.join(known)}"
+        )
+    values = read_config(path)
+    for key in ("scheduler", "optimizer"):
+        if key in values:
+            raise Refused(
+                f"{short(path)}: {key}: it would silently replace the Trainer's. Remove it, and set "
+                "learning_rate, lr_scheduler_type and optim in pretrain.json"
+            )
+    if "activation_checkpointing" in values:
+        raise Refused(
+            f"{short(path)}: activation_checkpointing: only models written for it read this section. Remove "
+            'it, and set "activation_checkpointing": true in pretrain.json'
+        )
+    tables = known_keys()["deepspeed"]
+    check_keys(values, tables["top"], short(path))
+    for section in ("zero_optimization", "bf16", "fp16"):
+        check_keys(values.get(section, {}), tables[section], f"{short(path)}: {section}")
+    zero = values.get("zero_optimization", {})
+    gathers = [key for key in zero if key.endswith("gather_16bit_weights_on_model_save") and zero[key]]
+    if zero.get("stage") == 3 and not gathers:
+        raise Refused(
+            f"{short(path)}: zero_optimization.stage3_gather_16bit_weights_on_model_save: without it the "
+            "trained model would not be saved. Write true"
+        )
+    return path
+
+
+def check_deepspeed_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Refuse a DeepSpeed file that says other than the training file, or nothing, where it must say the same.
+
+    facts: what must stand in it, by dotted key; ``auto`` always agrees.
+    """
+    values = read_config(path)
+    for key, wanted in facts.items():
+        section, _, name = key.rpartition(".")
+        seen = (values.get(section, {}) if section else values).get(name)
+        if seen != "auto" and seen != wanted:
+            raise Refused(
+                f"{short(path)}: {key}: {show(seen)}, but the training file and the ranks make it "
+                f'{show(wanted)}. Write "auto"'
+            )
+
+
+def batch_layout(global_batch: int, most: int, ranks: int, where: str = "") -> tuple[int, int]:
+    """(micro-batch, accumulation steps) of each rank; `most` is per_device_train_batch_size.
+
+    where: the file, for the message.
+
+    Raises Refused when the global batch does not divide.
+    """
+    share, rest = divmod(global_batch, ranks)
+    micro = min(most, share)
+    if rest or share % micro:
+        fits = max((size for size in range(1, micro) if not rest and share % size == 0), default=0)
+        way_out = f"Set per_device_train_batch_size to {fits}, or change" if fits else "Change"
+        raise Refused(
+            f"{where}global_batch_size: {global_batch} sequences do not divide into {ranks} ranks with "
+            f"per_device_train_batch_size {most}. {way_out} one of the three (--nproc sets the ranks)"
+        )
+    return micro, share // micro
+
+
+def check_launch(
+    values: dict[str, Any],
+    file: str,
+    deepspeed: str | None,
+    ranks: int,
+    fsdp: bool = False,
+    tensor_parallel: int = 1,
+) -> Path | None:
+    """Check what a training file and a launcher ask of each other; return the path of the DeepSpeed file.
+
+    file: ``pretrain``, ``finetune`` or ``preference``. deepspeed: a short name, or None. tensor_parallel:
+    ranks that share each matrix. Raises Refused.
+    """
+    option = "--tensor-parallel" if tensor_parallel > 1 else "--fsdp" if fsdp else ""
+    option = "--deepspeed" if deepspeed else option
+    if deepspeed and (fsdp or tensor_parallel > 1):
+        raise Refused("--deepspeed shards by itself. Drop it, or drop --fsdp and --tensor-parallel")
+    if tensor_parallel < 1 or ranks % tensor_parallel:
+        raise Refused(
+            f"--tensor-parallel {tensor_parallel}: wanted a number that divides the {ranks} ranks (--nproc)"
+        )
+    if fsdp and ranks // tensor_parallel < 2:
+        raise Refused(
+            f"--fsdp: nothing to shard over: {ranks} ranks, {tensor_parallel} for --tensor-parallel. "
+            "Give more ranks (--nproc), or drop the option"
+        )
+    micro_batch, accumulation = batch_layout(
+        values["global_batch_size"],
+        values["per_device_train_batch_size"],
+        ranks // tensor_parallel,
+        f"{file}.json: ",
+    )
+    path = check_deepspeed(deepspeed) if deepspeed else None
+    if path:
+        facts = {
+            "train_batch_size": values["global_batch_size"],
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": values.get("max_grad_norm", 1.0),
+            "bf16.enabled": values.get("bf16", "auto"),
+            "fp16.enabled": values.get("fp16", "auto"),
+        }
+        check_deepspeed_facts(path, facts)
+    lora = values.get("lora") or {}
+    if option in ("--fsdp", "--tensor-parallel") and (lora or file == "preference"):
+        raise Refused(
+            f"{file}.json: {option} shards a model whose weights are all trained, without an adapter (lora) "
+            "and without the reference model of preferences. Give this stage --nproc, with --deepspeed zero2 "
+            f"or zero3 if memory is short, and {option} to stage 05 alone (bash pretrain/05_pretrain.sh)"
+        )
+    if path and lora.get("quantization") and read_config(path)["zero_optimization"]["stage"] == 3:
+        raise Refused(
+            f"{file}.json: lora.quantization: ZeRO-3 cannot partition nf4 weights. Use --deepspeed zero2, or "
+            f"tune LoRA over unquantised weights: --set {file}.lora.quantization=null"
+        )
+    if option and values.get("muon_learning_rate"):
+        raise Refused(
+            f"{file}.json: muon_learning_rate: Muon needs whole matrices, and under {option} a rank has "
+            "parts of them (under ZeRO the Trainer would silently use AdamW). "
+            f"Add --set {file}.muon_learning_rate=null, or drop {option}"
+        )
+    if option and values.get("torch_compile"):
+        raise Refused(f"{file}.json: torch_compile: true does not work under {option}. Leave the key out")
+    return path
+
+
+def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
+    """Raise Refused when the heads of model.json do not divide among the ranks that share each matrix."""
+    if tensor_parallel > 1 and model.get("model_type") == "gpt2":
+        raise Refused(
+            "--tensor-parallel: transformers has no plan for gpt2. Use --fsdp, or --deepspeed zero3"
+        )
+    heads = model.get("num_key_value_heads") or attention_heads(model)
+    if heads and heads % tensor_parallel:
+        raise Refused(
+            f"--tensor-parallel {tensor_parallel}: the {heads} key-value heads of model.json do not divide "
+            "among so many ranks"
+        )

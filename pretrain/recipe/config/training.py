@@ -1,0 +1,314 @@
+"""The keys that every training reads, of pretrain.json, finetune.json and preference.json, and their
+checks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show, type_name
+from recipe.config.model import DEFAULTS, model_values
+from recipe.project import Refused
+
+TRAINING = {
+    "global_batch_size": "int",
+    "block_size": "int",
+    "muon_learning_rate": "float|null",
+    "attn_implementation": "str",
+    "eval_blocks": "int",
+    "z_loss": "float",
+    "sample_steps": "int|list|null",
+}
+# Beside TRAINING in pretrain.json: a published checkpoint to start from.
+INITIAL = {"initial_model": "str|null", "initial_revision": "str|null"}
+# Beside TRAINING in finetune.json and preference.json: an adapter in place of all weights, by LoraConfig's
+# names.
+TUNING = {"lora": "dict|null"}
+LORA = {
+    "r": "int",
+    "lora_alpha": "int|float",
+    "lora_dropout": "float",
+    "target_modules": "str|list",
+    "use_rslora": "bool",
+    "quantization": "str|null",
+}
+# Native keys that would break what a recipe promises or that nothing here reads, and why.
+UNFIT = {
+    "label_smoothing_factor": "the Trainer's smoothing would shift the labels a second time",
+    "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
+    "load_best_model_at_end": "the model of the last step is what later stages expect",
+    "metric_for_best_model": "the model of the last step is what later stages expect",
+    "greater_is_better": "the model of the last step is what later stages expect",
+    "use_liger_kernel": "its loss would take the place of the one with z_loss",
+    "liger_kernel_config": "its loss would take the place of the one with z_loss",
+    "bf16_full_eval": "the weights that are saved would be rounded to bf16",
+    "fp16_full_eval": "the weights that are saved would be rounded to fp16",
+    "dataloader_drop_last": "the last blocks of the validation side would be left out",
+    "batch_eval_metrics": "an evaluation measures the loss and nothing else",
+    "include_for_metrics": "an evaluation measures the loss and nothing else",
+    "eval_use_gather_object": "an evaluation measures the loss and nothing else",
+    "label_names": "the labels are those of packed blocks",
+    "optim_args": "none of the optimizers that can be chosen here reads it",
+    "optim_target_modules": "none of the optimizers that can be chosen here reads it",
+}
+# Keys that do nothing unless another one has one of these values, and that other's default.
+NEEDS = {
+    "eval_steps": ("eval_strategy", ("steps",), "no"),
+    "eval_delay": ("eval_strategy", ("steps",), "no"),
+    "save_steps": ("save_strategy", ("steps",), "steps"),
+    "logging_steps": ("logging_strategy", ("steps",), "steps"),
+    "torch_compile_mode": ("torch_compile", (True,), None),
+    "torch_compile_backend": ("torch_compile", (True,), None),
+}
+# The optimizers whose presence the proof can see, by the name that it gives them
+# (`recipe.training.proof`).
+OPTIMIZERS = {
+    "adamw_torch": "AdamW",
+    "adamw_torch_fused": "AdamW",
+    "adamw_8bit": "AdamW 8-bit",
+    "adamw_bnb_8bit": "AdamW 8-bit",
+    "paged_adamw_8bit": "AdamW 8-bit",
+    "paged_adamw_32bit": "AdamW 32-bit",
+    "lion_8bit": "Lion 8-bit",
+    "lion_32bit": "Lion 32-bit",
+    "paged_lion_8bit": "Lion 8-bit",
+    "paged_lion_32bit": "Lion 32-bit",
+    "adafactor": "Adafactor",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "sgd": "SGD",
+}
+# Schedules that the proof cannot check: `recipe.training.check_schedule` has no closed form of them.
+UNPROVED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
+# The least and the most that a number can be.
+RANGES = {
+    "learning_rate": (0, math.inf),
+    "muon_learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "adam_beta1": (0, 0.99999),
+    "adam_beta2": (0, 0.99999),
+    "adam_epsilon": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "logging_steps": (1e-9, math.inf),
+    "save_steps": (1e-9, math.inf),
+    "eval_steps": (1e-9, math.inf),
+    "eval_blocks": (1, math.inf),
+}
+# Boards and the module that each needs.
+BOARDS = {"azure_ml": "azureml", "flyte": "flytekit"}
+ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> None:
+    """Check a training file; more: the keys that it takes beside those of every training file."""
+    known = {key: kind for key, kind in known_keys()["training_arguments"].items() if key not in ELSEWHERE}
+    check_keys(values, known | TRAINING | more, where)
+    require(values, ("global_batch_size", "per_device_train_batch_size", "block_size"), where)
+    for key in ("global_batch_size", "per_device_train_batch_size", "block_size"):
+        if values[key] < 1:
+            raise Refused(f"{where}: {key}: {values[key]}, wanted 1 or more")
+    if values.get("attn_implementation", "auto") not in ATTENTION:
+        raise Refused(
+            f"{where}: attn_implementation: {show(values['attn_implementation'])}, wanted one of "
+            f"{', '.join(ATTENTION)}"
+        )
+    for key, (least, most) in RANGES.items():
+        value = values.get(key)
+        if value is not None and not least <= value <= most:
+            ending = f" and at most {most:g}" if most < math.inf else ""
+            raise Refused(f"{where}: {key}: {show(value)}, wanted at least {least:g}{ending}")
+    if values.get("bf16") and values.get("fp16"):
+        raise Refused(
+            f"{where}: bf16 and fp16 are both true: keep one, or neither to let the hardware decide"
+        )
+    if values.get("muon_learning_rate") and "optim" in values:
+        raise Refused(f"{where}: optim: muon_learning_rate chooses Muon with AdamW. Remove one of the two")
+    for key, options in known_keys()["choices"].items():
+        if key in values and values[key] not in options:
+            raise Refused(
+                f"{where}: {key}: {show(values[key])} is not known.{nearest(str(values[key]), options)}"
+            )
+    for key, reason in UNFIT.items():
+        if values.get(key):
+            raise Refused(f"{where}: {key}: {show(values[key])}: {reason}. Leave the key out")
+    for key, (other, wanted, default) in NEEDS.items():
+        if values.get(key) and values.get(other, default) not in wanted:
+            raise Refused(
+                f"{where}: {key}: {show(values[key])} does nothing with {other} "
+                f"{show(values.get(other, default))}. Add {other}: {show(wanted[0])}, or leave {key} out"
+            )
+    for key in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if values.get(key, "steps") not in ("steps", "no"):
+            raise Refused(
+                f"{where}: {key}: {show(values[key])}, wanted steps or no: a training is one pass over "
+                "blocks that are shuffled before it, and knows no end of an epoch"
+            )
+    if values.get("activation_checkpointing_kwargs") and not values.get("activation_checkpointing"):
+        raise Refused(
+            f"{where}: activation_checkpointing_kwargs does nothing without activation_checkpointing: true"
+        )
+    _check_optimizer(values, where)
+    _check_schedule(values, where)
+    _check_watching(values, where)
+    if values.get("lora") is not None:
+        _check_lora(values, where)
+
+
+def _check_optimizer(values: dict[str, Any], where: str) -> None:
+    """An optimizer that the proof can see, and options that are its own."""
+    optimizer = values.get("optim", "adamw_torch_fused")
+    if optimizer not in OPTIMIZERS:
+        raise Refused(
+            f"{where}: optim: {optimizer}: nothing here could tell whether it is active. Known: "
+            f"{', '.join(OPTIMIZERS)}; or muon_learning_rate"
+        )
+    stray = sorted(key for key in values if key.startswith("adam_"))
+    if stray and "adamw" not in optimizer and not (stray == ["adam_beta1"] and "lion" in optimizer):
+        raise Refused(f"{where}: {stray[0]}: optim {optimizer} does not read it. Leave it out")
+
+
+def _check_schedule(values: dict[str, Any], where: str) -> None:
+    """The schedule's options belong to it, and nothing is asked for that it would leave out in silence."""
+    kind, options = values.get("lr_scheduler_type", "linear"), values.get("lr_scheduler_kwargs") or {}
+    here = f"{where}: lr_scheduler_kwargs"
+    if not isinstance(options, dict):
+        raise Refused(f"{here}: {show(options)} is {type_name(options)}, wanted an object")
+    if kind in UNPROVED_SCHEDULES:
+        raise Refused(
+            f"{where}: lr_scheduler_type: {kind}: nothing here could tell whether it is active. Write "
+            "cosine, cosine_with_min_lr, linear, warmup_stable_decay or constant"
+        )
+    known = known_keys()["scheduler_options"].get(kind, options)
+    for key in options:
+        if key not in known:
+            raise Refused(
+                f"{here}: {key}: {kind} has no such option.{nearest(key, known)} "
+                f"Known: {', '.join(known) or 'none'}"
+            )
+    if kind == "constant" and values.get("warmup_steps"):
+        raise Refused(
+            f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no "
+            "warm-up. Write constant_with_warmup, or leave warmup_steps out"
+        )
+    if kind == "polynomial" and values.get("warmup_steps") == values.get("max_steps", -1):
+        raise Refused(
+            f"{where}: warmup_steps: {values['warmup_steps']}, all of max_steps: polynomial has no step left "
+            "to fall over and would divide by zero. Lower warmup_steps"
+        )
+    if kind == "cosine_with_min_lr":
+        floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]
+        if len(floors) != 1:
+            raise Refused(
+                f'{here}: {show(options)}: {kind} wants one floor: {{"min_lr_rate": 0.1}} (a share of '
+                'learning_rate) or {"min_lr": 1e-5}'
+            )
+        floor, most = options[floors[0]], values.get("learning_rate", 5e-5) if "min_lr" in floors else 1
+        if not is_type(floor, "float") or not 0 <= floor < most:
+            raise Refused(f"{here}: {floors[0]}: {show(floor)}, wanted 0 or more and below {most}")
+    if kind == "warmup_stable_decay":
+        _check_decay(values, options, here)
+
+
+def _check_decay(values: dict[str, Any], options: dict[str, Any], here: str) -> None:
+    decay = options.get("num_decay_steps")
+    if not is_type(decay, "int") or decay < 1:
+        raise Refused(
+            f"{here}: num_decay_steps: {show(decay)}: warmup_stable_decay wants the steps over which the "
+            'rate falls at the end: {"num_decay_steps": 1000}'
+        )
+    if "num_stable_steps" in options:
+        raise Refused(
+            f"{here}: num_stable_steps: it follows from the steps of the run, warmup_steps and "
+            "num_decay_steps. Leave it out"
+        )
+    total, warmup = values.get("max_steps", -1), values.get("warmup_steps", 0)
+    warmup = warmup if warmup >= 1 else warmup * total
+    if 0 < total < decay + warmup:
+        raise Refused(
+            f"{here}: num_decay_steps: {decay} and warmup_steps {warmup:g} are more than the {total} of "
+            f"max_steps"
+        )
+
+
+def _check_watching(values: dict[str, Any], where: str) -> None:
+    """Boards by name, steps of samples, a z-loss that is no negative number."""
+    asked = values.get("report_to") or []
+    known = [*known_keys()["boards"], "none"]
+    for board in [asked] if isinstance(asked, str) else asked:
+        if board not in known:
+            raise Refused(
+                f"{where}: report_to: {show(board)} is no board.{nearest(str(board), known)} "
+                f"Known: {', '.join(known)}. TensorBoard is written in any case"
+            )
+    steps = values.get("sample_steps")
+    for step in steps if isinstance(steps, list) else [] if steps is None else [steps]:
+        if not is_type(step, "int") or step < 1:
+            raise Refused(
+                f"{where}: sample_steps: {show(steps)}, wanted a number of steps or a list of steps, each "
+                "1 or more (before the first step and after the last it always samples)"
+            )
+    if values.get("z_loss", 0) < 0:
+        raise Refused(f"{where}: z_loss: {values['z_loss']}, wanted 0 or more (PaLM took 1e-4)")
+
+
+def _check_lora(values: dict[str, Any], where: str) -> None:
+    lora = values["lora"]
+    check_keys(lora, LORA, f"{where}: lora")
+    for key in ("r", "lora_alpha"):
+        if lora.get(key, 1) <= 0:
+            raise Refused(f"{where}: lora.{key}: {lora[key]}, wanted more than 0")
+    if not 0 <= lora.get("lora_dropout", 0) < 1:
+        raise Refused(f"{where}: lora.lora_dropout: {lora['lora_dropout']}, wanted 0 or more and below 1")
+    if lora.get("quantization") not in (None, "nf4"):
+        raise Refused(f"{where}: lora.quantization: {show(lora['quantization'])}, wanted nf4 or null")
+    if "r" not in lora:
+        raise Refused(f'{where}: lora: {show(lora)} has no rank. Write {{"r": 16}}, or null for full tuning')
+    if values.get("muon_learning_rate"):
+        raise Refused(
+            f"{where}: muon_learning_rate: Muon orthogonalises whole matrices, and LoRA's are halves of a "
+            "product. Remove it, or lora"
+        )
+    if values.get("z_loss"):
+        raise Refused(f"{where}: z_loss: an adapter leaves the output matrix alone. Remove it, or lora")
+
+
+def documents_suffice(config: Mapping[str, dict[str, Any]], file: str) -> bool:
+    """Whether a training computes attention over packed blocks only, without dropout in it and without a
+    window: all that the attention "documents" does. file: ``pretrain``, ``finetune`` or ``preference``.
+    """
+    model = model_values(config)
+    model = DEFAULTS.get(model.get("model_type", ""), {}) | model
+    dropout = model.get("attention_dropout") or model.get("attn_pdrop")
+    window = model.get("sliding_window") or math.inf
+    return file != "preference" and not dropout and config[file]["block_size"] <= window
+
+
+def check_boards(asked: str | list[str] | None, file: str) -> list[str]:
+    """Where the figures go: TensorBoard always, and what `report_to` asks for.
+
+    Raises Refused for a board whose library is not installed.
+    """
+    names = [asked] if isinstance(asked, str) else asked or []
+    names = ["tensorboard", *(name for name in names if name not in ("tensorboard", "none"))]
+    for name in names:
+        module = BOARDS.get(name, name)
+        if importlib.util.find_spec(module) is None:
+            raise Refused(
+                f"{file}: report_to: {name} is not installed. Install it (.venv/bin/pip install {module}) or "
+                "take it out: TensorBoard is written in any case"
+            )
+    return names
+
+
+def training_files(config: dict[str, dict[str, Any]]) -> list[str]:
+    """The files of a recipe that a training reads."""
+    return [name for name in ("pretrain", "finetune", "preference") if name in config]
+
+
+def tuned_stage(config: dict[str, dict[str, Any]]) -> str:
+    """The stage whose model is the recipe's last: what is evaluated, asked and talked to."""
+    return "13_preference" if "preference" in config else "12_finetune"

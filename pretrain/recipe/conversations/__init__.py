@@ -1,0 +1,1 @@
+"""Instruction pairs, dialogues and preferences: stages 11 and 13."""

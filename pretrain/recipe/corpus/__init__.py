@@ -1,0 +1,1 @@
+"""Raw files to clean documents: stages 01 and 02."""

@@ -1,0 +1,218 @@
+"""Works of Aozora Bunko (青空文庫): raw files as the library gives them out, and the prose in them.
+
+`read_work` reads a ``.txt`` (Shift_JIS or UTF-8) or the ``.zip`` around one, as it stands; `prose` takes the
+notation of the library out of it: https://www.aozora.gr.jp/annotation/ describes that notation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import aozora as notation
+
+from recipe.corpus.archives import HostileArchive, zip_members
+from recipe.corpus.readers import MAXIMUM_BYTES, Document, fault
+from recipe.project import RecipeError
+
+GETA = "〓"  # stands for a character that cannot be given, in print and here
+MAXIMUM_BAD_SHARE = 0.01  # of the characters; a file with more undecodable bytes is not Shift_JIS
+
+# What cp932 makes of bytes that Shift_JIS leaves undefined: private use, and one control character.
+_UNDEFINED = re.compile("[\ue000-\uf8ff\x80]")
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+class _Unusable(Exception):
+    """Why an archive is not read: one of `readers.FAULTS`, and what was seen."""
+
+
+def read_work(path: Path, tolerant: bool = False) -> Iterator[Document]:
+    """The work in a .txt file, or in a .zip with exactly one .txt in it, with its notation.
+
+    Files are UTF-8 if they are valid UTF-8, and Shift_JIS (cp932) otherwise. Archives are read in memory by
+    `archives.zip_members`, which refuses hostile ones; texts above `readers.MAXIMUM_BYTES` are refused, too.
+    Strict: raises RecipeError for what cannot be read, also a single byte that is not Shift_JIS. Tolerant: a
+    document dropped with one of `readers.FAULTS`. Single bytes that are not Shift_JIS become U+FFFD, which
+    `prose` counts; more than MAXIMUM_BAD_SHARE of them drop the work.
+    """
+    name = str(path)
+    try:
+        raw = _read_bytes(path)
+    except _Unusable as error:
+        reason, advice = error.args
+        yield fault(name, reason, "", advice, tolerant)
+        return
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = _UNDEFINED.sub("\ufffd", raw.decode("cp932", errors="replace"))
+        bad = text.count("\ufffd")
+        if bad > (MAXIMUM_BAD_SHARE * len(text) if tolerant else 0):
+            line = text.count("\n", 0, text.index("\ufffd")) + 1
+            advice = f"{bad:,} of {len(text):,} characters. Get the file again or convert it"
+            yield fault(f"{path}:{line}", "bad Shift_JIS", text, advice, tolerant)
+            return
+    if text.strip():
+        yield Document(name, text)
+    else:
+        yield fault(name, "empty file", text, "holds no text. Delete it or get it again", tolerant)
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The bytes of the text. Raises _Unusable."""
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".zip"):
+        raise RecipeError(f"{path}: unknown kind of file {path.suffix!r}; wanted .txt or .zip")
+    if kind == ".zip":
+        raw = _read_zip(path)
+    else:
+        with path.open("rb") as file:
+            raw = file.read(MAXIMUM_BYTES + 1)
+    if len(raw) > MAXIMUM_BYTES:
+        raise _Unusable("too long", f"more than {MAXIMUM_BYTES:,} bytes of text")
+    return raw
+
+
+def _read_zip(path: Path) -> bytes:
+    """The bytes of the one .txt in an archive; what else is in it (pictures) is never opened."""
+    try:
+        texts = [content for _, content in zip_members(path, re.compile(r"\.txt$", re.IGNORECASE))]
+    except RecipeError as error:
+        reason = "unusable archive" if isinstance(error, HostileArchive) else "damaged archive"
+        raise _Unusable(reason, str(error).removeprefix(f"{path}: ")) from error
+    if len(texts) != 1:
+        raise _Unusable("unusable archive", f"it holds {len(texts)} .txt files, wanted one")
+    return texts[0]
+
+
+# ------------------------------------------------------------------------------------------------- prose
+
+_LEGEND = re.compile(
+    r"^-{20,}[ 　]*\n【テキスト中に現れる記号について】.*?\n-{20,}[ 　]*\n", re.MULTILINE | re.DOTALL
+)
+_COLOPHON = re.compile(r"(?s)\n[ 　]*\n[ 　]*底本[：:].*\Z")
+_GAIJI = re.compile(r"※(［＃(?!「※)[^［］\n]*］)")  # ※［＃「※」は小書き］ is a ※ with a note
+_JIS_CODE = re.compile(r"(?<![\d-])([12])-(\d{1,2})-(\d{1,2})(?![\d-])")  # plane, row, cell
+_UNICODE = re.compile(r"U\+([0-9A-Fa-f]{4,6})")
+_WARICHU = re.compile(r"［＃(?:ここ(?:から|で))?割り注(終わり)?］")
+_NOTE_LINE = re.compile(r"(?m)^[ 　]*(?:［＃[^［］\n]*］[ 　]*)+\n")
+_NOTE = re.compile(r"［＃[^［］\n]*］")
+_MARKED_RUBY = re.compile(r"｜([^｜《》\n]+)《[^《》\n]*》")
+# 《 》 after a character that can bear a reading. Elsewhere they are brackets of the text itself.
+_RUBY = re.compile(r"(?<=[^\s、。，．・「」『』（）〈〉《》！？])《[^《》\n]*》")
+_ACCENTED = re.compile(r"〔[^〔〕\n]*[A-Za-z][`'^~:&,/_@][^〔〕\n]*〕")
+_TAG = re.compile(r"<[^>]*>")
+_BLANK_LINES = re.compile(r"\n(?:[ 　]*\n){2,}")
+FIGURES = (
+    "heading lines",
+    "colophon lines",
+    "ruby",
+    "notes",
+    "notes unclosed",  # left in the text
+    "gaiji",
+    "gaiji unresolved",
+    "accents",  # 〔…〕 in which there were some
+    "bad bytes",  # U+FFFD
+)
+# Characters of the notation that a note gives as text wait in a plane of private use until the end.
+_HIDDEN = {ord(character): 0xF0000 + number for number, character in enumerate("《》｜※［］＃〔〕／＼″")}
+_SHOWN = {hidden: character for character, hidden in _HIDDEN.items()}
+
+
+def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
+    """The prose of a work and how often what was resolved or left out.
+
+    Left out: the heading (title, author), the legend of the notation between two lines of hyphens, the
+    colophon (from a line 底本： after an empty line to the end), readings 《…》, the ｜ before what they are
+    for, and notes ［＃…］. Without a legend the heading is the first two to six lines before an empty line,
+    provided that there is a colophon. heading: keep it, as one first line with wide spaces in it.
+
+    Resolved: ※［＃…］ to its character by code point, by JIS X 0213 code or else by description, and to 〓 if
+    none is known; 〔e'〕 to é without the brackets; ／＼ to 〳〵; notes within a line (割り注) to （…）;
+    U+FFFD to 〓; a run of empty lines one empty line.
+
+    The second value holds a count for each of FIGURES.
+    """
+    figures = dict.fromkeys(FIGURES, 0)
+    head, body, colophon = _parts(text.replace("\r\n", "\n"))
+    figures["heading lines"] = len(head.splitlines())
+    figures["colophon lines"] = len(colophon.strip().splitlines())
+    if heading and head:
+        body = "　".join(line.strip() for line in head.splitlines()) + "\n\n" + body.lstrip("\n")
+    body = body.replace("／″＼", "〴〵").replace("／＼", "〳〵")
+
+    def gaiji(match: re.Match[str]) -> str:
+        character = _character(match[1])
+        figures["gaiji" if character else "gaiji unresolved"] += 1
+        return (character or GETA).translate(_HIDDEN)
+
+    while (resolved := _GAIJI.sub(gaiji, body)) != body:  # a description may hold another one
+        body = resolved
+    body = _WARICHU.sub(lambda match: "）" if match[1] else "（", body)
+    figures["notes"] = body.count("［＃")
+    body = _NOTE_LINE.sub("", body)
+    while (without := _NOTE.sub("", body)) != body:  # notes may stand in notes
+        body = without
+    figures["notes unclosed"] = body.count("［＃")
+    figures["notes"] -= figures["notes unclosed"]
+    body, marked = _MARKED_RUBY.subn(r"\1", body)
+    body, plain = _RUBY.subn("", body)
+    figures["ruby"] = marked + plain
+
+    def accents(match: re.Match[str]) -> str:
+        letters = _accented(match[0])
+        figures["accents"] += letters != match[0]
+        return letters
+
+    body = _ACCENTED.sub(accents, body)
+    figures["bad bytes"] = body.count("\ufffd")
+    body = _BLANK_LINES.sub("\n\n", body.replace("\ufffd", GETA).translate(_SHOWN))
+    return body.strip("\n"), figures
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    """Heading, body and colophon of a work; what is not there is empty."""
+    colophon = ""
+    if found := _COLOPHON.search(text):
+        text, colophon = text[: found.start()], found[0]
+    if legend := _LEGEND.search(text):
+        return text[: legend.start()].strip(), text[legend.end() :], colophon
+    head, gap, body = text.lstrip("\n").partition("\n\n")
+    if colophon and gap and 2 <= head.count("\n") + 1 <= 6:
+        return head, body, colophon
+    return "", text, colophon
+
+
+@functools.lru_cache(2**16)
+def _character(note: str) -> str:
+    """The character that a note ［＃…］ describes, or an empty string."""
+    character = ""
+    if (code := _UNICODE.search(note)) and int(code[1], 16) <= 0x10FFFF:
+        character = chr(int(code[1], 16))
+    elif code := _JIS_CODE.search(note):
+        plane, row, cell = map(int, code.groups())
+        with contextlib.suppress(ValueError):  # no such code
+            # EUC: row and cell plus A0, after 8F for the second plane.
+            character = (b"\x8f" * (plane - 1) + bytes([row + 0xA0, cell + 0xA0])).decode("euc_jis_2004")
+    if not _is_text(character):
+        found = notation.Document(f"※{note}").gaiji()
+        character = (found[0].resolved or "") if found else ""
+    return character if _is_text(character) else ""
+
+
+def _is_text(characters: str) -> bool:
+    """Whether there are any, and none is a control character, a surrogate or a private one."""
+    return bool(characters) and all(unicodedata.category(c) not in ("Cc", "Cs", "Co") for c in characters)
+
+
+def _accented(bracketed: str) -> str:
+    """〔Ve'rite'〕 as Vérité; unchanged, with its brackets, where nothing in it is an accent."""
+    rendered = html.unescape(_TAG.sub("", notation.Document(bracketed).to_html())).strip()
+    return bracketed if rendered == bracketed else rendered.removeprefix("〔").removesuffix("〕")

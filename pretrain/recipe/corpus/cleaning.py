@@ -1,0 +1,37 @@
+"""From one raw text to a clean one, or to the reason for dropping it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from recipe.corpus.normalizing import make_normalizer
+from recipe.corpus.rules import RULES, make_rules
+
+# Control characters, and halves of surrogate pairs.
+_NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
+
+
+def make_cleaner(config: dict[str, Any], source: dict[str, Any]) -> Callable[[str], tuple[str, str]]:
+    """What cleans one text of a source: gives the text as it is kept, and the reason to drop it or "".
+
+    config: a dataset.json; source: one of its sources. Its key ``rules`` names the set of rules, or is null
+    or missing; the thresholds of a set are changed by ``config["rules"][SET]``. minimum_characters and
+    minimum_japanese_share of the config itself hold for every source: a set can only ask for more.
+    """
+    normalize = make_normalizer(config)
+    kind = source.get("rules")
+    changes = dict(config.get("rules", {}).get(kind, {}))
+    for rule in ("minimum_characters", "minimum_japanese_share"):
+        own = (RULES[kind] | changes)[rule] if kind else None
+        changes[rule] = max(own or 0, config.get(rule, 0)) or None
+    first_failure = make_rules(kind, changes)
+
+    def clean_text(text: str) -> tuple[str, str]:
+        if _NOT_TEXT.search(text):
+            return text, "control characters"
+        text = normalize(text)
+        return text, first_failure(text) if text else "empty"
+
+    return clean_text

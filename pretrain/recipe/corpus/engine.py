@@ -1,0 +1,200 @@
+"""The data engine: phases of parallel tasks on one machine, on Slurm or on Ray, all by datatrove.
+
+A phase is a datatrove pipeline whose tasks are independent: task k does part k of the work, puts its output
+in place by a rename and is then marked as complete. A run that was killed does the missing tasks only. The
+markers lie in the stage's work folder, which the stage throws away when a setting or an input has changed, so
+that they are never stale.
+
+``engine`` in dataset.json says where tasks run:
+
+===========  ============================================================================================
+executor     further keys
+===========  ============================================================================================
+local        workers (default: one per core)
+slurm        partition, time, workers (most at once), mem_per_cpu_gb, env_command, sbatch_args, all as in
+             datatrove's SlurmPipelineExecutor; the project's folder must be on a disk that all nodes share
+ray          workers, address of the cluster (default: one is started on this machine); the disk likewise
+===========  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recipe.progress import progress
+from recipe.project import RecipeError
+
+# A task: called with (None or the documents of the step before, rank, number of tasks).
+Task = Callable[[Any, int, int], Any]
+POLL_SECONDS = 5.0
+
+
+@contextmanager
+def engine(config: dict[str, Any], folder: Path) -> Iterator[Engine]:
+    """The engine that ``engine`` in dataset.json describes; its worker processes end with the block.
+
+    folder: where markers and logs of the phases go (the stage's work folder).
+    """
+    chosen = Engine(config, folder)
+    try:
+        yield chosen
+    finally:
+        chosen.close()
+
+
+class Engine:
+    """Runs phases; see `engine`."""
+
+    def __init__(self, config: dict[str, Any], folder: Path) -> None:
+        self.config = {"executor": "local"} | config
+        self.workers = self.config.get("workers") or os.cpu_count() or 1
+        self.logs = folder / "logs"
+        self.pool: ProcessPoolExecutor | None = None
+
+    def run(self, phase: str, pipeline: Sequence[Task], tasks: int) -> None:
+        """Run the tasks of a phase that are not complete yet, and return when all are.
+
+        Raises the RecipeError of the first task that fails, or one that names the phase, the task and its
+        log.
+        """
+        if not tasks:
+            return
+        run = {"local": self._run_local, "slurm": self._run_slurm, "ray": self._run_ray}
+        run[self.config["executor"]](phase, list(pipeline), tasks)
+
+    def close(self) -> None:
+        """Stop the workers at once; tasks that are under way are done again by the next run."""
+        if self.pool:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            self.pool = None
+
+    def _run_local(self, phase: str, pipeline: list[Task], tasks: int) -> None:
+        from datatrove.executor.local import LocalPipelineExecutor
+
+        # datatrove's own pool waits for ever for a worker that the system has killed (out of memory); this
+        # one notices.
+        executor = LocalPipelineExecutor(pipeline, tasks, logging_dir=str(self.logs / phase))
+        ranks = executor.get_incomplete_ranks()
+        if not ranks:
+            return
+        if len(ranks) < tasks:
+            print(f"{phase}: continues, {tasks - len(ranks)} of {tasks} tasks are done", flush=True)
+        if self.pool is None:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            # Not forkserver: it outlives a killed parent, and its workers with it.
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (str(self.logs),))
+        futures = {self.pool.submit(_run_rank, executor, rank): rank for rank in ranks}
+        try:
+            for future in progress(as_completed(futures), phase, "tasks", len(futures)):
+                rank = futures[future]
+                future.result()
+        except RecipeError:
+            raise
+        except BrokenProcessPool as error:
+            raise RecipeError(
+                f"{phase}: a worker process was killed, most likely because memory ran out. Run again to "
+                f"continue, with fewer workers: --set dataset.engine.workers={max(1, self.workers // 2)}"
+            ) from error
+        except Exception as error:
+            raise RecipeError(
+                f"{phase}: task {rank} failed: {error!r}\n{self._log_tail(phase, rank)}"
+            ) from error
+
+    def _run_slurm(self, phase: str, pipeline: list[Task], tasks: int) -> None:
+        from datatrove.executor.slurm import SlurmPipelineExecutor
+
+        if not shutil.which("sbatch"):
+            raise RecipeError(
+                'dataset.json: engine.executor: "slurm", but there is no sbatch on this machine. Run on a '
+                "login node, or use --set dataset.engine.executor=local"
+            )
+        options = {key: value for key, value in self.config.items() if key != "executor"}
+        options.setdefault("env_command", f"source {shlex.quote(sys.prefix)}/bin/activate")
+        executor = SlurmPipelineExecutor(
+            pipeline, tasks, job_name=f"recipe-{phase}", logging_dir=str(self.logs / phase), qos="", **options
+        )
+        executor.run()
+        while missing := executor.get_incomplete_ranks(skip_completed=True):
+            # The queue is read before the markers: a task that ends between the two is not taken for a lost
+            # one.
+            queued = _slurm_queue(executor.job_id)
+            missing = executor.get_incomplete_ranks(skip_completed=True)
+            if missing and not queued:
+                raise RecipeError(
+                    f"{phase}: {len(missing)} of {tasks} tasks have ended without a result, the first is "
+                    f"{missing[0]}. Run again to continue.\n{self._log_tail(phase, missing[0])}"
+                )
+            time.sleep(POLL_SECONDS if missing else 0)
+
+    def _run_ray(self, phase: str, pipeline: list[Task], tasks: int) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise RecipeError(
+                "dataset.json: engine.executor: ray is not installed. Install it: .venv/bin/python -m pip "
+                "install ray"
+            ) from error
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        if not ray.is_initialized():
+            address = self.config.get("address")
+            ray.init(address=address, num_cpus=None if address else self.workers, log_to_driver=False)
+        executor = RayPipelineExecutor(
+            pipeline,
+            tasks,
+            workers=self.workers,
+            logging_dir=str(self.logs / phase),
+            mem_per_cpu_gb=self.config.get("mem_per_cpu_gb", 1),
+        )
+        executor.run()
+        # A task that raises is only logged by it.
+        missing = executor.get_incomplete_ranks(skip_completed=True)
+        if missing:
+            raise RecipeError(
+                f"{phase}: {len(missing)} of {tasks} tasks failed, the first is {missing[0]}.\n"
+                f"{self._log_tail(phase, missing[0])}"
+            )
+
+    def _log_tail(self, phase: str, rank: int) -> str:
+        """The end of a task's log, and where the whole of it is."""
+        path = self.logs / phase / "logs" / f"task_{rank:05d}.log"
+        lines = path.read_text("utf-8", errors="replace").splitlines()[-8:] if path.exists() else []
+        return "\n".join([f"  {path}:", *(f"  {line}" for line in lines)])
+
+
+def _start_worker(logs: str) -> None:
+    """Settle a worker: it dies with its parent and leaves Ctrl-C to it; what datatrove prints goes to a
+    file.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next run
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(Path(logs) / "workers.log", "a", buffering=1)  # noqa: SIM115
+
+
+def _run_rank(executor: Any, rank: int) -> None:
+    executor._run_for_rank(rank, local_rank=1)
+
+
+def _slurm_queue(job: str | None) -> str:
+    """What squeue still knows of a job: nothing once it has ended."""
+    done = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True, text=True)
+    return done.stdout.strip()

@@ -1,0 +1,400 @@
+"""The phases of stage 02: read, clean, find duplicates, write.
+
+Every phase is a set of tasks for `recipe.corpus.engine`. A task writes aside and renames, so that
+what is there is whole.
+
+1. `Read`, a task per source: its documents as they are, in Parquet shards of SHARD_BYTES.
+2. `Clean`, a task per shard: extraction, normalising, rules; and the hash of every text that is left.
+3. `recipe.corpus.dedup`: exact and near duplicates over all shards. Sources that stand
+   earlier in dataset.json have priority.
+4. `Write`, a task per shard: what is no duplicate goes to the training or the validation side by its hash.
+
+Memory is that of a few batches per worker, whatever the size of the corpus; only deduplication remembers
+documents.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recipe.corpus import aozora, dedup, wikipedia
+from recipe.corpus.cleaning import make_cleaner
+from recipe.corpus.engine import Engine, engine
+from recipe.corpus.funnel import SAMPLE_CHARACTERS, Funnel, from_record, to_record
+from recipe.corpus.readers import cap_bad
+from recipe.corpus.sources import read
+from recipe.corpus.splitting import is_valid_side, text_hash
+from recipe.project import RecipeError, write_json
+
+SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: some ten seconds of cleaning
+BATCH = 1024  # documents in a row group: what a worker holds at once
+RAW = pa.schema([("name", pa.string()), ("text", pa.large_string()), ("dropped", pa.string())])
+CLEAN = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("text", pa.large_string()),
+        ("name", pa.string()),
+        ("raw_bytes", pa.int64()),
+        ("raw_lines", pa.int64()),
+    ]
+)
+DATASET = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.large_string())])
+
+
+# A clean shard's rows to leave out, by reason.
+Removed = Callable[[int], dict[str, np.ndarray]]
+
+
+class ShardWriter:
+    """Rows into one Parquet file, which appears under its name when `close` has made it whole."""
+
+    def __init__(self, path: Path, schema: pa.Schema, keep_empty: bool = True) -> None:
+        self.path, self.schema, self.keep_empty = path, schema, keep_empty
+        self.part = path.with_name(f".{path.name}.part")
+        self.rows: list[dict[str, Any]] = []
+        self.writer: pq.ParquetWriter | None = None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        if len(self.rows) == BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.part, self.schema, compression="zstd")
+        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        self.rows.clear()
+
+    def close(self) -> None:
+        """Finish the file and put it in place; without a row there is none, unless `keep_empty`."""
+        if self.rows or (self.keep_empty and self.writer is None):
+            self._flush()
+        if self.writer is not None:
+            self.writer.close()
+            self.part.replace(self.path)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, a batch of them in memory."""
+    for batch in pq.ParquetFile(path).iter_batches(BATCH):
+        yield from batch.to_pylist()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill; it takes the place of `path` when the block ends well."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
+@dataclass
+class Read:
+    """Task k: read source k of dataset.json into ``<folder>/<source>/<shard>.parquet``."""
+
+    config: dict[str, Any]
+    data: Path
+    folder: Path
+
+    def __call__(self, _: object, rank: int, tasks: int) -> None:
+        name, spec = list(self.config["sources"].items())[rank]
+        with _replacing(self.folder / name) as part:
+            writer, size, shard = None, 0, 0
+            reached: list[str] = []
+            documents = capped(read(name, spec, self.data), spec, reached)
+            for document in cap_bad(documents, f"sources.{name}", spec.get("maximum_bad_share", 0.0)):
+                if writer is None:
+                    writer, size, shard = ShardWriter(part / f"{shard:05d}.parquet", RAW), 0, shard + 1
+                writer.write(raw_row(document))
+                size += len(document.text)
+                if size * 3 >= SHARD_BYTES:  # a Japanese character is 3 bytes
+                    writer.close()
+                    writer = None
+            if writer is not None:
+                writer.close()
+            write_json(part / "capped.json", reached)
+
+
+def raw_row(document: Any) -> dict[str, str]:
+    """A document as a row of a raw shard.
+
+    Halves of surrogate pairs, which JSON can spell, are no text in any file.
+    """
+    text, dropped = document.text, document.dropped
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text, dropped = text.encode("utf-8", errors="replace").decode("utf-8"), dropped or "lone surrogates"
+    return {"name": document.name, "text": text, "dropped": dropped}
+
+
+def capped(documents: Iterable[Any], spec: dict[str, Any], reached: list[str]) -> Iterator[Any]:
+    """The documents of a source up to its ``maximum_documents`` or ``maximum_megabytes`` of usable text.
+
+    The cap that ends it, if one does, is added to `reached`.
+    """
+    most = spec.get("maximum_documents") or float("inf")
+    room = (spec.get("maximum_megabytes") or float("inf")) * 1e6
+    for document in documents:
+        if not document.dropped:
+            size = len(document.text.encode("utf-8", errors="replace"))
+            if most < 1 or room < size:
+                reached.append("maximum_documents" if most < 1 else "maximum_megabytes")
+                return
+            most, room = most - 1, room - size
+        yield document
+
+
+@dataclass
+class Clean:
+    """Task k: clean raw shard k into ``<folder>/<k>.parquet``, ``<k>.npy`` (hashes) and ``<k>.json``
+    (counts).
+    """
+
+    config: dict[str, Any]
+    shards: list[tuple[str, Path]]
+    folder: Path
+
+    def __call__(self, _: object, rank: int, tasks: int) -> None:
+        source, path = self.shards[rank]
+        funnel, hashes = Funnel(), bytearray()
+        clean = make_extractor(self.config, self.config["sources"][source], funnel.extraction)
+        writer = ShardWriter(self.folder / f"{rank:05d}.parquet", CLEAN)
+        for row in read_rows(path):
+            raw, name = row["text"], row["name"]
+            size = len(raw.encode("utf-8"))
+            funnel.documents_in += 1
+            funnel.bytes_in += size
+            text, reason = ("", row["dropped"]) if row["dropped"] else clean(name, raw)
+            if reason:
+                funnel.drop(reason, size, name, raw)
+                continue
+            identity = text_hash(text)
+            hashes += identity
+            lines = raw.count("\n") + 1
+            writer.write(
+                {
+                    "id": identity.hex(),
+                    "source": source,
+                    "text": text,
+                    "name": name,
+                    "raw_bytes": size,
+                    "raw_lines": lines,
+                }
+            )
+        writer.close()
+        _save(self.folder / f"{rank:05d}.npy", np.frombuffer(bytes(hashes), "V16"))
+        write_json(self.folder / f"{rank:05d}.json", to_record(funnel))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    part = path.with_suffix(".npy.part")
+    with part.open("wb") as handle:
+        np.save(handle, array)
+    part.replace(path)
+
+
+def make_extractor(
+    config: dict[str, Any], spec: dict[str, Any], figures: Counter[str]
+) -> Callable[[str, str], tuple[str, str]]:
+    """From (name, raw text) to (clean text, reason for dropping it): extraction where the kind wants it, then
+    cleaning.
+
+    figures: what extraction resolved or left out is counted there.
+    """
+    clean = make_cleaner(config, spec)
+    if spec["source"] == "wikipedia":
+
+        def from_wikitext(name: str, text: str) -> tuple[str, str]:
+            prose, reason = wikipedia.extract(name, text)
+            return ("", reason) if reason else clean(prose)
+
+        return from_wikitext
+    if spec["source"] == "aozora":
+
+        def from_aozora(name: str, text: str) -> tuple[str, str]:
+            prose, found = aozora.prose(text)
+            figures.update(found)
+            return clean(prose)
+
+        return from_aozora
+    return lambda name, text: clean(text)
+
+
+@dataclass
+class Write:
+    """Task k: the rows of clean shard k that are no duplicates, into
+    ``{train,valid}-<source>-<number>.parquet``.
+    """
+
+    config: dict[str, Any]
+    shards: list[tuple[str, int]]  # source, and number of the shard in it
+    clean: Path
+    removed: Removed
+    folder: Path
+
+    def __call__(self, _: object, rank: int, tasks: int) -> None:
+        source, number = self.shards[rank]
+        spec = self.config["sources"][source]
+        reasons = {int(row): reason for reason, rows in self.removed(rank).items() for row in rows}
+        funnel = from_record(json.loads((self.clean / f"{rank:05d}.json").read_text("utf-8")))
+        writers = {
+            side: ShardWriter(
+                self.folder / f"{side}-{source}-{number:05d}.parquet", DATASET, keep_empty=False
+            )
+            for side in ("train", "valid")
+        }
+        for row_number, row in enumerate(read_rows(self.clean / f"{rank:05d}.parquet")):
+            if row_number in reasons:
+                funnel.drop(reasons[row_number], row["raw_bytes"], row["name"], row["text"])
+                continue
+            size = len(row["text"].encode("utf-8"))
+            funnel.documents_out += 1
+            funnel.bytes_out += size
+            funnel.bytes_trimmed += row["raw_bytes"] - size
+            funnel.lines_in += row["raw_lines"]
+            funnel.lines_out += row["text"].count("\n") + 1
+            valid = spec.get("held_out") or is_valid_side(
+                bytes.fromhex(row["id"]), self.config.get("valid_share", 0.05)
+            )
+            writers["valid" if valid else "train"].write({key: row[key] for key in DATASET.names})
+        for writer in writers.values():
+            writer.close()
+        write_json(self.clean / f"{rank:05d}.funnel.json", to_record(funnel))
+
+
+def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, Funnel], dict[str, int]]:
+    """Run all phases: the shards of the dataset go to `folder`; return each source's funnel, and what leaked.
+
+    config: dataset.json. data: where stage 01 put the sources. A run that was killed is continued.
+    """
+    sources, raw, clean = config["sources"], folder / "raw", folder / "clean"
+    clean.mkdir(exist_ok=True)
+    with engine(config.get("engine", {}), folder) as phases:
+        phases.run("read", [Read(config, data, raw)], len(sources))
+        shards = [(name, path) for name in sources for path in sorted((raw / name).glob("*.parquet"))]
+        phases.run("clean", [Clean(config, shards, clean)], len(shards))
+        if not shards:
+            for name in sources:
+                check_size(name, sources[name], Funnel())
+        removed = _find_duplicates(phases, config, clean, len(shards))
+        numbered = [(name, int(path.stem)) for name, path in shards]
+        phases.run("write", [Write(config, numbered, clean, removed, folder)], len(shards))
+    funnels = _merge_funnels(clean, numbered, sources)
+    leaks = _drop_leaks(folder, clean, funnels)
+    for name, funnel in funnels.items():
+        funnel.capped = ", ".join(json.loads((raw / name / "capped.json").read_text("utf-8")))
+        funnel.check(name)
+        check_size(name, sources[name], funnel)
+    return funnels, leaks
+
+
+def remove_scaffold(folder: Path) -> None:
+    """Remove what only the phases needed. The markers go first: without what they mark they would lie."""
+    for name in ("logs", "raw", "clean"):
+        shutil.rmtree(folder / name)
+
+
+def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards: int) -> Removed:
+    """Run the phases of `recipe.corpus.dedup`; the result gives a shard's rows to leave out, by reason."""
+    files = [clean / f"{rank:05d}.parquet" for rank in range(shards)]
+    folder = clean / "duplicates"
+    folder.mkdir(exist_ok=True)
+    phases.run("exact", dedup.exact([path.with_suffix(".npy") for path in files], folder), 1)
+    minhash = config.get("minhash", {})
+    if minhash is not None:
+        phases.run("signatures", dedup.signatures(files, folder, minhash), shards)
+        phases.run("buckets", dedup.buckets(files, folder, minhash), dedup.minhash_settings(minhash)["bands"])
+        phases.run("clusters", dedup.clusters(files, folder, minhash), 1)
+    return partial(dedup.removed_rows, folder)
+
+
+def _drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[str, int]:
+    """Take documents off the validation side whose folded text stands in the training side; return the
+    counts.
+
+    What is to go is written down before a shard is changed, so that a killed run counts it no less.
+    """
+    record = clean / "leaks.json"
+    shards = sorted(folder.glob("valid-*.parquet"))
+    if not record.exists():
+        found = dedup.leakage(sorted(folder.glob("train-*.parquet")), shards)
+        ids = pa.array(found.same_text, pa.string())
+        rows: dict[str, dict[str, Any]] = {}
+        for path in sorted(clean.glob("*.parquet")) if found.same_text else ():
+            for row in _leaked(path, ids):
+                rows.setdefault(row["id"], row)  # of equal texts the first one is the one that was kept
+        write_json(record.with_suffix(".part"), {"rows": list(rows.values()), "figures": found.figures})
+        record.with_suffix(".part").replace(record)
+    leaks = json.loads(record.read_text("utf-8"))
+    for row in leaks["rows"]:
+        funnel = funnels[row["source"]]
+        funnel.documents_out -= 1
+        funnel.bytes_out -= row["bytes"]
+        funnel.bytes_trimmed -= row["raw_bytes"] - row["bytes"]
+        funnel.lines_in -= row["raw_lines"]
+        funnel.lines_out -= row["lines"]
+        funnel.drop("in the training side", row["raw_bytes"], row["name"], row["text"])
+    ids = pa.array([row["id"] for row in leaks["rows"]], pa.string())
+    for path in shards if leaks["rows"] else ():
+        table = pq.read_table(path)
+        leaked = pc.is_in(table["id"], ids)
+        if pc.any(leaked).as_py():
+            part = path.with_name(f".{path.name}.part")
+            pq.write_table(table.filter(pc.invert(leaked)), part, compression="zstd")
+            part.replace(path)
+    return leaks["figures"]
+
+
+def _leaked(path: Path, ids: pa.Array) -> Iterator[dict[str, Any]]:
+    """What the funnel has to know of those rows of a clean shard that have one of these ids."""
+    table = pq.read_table(path)
+    for row in table.filter(pc.is_in(table["id"], ids)).to_pylist():
+        text = row.pop("text")
+        size, lines = len(text.encode("utf-8")), text.count("\n") + 1
+        yield row | {"text": text[:SAMPLE_CHARACTERS], "bytes": size, "lines": lines}
+
+
+def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable[str]) -> dict[str, Funnel]:
+    """The funnel of every source from those that `Write` left for its shards."""
+    funnels = {source: Funnel() for source in sources}
+    for rank, (source, _) in enumerate(shards):
+        path = clean / f"{rank:05d}.funnel.json"
+        funnels[source].add(from_record(json.loads(path.read_text("utf-8"))))
+    return funnels
+
+
+def check_size(name: str, spec: dict[str, Any], funnel: Funnel) -> None:
+    """Stop when a source is suspiciously small: a half-empty mirror must not become a half-trained model."""
+    least = spec.get("minimum_megabytes", 0)
+    if not funnel.documents_out:
+        raise RecipeError(
+            f"sources.{name}: nothing is left of {funnel.documents_in} documents, dropped "
+            f"{dict(funnel.documents_dropped)}. Look at data/{name}/, its rules and caps, or remove the "
+            f"source"
+        )
+    if funnel.bytes_out < least * 1e6:
+        raise RecipeError(
+            f"sources.{name}: only {funnel.bytes_out / 1e6:.2f} MB are left, dataset.json wants "
+            f"minimum_megabytes {least}: {funnel.documents_in} documents in, dropped "
+            f"{dict(funnel.documents_dropped)}. Look at data/{name}/, lower the minimum, or remove the "
+            "source"
+        )

@@ -1,0 +1,506 @@
+"""Japanese Wikipedia: pages out of a database dump, and the prose out of a page's wikitext.
+
+`read_pages` streams a ``pages-articles`` export; `extract` turns one page into prose:
+
+- A paragraph, a heading, a list item and a line of a poem is one line each. Lines of source text that
+  MediaWiki shows as one paragraph are joined. A heading with nothing left under it is left out.
+- Out: comments, references, tables, galleries, blocks of code, files with their captions, categories,
+  interlanguage links, magic words, and every template that is not in the tables below.
+- Readings follow their base in parentheses, as articles themselves write them: 紫陽花（あじさい）. That
+  holds for ``{{読み仮名}}``, ``{{ruby}}``, ``{{ルビ}}``, ``{{ふりがな}}`` and ``<ruby>``.
+- A formula stays as its TeX source; a superscript number becomes Unicode (10¹²), a subscript plain (H2O).
+- Sections named in `CUT` are left out; from one of the second level on, so is the rest of the page.
+- Parentheses that emptied are removed: 灯台（{{Coord|…}}） becomes 灯台.
+
+What is flat (holds no markup itself) is resolved by regular expressions, from the inside out: that is what
+makes it fast. mwparserfromhell parses what is then left: brackets within brackets, unbalanced markup.
+
+Not handled:
+
+- Templates that compute (``#if``, ``#expr``, 年齢, 和暦) or hold prose in parameters not listed are dropped
+  whole, and so is the part of a sentence they show. ``convert`` shows its first quantity only, a quotation
+  not its source, a hatnote (``{{main}}``) nothing.
+- A link label with a single bracket in it, ``[[川|北川]がある]]``, keeps that bracket, as in MediaWiki.
+- An unclosed ``{{`` loses the rest of its line, an unclosed ``<ref>`` too.
+- A tag of unknown name is dropped and its content kept; language conversion ``-{ }-`` stays as it is.
+"""
+
+from __future__ import annotations
+
+import html
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple
+from xml.etree import ElementTree
+
+import mwparserfromhell
+from mwparserfromhell.nodes import Heading, Template, Wikilink
+from mwparserfromhell.wikicode import Wikicode
+
+from recipe.project import RecipeError
+
+# ------------------------------------------------------------------------------------------------- data
+
+# Sections that hold no prose: 脚注 to 参考文献 are those at which LLM-jp cuts, the rest other names in use.
+CUT = ("脚注", "関連項目", "出典", "参照", "外部リンク", "参考文献", "脚註", "注釈", "註釈", "注", "関連文献")
+
+# What a template shows: {2} is its second parameter, {label|1} `label` or else the first. Names are in lower
+# case, with _ for a space. A template that is in none of these tables shows nothing.
+TEMPLATES = {
+    name.replace("_", " "): form
+    for form, names in {
+        "{1}": "nowrap small smaller big large larger strong em kbd code tt mono var mvar math unicode ipa "
+        "sup sub underline 下線 取消線 傍点 縦中横 abbr tooltip visible_anchor vanc flag flagcountry "
+        "要出典範囲 要検証範囲 要説明範囲 補助漢字フォント 拡張漢字 jis90フォント jis2004フォント "
+        "cp932フォント railgauge center",
+        "{2}": "lang ラテン翻字 color fontcolor fontsize audio",
+        "{label|1}": "仮リンク ill2 link-en 日本語版にない記事リンク",
+        "{2|1}": "by columns-list",
+        "{3|2}": "transl",
+        "[{1}]": "ipa-all ipa-ar ipa-de ipa-en ipa-es ipa-fr ipa-it ipa-ja ipa-ko ipa-pt ipa-ru ipa-zh",
+        "{1}（{2}、{3}）": "読み仮名 読み仮名_ruby不使用",
+        "{1}（{2}）": "ruby ルビ ふりがな",
+        "\n\n{1}\n\n": "quotation quote blockquote cquote",
+    }.items()
+    for name in names.split()
+} | {
+    "!": "&#124;",
+    "=": "&#61;",
+    "'": "&#39;",
+    "nbsp": " ",
+    "snd": " – ",
+    "ndash": "–",
+    "mdash": "—",
+    "・": "・",
+    "℃": "℃",
+    "%": "%",
+}
+
+# {{lang-en|…}} shows 英語: …, {{lang-en-short|…}} 英: ….
+LANGUAGE_NAMES = {
+    "ar": ("アラビア語", "アラビア"),
+    "cs": ("チェコ語", "チェコ"),
+    "de": ("ドイツ語", "独"),
+    "el": ("ギリシア語", "希"),
+    "en": ("英語", "英"),
+    "es": ("スペイン語", "西"),
+    "fi": ("フィンランド語", "芬"),
+    "fr": ("フランス語", "仏"),
+    "grc": ("古代ギリシア語", "古希"),
+    "he": ("ヘブライ語", "ヘブライ"),
+    "hu": ("ハンガリー語", "洪"),
+    "it": ("イタリア語", "伊"),
+    "ko": ("朝鮮語", "朝"),
+    "la": ("ラテン語", "羅"),
+    "nl": ("オランダ語", "蘭"),
+    "pl": ("ポーランド語", "波"),
+    "pt": ("ポルトガル語", "葡"),
+    "ru": ("ロシア語", "露"),
+    "sv": ("スウェーデン語", "瑞"),
+    "th": ("タイ語", "タイ"),
+    "tr": ("トルコ語", "土"),
+    "uk": ("ウクライナ語", "ウクライナ"),
+    "vi": ("ベトナム語", "越"),
+    "zh": ("中国語", "中"),
+}
+
+# {{JPN}} shows a flag and the name.
+COUNTRIES = dict(
+    jpn="日本", usa="アメリカ合衆国", gbr="イギリス", fra="フランス", deu="ドイツ", ita="イタリア",
+    esp="スペイン", prt="ポルトガル", nld="オランダ", bel="ベルギー", che="スイス", aut="オーストリア",
+    swe="スウェーデン", nor="ノルウェー", dnk="デンマーク", fin="フィンランド", pol="ポーランド",
+    cze="チェコ", hun="ハンガリー", grc="ギリシャ", tur="トルコ", rus="ロシア", ukr="ウクライナ",
+    chn="中国", kor="韓国", prk="北朝鮮", hkg="香港", ind="インド", idn="インドネシア", tha="タイ",
+    vnm="ベトナム", phl="フィリピン", mys="マレーシア", sgp="シンガポール", aus="オーストラリア",
+    nzl="ニュージーランド", can="カナダ", mex="メキシコ", bra="ブラジル", arg="アルゼンチン",
+    chl="チリ", per="ペルー", cub="キューバ", egy="エジプト", zaf="南アフリカ共和国", isr="イスラエル",
+    irn="イラン", irq="イラク", ken="ケニア",
+)  # fmt: skip
+
+# {{convert|5|km}} shows 5キロメートル, with abbr=on 5 km.
+UNITS = {
+    "mm": "ミリメートル", "cm": "センチメートル", "m": "メートル", "km": "キロメートル", "in": "インチ",
+    "ft": "フィート", "yd": "ヤード", "mi": "マイル", "nmi": "海里", "g": "グラム", "kg": "キログラム",
+    "t": "トン", "lb": "ポンド", "oz": "オンス", "m2": "平方メートル", "km2": "平方キロメートル",
+    "ha": "ヘクタール", "acre": "エーカー", "sqmi": "平方マイル", "m3": "立方メートル", "l": "リットル",
+    "km/h": "キロメートル毎時", "mph": "マイル毎時", "kn": "ノット", "hp": "馬力", "kw": "キロワット",
+    "c": "℃",
+}  # fmt: skip
+
+DISAMBIGUATION = "aimai|disambig(?:uation)?|曖昧さ回避|[^{}|]*の曖昧さ回避|hndis|geodis|mathdab"
+# Links with these prefixes show nothing: files, categories, and the same article in another language.
+PREFIXES_OUT = re.compile(
+    "file|image|media|category|ファイル|画像|メディア|カテゴリ|"
+    "af|als|an|ar|arz|as|ast|az|ba|bar|be|be-x-old|bg|bn|br|bs|ca|ceb|cs|cv|cy|da|de|el|en|eo|es|et|eu|fa|fi|"
+    "fo|fr|fy|ga|gl|gu|he|hi|hr|ht|hu|hy|ia|id|io|is|it|ja|jv|ka|kk|km|kn|ko|ku|ky|la|lb|li|lmo|lt|lv|mg|mk|"
+    "ml|mn|mr|ms|my|nap|nds|ne|nl|nn|no|oc|os|pa|pl|pms|pnb|ps|pt|qu|ro|ru|sa|scn|sco|sh|si|simple|sk|sl|sq|"
+    "sr|su|sv|sw|ta|te|tg|th|tl|tr|tt|uk|ur|uz|vec|vi|vo|wa|war|wuu|xmf|yi|yo|zh|zh-classical|zh-min-nan|"
+    "zh-yue",
+    re.I,
+)
+
+# ------------------------------------------------------------------------------------------------- the dump
+
+
+class Page(NamedTuple):
+    """A page as the dump has it: `redirect` is the title it points to or "", `model` the content model."""
+
+    title: str
+    namespace: int
+    id: int
+    redirect: str
+    text: str
+    model: str
+
+    @property
+    def dropped(self) -> str:
+        """Why the page cannot be an article, "" where its text has to be looked at."""
+        if self.namespace != 0 or self.model != "wikitext":
+            return "not an article"
+        return "redirect" if self.redirect else ""
+
+
+def read_pages(handle: IO[bytes], name: str = "the dump") -> Iterator[Page]:
+    """Every page of a MediaWiki XML export of any schema version, in order, in constant memory.
+
+    handle: the decompressed stream. Of a page with several revisions the last one in the file counts.
+    Raises RecipeError naming `name` and the last page read if the stream ends early, is damaged, is no
+    well-formed XML or no export.
+    """
+    last = "the first page"
+    events = ElementTree.iterparse(handle, events=("start", "end"))
+    try:
+        _, root = next(events)
+        if _tag(root) != "mediawiki":
+            raise RecipeError(f"{name}: not a MediaWiki export: root <{_tag(root)}>, wanted <mediawiki>")
+        for event, element in events:
+            if event == "end" and _tag(element) == "page":
+                page = _page(element)
+                root.clear()
+                yield page
+                last = f"the page after {page.title!r} (id {page.id})"
+    except (ElementTree.ParseError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise RecipeError(f"{name}: broken at {last} ({error}). Get the file again") from error
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _page(element: ElementTree.Element) -> Page:
+    """A `Page` from its element. Raises ValueError naming what is missing."""
+    fields = {_tag(child): child for child in element}
+    revision = {_tag(child): child.text or "" for child in fields.get("revision", ())}
+    values = {key: fields[key].text or "" for key in ("title", "ns", "id") if key in fields}
+    if missing := {"title", "id"} - values.keys():
+        raise ValueError(f"a page without <{min(missing)}>")
+    redirect = fields["redirect"].get("title", "") if "redirect" in fields else ""
+    return Page(
+        title=values["title"],
+        namespace=int(values.get("ns", 0)),  # schemas before 0.6 have no <ns>
+        id=int(values["id"]),
+        redirect=redirect,
+        text=revision.get("text", ""),
+        model=revision.get("model", "wikitext"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- prose
+
+_REDIRECT = re.compile(r"\s*[#＃](?:redirect|転送|リダイレクト)\s*:?\s*\[\[", re.I)
+_DISAMBIGUATION = re.compile(rf"\{{\{{\s*(?:{DISAMBIGUATION})\s*[|}}]|__DISAMBIG__", re.I)
+_HEADING = re.compile(r"^(={1,6})[ \t]*(\S.*?)[ \t]*\1[ \t]*$", re.M)
+
+# What must not be read as wikitext, and what is dropped with all it holds. No reference reaches past the next
+# one that opens, so that one that is never closed takes no prose with it.
+_OPAQUE = re.compile(
+    r"<(?:!--.*?(?:-->|\Z)"
+    r"|ref(?:\s[^<>]*?)?(?:/>|>[^<]*(?:<(?!/?ref[\s/>])[^<]*)*</ref\s*>)"
+    r"|(?P<literal>nowiki|math|chem|ce|poem)\b[^>]*>(?P<content>.*?)</(?P=literal)\s*>"
+    r"|(?P<block>gallery|syntaxhighlight|source|pre|score|timeline|imagemap|mapframe|graph|hiero|table)\b[^>]*>"
+    r".*?</(?P=block)\s*>"
+    r")",
+    re.I | re.S,
+)
+_UNCLOSED_REFERENCE = re.compile(r"<ref(?:\s[^<>\n]*)?>.*", re.I)
+_PARAMETER = re.compile(r"\{\{\{[^{}|]*(?:\|([^{}]*))?\}\}\}")
+_RUBY = re.compile(r"<ruby\b[^>]*>(.*?)</ruby\s*>", re.I | re.S)
+_RUBY_PARENTHESIS = re.compile(r"<rp>[^<]*(?:</rp>)?", re.I)
+_RUBY_TEXT = re.compile(r"<rt\b[^>]*>([^<]*)(?:</rt>)?", re.I)
+_SUPERSCRIPT = re.compile(r"<sup>([0-9+−-]+)</sup>", re.I)
+_BLOCK_TAG = re.compile(r"</?(?:br|hr|p|div|blockquote|center|ul|ol|li|dl|dt|dd|h[1-6])\b[^<>]*>", re.I)
+_TAG = re.compile(r"</?[a-z][a-z0-9]*(?:\s[^<>]*)?/?>", re.I)
+_MAGIC_WORD = re.compile(r"__(?:[A-Z]+|[ぁ-んァ-ヶ一-龠]+)__")
+_TABLE = re.compile(r"^[ \t:*#]*(?P<open>\{\|)|^[ \t]*\|\}(?!\}(?!\}))", re.M)
+_TABLE_LINE = re.compile(r"^[ \t:*#]*(?:\{\||\||!).*", re.M)
+_DEPTH = 40  # how deep MediaWiki lets templates nest
+_EXTERNAL_LINK = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\[\]]+(?:[ \t]+([^\[\]\n]*))?\]", re.I)
+_FLAT_LINK = re.compile(r"\[\[([^\[\]{}|\n]*)(?:\|([^\[\]{}]*))?\]\]")
+_FLAT_TEMPLATE = re.compile(r"\{\{([^{}]*)\}\}")
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+_QUOTES = re.compile(r"'{2,}")
+_REMAINS = re.compile(r"\{\{.*|\}\}|\[\[|\]\]|\|\}")
+_RULE = re.compile(r"-{4,}")
+_SPACES = re.compile(r"[ \t\u00a0]+")
+# Parentheses that lost what they held; not the ones of a call, f().
+_EMPTY_PARENTHESES = re.compile(r"（[\s、,;；:：]*）|(?<![\w\])])[ ]?\([\s、,;:]*\)", re.A)
+_AFTER_OPENING = re.compile(r"（[ ]*(?:[、,;；][ ]*)+")
+_BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,；])+[ ]*）")  # no ;, it ends entities
+_ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in "&{}[]|<>'=*#:;_-"})
+_SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
+
+
+def extract(title: str, text: str, cut: tuple[str, ...] = CUT) -> tuple[str, str]:
+    """The prose of an article's wikitext and "", or "" and why there is none.
+
+    The reasons: "redirect", "disambiguation", "empty". cut: names of sections to leave out; a heading that
+    joins several of them (脚注・出典, 脚注と参考文献) counts too. No wikitext makes it raise.
+    """
+    if _REDIRECT.match(text):
+        return "", "redirect"
+    text = _OPAQUE.sub(_opaque, text)
+    if title.endswith("(曖昧さ回避)") or _DISAMBIGUATION.search(text):
+        return "", "disambiguation"
+    text = _drop_sections(text, frozenset(cut))
+    text = _QUOTES.sub(_unquote, _resolve_tags(text))
+    text = _drop_tables(text)
+    text = _resolve(text, title)
+    text = _EMPTY_PARENTHESES.sub("", text)
+    text = _BEFORE_CLOSING.sub("）", _AFTER_OPENING.sub("（", text))
+    prose = "\n".join(_lines(_drop_remains(text)))
+    return prose, "" if prose else "empty"
+
+
+def _opaque(match: re.Match[str]) -> str:
+    kind, content = match["literal"], match["content"]
+    if not kind:
+        return ""
+    if kind.lower() == "poem":
+        return "\n\n" + content.replace("\n", "\n\n") + "\n\n"
+    if kind.lower() != "nowiki":  # a formula: a space between its braces keeps them apart from a template's
+        content = re.sub(r"([{}])(?=\1)", r"\1 ", " ".join(content.split()))
+    return html.unescape(content).translate(_ESCAPES)
+
+
+def _drop_sections(text: str, names: frozenset[str]) -> str:
+    """Leave out the sections whose heading is in `names`; one of the second level ends the page."""
+    kept, start, dropping = [], 0, 0
+    for heading in _HEADING.finditer(text):
+        level = len(heading[1])
+        if dropping and level <= dropping:
+            start, dropping = heading.start(), 0
+        if not dropping and all(part.strip(" '") in names for part in re.split("[・と、/]", heading[2])):
+            kept.append(text[start : heading.start()])
+            if level <= 2:
+                return "".join(kept)
+            dropping = level
+    return "".join(kept) + ("" if dropping else text[start:])
+
+
+def _resolve_tags(text: str) -> str:
+    """HTML out of the text; block elements become ends of paragraphs."""
+    text = _MAGIC_WORD.sub("", text)
+    if "<" not in text:
+        return text
+    text = _UNCLOSED_REFERENCE.sub("", text)
+    text = _RUBY.sub(lambda ruby: _RUBY_TEXT.sub(r"（\1）", _RUBY_PARENTHESIS.sub("", ruby[1])), text)
+    text = _SUPERSCRIPT.sub(lambda number: number[1].translate(_SUPERSCRIPTS), text)
+    return _TAG.sub("", _BLOCK_TAG.sub("\n\n", text))
+
+
+def _unquote(run: re.Match[str]) -> str:
+    """Two to five apostrophes are italics, bold or both; those that MediaWiki has no use for stay."""
+    length = len(run[0])
+    return "'" if length == 4 else "'" * (length - 5)
+
+
+def _drop_tables(text: str) -> str:
+    """Leave out tables, nested ones too; of one that is never closed, the lines that look like a table's."""
+    if "{|" not in text:
+        return text
+    opened: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for mark in _TABLE.finditer(text):
+        if mark["open"]:
+            opened.append(mark.start())
+        elif opened:
+            start = opened.pop()
+            spans = [span for span in spans if span[0] < start] + [(start, mark.end())]
+    for start, end in reversed(spans):
+        text = text[:start] + text[end:]
+    if opened:
+        text = text[: opened[0]] + _TABLE_LINE.sub("", text[opened[0] :])
+    return text
+
+
+def _resolve(text: str, title: str) -> str:
+    """Links and templates as the text they show."""
+
+    def template(match: re.Match[str]) -> str:
+        if "[[" in match[1]:
+            return match[0]  # a link that is not flat: its | does not divide parameters
+        name, *parameters = match[1].split("|")
+        return _template(name, parameters, title)
+
+    text = _PARAMETER.sub(lambda parameter: parameter[1] or "", text)
+    text = _EXTERNAL_LINK.sub(lambda link: link[1] or "", text)
+    for _ in range(_DEPTH):
+        before = text
+        text = _FLAT_LINK.sub(lambda link: _link(link[1], link[2]), text)
+        text = _FLAT_TEMPLATE.sub(template, text)
+        if text == before:
+            break
+    if "{{" in text or "[[" in text:
+        text = _render(mwparserfromhell.parse(text, skip_style_tags=True), title)
+    return text
+
+
+def _drop_remains(text: str) -> str:
+    """Brackets that have no partner out; what follows an unclosed ``{{`` on its line with them."""
+    while (rest := _REMAINS.sub("", text)) != text:
+        text = rest
+    return text
+
+
+def _render(code: Wikicode, title: str) -> str:
+    """The same for what is not flat, by the nodes of a parse."""
+    pieces = []
+    for node in code.nodes:
+        if isinstance(node, Wikilink):
+            label = None if node.text is None else _render(node.text, title)
+            pieces.append(_link(_render(node.title, title), label))
+        elif isinstance(node, Template):
+            parameters = [
+                (f"{parameter.name}=" if parameter.showkey else "") + _render(parameter.value, title)
+                for parameter in node.params
+            ]
+            pieces.append(_template(_render(node.name, title), parameters, title))
+        elif isinstance(node, Heading):
+            marks = "=" * node.level
+            pieces.append(f"{marks}{_render(node.title, title)}{marks}")
+        else:
+            pieces.append(str(node))
+    return "".join(pieces)
+
+
+def _link(target: str, label: str | None) -> str:
+    """What ``[[target|label]]`` shows: nothing for files, categories and interlanguage links."""
+    target = target.strip()
+    prefix, colon, _ = target.partition(":")
+    if colon and PREFIXES_OUT.fullmatch(prefix.strip()):
+        return ""
+    return label.strip() if label else target.removeprefix(":")
+
+
+def _template(name: str, parameters: list[str], title: str) -> str:
+    """What a template shows according to the data above, "" for one that is not there."""
+    name = name.strip().replace("_", " ").lower()
+    form = TEMPLATES.get(name)
+    if form is None:
+        if name in ("pagename", "fullpagename"):
+            return title
+        if name.startswith("formatnum:"):
+            return _group_digits(name.removeprefix("formatnum:"))
+        if name in COUNTRIES:
+            return COUNTRIES[name]
+        if not (name.startswith("lang-") or name in _COMPUTED):
+            return ""
+    values: dict[str, str] = {}
+    for parameter in parameters:
+        key, equals, value = parameter.partition("=")
+        if equals:
+            values[key.strip()] = value.strip()
+        else:
+            values[str(1 + sum(key.isdigit() for key in values))] = parameter.strip()
+    if form is not None:
+        return _PLACEHOLDER.sub(
+            lambda wanted: next(filter(None, map(values.get, wanted[1].split("|"))), ""), form
+        )
+    if name in _COMPUTED:
+        return _COMPUTED[name](values)
+    code = name.removeprefix("lang-")
+    names = LANGUAGE_NAMES.get(code.removesuffix("-short"), ("", ""))
+    language = names[code.endswith("-short")]
+    return f"{language}: {values.get('1', '')}" if language else values.get("1", "")
+
+
+def _group_digits(number: str) -> str:
+    """45000 as 45,000; anything else as it is."""
+    return f"{int(number):,}" if number.strip().isdecimal() else number
+
+
+def _convert(values: dict[str, str]) -> str:
+    number, unit = values.get("1", ""), values.get("2", "")
+    if values.get("abbr") == "on" or unit.lower() not in UNITS:
+        return f"{number} {unit}".strip()
+    return number + UNITS[unit.lower()]
+
+
+def _value(values: dict[str, str]) -> str:
+    exponent, unit = values.get("e", ""), values.get("u") or values.get("ul", "")
+    power = "×10" + exponent.translate(_SUPERSCRIPTS) if exponent else ""
+    return f"{values.get('1', '')}{power} {unit}".strip()
+
+
+def _fraction(values: dict[str, str]) -> str:
+    *whole, top, bottom = ["1", "1", *(values[key] for key in ("1", "2", "3") if key in values)]
+    return " ".join([*whole[2:], f"{top}/{bottom}"])
+
+
+def _formula(values: dict[str, str]) -> str:
+    return "".join(value for key, value in values.items() if key.isdigit())
+
+
+_COMPUTED: dict[str, Callable[[dict[str, str]], str]] = {
+    "convert": _convert,
+    "val": _value,
+    "frac": _fraction,
+    "sfrac": _fraction,
+    "chem": _formula,
+}
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines of prose: paragraphs joined, list marks off, headings only where something follows."""
+    headings: list[tuple[int, str]] = []
+    for level, block in _blocks(text):
+        if "&" in block:
+            block = html.unescape(block)
+        block = _SPACES.sub(" ", block.replace("\n", " ")).strip()
+        if level:
+            headings = [heading for heading in headings if heading[0] < level] + [(level, block)]
+        elif block:
+            yield from (heading for _, heading in headings)
+            headings = []
+            yield block
+
+
+def _blocks(text: str) -> Iterator[tuple[int, str]]:
+    """Headings with their level, and paragraphs and list items with level 0, as wikitext divides them."""
+    paragraph = ""
+    for raw in text.split("\n"):
+        line = raw.strip()
+        if line and raw[0] not in " *#:;=|-":
+            # One space between two words in Latin letters, nothing between Japanese ones.
+            space = " " if paragraph and paragraph[-1] < "\x80" and line[0] < "\x80" else ""
+            paragraph += space + line
+            continue
+        if paragraph:
+            yield 0, paragraph
+            paragraph = ""
+        if not line or line[0] == "|":
+            continue
+        if heading := _HEADING.match(line):
+            yield len(heading[1]), heading[2]
+            continue
+        item = line.lstrip("*#:;")
+        term, colon, definition = item.partition(":")
+        if line[0] == ";" and colon and not definition.startswith("//"):
+            yield 0, term
+            item = definition
+        rule = _RULE.match(item)
+        yield 0, item[rule.end() :] if rule else item
+    if paragraph:
+        yield 0, paragraph

@@ -1,0 +1,1 @@
+"""What is taken away: model card, GGUF, Megatron-LM, the report page."""

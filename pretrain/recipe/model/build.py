@@ -1,0 +1,191 @@
+"""The model: a stock Hugging Face architecture whose vocabulary and special ids come from the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers import logging as transformers_logging
+
+import recipe.model.attention  # makes the attention "documents" known to transformers
+from recipe.config.initial_model import NewPieces
+from recipe.config.model import FROM_TOKENIZER
+from recipe.project import RecipeError, Refused
+
+
+def build_model(
+    values: dict[str, Any], tokenizer: PreTrainedTokenizerFast, attention: str, seed: int
+) -> PreTrainedModel:
+    """A freshly initialised model by model.json, float32, the same for the same seed."""
+    config = _config(values | {"vocab_size": len(tokenizer)} | _special_ids(tokenizer))
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+
+
+def _config(values: dict[str, Any]) -> PreTrainedConfig:
+    values = dict(values)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def continued_model(
+    folder: Path,
+    values: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    pieces: NewPieces,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """The published checkpoint in `folder`, float32, ready for the tokenizer and its new pieces.
+
+    values: model.json, which may repeat what the checkpoint is, or be empty. Special ids come from the
+    tokenizer; settings of generation that were published with the weights are left behind. Raises Refused
+    for a model.json that describes another model, RecipeError for weights that are not those of its
+    config.json.
+    """
+    model = _published_model(folder, attention)
+    if values:
+        mine = _config({"model_type": model.config.model_type} | values)
+        for key in values:
+            if key not in FROM_TOKENIZER and getattr(mine, key) != getattr(model.config, key, None):
+                raise Refused(
+                    f"model.json: {key}: {values[key]}, but {folder}/config.json makes it "
+                    f"{getattr(model.config, key, None)}. Leave it out of model.json (or delete the file)"
+                )
+    add_rows(model, pieces)
+    for key, value in _special_ids(tokenizer).items():
+        setattr(model.config, key, value)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
+
+
+def _published_model(folder: Path, attention: str) -> PreTrainedModel:
+    """A checkpoint every weight of which is there. What it has too many of is named and not used."""
+    try:
+        model, report = load_model(folder, attention, output_loading_info=True)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"{folder}: its weights cannot be loaded into the model of its config.json: "
+            f"{str(error).strip()[:500]}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise RecipeError(
+            f"{folder}: {len(missing)} weights of the model in config.json are not in its safetensors, such "
+            f"as {missing[0]}: they would be random. Give a complete checkpoint of a causal language model"
+        )
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        print(f"{folder.name}: {len(unused)} weights are not used, such as {unused[0]}", flush=True)
+    return model
+
+
+@torch.no_grad()
+def add_rows(model: PreTrainedModel, pieces: NewPieces) -> None:
+    """Give every new piece a row in the embeddings and the output: the mean of the rows of its old ids.
+
+    Rows that the checkpoint has beyond its vocabulary (a size rounded up) are taken first, and stay where
+    there are more. The mean of the old pieces' rows is what Gee et al. (2022, "Fast Vocabulary Transfer")
+    start from. Raises RecipeError where old pieces have no row.
+    """
+    if pieces.first > model.config.vocab_size:
+        raise RecipeError(
+            f"the tokenizer has {pieces.first} published pieces, the checkpoint {model.config.vocab_size} "
+            "rows: they were not published together. Set tokenizer.published to the checkpoint's own"
+        )
+    size = pieces.first + len(pieces.old_ids)
+    if size > model.config.vocab_size:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    rows, output = [model.get_input_embeddings().weight], model.get_output_embeddings()
+    if output.weight is not rows[0]:
+        rows.append(output.weight)
+    if getattr(output, "bias", None) is not None:
+        rows.append(output.bias)
+    for weight in rows:
+        for new, old_ids in enumerate(pieces.old_ids, pieces.first):
+            weight[new] = weight[old_ids].mean(0)
+
+
+def load_model(folder: Path, attention: str | None = None, **keywords: Any) -> Any:
+    """A model that a stage saved, in float32: safetensors only, no code from the folder.
+
+    attention: left out, PyTorch's, and on a CPU ours for packed blocks (see `recipe.model.attention`).
+    keywords: more of what from_pretrained takes.
+    """
+    transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation=attention
+        or ("sdpa" if torch.cuda.is_available() else recipe.model.attention.NAME),
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **keywords,
+    )
+
+
+def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode on the GPU where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters, tied ones once; under ZeRO-3 those of all ranks."""
+    return sum(map(_numel, model.parameters()))
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, where ZeRO-3 has partitioned it
+
+
+def dimensions(parameter: torch.nn.Parameter) -> int:
+    """The number of dimensions, also where ZeRO-3 keeps only a flat part here."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
+    """Floating point operations of one training token: 6 per weight of a matrix product (4 where it is
+    frozen), and causal attention.
+
+    After Kaplan et al. (2020), appendix B, and Chowdhery et al. (2022), appendix B, with attention halved
+    because it is causal. The input embedding is a look-up and costs nothing; the output matrix counts also
+    when it is tied.
+    """
+    config = model.config
+    matrices = sum(
+        _cost(p) * _numel(p)
+        for name, p in model.named_parameters()
+        if dimensions(p) == 2 and not is_outer(name)
+    )
+    output = _cost(model.get_output_embeddings().weight) * config.vocab_size * config.hidden_size
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_size * block_size
+    return matrices + output + attention
+
+
+def _cost(parameter: torch.nn.Parameter) -> int:
+    """Operations for each weight and token: forward 2, the gradient of its input 2, its own 2 if trained."""
+    return 6 if parameter.requires_grad else 4
+
+
+def is_outer(name: str) -> bool:
+    """Whether a parameter belongs to the embeddings or the output, by its name in the architectures of
+    recipes.
+    """
+    return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))

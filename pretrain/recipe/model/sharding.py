@@ -1,0 +1,249 @@
+"""Models sharded over the ranks: FSDP2 and tensor parallelism, by transformers' own plans, under the Trainer.
+
+transformers shards a model while it loads it, so that no rank ever holds it whole, and the Trainer takes it
+as it is. What the Trainer of transformers 5.23 leaves out stands here: resuming, and tensor parallelism on
+CPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers.distributed import DistributedConfig
+from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import TensorParallelLayer
+
+from recipe.project import RecipeError, Refused
+
+OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"
+# transformers 5.23 gathers each of a model's `layers` by itself. Those of GPT-2 are called `h`: all weights
+# would be gathered at once, without a word.
+FSDP_PLANS = {"gpt2": {"transformer.h.*": "free_full_weight"}}
+
+
+class _SummedGradient(TensorParallelLayer):
+    """A weight that every rank holds whole and of whose gradient each has a part: norms of single heads.
+
+    transformers 5.23 sums over the ranks what has accumulated, after every micro-batch, so that with
+    accumulation the first micro-batch counts several times. Here each micro-batch's own gradient is summed.
+    """
+
+    def install_forward(self, module: torch.nn.Module, mesh: Any) -> torch.nn.Module:
+        forward, hooked = module.forward, set()
+
+        def summed(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=mesh.get_group())
+            return gradient
+
+        def tp_forward(*arguments: Any, **keywords: Any) -> Any:
+            # Only now: loading replaces the parameters that stand here while the plan is applied.
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad and parameter not in hooked:
+                    parameter.register_hook(summed)
+                    hooked.add(parameter)
+            return forward(*arguments, **keywords)
+
+        module.forward = tp_forward
+        return module
+
+
+def load_without_code() -> None:
+    """Let DeepSpeed read its checkpoints as tensors and plain values: it would run what a pickle says."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
+ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", _SummedGradient())
+
+
+def shard(
+    build: Callable[[], PreTrainedModel],
+    scratch: Path,
+    tensor_parallel: int,
+    attention: str,
+    bf16: bool,
+) -> PreTrainedModel:
+    """The model of `build`, float32, sharded over all ranks; only rank 0 builds it whole.
+
+    tensor_parallel: ranks that share each matrix; the copies made of so many ranks are joined by FSDP2.
+    scratch: a folder that all ranks see; the whole model is written there and deleted again.
+    bf16: FSDP2 gathers the weights in bf16 and reduces gradients in float32.
+    Raises Refused for an architecture without a tensor parallel plan, or whose layers FSDP2 would not gather
+    one by one.
+    """
+    # On a mesh of two dimensions every rank would say, twice, that two collectives are slower than one.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    main, ranks = dist.get_rank() == 0, dist.get_world_size()
+    if main:
+        build().save_pretrained(scratch)
+    dist.barrier()
+    config = DistributedConfig(
+        tp_size=tensor_parallel,
+        fsdp_size=ranks // tensor_parallel,
+        fsdp_plan=FSDP_PLANS.get(AutoConfig.from_pretrained(scratch).model_type),
+        fsdp_mixed_precision=bf16,
+    )
+    try:
+        model = _load(scratch, config, attention)
+    except ValueError as error:
+        if "plan" not in str(error):
+            raise
+        raise Refused(f"model.json: this architecture cannot be sharded so: {error}") from error
+    if ranks > tensor_parallel:
+        _check_layers(model)
+    dist.barrier()
+    if main:
+        shutil.rmtree(scratch)
+    _save_tied_weights_once(model)
+    return model
+
+
+def _load(folder: Path, config: DistributedConfig, attention: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        use_safetensors=True,
+        distributed_config=config,
+    )
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    names = set(model._no_split_modules)
+    # FSDP2 makes each class it shards a subclass, of another name.
+    layers = [m for m in model.modules() if names & {parent.__name__ for parent in type(m).__mro__}]
+    if not layers or not all(isinstance(layer, FSDPModule) for layer in layers):
+        raise Refused(
+            f"model.json, model_type {model.config.model_type!r}: --fsdp would gather all weights at once, "
+            "as transformers does not know what the layers are called. Name them in FSDP_PLANS of "
+            "recipe/model/sharding.py, or train with --deepspeed zero3"
+        )
+
+
+def _save_tied_weights_once(model: PreTrainedModel) -> None:
+    """Leave a tied weight's second name out of what `save_pretrained` gathers, as it does unsharded."""
+    gather = model.gather_sharded_state_dict_for_save
+
+    def gather_once(*arguments: Any, **keywords: Any) -> dict[str, torch.Tensor]:
+        weights = gather(*arguments, **keywords)
+        return {name: value for name, value in weights.items() if name not in model.all_tied_weights_keys}
+
+    model.gather_sharded_state_dict_for_save = gather_once
+
+
+def sharded_over(model: torch.nn.Module) -> dict[str, int]:
+    """Over how many ranks the weights really lie split, by kind (``fsdp``, ``tp``); empty where whole."""
+    found: dict[str, int] = {}
+    for weight in model.parameters():
+        if isinstance(weight, DTensor):
+            mesh = weight.device_mesh
+            for name, size, placement in zip(
+                mesh.mesh_dim_names or (), mesh.shape, weight.placements, strict=True
+            ):
+                if size > 1 and placement.is_shard():
+                    found[name] = size
+    return found
+
+
+def check_shards(checkpoint: Path, ranks: int) -> None:
+    """Raise RecipeError for a ZeRO checkpoint of another number of ranks: its shards fit only those."""
+    shards = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if shards != ranks:
+        raise RecipeError(
+            f"{checkpoint.name} was written by {shards} ranks, and ZeRO's shards fit no other number; here "
+            f"are {ranks}. Continue with {shards} (--nproc), or start over with --force. Under --fsdp, "
+            "--tensor-parallel or plain --nproc the number may change"
+        )
+
+
+class ShardedTrainer(Trainer):
+    """The stock Trainer, and for a model of `shard` also checkpoints that can be resumed, and CPUs."""
+
+    def __init__(self, model: PreTrainedModel, args: Any, **keywords: Any) -> None:
+        self.sharded = model.is_distributed_loading_by_transformers
+        wish = args.save_only_model
+        # The Trainer refuses to save optimizers of sharded models; the methods below save them.
+        args.save_only_model = wish or self.sharded
+        super().__init__(model=model, args=args, **keywords)
+        args.save_only_model = wish
+
+    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
+        """Train, continuing from a checkpoint only when it holds the optimizer in the form these ranks need.
+
+        The Trainer would silently begin with a new one. Raises RecipeError, also for a checkpoint with code
+        in it, which is not run.
+        """
+        name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
+        name = "global_step*" if self.is_deepspeed_enabled else name
+        if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob(name)):
+            raise RecipeError(
+                f"{Path(resume_from_checkpoint).name} was written under another way to join the ranks: it "
+                f"has no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
+                "--tensor-parallel), or start over with --force"
+            )
+        if resume_from_checkpoint and self.is_deepspeed_enabled:
+            check_shards(Path(resume_from_checkpoint), self.args.world_size)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+        except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(
+                f"{resume_from_checkpoint}: a file in it holds more than tensors and numbers, so it is not "
+                f"read. Delete this checkpoint, or start over with --force ({reason})"
+            ) from error
+
+    def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**keywords)
+        # On CPUs accelerate refuses a parallelism_config when it starts, and works with it when set later.
+        self.cpu_parallelism = arguments.pop("parallelism_config", None) if self.args.use_cpu else None
+        return arguments
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let accelerate know the tensor parallel ranks, which read the same batches, also on CPUs."""
+        super().create_accelerator_and_postprocess()
+        if self.cpu_parallelism:
+            state = self.accelerator.state
+            state.parallelism_config = self.cpu_parallelism
+            state.device_mesh = self.cpu_parallelism.get_device_mesh("cpu")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer_distributed(self.model, self.optimizer.optimizer, f"{output_dir}/{OPTIMIZER}")
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/{OPTIMIZER}")
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        config = self.model.config
+        saved = _load(Path(resume_from_checkpoint), config.distributed_config, config._attn_implementation)
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), saved.parameters(), strict=True):
+                mine.copy_(theirs)

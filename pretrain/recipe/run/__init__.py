@@ -1,0 +1,1 @@
+"""Around every stage and before a training: lock, freshness, launchers, preflight."""

@@ -1,0 +1,96 @@
+"""What a stage's result depends on beside its inputs and its files of the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recipe.config.initial_model import initial_facts
+from recipe.config.staleness import deciding_keys
+from recipe.conversations.instructions import no_pairs, pair_facts
+from recipe.conversations.preferences import preference_facts
+from recipe.corpus.download import file_facts, source_facts
+from recipe.project import ROOT, Refused, read_json, stage_folder
+
+
+def weights(config: dict[str, Any]) -> dict[str, Any]:
+    """The weights of sources other than 1: they decide what the tokenizer's sample and an epoch of training
+    hold.
+    """
+    sources = config["dataset"]["sources"].items()
+    return {"weights": {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}}
+
+
+def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Of stage 03: the weights, and the files of a published tokenizer that lies in a folder."""
+    path = ROOT / Path(config["tokenizer"].get("published", "no path")).expanduser()
+    files = sorted(path.glob("*token*")) + sorted(path.glob("*.model")) if path.is_dir() else [path]
+    own = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    return weights(config) | {"published": own}
+
+
+def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Of stage 05: the weights of sources, and the files of the checkpoint it starts from."""
+    return weights(config) | initial_facts(config["pretrain"])
+
+
+def task_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Of stages 06 and 14: sizes and times of the files of tasks that have a `path`."""
+    tasks = config["evaluation"].get("tasks", {}).items()
+    folders = {name: ROOT / Path(task["path"]).expanduser() for name, task in tasks if "path" in task}
+    return {name: file_facts(sorted(folder.glob("*.json"))) for name, folder in folders.items()}
+
+
+def hub(config: dict) -> dict:
+    """Where the model is pushed to: ``repository`` (None: nowhere) and ``private``."""
+    file = "pretrain" if no_pairs(config) else "finetune"
+    values = config[file]
+    if not values.get("push_to_hub"):
+        return {"repository": None, "private": True}
+    if not values.get("hub_model_id"):
+        raise Refused(f"{file}.json: push_to_hub: wanted hub_model_id beside it, as OWNER/NAME")
+    return {"repository": values["hub_model_id"], "private": values.get("hub_private_repo") is not False}
+
+
+FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "01_download": source_facts,
+    "03_tokenizer": tokenizer_facts,
+    "05_pretrain": pretraining_facts,
+    "06_evaluate": task_facts,
+    "11_dataset": pair_facts,
+    "13_preference": preference_facts,
+    "14_evaluate": task_facts,
+    "16_export": hub,
+}
+
+
+def stale_inputs(
+    recipe: str, inputs: Iterable[str], config: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Earlier stages, also indirect ones, that were made from other settings than the recipe now has."""
+    for stage in inputs:
+        path = stage_folder(recipe, stage) / "stage.json"
+        if path.exists():
+            wanted = read_json(path)["wanted"]
+            yield from stale_inputs(recipe, sorted(wanted["inputs"]), config)
+            now = {section: deciding_keys(section, config[section]) for section in wanted["config"]}
+            changes = differences(wanted["config"], now)
+            if stage in FACTS and "facts" in wanted:
+                changes += differences(wanted["facts"], FACTS[stage](config), "facts")
+            if changes:
+                yield stage, changes
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The keys in which two JSON values differ, each as ``path: old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    if old == new:
+        return []
+    shown = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    return [f"{path}: {shown[0][:60]} -> {shown[1][:60]}"]

@@ -1,0 +1,287 @@
+"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh, 12_finetune.sh and
+13_preference.sh.
+
+    python -m recipe.run.launch SCRIPT --recipe tiny [--nproc N] [--deepspeed zero2]
+
+This process holds the stage (checks, lock, publication) and never imports torch; the training runs in a
+child, whose work folder it is given. A signal to this process goes to the child, which saves a checkpoint
+before it ends.
+
+Over several nodes the same command runs on each with its own --node-rank. Node 0 holds the stage; the others
+only lend it their processes (`join`). They share the project's folder over a network file system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recipe.config.initial_model import find_initial
+from recipe.config.model import model_values
+from recipe.config.recipe import check_recipe, load_recipe
+from recipe.conversations.instructions import no_pairs
+from recipe.conversations.preferences import no_preference
+from recipe.hardware import glance
+from recipe.project import (
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_TERMINATED,
+    Interrupted,
+    RecipeError,
+    Refused,
+    read_json,
+    stage_folder,
+    write_json,
+)
+from recipe.run import probe
+from recipe.run.launch_options import add_options, launch_of
+from recipe.run.preflight import check_room, report
+from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
+from recipe.run.stage import Stage, run_stage, stage_arguments
+from recipe.training.watchdog import Watchdog, call_webhook, dump_stacks
+
+STAGES = {
+    "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
+    "run_sft.py": ("12_finetune", ("finetune",), ("05_pretrain", "11_dataset")),
+    "run_dpo.py": ("13_preference", ("preference",), ("12_finetune",)),
+}
+SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
+
+
+def train(stage: Stage, script: Path) -> None:
+    """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
+    result = stage.folder / "result.json"
+    if not result.exists():  # else only the publication was missing
+        (stage.folder / "stop").unlink(missing_ok=True)
+        shutil.rmtree(stage.folder / "ranks", ignore_errors=True)  # of an earlier try
+        _run_child(stage, script, stage.folder)
+        if not result.exists():
+            raise RecipeError("training ended without a result; the reason stands above")
+    stage.figures = read_json(result)
+    stage.headline = stage.figures.pop("headline")
+    for name in ("plan.json", "deepspeed_env"):
+        (stage.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
+
+
+def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
+    """Write the plan into the folder `plans`, start the launcher and wait for it (see `_wait`)."""
+    launch = launch_of(stage.arguments)
+    file = STAGES[script.name][1][-1]
+    if file == "pretrain" and find_initial(stage.config[file]):
+        check_recipe(stage.config, f"configs/{stage.recipe}")  # again, now that its config.json was fetched
+    deepspeed = launch.check(stage.config, file, glance())
+    if not launch.node_rank:
+        check_room(stage, launch, file)
+    plan = training_plan(stage.recipe, stage.config, stage.inputs, launch, deepspeed, stage.folder)
+    write_json(plans / "plan.json", plan)
+    line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible_devices())
+    stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))
+    for_hosts = stage.folder / "deepspeed_env" if launch.hostfile else None
+    environment = child_environment(os.environ, launch.processes, for_hosts)
+    lock = () if launch.node_rank else (stage.lock,)
+    watchdog = Watchdog(stage.folder / "ranks")
+    child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
+    code = _wait(child, stage, watchdog, published)
+    if code == EXIT_REFUSED:
+        raise Refused("the training refused to start; the reason stands above")
+    if code:
+        reason = watchdog.found or f"training ended with exit {code} before it was finished"
+        called = launch.node_rank == 0 and call_webhook(f"{stage.name} of recipe {stage.recipe}: {reason}")
+        if called:
+            stage.say(called)
+        raise RecipeError(
+            f"{reason}; more stands above. Checkpoints are kept: run the same command again to continue"
+        )
+
+
+def join(name: str, doc: str, script: Path) -> None:
+    """Lend this machine's ranks to the stage that node 0 holds; exits with the right code."""
+    _, sections, inputs = STAGES[script.name]
+    parser = stage_arguments(doc)
+    add_options(parser)
+    arguments = parser.parse_args()
+    with _ends_in_one_line(name):
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        reason = SKIP[name](config) if name in SKIP else ""
+        if reason:
+            print(f"{name:15} nothing to join: {reason}")
+            return
+        final = stage_folder(arguments.recipe, name)
+        if (final / "stage.json").exists() and not arguments.force:
+            print(f"{name:15} nothing to join: {final} is there; node 0 says more")
+            return
+        folder = final.with_name(f".{name}.work")  # node 0's, made before the ranks find each other
+        folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
+        stage = Stage(name, arguments.recipe, config, folders, folder, arguments, lock=-1)
+        if arguments.dry_run:
+            launch_of(arguments).check(config, sections[-1], glance())
+            print(f"{name:15} would join node 0 at {arguments.master_addr}")
+            return
+        before = _identity(final / "stage.json")
+        with tempfile.TemporaryDirectory() as plans:
+            _run_child(
+                stage, script, Path(plans), lambda: _identity(final / "stage.json") not in (None, before)
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
+
+
+def _wait(
+    child: subprocess.Popen[bytes],
+    stage: Stage,
+    watchdog: Watchdog,
+    published: Callable[[], bool] | None = None,
+) -> int:
+    """Wait for the child. On SIGINT or SIGTERM write the stop file and raise Interrupted once all has ended;
+    likewise when somebody else wrote it (``touch outputs/RECIPE/.05_pretrain.work/stop``).
+
+    A file, because it reaches every rank under every launcher and on every machine: DeepSpeed's dies of a
+    signal and leaves its ranks behind.
+
+    watchdog: where it finds ranks that stand still, they write their stacks and all ranks are killed.
+
+    published: whether node 0 has the stage's result, for the other nodes: it may have one without training,
+    and ranks of theirs would wait for its ranks for ever.
+    """
+    received: list[int] = []
+    stop = stage.folder / "stop"
+
+    def ask_to_stop(signum: int, frame: object) -> None:
+        received.append(signum)
+        if len(received) < 3:
+            with contextlib.suppress(FileNotFoundError):  # another node's folder that is not there any more
+                stop.touch()
+            stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
+        else:
+            kill(child)
+
+    old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+            if child.poll() is None and watchdog.stalled():
+                stage.say(f"the training stands still. {watchdog.found}")
+                dump_stacks(watchdog)
+                kill(child)
+            if published and published():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(10)  # for ranks that have trained and are on their way out
+                if child.poll() is None:
+                    child.terminate()
+                    child.wait()
+                    stage.say("node 0 has the result without training")
+                    return 0
+        code = child.wait()
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+    if received or (code and stop.exists()):
+        by_interrupt = bool(received) and received[0] == signal.SIGINT
+        raise Interrupted(
+            f"stopped by a {'signal' if received else 'stop file'}. Run the same command again to continue "
+            "from the checkpoint",
+            EXIT_INTERRUPTED if by_interrupt else EXIT_TERMINATED,
+        )
+    return code
+
+
+@contextlib.contextmanager
+def _ends_in_one_line(name: str) -> Iterator[None]:
+    """Errors and Ctrl-C end the process as those of a stage do."""
+    try:
+        yield
+    except RecipeError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _probe(name: str, script: Path, dry_run: bool) -> None:
+    """Measure settings instead of training."""
+
+    def end(signum: int, frame: object) -> None:
+        raise Interrupted("terminated (SIGTERM)", EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    with _ends_in_one_line(name):
+        if name != "05_pretrain":
+            raise Refused("--probe measures the settings of stage 05 only. Leave it out")
+        if dry_run:
+            raise Refused("--probe measures and --dry-run computes. Leave one of them out")
+        probe.main(script)
+
+
+def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print the preflight of a pretraining."""
+    launch = launch_of(arguments)
+    launch.check(config, "pretrain", glance())
+    if "model_type" not in model_values(config):
+        print(f"  parameters   known once the checkpoint is fetched: {config['pretrain']['initial_model']}")
+        return
+    for line in report(arguments.recipe, config, launch):
+        print(f"  {line}")
+
+
+def _check_tuning(file: str) -> Callable[[dict[str, Any], argparse.Namespace], None]:
+    """The preview of a stage that has no preflight: its launch is checked. file: its own JSON file."""
+
+    def check(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+        if file in config:
+            launch_of(arguments).check(config, file, glance())
+
+    return check
+
+
+def main() -> None:
+    """Run the stage that belongs to the training script named first on the command line."""
+    script = Path(sys.argv.pop(1))
+    with _ends_in_one_line("recipe.run.launch"):
+        if script.name not in STAGES:
+            raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
+    name, sections, inputs = STAGES[script.name]
+    doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc, --nnodes) or deepspeed."
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--node-rank", type=int, default=0)
+    early.add_argument("--probe", action="store_true")
+    early.add_argument("--dry-run", action="store_true")
+    asked = early.parse_known_args()[0]
+    if asked.probe:
+        _probe(name, script, asked.dry_run)
+        return
+    if asked.node_rank > 0:
+        join(name, doc, script)
+        return
+    run_stage(
+        f"{name}.sh",
+        doc,
+        lambda stage: train(stage, script),
+        sections,
+        inputs,
+        options=add_options,
+        resumable=True,
+        skip=SKIP.get(name),
+        preview=_forecast if name == "05_pretrain" else _check_tuning(sections[-1]),
+    )
+
+
+if __name__ == "__main__":
+    main()

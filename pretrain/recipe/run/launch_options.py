@@ -1,0 +1,131 @@
+"""The options of a launch: which processes train and how they work together."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe.config.launch import check_launch, check_tensor_parallel
+from recipe.config.model import model_values
+from recipe.config.training import check_boards, documents_suffice
+from recipe.hardware import Hardware, check_quantization, choose, count_gpus
+from recipe.project import Refused
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which processes train and what joins them.
+
+    processes: ranks on this machine, of `nodes` machines with as many each. hosts: ranks by machine, from
+    DeepSpeed's hostfile. deepspeed: a file of configs/deepspeed/ by its short name. fsdp: shard by FSDP2.
+    tensor_parallel: ranks that share each matrix.
+    """
+
+    processes: int = 1
+    nodes: int = 1
+    node_rank: int = 0
+    master_addr: str = ""
+    master_port: int = 29500
+    hostfile: Path | None = None
+    hosts: Mapping[str, int] = field(default_factory=dict)
+    deepspeed: str | None = None
+    fsdp: bool = False
+    tensor_parallel: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all machines."""
+        return sum(self.hosts.values()) or self.nodes * self.processes
+
+    def check(
+        self, config: Mapping[str, dict[str, Any]], file: str, hardware: Hardware | None = None
+    ) -> Path | None:
+        """Check the options against a recipe's file (``pretrain`` or ``finetune``), its model, and what this
+        machine has (see `recipe.hardware.glance`).
+
+        Returns the path of the DeepSpeed file. Raises Refused.
+        """
+        check_boards(config[file].get("report_to"), f"{file}.json")
+        if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
+            check_quantization(hardware, config[file], f"{file}.json")
+            choose(hardware, config[file], f"{file}.json", documents_suffice(config, file))
+        path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
+        check_tensor_parallel(model_values(config), self.tensor_parallel)
+        return path
+
+
+def launch_of(arguments: argparse.Namespace) -> Launch:
+    """The launch that the options of `add_options` describe. Raises Refused where they contradict."""
+    nodes, node_rank = arguments.nnodes, arguments.node_rank
+    if nodes < 1 or not 0 <= node_rank < nodes:
+        raise Refused(f"--nnodes {nodes} --node-rank {node_rank}: wanted a rank from 0 to nnodes - 1")
+    if arguments.nproc < 0:
+        raise Refused(f"--nproc {arguments.nproc}: wanted the number of ranks on this machine, 1 or more")
+    visible = count_gpus()
+    if visible and arguments.nproc > visible and not arguments.hostfile:
+        raise Refused(
+            f"--nproc {arguments.nproc}: {visible} GPUs are visible here (nvidia-smi, CUDA_VISIBLE_DEVICES); "
+            "wanted at most one rank for each"
+        )
+    if nodes > 1 and not arguments.master_addr:
+        raise Refused(f"--nnodes {nodes}: give --master-addr, the address of node 0")
+    if arguments.hostfile and (not arguments.deepspeed or nodes > 1):
+        raise Refused("--hostfile is for --deepspeed, and starts the other nodes itself: without --nnodes")
+    hosts = read_hostfile(Path(arguments.hostfile)) if arguments.hostfile else {}
+    return Launch(
+        processes=max(hosts.values()) if hosts else arguments.nproc or default_ranks(),
+        nodes=nodes,
+        node_rank=node_rank,
+        master_addr=arguments.master_addr,
+        master_port=arguments.master_port,
+        hostfile=Path(arguments.hostfile).resolve() if hosts else None,
+        hosts=hosts,
+        deepspeed=arguments.deepspeed,
+        fsdp=arguments.fsdp,
+        tensor_parallel=arguments.tensor_parallel,
+    )
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Ranks by machine from lines ``NAME slots=N``, as DeepSpeed and MPI read them. Raises Refused."""
+    if not path.is_file():
+        raise Refused(f"--hostfile {path}: no such file")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
+        if not found or found[1] in hosts or int(found[2]) < 1:
+            raise Refused(f"{path}:{number}: {line!r}, wanted `NAME slots=N`, each machine once")
+        hosts[found[1]] = int(found[2])
+    if len(hosts) < 2:
+        raise Refused(f"{path}: {len(hosts)} machines. On one machine give --nproc instead of --hostfile")
+    if not shutil.which("pdsh"):
+        raise Refused("--hostfile: DeepSpeed reaches the other machines through pdsh: apt-get install pdsh")
+    return hosts
+
+
+def default_ranks() -> int:
+    """One rank per visible GPU, one without any."""
+    return max(1, count_gpus())
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose processes and what joins them."""
+    add = parser.add_argument
+    add("--nproc", type=int, default=0, help="ranks on this machine; default: one per GPU, else 1")
+    add("--deepspeed", metavar="NAME", help="ZeRO by configs/deepspeed/NAME.json, e.g. zero2")
+    add("--fsdp", action="store_true", help="shard weights and optimizer over the ranks by FSDP2")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="split each matrix over N ranks")
+    add("--nnodes", type=int, default=1, help="machines; run the command on each, with its --node-rank")
+    add("--node-rank", type=int, default=0, help="0 on the machine that holds the stage")
+    add("--master-addr", default="", help="address of node 0")
+    add("--master-port", type=int, default=29500, help="a free port of node 0 (default: 29500)")
+    add("--hostfile", metavar="FILE", help="machines for --deepspeed, lines `NAME slots=N`, reached by pdsh")
+    add("--probe", action="store_true", help="measure settings and name the fastest (stage 05 only)")

@@ -1,0 +1,256 @@
+"""What one step of a training holds in memory, computed from model.json and the settings, without torch.
+
+The sums are checked against measured peaks on a CPU by ``tests/bench/preflight.py``; for GPUs they are the
+same, untried.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.config.model import DEFAULTS
+
+# GPT-2's names for what the others call otherwise.
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model. query, key: widths of all heads together. The counts are parameters.
+
+    matrices: of the layers, two-dimensional. vectors: norms and biases. embeddings: tokens and learned
+    positions. output: the output matrix, 0 where it is tied to the embeddings.
+    """
+
+    kind: str
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    query: int
+    key: int
+    attention_dropout: float
+    matrices: int
+    vectors: int
+    embeddings: int
+    output: int
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied ones once."""
+        return self.matrices + self.vectors + self.embeddings + self.output
+
+    def of_rank(self, tensor_parallel: int) -> float:
+        """The parameters on each of the ranks that share the matrices, by transformers' own plans."""
+        whole = self.vectors + (self.embeddings if self.kind == "gpt_neox" else 0)
+        return whole + (self.parameters - whole) / tensor_parallel
+
+    def flops_per_token(self, block_size: int) -> float:
+        """As `modeling.flops_per_token` counts them."""
+        attention = 6 * self.layers * self.query * block_size
+        return 6 * (self.matrices + self.vocabulary * self.hidden) + attention
+
+
+def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
+    """The sizes of the model that model.json describes, of a type named in `DEFAULTS`."""
+    kind = model["model_type"]
+    values = DEFAULTS[kind] | {key: value for key, value in model.items() if value is not None}
+
+    def size(name: str, default: int = 0) -> int:
+        return values.get(name) or values.get(GPT2_NAMES.get(name, "")) or default
+
+    hidden, layers, heads = (size(n) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    intermediate = size("intermediate_size", 4 * hidden)
+    head = size("head_dim", hidden // heads)
+    query, key = heads * head, size("num_key_value_heads", heads) * head
+    tied = values.get("tie_word_embeddings", False)
+    embeddings = vocabulary * hidden
+    if kind in ("gpt2", "gpt_neox"):  # a fused matrix of queries, keys and values; layer norms with a bias
+        query = key = hidden
+        matrices = 4 * hidden * hidden + 2 * hidden * intermediate
+        attention_bias = 4 * hidden if values.get("attention_bias", True) else 0
+        vectors = attention_bias + intermediate + hidden + 4 * hidden
+        last = 2 * hidden
+        if kind == "gpt2":
+            embeddings += values["n_positions"] * hidden
+    else:
+        matrices = 2 * hidden * query + 2 * hidden * key + 3 * hidden * intermediate
+        vectors = 2 * hidden + (2 * head if kind == "qwen3" else 0)
+        if values.get("attention_bias"):
+            vectors += query + 2 * key + hidden
+        if values.get("mlp_bias"):
+            vectors += 2 * intermediate + hidden
+        last = hidden
+    return Shape(
+        kind,
+        vocabulary,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        query,
+        key,
+        values.get("attn_pdrop", 0.0) if kind == "gpt2" else values.get("attention_dropout", 0.0),
+        layers * matrices,
+        layers * vectors + last,
+        embeddings,
+        0 if tied else vocabulary * hidden,
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a training runs.
+
+    precision: ``bf16``, ``fp16`` or ``fp32``. optimizer: ``AdamW``, ``8-bit AdamW`` or ``Muon``. zero:
+    DeepSpeed's stage, 0 without DeepSpeed. offload: optimizer or also parameters on the host.
+    bucket_elements: gradients that DeepSpeed reduces at once. tensor_parallel: ranks that share each matrix.
+    """
+
+    device: str
+    ranks: int
+    block_size: int
+    micro_batch: int
+    accumulation: int
+    precision: str
+    compiled: bool
+    checkpointing: bool
+    optimizer: str
+    zero: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    bucket_elements: int = 0
+    fsdp: bool = False
+    tensor_parallel: int = 1
+
+    @property
+    def mode(self) -> str:
+        """The row of activations.json. Under ZeRO and FSDP2 the weights that compute are of 16 bits."""
+        if self.precision == "fp32":
+            return "fp32 compiled" if self.compiled else "fp32"
+        if self.zero or self.fsdp:
+            return "half"
+        return "mixed compiled" if self.compiled else "mixed"
+
+
+# Bytes for each logit at the peak of the loss: what the bench leaves on a CPU when all else is subtracted.
+# Uncompiled: four float32 copies (logits, log-probabilities, two gradients). Compiled and fused: the 16-bit
+# logits and their gradient. To be measured again (tests/bench/preflight.py) when
+# recipe/model/losses.py changes.
+LOGIT_BYTES = {"mixed": 16, "fp32": 16, "half": 16, "mixed compiled": 4, "fp32 compiled": 6}
+# What a process holds before it has a model: libraries (CPU, measured); a GPU's context and its allocator's
+# slack (assumed).
+PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
+COMPILER_BYTES = 0.13e9  # on a CPU, measured
+# What joins ranks on CPUs, measured; for ZeRO-1 and 2 their buckets' sum has room for it.
+GLOO_BYTES = 0.2e9
+# Added to the peak on a CPU, as a share of it: the heap does not give back what gathered weights leave free
+# between activations (ZeRO-3, FSDP2). Measured; nearly all of it comes back with
+# MALLOC_MMAP_THRESHOLD_=1048576, at a cost in speed.
+FRAGMENTATION = 0.15
+
+
+@functools.cache
+def activation_table() -> dict[str, dict[str, list[float]]]:
+    """Bytes per token and layer by architecture and mode, made by ``python -m recipe.run.activations``."""
+    return json.loads(Path(__file__).with_name("activations.json").read_text("utf-8"))
+
+
+def activation_bytes(shape: Shape, setting: Setting) -> float:
+    """What all layers keep for the backward pass of one micro-batch.
+
+    With checkpointing only each layer's input is kept, and one layer at a time is computed again. Tensor
+    parallelism splits what is as wide as heads or as the intermediate size, nothing else. On a CPU attention
+    is that of `recipe.model.attention`, whose layers share one mask, small beside the logits.
+    """
+    tokens = setting.micro_batch * setting.block_size
+    split = setting.tensor_parallel
+    widths = (shape.hidden, shape.query / split, shape.key / split, shape.intermediate / split)
+    *factors, mask = activation_table()[shape.kind][setting.mode]
+    layer = sum(factor * size for factor, size in zip(factors, widths, strict=True))
+    if setting.device != "cpu" or shape.attention_dropout:
+        layer += mask * setting.block_size
+    if setting.device == "cpu" and shape.attention_dropout:
+        # PyTorch's CPU kernel knows no dropout: the plain one keeps three float32 scores of each pair, and
+        # queries, keys and values in float32.
+        layer += 12 * shape.heads * setting.block_size + 6 * shape.hidden
+    if setting.checkpointing:
+        residual = 2 if setting.mode == "half" else 4
+        return tokens * (shape.layers * residual * shape.hidden + layer)
+    return tokens * shape.layers * layer
+
+
+def memory(shape: Shape, setting: Setting) -> dict[str, float]:
+    """Bytes per device at the peak of a step, by what they hold; ``peak`` is the most held at once.
+
+    Adam's 16 bytes a parameter are 4 + 12/N, 2 + 14/N and 16/N on N ranks under ZeRO-1, 2 and 3
+    (Rajbhandari et al., 2020). Without DeepSpeed weights, gradients and both moments are float32: 16, and
+    16/N under FSDP2. ``host`` is what offloading puts into the memory of the machine, per rank.
+    """
+    count, replicas = shape.of_rank(setting.tensor_parallel), setting.ranks // setting.tensor_parallel
+    matrices = (shape.matrices + shape.vocabulary * shape.hidden) / setting.tensor_parallel
+    half = setting.precision != "fp32"
+    element = 2 if setting.zero and half else 4
+    states = {
+        "AdamW": (16 - 2 * element) * count,
+        "8-bit AdamW": 2 * count,
+        "Muon": 4 * shape.matrices + 8 * (count - shape.matrices),
+    }[setting.optimizer]
+    stage = 3 if setting.fsdp else setting.zero
+    parts = {
+        "weights": element * count / (replicas if stage >= 3 else 1),
+        "gradients": element * count / (replicas if stage >= 2 else 1),
+        "optimizer": states / (replicas if stage >= 1 else 1),
+        "buckets": _bucket_bytes(shape, setting, count),
+        # Autocast keeps a 16-bit copy of the matrices, the output among them.
+        "casts": 2 * matrices if half and not stage else 0,
+        "activations": activation_bytes(shape, setting),
+        "logits": LOGIT_BYTES[setting.mode] * setting.micro_batch * setting.block_size * shape.vocabulary,
+        "process": PROCESS_BYTES[setting.device],
+    }
+    if setting.device == "cpu" and setting.compiled:
+        parts["process"] += COMPILER_BYTES
+    if setting.device == "cpu" and setting.ranks > 1 and setting.zero in (0, 3):
+        parts["process"] += GLOO_BYTES
+    host = 0.0
+    if setting.offload_optimizer:
+        host, parts["optimizer"] = host + parts["optimizer"], 0
+    if setting.offload_parameters:
+        host, parts["weights"] = host + parts["weights"], 0
+    # The gradients grow while the activations go, unless those of an earlier micro-batch or a launcher's
+    # buckets are there from the start.
+    forward = parts["casts"] + parts["activations"] + parts["logits"]
+    kept = parts["process"] + parts["weights"] + parts["optimizer"] + parts["buckets"]
+    early = setting.accumulation > 1 or setting.ranks > 1
+    peak = kept + (parts["gradients"] + forward if early else max(parts["gradients"], forward))
+    parts["fragmentation"] = FRAGMENTATION * peak if setting.device == "cpu" and stage >= 3 else 0
+    return parts | {"peak": peak + parts["fragmentation"], "host": host}
+
+
+def _bucket_bytes(shape: Shape, setting: Setting, count: float) -> float:
+    """What the ranks hold to send and receive: gradients, and gathered weights."""
+    half = setting.precision != "fp32"
+    layers = 2 * shape.matrices / shape.layers / setting.tensor_parallel  # at work, and the next
+    if setting.zero:
+        # 4.5 times the buckets of gradients with overlap (transformers' DeepSpeed guide).
+        element = 2 if half else 4
+        gathered = element * layers if setting.zero == 3 else 0
+        return 4.5 * element * min(setting.bucket_elements, count) + gathered
+    if setting.fsdp:
+        # Embeddings and output stay gathered; their gradients, and a layer's, are reduced in float32.
+        outer = (shape.embeddings + shape.output) / setting.tensor_parallel
+        # While micro-batches accumulate, the Trainer keeps all gradients whole, and splits the sum.
+        reduced = max(layers / 2, outer) + (count if setting.accumulation > 1 else 0)
+        return (2 if half else 4) * (layers + outer) + 4 * reduced
+    # DistributedDataParallel's buckets are a second copy of the gradients.
+    return 4 * count if setting.ranks > setting.tensor_parallel else 0

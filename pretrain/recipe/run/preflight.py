@@ -1,0 +1,425 @@
+"""What a training will take, before it starts: memory, steps, disk and time, without torch.
+
+`report` is what ``05_pretrain.sh --dry-run`` prints. Figures are computed; only a rate taken from an earlier
+training on this machine is measured, and each line says which it is.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from recipe.config.launch import batch_layout
+from recipe.config.model import model_values
+from recipe.config.tokenizer import vocabulary_size
+from recipe.corpus.fetch import free_bytes, require_space
+from recipe.hardware import glance, gpus, host_memory
+from recipe.project import CONFIGS, DATA, OUTPUTS, read_json, stage_folder
+from recipe.run.launch_options import Launch
+from recipe.run.memory import Setting, Shape, activation_bytes, memory, shape_of
+from recipe.run.stage import Stage
+
+GIB = 2**30
+ASSUMED_VOCABULARY = 32_000
+
+
+def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, str]:
+    """The size of the vocabulary, and in words what it rests on where tokenizer.json does not say it."""
+    size = vocabulary_size(config["tokenizer"])
+    if size:
+        return size, ""
+    record = stage_folder(recipe, "03_tokenizer") / "stage.json"
+    if record.exists():
+        return read_json(record)["figures"]["vocabulary"]["size"], " (stage 03)"
+    model = model_values(config)
+    if "vocab_size" in model:
+        return model["vocab_size"], " (model.json or the published checkpoint)"
+    return ASSUMED_VOCABULARY, " (assumed; a published tokenizer's is known after stage 03)"
+
+
+# -------------------------------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to train on. flops: its peak in 16-bit products with float32 sums, dense, by its maker."""
+
+    name: str
+    gigabytes: float
+    flops: float
+    bf16: bool
+    kind: str = "cuda"
+
+
+PROFILES = (
+    Device("8 GB RTX 4060", 8, 30e12, True),
+    Device("12 GB RTX 3060", 12, 25e12, True),
+    Device("16 GB T4 (fp16, no FlashAttention-2)", 16, 65e12, False),
+    Device("24 GB RTX 4090", 24, 165e12, True),
+    Device("40 GB A100", 40, 312e12, True),
+    Device("80 GB A100", 80, 312e12, True),
+)
+# An assumption. System A's published 98 hours on an RTX 4090 (10.7e9 tokens) are 39 %.
+ASSUMED_MFU = 0.4
+USABLE = 0.94  # of a GPU's memory: the driver and fragmentation take the rest
+
+
+def this_machine(launch: Launch) -> tuple[Device, float]:
+    """The device a training here would use, and the bytes free for each rank; found without torch.
+
+    The ranks of a machine share its memory, also where a GPU has none of its own; of several GPUs the first
+    stands for all.
+    """
+    here, seen = glance(), gpus()
+    if seen and seen[0].total and seen[0].free is not None:
+        total, free = seen[0].total, float(seen[0].free)
+    else:
+        total, available = host_memory()
+        free = available / launch.processes
+    return Device(here.name, round(total / GIB), 0.0, here.fast_bf16, here.device), free
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Setting:
+    """The setting that the keys of a training and the launch ask for on a device."""
+    ranks, split = launch.ranks, launch.tensor_parallel
+    micro, accumulation = batch_layout(
+        values["global_batch_size"], values["per_device_train_batch_size"], ranks // split
+    )
+    half = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
+    wanted = [name for name in ("bf16", "fp16") if name in values]
+    if wanted:
+        half = next((name for name in wanted if values[name]), "fp32")
+    sharded = launch.deepspeed or launch.fsdp or split > 1  # torch.compile is off then
+    setting = Setting(
+        device.kind,
+        ranks,
+        values["block_size"],
+        micro,
+        accumulation,
+        half,
+        not sharded and bool(values.get("torch_compile", shutil.which("g++"))),
+        bool(values.get("activation_checkpointing")),
+        _optimizer(values),
+        fsdp=launch.fsdp,
+        tensor_parallel=split,
+    )
+    return replace(setting, **zero_of(launch.deepspeed)) if launch.deepspeed else setting
+
+
+def _optimizer(values: dict[str, Any]) -> str:
+    if values.get("muon_learning_rate"):
+        return "Muon"
+    return "8-bit AdamW" if "8bit" in values.get("optim", "") else "AdamW"
+
+
+def zero_of(name: str) -> dict[str, Any]:
+    """The fields of a `Setting` that configs/deepspeed/NAME.json decides."""
+    values = read_json(CONFIGS / "deepspeed" / f"{name}.json").get("zero_optimization", {})
+    bucket = values.get("reduce_bucket_size", 5e8)
+    return {
+        "zero": values.get("stage", 0),
+        "offload_optimizer": values.get("offload_optimizer", {}).get("device", "none") != "none",
+        "offload_parameters": values.get("offload_param", {}).get("device", "none") != "none",
+        "bucket_elements": 0 if bucket == "auto" else int(bucket),
+        "compiled": False,
+    }
+
+
+def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting, list[str]]]:
+    """Ever costlier changes by which a training takes less memory, each with the options that make it.
+
+    The global batch stays. First smaller micro-batches, which cost little; then checkpointing (a third more
+    computing), ZeRO where there are ranks to share with, an 8-bit optimizer (GPUs only), offloading at last.
+    What --fsdp and --tensor-parallel split stays as it is.
+    """
+    no_muon = ["--set pretrain.muon_learning_rate=null"] if values.get("muon_learning_rate") else []
+    changes: dict[str, Any] = {}
+    options: list[str] = []
+    plans = [(changes, options)]
+    if not setting.checkpointing:
+        changes, options = {"checkpointing": True}, ["--set pretrain.activation_checkpointing=true"]
+        plans.append((changes, options))
+    if not setting.fsdp and setting.tensor_parallel == 1:
+        shared = ("zero1", "zero2", "zero3") if setting.ranks > 1 else ()
+        offloaded = ("zero2_offload", "zero3_offload")
+        zero = {name: zero_of(name) for name in (*shared, *offloaded)}
+        deepspeed = {
+            name: (changes | fields | {"optimizer": "AdamW"}, [*options, *no_muon, f"--deepspeed {name}"])
+            for name, fields in zero.items()
+            if fields["zero"] >= setting.zero
+        }
+        plans += [deepspeed[name] for name in shared if name in deepspeed]
+        if setting.device == "cuda" and not setting.zero:
+            eight_bit = [*options, *no_muon, "--set pretrain.optim=adamw_bnb_8bit"]
+            plans.append((changes | {"optimizer": "8-bit AdamW"}, eight_bit))
+        plans += [deepspeed[name] for name in offloaded if name in deepspeed]
+    share = setting.micro_batch * setting.accumulation
+    for changes, options in plans:
+        for micro in (m for m in range(setting.micro_batch, 0, -1) if share % m == 0):
+            smaller = [f"--set pretrain.per_device_train_batch_size={micro}"]
+            changed = replace(setting, **changes, micro_batch=micro, accumulation=share // micro)
+            yield changed, (smaller if micro != setting.micro_batch else []) + options
+
+
+def fit(
+    shape: Shape, values: dict[str, Any], setting: Setting, limit: float
+) -> tuple[Setting, list[str]] | None:
+    """The cheapest way to stay below `limit` bytes per device, no options where nothing need change; None
+    where nothing helps.
+    """
+    for changed, options in ways_out(values, setting):
+        if memory(shape, changed)["peak"] <= limit:
+            return changed, options
+    return None
+
+
+# ----------------------------------------------------------------------------------------- steps, disk, time
+
+
+def training_tokens(recipe: str, dataset: dict[str, Any]) -> int | None:
+    """Tokens of an epoch: those that stage 04 has counted, each source by its weight; None before it has run.
+
+    A source of weight 2 is read twice, as `packing.epoch_tokens` has it.
+    """
+    record = stage_folder(recipe, "04_tokenize") / "stage.json"
+    if not record.exists():
+        return None
+    counts = read_json(record)["figures"]["sources"]["train"]
+    weights = {name: source.get("weight", 1) for name, source in dataset["sources"].items()}
+    # A source that dataset.json has no more: stage 04 is stale, and says so itself.
+    return round(sum(count["tokens"] * weights.get(name, 1) for name, count in counts.items()))
+
+
+def step_count(values: dict[str, Any], tokens: int | None) -> int | None:
+    """Optimizer steps: max_steps, or by num_train_epochs over `tokens`; None while they are unknown."""
+    if values.get("max_steps", 0) > 0:
+        return values["max_steps"]
+    if tokens is None:
+        return None
+    blocks = -(-tokens // values["block_size"])
+    return math.ceil(values.get("num_train_epochs", 3) * blocks / values["global_batch_size"])
+
+
+def checkpoint_bytes(shape: Shape, setting: Setting) -> int:
+    """One checkpoint: the weights, and what the optimizer holds; of all ranks where they share."""
+    one = replace(
+        setting, ranks=1, tensor_parallel=1, fsdp=False, offload_optimizer=False, offload_parameters=False
+    )
+    parts = memory(shape, one)
+    return int(parts["weights"] + parts["optimizer"])
+
+
+def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps: int | None) -> int | None:
+    """Bytes of stage 05: the checkpoints kept, one more while it replaces the oldest, and the model.
+
+    None when their number is unknown: all are kept (no save_total_limit) and the steps are not known yet.
+    """
+    saved = None
+    if values.get("save_strategy") == "no":
+        saved = 0
+    elif steps:
+        every = values.get("save_steps", 500)
+        saved = steps // max(1, math.ceil(every * steps) if every < 1 else int(every))
+    limit = values.get("save_total_limit")
+    counts = [n for n in (saved, limit + 1 if limit else None) if n is not None]
+    if not counts:
+        return None
+    return min(counts) * checkpoint_bytes(shape, setting) + 4 * shape.parameters
+
+
+def require_data_space(recipe: str, dataset: dict[str, Any]) -> None:
+    """Raise Refused, before anything is downloaded, unless the disk has room for stages 01 to 04.
+
+    What they need is an estimate of the recipe's author, `disk_gigabytes` in dataset.json. What this recipe's
+    sources and outputs take already counts towards it. Without the key only the download itself is checked.
+    """
+    folders = [*(DATA / name for name in dataset["sources"]), OUTPUTS / recipe]
+    there = sum(_size(folder) for folder in folders)
+    needed = int(dataset.get("disk_gigabytes", 0) * 1e9) - there
+    require_space(OUTPUTS, needed, "the data of stages 01 to 04 (dataset.json: disk_gigabytes)")
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def on_this_machine(
+    recipe: str, config: dict[str, dict[str, Any]], launch: Launch, file: str = "pretrain"
+) -> tuple[Shape, Setting, float]:
+    """The model, the setting by FILE.json that it would train with here, and the bytes free for each rank."""
+    here, free = this_machine(launch)
+    shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
+    return shape, setting_of(config[file], here, launch), free
+
+
+def check_room(stage: Stage, launch: Launch, file: str) -> None:
+    """Say what the training that starts now will take; raise Refused when its checkpoints cannot fit on the
+    disk.
+
+    file: pretrain, or finetune or preference, for which the sums of memory are not made.
+    """
+    values = stage.config[file]
+    if values.get("lora"):  # an adapter's checkpoints are small beside the merged model
+        values = values | {"save_strategy": "no"}
+    shape, setting, free = on_this_machine(stage.recipe, stage.config, launch, file)
+    tokens = training_tokens(stage.recipe, stage.config["dataset"]) if file == "pretrain" else None
+    disk = training_disk(shape, setting, values, step_count(values, tokens)) or 0
+    needed = disk - _size(stage.folder)
+    require_space(stage.folder, needed, f"checkpoints and the model ({file}.json: save_total_limit)")
+    if file != "pretrain":
+        return
+    peak = memory(shape, setting)["peak"]
+    stage.say(f"preflight: {peak / GIB:.1f} GiB per device and {disk / 1e9:.1f} GB of disk, computed")
+    if peak > free:
+        stage.say(f"warning: only {free / GIB:.1f} GiB are free; see --dry-run for what to change")
+
+
+def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] | None:
+    """FLOP/s of `ranks` together by an earlier training on such a device, and where it was measured.
+
+    This recipe's own record first, then the newest of the others. Each GPU is taken to compute as fast as
+    one did then; ranks on a CPU share its cores, and are as fast together as others were.
+    """
+    records = sorted(
+        OUTPUTS.glob("*/05_pretrain/stage.json"), key=lambda p: (p.parts[-3] == recipe, p.stat().st_mtime)
+    )
+    for path in reversed(records):
+        figures = read_json(path)["figures"]
+        if figures.get("hardware") == device.name and figures.get("mfu"):
+            then = (figures.get("active") or {}).get("ranks", 1)
+            rate = figures["mfu"] * figures["gemm_peak_flops"]
+            return rate * (ranks if device.kind == "cuda" else then), f"measured, recipe {path.parts[-3]}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> Iterator[str]:
+    """The lines of a preflight: what training this recipe takes, here and on the usual GPUs."""
+    values = config["pretrain"]
+    vocabulary, origin = vocabulary_of(recipe, config)
+    shape = shape_of(model_values(config), vocabulary)
+    here, limit = this_machine(launch)
+    setting = setting_of(values, here, launch)
+    tokens = training_tokens(recipe, config["dataset"])
+    steps = step_count(values, tokens)
+    per_step = values["global_batch_size"] * values["block_size"]
+    replicas = launch.ranks // launch.tensor_parallel
+    yield (
+        f"parameters   {shape.parameters:,}: {shape.kind}, {shape.layers} layers of {shape.hidden}, "
+        f"vocabulary {vocabulary:,}{origin}"
+    )
+    yield (
+        f"step         {values['global_batch_size']} x {values['block_size']} = {per_step:,} tokens: "
+        f"micro-batch {setting.micro_batch} x accumulation {setting.accumulation} x {replicas} "
+        f"{'ranks' if replicas > 1 else 'rank'}"
+    )
+    if steps:
+        epochs = f" = {steps * per_step / tokens:.2f} epochs of {tokens:,}" if tokens else ""
+        yield f"training     {steps:,} steps, {steps * per_step:,} tokens{epochs}"
+    else:
+        yield "training     steps are known after stage 04 (num_train_epochs)"
+    yield from _disk_lines(config["dataset"], training_disk(shape, setting, values, steps))
+    yield from _memory_lines(shape, setting)
+    work = shape.flops_per_token(values["block_size"]) * (steps * per_step if steps else 1e9)
+    unit = "" if steps else " per 1e9 tokens"
+    yield (
+        "devices      with the settings asked for, or with what must change to fit. GPUs: computed, none was "
+        f"measured; time by the maker's TFLOP/s x {ASSUMED_MFU:.0%}, an assumption"
+    )
+    measured = measured_rate(recipe, here, launch.ranks)
+    yield from _device_lines(here, limit, values, shape, launch, work, measured, unit)
+    for device in PROFILES:
+        rate = device.flops * ASSUMED_MFU * launch.ranks, f"tabulated {device.flops / 1e12:.0f} TFLOP/s"
+        limit = device.gigabytes * GIB * USABLE
+        yield from _device_lines(device, limit, values, shape, launch, work, rate, unit)
+
+
+def _disk_lines(dataset: dict[str, Any], training: int | None) -> Iterator[str]:
+    asked = [f"{training / 1e9:.1f} GB for checkpoints and the model (computed)"] if training else []
+    if "disk_gigabytes" in dataset:
+        asked.append(f"{dataset['disk_gigabytes']:,} GB for stages 01 to 04 (estimated in dataset.json)")
+    yield f"disk         {'; '.join([*asked, f'{free_bytes(OUTPUTS) / 1e9:,.0f} GB free'])}"
+
+
+def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
+    parts = memory(shape, setting)
+    peak, _ = parts.pop("peak"), parts.pop("host")
+    held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    yield f"memory       {peak / GIB:.2f} GiB per device at the peak (computed): {held}"
+    other = replace(setting, checkpointing=not setting.checkpointing)
+    yield (
+        f"             activations {activation_bytes(shape, other) / GIB:.2f} GiB "
+        f"{'with' if other.checkpointing else 'without'} activation_checkpointing"
+    )
+    counts = (1, 2, 4, 8)
+    names = "".join(f"{count:>8}" for count in counts)
+    yield f"             weights, gradients, AdamW: GiB per device of{names}  bytes a parameter"
+    plain = replace(setting, optimizer="AdamW", precision="bf16", zero=0, fsdp=False, tensor_parallel=1)
+    plain = replace(plain, offload_optimizer=False, offload_parameters=False)
+    for name, formula, fields in (
+        ("one copy on each", "16", {}),
+        ("--deepspeed zero1", "4 + 12/N", {"zero": 1}),
+        ("--deepspeed zero2", "2 + 14/N", {"zero": 2}),
+        ("--deepspeed zero3", "16/N", {"zero": 3}),
+        ("--fsdp", "16/N, and 4 while accumulating", {"fsdp": True}),
+    ):
+        cells = ""
+        for count in counts:
+            states = memory(shape, replace(plain, ranks=count, **fields))
+            cells += f"{sum(states[part] for part in ('weights', 'gradients', 'optimizer')) / GIB:>8.2f}"
+        yield f"               {name:42}{cells}  {formula}"
+
+
+def _device_lines(
+    device: Device,
+    limit: float,
+    values: dict[str, Any],
+    shape: Shape,
+    launch: Launch,
+    work: float,
+    rate: tuple[float, str] | None,
+    unit: str,
+) -> Iterator[str]:
+    """Whether the training fits into `limit` bytes of a device, what to change when not, and its time.
+
+    work: FLOPs, of all or of the `unit` named. rate: FLOP/s, and where they are from.
+    """
+    setting = setting_of(values, device, launch)
+    name = f"this machine, {device.name}" if device.kind == "cpu" else device.name
+    if setting.precision == "bf16" and not device.bf16:
+        yield f"  {name:38} has no bf16 units: leave bf16 out of pretrain.json"
+        return
+    peak = memory(shape, setting)["peak"]
+    head = f"  {name:38} {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
+    found = fit(shape, values, setting, limit)
+    if found is None:
+        yield f"{head}: does not fit, and no change of settings helps"
+        return
+    changed, options = found
+    time = ""
+    if rate:
+        again = 4 / 3 if changed.checkpointing and not setting.checkpointing else 1
+        time = f"; {_duration(work * again / rate[0])}{unit} ({rate[1]})"
+    if not options:
+        yield f"{head}: fits{time}"
+        return
+    after = memory(shape, changed)
+    host = f" and {after['host'] / GIB:.1f} on the host" if after["host"] else ""
+    yield f"{head}: does not fit"
+    yield f"  {'':38} {after['peak'] / GIB:.1f} GiB{host} with {' '.join(options)}{time}"
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (360_000, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} days"

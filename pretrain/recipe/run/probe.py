@@ -1,0 +1,278 @@
+"""Find the fastest settings by measuring: micro-batch x activation checkpointing x compile (x ZeRO stage).
+
+``bash pretrain/05_pretrain.sh --probe`` trains a few steps of each combination, each in a process of its own
+under the launcher that the training itself would use. A combination that runs out of memory, crashes or is
+killed costs only itself. The table goes to ``outputs/<recipe>/probe.md``; the options that train with the
+fastest, to ``probe.options`` beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from recipe.config.initial_model import find_initial
+from recipe.config.launch import batch_layout
+from recipe.config.recipe import check_recipe, load_recipe
+from recipe.project import OUTPUTS, RecipeError, Refused, read_json, stage_folder, write_json
+from recipe.run import preflight
+from recipe.run.launch_options import Launch, add_options, launch_of
+from recipe.run.memory import memory
+from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
+from recipe.run.stage import stage_arguments
+
+STEPS = 5  # of which the first, which compiles, is not measured
+LIMIT = 1800  # seconds for one combination
+STRIDE = 1.3  # a micro-batch closer to the one before would tell little more
+SLOWER = 0.95  # a larger micro-batch below this share of the speed before ends the climb
+HOPELESS = 1.3  # times the memory there is, by the preflight's sum: not even tried
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|MemoryError|std::bad_alloc|out of memory|not enough memory"
+    r"|(can't|cannot) allocate memory",
+    re.I,
+)
+KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
+# What a probe leaves out of a training. Its few steps need no schedule, and would not hold a long one.
+SHORT = {
+    "max_steps": STEPS,
+    "lr_scheduler_type": "constant",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "sample_steps": None,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+}
+
+
+def attempt(
+    line: list[str], folder: Path, environment: dict[str, str], limit: float = LIMIT
+) -> dict[str, Any]:
+    """Run one command in `folder` to whatever end; ``outcome`` tells which.
+
+    ``ok`` (with the figures it wrote to result.json), ``out of memory``, ``killed``, ``too slow``, or
+    ``failed`` with its own error, or else the last line it wrote, as ``reason``.
+    """
+    log = folder / "log"
+    with log.open("w") as handle:
+        child = subprocess.Popen(
+            line, env=environment, stdout=handle, stderr=handle, start_new_session=True, cwd=folder
+        )
+        # Should memory run out, the kernel is to kill this process and none beside it.
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
+        try:
+            code: int | None = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if child.poll() is None:
+                kill(child)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # also what a dead launcher left behind
+            child.wait()
+    text = log.read_text(errors="replace")
+    if code is None:
+        return {"outcome": "too slow", "reason": f"not finished after {limit:.0f} s"}
+    if code == 0 and (folder / "result.json").exists():
+        return {"outcome": "ok"} | read_json(folder / "result.json")
+    if OUT_OF_MEMORY.search(text):
+        return {"outcome": "out of memory"}
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or KILLED.search(text):
+        return {"outcome": "killed", "reason": "SIGKILL: most likely the machine's memory ran out"}
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # After a rank's own error torchrun writes a page about which rank it was.
+    said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or [f"exit {code}"]
+    return {"outcome": "failed", "reason": said[0].removeprefix("error: ")[:300]}
+
+
+def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launch, bool, bool]]:
+    """(launch, checkpointing, compile), those worth comparing.
+
+    ZeRO's stages beside DDP where several ranks are joined by nothing else, never with Muon; torch.compile
+    only without sharding, where there is a compiler, and unless pretrain.json says false.
+    """
+    sharded = launch.deepspeed or launch.fsdp or launch.tensor_parallel > 1
+    launches = [launch]
+    if launch.ranks > 1 and not sharded and not values.get("muon_learning_rate"):
+        launches += [replace(launch, deepspeed=name) for name in ("zero1", "zero2", "zero3")]
+    compiler = shutil.which("g++") and values.get("torch_compile") is not False
+    for way in launches:
+        for checkpointing in (False, True):
+            yield way, checkpointing, False
+            if compiler and not sharded and not way.deepspeed:
+                yield way, checkpointing, True
+
+
+def micro_batches(share: int, asked: int) -> list[int]:
+    """The divisors of a rank's share of the global batch, each at least `STRIDE` times the one before, and
+    `asked`, the recipe's own.
+    """
+    chosen: list[int] = []
+    for micro in (micro for micro in range(1, share + 1) if share % micro == 0):
+        if micro == asked or not chosen or micro >= STRIDE * chosen[-1]:
+            chosen.append(micro)
+    return chosen
+
+
+def climb(micros: list[int], measure: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Measure ever larger micro-batches until one fails, or is clearly slower than the one before."""
+    before = 0.0
+    for micro in micros:
+        row = measure(micro)
+        yield row
+        if row["outcome"] != "ok" or row["tokens_per_second"] < SLOWER * before:
+            return
+        before = row["tokens_per_second"]
+
+
+def options_of(row: dict[str, Any], overrides: Sequence[str] = ()) -> str:
+    """The options of 05_pretrain.sh and run_all.sh that train with a row's settings.
+
+    overrides: the --set of the probe itself, without which it would be another training.
+    """
+    parts = [f"--set {_word(override)}" for override in overrides]
+    parts += [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
+    parts.append(f"--set pretrain.activation_checkpointing={str(row['checkpointing']).lower()}")
+    if not row["joined"]:
+        parts.append(f"--set pretrain.torch_compile={str(row['compiled']).lower()}")
+    return " ".join([*parts, row["joined"]]).strip()
+
+
+def _word(override: str) -> str:
+    """FILE.KEY=VALUE without blanks, at which a shell would split what `cat probe.options` writes."""
+    key, _, value = override.partition("=")
+    try:
+        value = json.loads(value)
+    except json.JSONDecodeError:
+        if " " not in value:
+            return override
+    return f"{key}={json.dumps(value, separators=(',', ':'))}".replace(" ", r"\u0020")
+
+
+def joined(launch: Launch) -> str:
+    """The options that join the ranks; empty for one process, or several without sharding."""
+    parts = [f"--deepspeed {launch.deepspeed}"] if launch.deepspeed else []
+    parts += ["--fsdp"] if launch.fsdp else []
+    parts += [f"--tensor-parallel {launch.tensor_parallel}"] if launch.tensor_parallel > 1 else []
+    return " ".join(parts)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, the fastest first."""
+    lines = [
+        "| micro-batch | checkpointing | compiled | sharding | tokens/s | GFLOP/s | peak GiB | outcome |",
+        "|---:|---|---|---|---:|---:|---:|---|",
+    ]
+    yes = {True: "yes", False: "no"}
+    for row in sorted(rows, key=lambda row: -row.get("tokens_per_second", 0)):
+        figures = ["", "", ""]
+        if row["outcome"] == "ok":
+            figures = [
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['flops_per_second'] / 1e9:,.0f}",
+                f"{row['peak_memory_bytes'] / 2**30:.2f}",
+            ]
+        outcome = row["outcome"] + (f": {row['reason']}" if row.get("reason") else "")
+        cells = [str(row["micro_batch"]), yes[row["checkpointing"]], yes[row["compiled"]], row["joined"]]
+        lines.append("| " + " | ".join([*cells, *figures, outcome.replace("|", "/")]) + " |")
+    return "\n".join(lines)
+
+
+def measure(
+    script: Path, plan: dict[str, Any], launch: Launch, checkpointing: bool, compiled: bool, micro: int
+) -> dict[str, Any]:
+    """A row of the table: the plan's training with these settings, for `STEPS` steps.
+
+    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` hands them to a training. At most two
+    micro-batches are accumulated: the second is where the memory is fullest, and more would only take time.
+    The optimizer's share of a step is therefore somewhat larger than in the training.
+    """
+    values, replicas = plan["config"]["pretrain"], launch.ranks // launch.tensor_parallel
+    accumulation = min(2, values["global_batch_size"] // replicas // micro)
+    values = values | SHORT
+    values |= {
+        "per_device_train_batch_size": micro,
+        "global_batch_size": micro * replicas * accumulation,
+        "activation_checkpointing": checkpointing,
+        "torch_compile": compiled,
+    }
+    row = {"micro_batch": micro, "checkpointing": checkpointing, "compiled": compiled}
+    row |= {"joined": joined(launch)}
+    config = plan["config"] | {"pretrain": values}
+    path = launch.check(config, "pretrain")
+    shape, setting, free = preflight.on_this_machine(plan["recipe"], config, launch)
+    peak = memory(shape, setting)["peak"]
+    if peak > HOPELESS * free:
+        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {free / 2**30:.0f} GiB are free"
+        return row | {"outcome": "not tried", "reason": reason}
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=OUTPUTS / plan["recipe"]) as name:
+        folder = Path(name)
+        plan = training_plan(plan["recipe"], config, plan["inputs"], launch, path, folder)
+        write_json(folder / "plan.json", plan | {"probe": True})
+        line = command(str(script), [str(folder / "plan.json")], launch, path, visible_devices())
+        row |= attempt(line, folder, child_environment(os.environ, launch.processes))
+    if row["outcome"] == "ok":
+        row["flops_per_second"] = row["mfu"] * row["gemm_peak_flops"] * launch.ranks
+    return row
+
+
+def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str, Any]]:
+    """Measure every combination worth it; each row is printed when it is there."""
+    values = plan["config"]["pretrain"]
+    replicas = launch.ranks // launch.tensor_parallel
+    asked, accumulation = batch_layout(
+        values["global_batch_size"], values["per_device_train_batch_size"], replicas
+    )
+    if launch.ranks > 1 and values.get("muon_learning_rate"):
+        print("ZeRO is left out: it has no Muon (--set pretrain.muon_learning_rate=null)", flush=True)
+    rows: list[dict[str, Any]] = []
+    micros = micro_batches(asked * accumulation, asked)
+    for way in combinations(values, launch):
+        for row in climb(micros, lambda micro, way=way: measure(script, plan, *way, micro)):
+            rows.append(row)
+            print(table([row]).splitlines()[-1], flush=True)
+    return rows
+
+
+def main(script: Path) -> None:
+    """Probe a recipe whose stages 03 and 04 are done, with the options of 05_pretrain.sh."""
+    parser = stage_arguments("Measure settings of stage 05 and name the fastest.")
+    add_options(parser)
+    arguments = parser.parse_args()
+    recipe, launch = arguments.recipe, launch_of(arguments)
+    if launch.nodes > 1 or launch.hostfile:
+        raise Refused("--probe measures on one machine: leave --nnodes and --hostfile out")
+    config = load_recipe(recipe, arguments.overrides)
+    inputs = {stage: stage_folder(recipe, stage) for stage in ("03_tokenizer", "04_tokenize")}
+    for stage, folder in inputs.items():
+        if not (folder / "stage.json").exists():
+            raise Refused(f"--probe needs {stage}. Run `bash run_all.sh --recipe {recipe} --to 04`")
+    if find_initial(config["pretrain"]):
+        check_recipe(config, f"configs/{recipe}")  # again, now that its config.json was fetched
+    rows = search(script, {"recipe": recipe, "config": config, "inputs": inputs}, launch)
+    shown = table(rows)
+    measured = [row for row in rows if row["outcome"] == "ok"]
+    if not measured:
+        raise RecipeError(f"no setting ran:\n{shown}\nSee what `05_pretrain.sh --dry-run` suggests")
+    options = options_of(max(measured, key=lambda row: row["tokens_per_second"]), arguments.overrides)
+    if arguments.nproc:
+        options += f" --nproc {arguments.nproc}"
+    folder = OUTPUTS / recipe
+    (folder / "probe.md").write_text(f"{shown}\n\nfastest: {options}\n", "utf-8")
+    (folder / "probe.options").write_text(options + "\n", "utf-8")
+    print(f"\n{shown}\n\nfastest: {options}", flush=True)
+    print(f"To train so: bash run_all.sh --recipe {recipe} $(cat outputs/{recipe}/probe.options)", flush=True)

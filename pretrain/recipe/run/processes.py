@@ -1,0 +1,127 @@
+"""The command, environment and plan of a training child, and how it is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recipe.hardware import count_gpus
+from recipe.project import DATA
+from recipe.run.launch_options import Launch
+
+
+def command(
+    script: str, arguments: list[str], launch: Launch, deepspeed: Path | None, visible: str | None = None
+) -> list[str]:
+    """The command that trains on this machine's ranks, or by a hostfile on all machines.
+
+    deepspeed: path of a DeepSpeed file, or None; without it one process runs as plain python.
+    visible: CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher would otherwise ignore beside a number of ranks.
+    """
+    count = str(launch.processes)
+    if launch.nodes > 1:
+        where = ["--nnodes", str(launch.nodes), "--node-rank", str(launch.node_rank)]
+        where += ["--master-addr", launch.master_addr, "--master-port", str(launch.master_port)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *where]
+        return [*launcher, "--nproc-per-node", count, script, *arguments]
+    if deepspeed:
+        if launch.hostfile:
+            ranks = ["--hostfile", str(launch.hostfile), "--master_port", str(launch.master_port)]
+            ranks += ["--master_addr", launch.master_addr] if launch.master_addr else []
+        else:
+            ranks = ["--num_gpus", count]
+            if visible:
+                ranks = ["--include", "localhost:" + ",".join(visible.split(",")[: launch.processes])]
+            ranks += ["--master_port", str(_free_port())]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *ranks, "--no_local_rank"]
+        return [*launcher, script, *arguments]
+    if launch.processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*launcher, "--nproc-per-node", count, script, *arguments]
+    return [sys.executable, script, *arguments]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES where there are GPUs to see."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus() else None
+
+
+def _defaults(processes: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TORCHINDUCTOR_CACHE_DIR": str(DATA / ".torchinductor"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DS_ACCELERATOR": "cuda" if count_gpus() else "cpu",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def child_environment(
+    environment: Mapping[str, str], processes: int, for_hosts: Path | None = None
+) -> dict[str, str]:
+    """The child's environment: threads shared among the ranks, compiled kernels kept between runs, no
+    telemetry; what the user has set wins.
+
+    for_hosts: a file to write for DeepSpeed, which hands what stands in it to the machines of a hostfile.
+    """
+    defaults = _defaults(processes)
+    chosen = defaults | dict(environment)
+    if for_hosts:
+        for_hosts.write_text("".join(f"{name}={chosen[name]}\n" for name in defaults), "utf-8")
+        chosen["DS_ENV_FILE"] = str(for_hosts)
+    return chosen
+
+
+def training_plan(
+    recipe: str,
+    config: dict[str, dict[str, Any]],
+    inputs: Mapping[str, Path],
+    launch: Launch,
+    deepspeed: Path | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """What the training child reads: settings, launch, and paths of its inputs and its work folder."""
+    return {
+        "recipe": recipe,
+        "config": config,
+        "deepspeed": str(deepspeed) if deepspeed else None,
+        "fsdp": launch.fsdp,
+        "tensor_parallel": launch.tensor_parallel,
+        "ranks": launch.ranks,
+        "parent": os.getpid(),
+        "host": platform.node(),
+        "folder": str(folder),
+        "inputs": {name: str(path) for name, path in inputs.items()},
+    }
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child and all below it: torchrun's ranks have sessions of their own, and outlive it."""
+    for process in reversed(descendants(child.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def descendants(process: int) -> list[int]:
+    """A process and all below it, parents first (Linux)."""
+    found = [process]
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            found += descendants(int(child))
+    return found

@@ -1,0 +1,1 @@
+"""Text to ids: stages 03 and 04."""

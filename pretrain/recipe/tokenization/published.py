@@ -1,0 +1,241 @@
+"""A published tokenizer, taken over as it is or extended by pieces learnt from Japanese text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece as spm
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from recipe.config.tokenizer import SPECIAL_TOKENS, round_up, special_tokens
+from recipe.project import ROOT, RecipeError
+from recipe.tokenization.convert import (
+    NEVER,
+    as_fast,
+    from_sentencepiece,
+    hide_control_pieces,
+    sentencepiece_tokens,
+)
+from recipe.tokenization.train import train_sentencepiece
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+)
+_JAPANESE = re.compile("[ぁ-ゟァ-ヿｦ-ﾟ々-〇㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff]{1,1000}")
+_FIRST_MARK = 0x20000  # tokens are shown to the BPE trainer as characters from here on
+
+
+class Published(NamedTuple):
+    """A published tokenizer: the control tokens that it names (``pad_token`` and so on), and the
+    SentencePiece model it is made from where no tokenizer.json is there.
+
+    ``bos_token`` is only among them when the tokenizer itself puts it before a text.
+    """
+
+    tokenizer: Tokenizer
+    tokens: dict[str, str]
+    sentencepiece: bytes | None
+
+
+def find_published(name: str, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder or SentencePiece file of a published tokenizer: a path, or a name on the hub.
+
+    Of a name only tokenizer files are fetched, and no code. Raises RecipeError when it is neither.
+    """
+    path = ROOT / Path(name).expanduser()
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(FILES), local_files_only=local_files_only
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"tokenizer {name!r}: no such folder or file, and not to be had from the hub "
+            f"({str(error).strip().splitlines()[0]}). Give the path of a folder with tokenizer.json, or of a "
+            "SentencePiece file"
+        ) from error
+    return Path(found)
+
+
+def load_published(path: Path) -> Published:
+    """Read tokenizer.json where there is one, else a SentencePiece file, else what AutoTokenizer understands.
+
+    tokenizer.json is read as it stands: a ``tokenizer_class`` beside it would be rebuilt by other rules.
+    ``do_lower_case`` in tokenizer_config.json is followed for a SentencePiece file, which cannot say it.
+    Raises RecipeError when there is no tokenizer, or one that cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    config = _config(folder)
+    named = {key: _content(config[key]) for key in SPECIAL_TOKENS if config.get(key)}
+    model_files = [path] if path.is_file() else sorted(path.glob("*.model"))
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        core = Tokenizer.from_file(str(path / "tokenizer.json"))
+    elif model_files:
+        model = model_files[0].read_bytes()
+        try:
+            processor = spm.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise RecipeError(f"{model_files[0]}: not a SentencePiece model ({error})") from error
+        core = from_sentencepiece(model)
+        if config.get("do_lower_case"):
+            core.normalizer = normalizers.Sequence([normalizers.Lowercase(), core.normalizer])
+        tokens = {key: token for key, token in sentencepiece_tokens(processor).items() if token} | named
+        tokens.pop("bos_token", None)  # SentencePiece puts nothing before a text
+        return Published(core, tokens, model)
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            core = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+        except (OSError, ValueError, AttributeError) as error:
+            raise RecipeError(
+                f"{path}: neither tokenizer.json nor a SentencePiece file, and transformers cannot read it "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
+    start = named.get("bos_token")
+    if start is None or core.encode("").ids[:1] != [core.token_to_id(start)]:
+        named.pop("bos_token", None)
+    return Published(core, named, None)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json and special_tokens_map.json of a folder say."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found |= json.loads((folder / name).read_text("utf-8"))
+    return found
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def take_over(
+    published: Published, config: dict[str, Any], sentences: Iterable[str]
+) -> tuple[PreTrainedTokenizerFast, list[list[int]]]:
+    """The published tokenizer with the control tokens that tokenizer.json names, and its new pieces.
+
+    With it, for each new piece in the order of their ids, the old ids that it stands for (see `extend`).
+    Raises RecipeError when a control token is not in its vocabulary, or when it has no end token.
+    """
+    tokens = published.tokens | special_tokens(config)
+    if not tokens.get("eos_token"):
+        raise RecipeError(
+            f"{config['published']}: names no end token, and every document ends with one. Set "
+            "tokenizer.eos_token to one of its tokens"
+        )
+    core = hide_control_pieces(published.tokenizer, {token for token in tokens.values() if token})
+    old_ids: list[list[int]] = []
+    if config.get("new_pieces"):
+        size = round_up(core.get_vocab_size() + config["new_pieces"], config.get("round_to", 1))
+        core, old_ids = extend(core, sentences, size - core.get_vocab_size())
+    return as_fast(core, tokens), old_ids
+
+
+def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> tuple[Tokenizer, list[list[int]]]:
+    """The tokenizer with `count` new pieces of Japanese text behind its vocabulary; no old id changes.
+
+    With it, for each new piece, the old ids it stands for: those of the tokens that were merged into it
+    (BPE), those that the old model makes of it (Unigram). A model's new rows start from theirs.
+
+    BPE: training goes on where it had stopped, by further merges of what the tokenizer makes of the text.
+    Unigram: the likeliest pieces of a model trained on the text, with the scores they have there. Raises
+    RecipeError when the text gives fewer, and for other kinds.
+    """
+    runs = Counter(run for sentence in sentences for run in _JAPANESE.findall(sentence))
+    state = json.loads(tokenizer.to_str())
+    model, size = state["model"], tokenizer.get_vocab_size()
+    old = tokenizer.get_vocab()
+    # Added tokens get their ids from the vocabulary, or else whatever follows it: there they would move.
+    outside = sorted((i, token) for token, i in old.items() if i >= len(model["vocab"]))
+    if max(old.values()) >= size:
+        raise RecipeError(
+            f"new_pieces: the vocabulary has {size} pieces and the id {max(old.values())}: ids are missing "
+            "in between, and new pieces would get those that are there. Leave new_pieces out"
+        )
+    if model["type"] == "BPE" and not model.get("continuing_subword_prefix"):
+        model["vocab"] |= {token: i for i, token in outside}
+        merges = _further_merges(tokenizer, runs, count)
+        spelled = {token: [i] for token, i in old.items()}
+        for a, b in merges:
+            spelled.setdefault(a + b, spelled[a] + spelled[b])
+        new = list(spelled)[len(old) :]
+        old_ids = [spelled[token] for token in new]
+        model["vocab"] |= {token: size + i for i, token in enumerate(new)}
+        model["merges"] += [list(merge) for merge in merges]
+    elif model["type"] == "Unigram":
+        model["vocab"] += [[token, NEVER] for _, token in outside]
+        new = _likeliest_pieces(runs, count, set(old))
+        # A piece is what normalising left: nothing is to be put before it or changed in it again.
+        plain = Tokenizer.from_str(json.dumps(state | {"normalizer": None, "pre_tokenizer": None}))
+        spelled = plain.encode_batch([piece for piece, _ in new], add_special_tokens=False)
+        old_ids = [encoding.ids for encoding in spelled]
+        model["vocab"] += new
+    else:
+        raise RecipeError(f"new_pieces: works for BPE and Unigram, not for {model['type']}. Leave it out")
+    if len(new) < count:
+        raise RecipeError(
+            f"new_pieces: {count} wanted, but the text gives {len(new)}. Lower tokenizer.new_pieces or "
+            "add text"
+        )
+    return Tokenizer.from_str(json.dumps(state)), old_ids
+
+
+def _further_merges(tokenizer: Tokenizer, runs: Counter[str], count: int) -> list[tuple[str, str]]:
+    """The merges that follow the tokenizer's own, in order, until `count` of them make a new token.
+
+    Each token is shown to the trainer as one character, so that it starts from what the tokenizer makes.
+    """
+    names = {i: token for token, i in tokenizer.get_vocab().items()}
+    words: Counter[str] = Counter()
+    counted = iter(runs.items())
+    while batch := list(itertools.islice(counted, 10_000)):
+        encoded = tokenizer.encode_batch([run for run, _ in batch], add_special_tokens=False)
+        for (_, times), encoding in zip(batch, encoded, strict=True):
+            tokens = zip(encoding.word_ids, encoding.ids, strict=True)
+            for _, word in itertools.groupby(tokens, key=lambda token: token[0]):
+                words["".join(chr(_FIRST_MARK + i) for _, i in word)] += times
+    alphabet = {mark for word in words for mark in word}
+    continued = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + count + count // 4 + 100, min_frequency=2, show_progress=False
+    )
+    continued.train_from_iterator((word for word, times in words.items() for _ in range(times)), trainer)
+    merges, new = [], set()
+    for pair in json.loads(continued.to_str())["model"]["merges"]:
+        a, b = ("".join(names[ord(mark) - _FIRST_MARK] for mark in part) for part in pair)
+        if len(new) == count:
+            break
+        merges.append((a, b))
+        if tokenizer.token_to_id(a + b) is None:
+            new.add(a + b)
+    return merges
+
+
+def _likeliest_pieces(runs: Counter[str], count: int, old: set[str]) -> list[list[Any]]:
+    """Up to `count` pieces, with scores, that a Unigram model of the text has and the vocabulary has not."""
+    text = (run for run, times in runs.items() for _ in range(times))
+    model = train_sentencepiece(text, {"vocab_size": 8000 + count + len(old)}, strict=False)
+    processor = spm.SentencePieceProcessor(model_proto=model)
+    pieces = [
+        (processor.get_score(i), processor.id_to_piece(i))
+        for i in range(processor.vocab_size())
+        if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))
+    ]
+    return [[piece, score] for score, piece in sorted(pieces, reverse=True) if piece not in old][:count]

@@ -1,0 +1,193 @@
+"""Token files in Megatron-LM's indexed format: ``.bin`` holds the tokens, ``.idx`` the documents.
+
+The same files feed Megatron-LM and GPT-NeoX. Layout of ``.idx``, little-endian, after
+megatron/core/datasets/indexed_dataset.py: ``MMIDIDX\\0\\0``, version uint64 = 1, dtype code uint8, number of
+sequences uint64, number of document bounds uint64, lengths int32[sequences], byte offsets int64[sequences],
+document bounds int64[documents + 1]. Here every document is one sequence.
+
+A file is written under another name, flushed to disk, then renamed, the index last: what can be opened is
+whole. Nothing here imports torch, so that a worker that tokenises starts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import shutil
+import struct
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from recipe.project import RecipeError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_CODES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_BATCH = 512  # documents converted to bytes at once
+_INDEX_BATCH = 2**20  # documents whose index entries are in memory at once
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id of the vocabulary fits, else int32."""
+    return _DTYPE_CODES[8 if vocab_size <= 2**16 else 4]
+
+
+def write_token_file(
+    prefix: Path, documents: Iterable[Sequence[int] | np.ndarray], vocab_size: int
+) -> tuple[int, int, int]:
+    """Write ``<prefix>.bin`` and ``<prefix>.idx``, one sequence per document.
+
+    Returns (documents, tokens, largest id; 0 without documents). Memory grows by 4 bytes a document only.
+    Raises RecipeError for a document without tokens and for an id outside the vocabulary; the files then do
+    not appear.
+    """
+    dtype, documents = token_dtype(vocab_size), iter(documents)
+    lengths, largest = bytearray(), 0
+    with _aside(prefix.with_suffix(".bin")) as handle:
+        while batch := list(itertools.islice(documents, _BATCH)):
+            sizes = np.fromiter(map(len, batch), "<i4", len(batch))
+            first = len(lengths) // 4
+            if not sizes.all():
+                raise RecipeError(f"{prefix}: document {first + int(sizes.argmin())} has no tokens")
+            tokens = np.concatenate(batch)
+            if tokens.min() < 0 or tokens.max() >= vocab_size:
+                wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+                raise RecipeError(
+                    f"{prefix}: id {wrong} in documents {first} to {first + len(batch) - 1}, but the "
+                    f"vocabulary has {vocab_size} entries. Make the tokenizer again: stage 03 with --force"
+                )
+            largest = max(largest, int(tokens.max()))
+            handle.write(tokens.astype(dtype))
+            lengths += sizes.tobytes()
+    sizes = np.frombuffer(lengths, "<i4")
+    _write_index(prefix.with_suffix(".idx"), dtype, [sizes])
+    return len(sizes), int(sizes.sum(dtype=np.int64)), largest
+
+
+def join_token_files(parts: Sequence[Path], prefix: Path) -> tuple[int, int]:
+    """Write the documents of several token files, in their order, as one; return (documents, tokens).
+
+    Constant memory. Raises RecipeError when a part is not whole or the parts have different dtypes.
+    """
+    files = [TokenFile(part) for part in parts]
+    dtypes = {file.dtype for file in files}
+    if len(dtypes) != 1:
+        raise RecipeError(f"{prefix}: its {len(files)} parts hold {len(dtypes)} dtypes, wanted 1")
+    with _aside(prefix.with_suffix(".bin")) as handle:
+        for part in parts:
+            with part.with_suffix(".bin").open("rb") as source:
+                shutil.copyfileobj(source, handle, 2**22)
+    lengths = [file.lengths for file in files]
+    _write_index(prefix.with_suffix(".idx"), dtypes.pop(), lengths)
+    return sum(map(len, lengths)), sum(len(file.tokens) for file in files)
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` only when all is written and on the disk."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as handle:
+        yield handle
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.rename(path)
+
+
+def _write_index(path: Path, dtype: np.dtype, parts: list[np.ndarray]) -> None:
+    """Write an ``.idx`` for documents of the given lengths (int32, one array per part)."""
+    documents = sum(map(len, parts))
+    code = next(code for code, known in _DTYPE_CODES.items() if known == dtype)
+    batches = [part[i : i + _INDEX_BATCH] for part in parts for i in range(0, len(part), _INDEX_BATCH)]
+    with _aside(path) as handle:
+        handle.write(_HEADER.pack(_MAGIC, 1, code, documents, documents + 1))
+        for lengths in batches:
+            handle.write(lengths.tobytes())
+        place = 0
+        for lengths in batches:
+            ends = place + np.cumsum(lengths, dtype=np.int64)
+            handle.write(((ends - lengths) * dtype.itemsize).astype("<i8").tobytes())
+            place = int(ends[-1])
+        for begin in range(0, documents + 1, _INDEX_BATCH):
+            handle.write(np.arange(begin, min(begin + _INDEX_BATCH, documents + 1), dtype="<i8").tobytes())
+
+
+class TokenFile:
+    """A token file opened by memory map, in O(1) time and memory.
+
+    tokens: [tokens] uint16 or int32. lengths: [documents] int32, tokens of each document. starts:
+    [documents] int64, byte offset of each document. documents: their number. dtype: that of the tokens.
+
+    Raises RecipeError when a file is missing or truncated, or the two do not belong together.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        index, data = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+        for path in (index, data):
+            if not path.is_file():
+                raise RecipeError(f"{path}: missing. Run stage 04")
+        size = index.stat().st_size
+        with index.open("rb") as handle:
+            header = handle.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+            raise RecipeError(
+                f"{index}: not a Megatron-LM index (version 1). Run stage 04 again with --force"
+            )
+        _, version, code, documents, bounds = _HEADER.unpack(header)
+        if version != 1 or code not in _DTYPE_CODES:
+            raise RecipeError(
+                f"{index}: version {version} and dtype code {code}, wanted version 1 and 4 (int32) or "
+                "8 (uint16). Run stage 04 with --force"
+            )
+        if bounds != documents + 1:
+            raise RecipeError(
+                f"{index}: {bounds - 1} documents in {documents} sequences, wanted one sequence each"
+            )
+        wanted = _HEADER.size + 12 * documents + 8 * bounds
+        if size != wanted:
+            raise RecipeError(
+                f"{index}: truncated or damaged: {size} bytes, wanted {wanted}. Run stage 04 with --force"
+            )
+        self.dtype, self.documents = _DTYPE_CODES[code], documents
+        self.lengths = _map(index, "<i4", _HEADER.size, documents)
+        self.starts = _map(index, "<i8", _HEADER.size + 4 * documents, documents)
+        end = int(self.starts[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if documents else 0
+        if data.stat().st_size != end:
+            raise RecipeError(
+                f"{data}: {data.stat().st_size} bytes, but its index wants {end}. Run stage 04 with --force"
+            )
+        self.tokens = _map(data, self.dtype, 0, end // self.dtype.itemsize)
+
+    def __reduce__(self) -> tuple:
+        return TokenFile, (self.prefix,)  # for a loader's process: opened again instead of copied whole
+
+    def first_token(self, document: int) -> int:
+        """The place of a document's first token; that of the file's end for ``document == documents``."""
+        if document == self.documents:
+            return len(self.tokens)
+        return int(self.starts[document]) // self.dtype.itemsize
+
+    def document_starts(self, begin: int, end: int) -> np.ndarray:
+        """The places in [begin, end) where a document starts, int64, by bisection in O(log documents)."""
+        size = self.dtype.itemsize
+        # bisect: the format leaves the offsets unaligned, and searchsorted would first copy them all.
+        first = bisect_left(self.starts, begin * size)
+        starts = self.starts[first : first + end - begin] // size
+        return starts[: starts.searchsorted(end)]
+
+
+def _map(path: Path, dtype: str | np.dtype, offset: int, count: int) -> np.ndarray:
+    """Part of a file as a read-only array, nothing read before it is used."""
+    if not count:
+        return np.zeros(0, dtype)
+    with path.open("rb") as handle:
+        pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    # Blocks are read in random order: without this, each first touch reads 128 KB around a block of 2 KB.
+    pages.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(pages, dtype, count, offset)

@@ -1,0 +1,1 @@
+"""Under the Trainer: stages 05, 12 and 13."""

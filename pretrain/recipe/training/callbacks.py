@@ -1,0 +1,243 @@
+"""What happens beside the training loop: signals, the progress line, the proof of what is active."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from recipe.hardware import peak_memory
+from recipe.training.watchdog import SignsOfLife
+
+
+class StopOnSignal(TrainerCallback):
+    """Finish the step, save, end: on a signal, on the launcher's stop file, or when the launcher is gone.
+
+    All ranks agree, so that none is left waiting.
+    """
+
+    def __init__(self, stop_file: Path, parent: int) -> None:
+        self.stop_file, self.parent = stop_file, parent
+        self.received = False
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.received = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask the Trainer to save and stop when any rank was told to."""
+        stop = self.received or self.stop_file.exists() or not _is_running(self.parent)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flag = torch.tensor([int(stop)], device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            stop = bool(flag.item())
+        if state.global_step >= state.max_steps:
+            # The finished model follows at once; and resumed from a checkpoint of the last step, the Trainer
+            # would train one step too many.
+            control.should_save = False
+        elif stop:
+            control.should_save = control.should_training_stop = True
+
+
+class Heartbeat(TrainerCallback):
+    """Tell the launcher's watchdog that this rank is alive. To be the last callback."""
+
+    def __init__(self, life: SignsOfLife) -> None:
+        self.life, self.compiled = life, False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step compiles, for as long as it takes."""
+        self.life.unpaced(state.global_step)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After something unpaced, the clock starts again."""
+        if self.compiled and self.life.started is None:
+            self.life.step(state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One more step; what may follow it has no pace."""
+        self.life.step(state.global_step)
+        if not self.compiled or control.should_evaluate or control.should_save:
+            self.life.unpaced(state.global_step)
+        self.compiled = True
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An evaluation goes on."""
+        self.life.alive(state.global_step)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The model is saved."""
+        self.life.unpaced(state.global_step)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class Meter(TrainerCallback):
+    """Measure speed and memory on every rank; `complete` adds them to what is logged, for all boards
+    alike.
+    """
+
+    def __init__(
+        self, tokens_per_step: int, flops: float, peak: float, bytes_per_token: float | None
+    ) -> None:
+        """flops: per token. peak: FLOP/s of all ranks together. bytes_per_token: of the validation text."""
+        self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak
+        self.bytes_per_token = bytes_per_token
+        self.compiled = False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self._restart(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the first step, which compiles, out of the speed."""
+        if not self.compiled:
+            self.compiled = True
+            self._restart(state)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluation is not training time: the speed starts afresh after it."""
+        self._restart(state)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Nor is saving."""
+        self._restart(state)
+
+    def _restart(self, state: TrainerState) -> None:
+        self.mark, self.mark_step = time.perf_counter(), state.global_step
+
+    def complete(self, logs: dict[str, float], state: TrainerState, device: torch.device) -> None:
+        """Add to a training log tokens/s, MFU, seconds left, and each rank's tokens/s and memory (all ranks
+        must call); to every loss its bits per byte.
+
+        Memory is the peak so far: of the GPU's allocator, or resident in the process on a CPU.
+        """
+        for key in ("loss", "eval_loss"):
+            if key in logs and self.bytes_per_token:
+                name = key.removesuffix("loss") + "bits_per_byte"
+                logs[name] = logs[key] / math.log(2) / self.bytes_per_token
+        if "loss" not in logs or state.global_step == self.mark_step:
+            return
+        steps, seconds = state.global_step - self.mark_step, time.perf_counter() - self.mark
+        rows = gather([seconds, peak_memory(device.type)], device)
+        slowest = max(row[0] for row in rows)
+        speed = steps * self.tokens_per_step / slowest
+        logs |= {"tokens_per_second": round(speed, 1), "mfu": round(speed * self.flops / self.peak, 4)}
+        logs["seconds_left"] = round((state.max_steps - state.global_step) * slowest / steps)
+        for rank, (taken, memory) in enumerate(rows):
+            share = steps * self.tokens_per_step / len(rows)
+            logs[f"rank{rank}/tokens_per_second"] = round(share / taken, 1)
+            logs[f"rank{rank}/memory_gib"] = round(memory / 2**30, 3)
+        self._restart(state)
+
+
+def gather(values: list[float], device: torch.device) -> list[list[float]]:
+    """The values of every rank, by rank. All ranks must call."""
+    row = torch.tensor(values, dtype=torch.float32, device=device)
+    if not dist.is_initialized():
+        return [row.tolist()]
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, row)
+    return [row.tolist() for row in rows]
+
+
+class Progress(TrainerCallback):
+    """One line with loss, speed, MFU and time left; every logged value also goes to ``metrics.jsonl``."""
+
+    def __init__(self, folder: Path, tokens_per_step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.tokens_per_step = tokens_per_step
+        self.seconds_before = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Continue the curve where the checkpoint stands."""
+        kept = keep_rows(self.path, state.global_step)
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.started = time.perf_counter()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0 if sys.stderr.isatty() else 20.0,
+            bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}]{postfix}",
+        )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Write one row, show it on the bar. Seconds count all tries, evaluation and compiling too."""
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        row = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "seconds": round(self.seconds_before + time.perf_counter() - self.started, 3),
+        }
+        row |= {key: value for key, value in logs.items() if key not in NOT_WRITTEN}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        shown = "  ".join(text.format(row[key]) for key, text in SHOWN.items() if key in row)
+        if "seconds_left" in row:  # tqdm's own estimate would go by the first step, which compiles
+            shown += f"  {tqdm.format_interval(row['seconds_left'])} left"
+        if "loss" in row:
+            self.bar.set_postfix_str(shown)
+        else:
+            self.bar.write(f"step {state.global_step}: {shown}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the finished line standing."""
+        self.bar.close()
+
+
+# The Trainer's own figures of an evaluation: its speed says nothing about the model.
+NOT_WRITTEN = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "z_loss": "z-loss {:.1e}",
+    "bits_per_byte": "{:.3f} bits/byte",
+    "eval_loss": "valid loss {:.4f}",
+    "eval_bits_per_byte": "{:.4f} bits/byte",
+    "grad_norm": "gradient {:.2f}",
+    "learning_rate": "lr {:.1e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
+}
+
+
+def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut a file of JSON lines with ``step`` off after a step, and return what is left.
+
+    Later lines belong to a try that was cut off; the last one may be half a line.
+    """
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
+    kept = [row for row in map(json.loads, lines) if row["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "utf-8")
+    part.rename(path)
+    return kept

@@ -1,0 +1,32 @@
+"""Direct preference optimisation (Rafailov et al., 2023) by trl's trainer, with the checkpoints of the
+others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOTrainer
+
+from recipe.tokenization.packing import permuted
+from recipe.training.trainer import RecipeTrainer
+
+
+class PreferenceTrainer(RecipeTrainer, DPOTrainer):
+    """trl's DPOTrainer on ids that `encode_preferences` made, with the optimizer and checkpoints of ours."""
+
+    rows_per_sample = 2  # the chosen and the rejected answer
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset  # trl's encoding would take special-token strings in a text for control tokens
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: what trl writes beside each checkpoint says less than stage.json."""
+
+
+def in_order(rows: list[dict[str, list[int]]], seed: int, epochs: int) -> Dataset:
+    """Rows in the order of training: each epoch another permutation, a function of (seed, epoch) only."""
+    size = len(rows)
+    order = [permuted(i, size, seed * 1_000_003 + epoch + 1) for epoch in range(epochs) for i in range(size)]
+    return Dataset.from_list(rows).select(order)

@@ -1,0 +1,183 @@
+"""What is really active after the first step, compared with what was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from recipe.config.settings import Settings
+from recipe.config.training import OPTIMIZERS
+from recipe.hardware import Choice
+from recipe.model.build import parameter_count
+from recipe.model.sharding import sharded_over
+from recipe.project import Refused
+from recipe.training.callbacks import gather
+from recipe.training.check_schedule import sampled
+
+
+class Proof(TrainerCallback):
+    """After the first step, find out what is really active; stop when it is not what was asked for."""
+
+    def __init__(
+        self, choice: Choice, parallel: str, ranks: int, settings: Settings, tokens_per_step: int
+    ) -> None:
+        self.choice, self.parallel, self.ranks, self.settings = choice, parallel, ranks, settings
+        self.tokens_per_step = tokens_per_step
+        self.trainer: Trainer | None = None
+        self.block: dict[str, Any] = {}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look once, at the first step of this process."""
+        if self.block:
+            return
+        assert self.trainer is not None
+        self.block = active(self.trainer)
+        self.block["tokens_per_step"] = self.tokens_per_step
+        muon = self.settings.muon_learning_rate
+        wanted = {
+            "precision": self.choice.precision,
+            "attention": self.choice.attention,
+            "compiled": self.choice.compile,
+            "ranks": self.ranks,
+            "parallel": self.parallel,
+            "global_batch": self.settings.global_batch_size,
+            "optimizer": "MuonAdamW" if muon else OPTIMIZERS[args.optim.value],
+            "weight_decay": args.weight_decay or None,
+            "gradient_clipping": args.max_grad_norm or None,
+            "activation_checkpointing": bool(args.activation_checkpointing),
+            "neftune": args.neftune_noise_alpha,
+            "z_loss": self.settings.z_loss or None,
+            "boards": sorted(args.report_to),
+        }
+        if not muon and args.optim.value == "adamw_torch_fused" and not self.block["offloaded"]:
+            wanted["fused"] = True
+        if "adamw" in args.optim.value:
+            wanted |= {"betas": [args.adam_beta1, args.adam_beta2], "epsilon": args.adam_epsilon}
+        self.block["learning_rates"], wrong_rates = sampled(self.trainer)
+        wrong = [
+            f"{key}: asked for {value}, active is {self.block[key]}"
+            for key, value in wanted.items()
+            if self.block[key] != value
+        ] + wrong_rates
+        if state.is_world_process_zero:
+            tqdm.write("active: " + ", ".join(f"{key} {value}" for key, value in self.block.items()))
+        if wrong:
+            raise Refused("not what was asked for is active. " + "; ".join(wrong))
+
+
+def parallel_wish(ranks: int, deepspeed: str | None, fsdp: bool, tensor_parallel: int) -> str:
+    """How the ranks are to be joined, in the words of `joined`. deepspeed: path of a file, or None."""
+    if deepspeed:
+        zero = json.loads(Path(deepspeed).read_text("utf-8")).get("zero_optimization", {})
+        devices = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
+        return _zero(zero.get("stage", 0), *devices)
+    if fsdp or tensor_parallel > 1:
+        return _sharded({"fsdp": ranks // tensor_parallel, "tp": tensor_parallel})
+    return f"DDP {ranks}" if ranks > 1 else "one process"
+
+
+def joined(model: Any) -> str:
+    """How the ranks are really joined, read from the model that trains: ``one process``, ``DDP 4``,
+    ``FSDP2 4``, ``TP 2``, ``FSDP2 2 x TP 2``, or ``ZeRO-2, optimizer on cpu``.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps around DistributedDataParallel
+    if hasattr(model, "zero_optimization_stage"):
+        offload = model.zero_offload_optimizer(), model.zero_offload_param()
+        return _zero(model.zero_optimization_stage(), *(getattr(part, "device", None) for part in offload))
+    if isinstance(model, DistributedDataParallel):
+        return f"DDP {dist.get_world_size(model.process_group)}"
+    sharded = sharded_over(model)
+    if sharded:
+        return _sharded(sharded)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return "one process" if ranks == 1 else f"nothing joins the {ranks} ranks"
+
+
+def _zero(stage: int, optimizer: Any, parameters: Any) -> str:
+    parts = [f"ZeRO-{stage}"]
+    for name, device in (("optimizer", optimizer), ("parameters", parameters)):
+        device = str(device).split(".")[-1]  # DeepSpeed's own are members of an enum
+        if device not in ("None", "none"):
+            parts.append(f"{name} on {device}")
+    return ", ".join(parts)
+
+
+def _sharded(sizes: dict[str, int]) -> str:
+    names = {"fsdp": "FSDP2", "tp": "TP"}
+    return " x ".join(f"{names[kind]} {sizes[kind]}" for kind in names if sizes.get(kind, 1) > 1)
+
+
+def active(trainer: Trainer) -> dict[str, Any]:
+    """What a running Trainer really uses, read from the objects that do the work, not from the wishes."""
+    from torch._dynamo.utils import counters
+
+    engine, model = trainer.model_wrapped, trainer.model
+    optimizer: Any = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's, then DeepSpeed's wrapper
+        optimizer = optimizer.optimizer
+    groups = optimizer.param_groups
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    embeddings = model.get_input_embeddings()
+    precision = trainer.accelerator.mixed_precision
+    clipping = getattr(trainer, "clipped_at", None)
+    if hasattr(engine, "zero_optimization_stage"):
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
+        clipping = engine.gradient_clipping()
+    adam = [group for group in groups if "betas" in group and "eps" in group]
+    return {
+        "device": str(trainer.args.device),
+        "precision": {"no": "fp32"}.get(precision, precision),
+        "attention": model.config._attn_implementation,
+        "compiled": counters["stats"]["unique_graphs"] > 0,
+        "activation_checkpointing": model.is_activation_checkpointing,
+        "optimizer": _optimizer_name(optimizer),
+        "fused": bool(groups[0].get("fused")),
+        "offloaded": type(optimizer).__name__.startswith("DeepSpeedCPU"),
+        "betas": list(_common(tuple(group["betas"]) for group in adam) or ()),
+        "epsilon": _common(group["eps"] for group in adam),
+        "weight_decay": _common(group["weight_decay"] for group in groups if group.get("weight_decay")),
+        "gradient_clipping": clipping or None,
+        "scheduler": f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
+        "z_loss": trainer.settings.z_loss if trainer.z_losses else None,
+        "neftune": getattr(embeddings, "neftune_noise_alpha", None),
+        "parallel": joined(engine),
+        "ranks": ranks,
+        "micro_batch": trainer.args.per_device_train_batch_size,
+        "accumulation": trainer.args.gradient_accumulation_steps,
+        # Ranks that share matrices read the same batches.
+        "global_batch": round(sum(n for (n,) in gather([trainer.sequences], trainer.args.device)))
+        // sharded_over(model).get("tp", 1),
+        "parameters": parameter_count(model),
+        "seed": trainer.args.seed,
+        "boards": sorted(
+            name
+            for name, board in INTEGRATION_TO_CALLBACK.items()
+            if any(type(callback) is board for callback in trainer.callback_handler.callbacks)
+        ),
+    }
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """The class, with the bits of bitsandbytes' states; DeepSpeed's AdamW on the CPU is AdamW."""
+    name = type(optimizer).__name__
+    if name == "DeepSpeedCPUAdam":
+        return "AdamW" if optimizer.adam_w_mode else "Adam"
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        return f"{name} {optimizer.args.optim_bits}-bit"
+    return name
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all share; all of them, as text, where they differ; None where there is none."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else str(sorted(found)) if found else None

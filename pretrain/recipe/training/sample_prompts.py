@@ -1,0 +1,97 @@
+"""What a model writes while it is trained: the same prompts at chosen steps, to be read side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from recipe.evaluation.generation import generate_all, generation_config, side_by_side
+from recipe.training.callbacks import keep_rows
+
+
+class Samples(TrainerCallback):
+    """Continue prompts before training, at chosen steps and at the end: ``samples.jsonl``, ``samples.md``.
+
+    A row of samples.jsonl holds step, prompt, text, stopped (see `Answer`) and, after step 0, eval_loss:
+    sampling always goes with an evaluation. The training's random numbers are not touched. Every rank
+    generates, since under ZeRO-3 none has the whole model; rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        steps: int | list[int] | None,
+        prompts: dict[str, list[int]],
+        values: dict[str, Any],
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path,
+    ) -> None:
+        """steps: every so many, or these; None: no samples. prompts: text and ids.
+
+        values: generation.json.
+        """
+        self.steps, self.prompts, self.tokenizer, self.folder = steps, prompts, tokenizer, folder
+        self.config, self.seed = generation_config(values, tokenizer), values.get("seed", 42)
+
+    def _is_due(self, state: TrainerState) -> bool:
+        step = state.global_step
+        if self.steps is None:
+            return False
+        if step in (0, state.max_steps):
+            return True
+        return step % self.steps == 0 if isinstance(self.steps, int) else step in self.steps
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Drop what a try that was cut off had written; sample before the first step."""
+        if state.is_world_process_zero:
+            keep_rows(self.folder / "samples.jsonl", state.global_step)
+        if state.global_step == 0 and self._is_due(state):
+            self._write(objects["model"], state, {})
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask the Trainer to evaluate at the chosen steps."""
+        if self._is_due(state):
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **objects: Any
+    ) -> None:
+        """Sample after the evaluation of a chosen step."""
+        if self._is_due(state):
+            self._write(objects["model"], state, {"eval_loss": metrics["eval_loss"]})
+
+    def _write(self, model: PreTrainedModel, state: TrainerState, facts: dict[str, float]) -> None:
+        was_training = model.training
+        with torch.random.fork_rng():
+            answers = generate_all(model, self.tokenizer, list(self.prompts.values()), self.config, self.seed)
+        model.train(was_training)
+        if not state.is_world_process_zero:
+            return
+        path = self.folder / "samples.jsonl"
+        with path.open("a", encoding="utf-8") as handle:
+            for prompt, answer in zip(self.prompts, answers, strict=True):
+                row = {"step": state.global_step, **facts, "prompt": prompt}
+                row |= {"text": answer.text, "stopped": answer.stopped}
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        (self.folder / "samples.md").write_text(by_prompt(rows), "utf-8")
+
+
+def by_prompt(rows: list[dict[str, Any]]) -> str:
+    """The rows of samples.jsonl as Markdown: each prompt a heading, below it what was written at each
+    step.
+    """
+    prompts: dict[str, dict[str, str]] = {}
+    for row in rows:
+        loss = f", valid loss {row['eval_loss']:.3f}" if "eval_loss" in row else ""
+        prompts.setdefault(row["prompt"], {})[f"step {row['step']}{loss}"] = row["text"]
+    return side_by_side([{"prompt": prompt} | texts for prompt, texts in prompts.items()])

@@ -1,0 +1,100 @@
+"""A step whose loss or gradient cannot be true changes no weight: it is left out and written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from recipe.project import RecipeError
+from recipe.training.callbacks import gather
+
+if TYPE_CHECKING:
+    from recipe.training.trainer import RecipeTrainer
+
+SPIKE = 20  # a loss so many times the recent ones, and as many nats, is none of a training that works
+RECENT = 50  # steps whose losses are remembered
+TRIES = 5  # steps in a row that may be left out
+
+
+class Guard(TrainerCallback):
+    """Leave a step out whose loss or gradient norm is no finite number, or whose loss is a spike.
+
+    It looks after the backward pass and before the optimizer's step, so that there is nothing to roll back.
+    PaLM restarted before a spike and skipped its batches (Chowdhery et al., 2022, section 5.1); here only the
+    batch itself is skipped. ``skipped.jsonl`` lists these steps: a training that continues from an earlier
+    checkpoint leaves out the same ones. All ranks decide alike. After `TRIES` in a row it raises RecipeError.
+
+    Under DeepSpeed the optimizer's step is part of the backward pass. In bf16 and fp16 DeepSpeed leaves out
+    what is not finite itself, and it is only written down here; in float32 it does not, and the training ends
+    at once. A spike is taken there with its gradient clipped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "skipped.jsonl"
+        self.trainer: RecipeTrainer | None = None
+        self.losses: deque[float] = deque(maxlen=RECENT)
+        self.in_a_row = 0
+        self.skipped: set[int] = set()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Read what earlier tries have left out."""
+        if self.path.exists():
+            lines = [line for line in self.path.read_text("utf-8").splitlines() if line.endswith("}")]
+            self.skipped = {json.loads(line)["step"] for line in lines}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Judge the step; drop its gradients if it is to be left out, so that the optimizer does nothing."""
+        trainer = self.trainer
+        assert trainer is not None
+        own = float(trainer.step_loss)
+        trainer.step_loss = 0.0
+        losses = [loss for (loss,) in gather([own], args.device)]
+        loss = sum(losses) / len(losses)
+        # The scaler of fp16 looks for such gradients itself, and finds some while it settles.
+        norm = None if args.fp16 or trainer.gradient_norm is None else float(trainer.gradient_norm)
+        step = state.global_step + 1
+        deepspeed = trainer.is_deepspeed_enabled
+        reason = self._reason(loss, norm, math.inf if deepspeed else SPIKE)
+        if reason and deepspeed and not (args.bf16 or args.fp16):
+            raise RecipeError(
+                f"step {step}: {reason}, which DeepSpeed has put into the weights. Run the same command "
+                "again: it continues from the last checkpoint, before this step"
+            )
+        if not reason and step not in self.skipped:
+            self.losses.append(loss)
+            self.in_a_row = 0
+            return
+        for parameter in objects["model"].parameters():
+            parameter.grad = None
+        self.in_a_row += 1
+        if step not in self.skipped and state.is_world_process_zero:
+            row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
+            print(f"warning: step {step} is left out: {reason}", flush=True)
+        self.skipped.add(step)
+        if self.in_a_row >= TRIES:
+            why = reason or "as in an earlier try"
+            raise RecipeError(
+                f"{TRIES} steps in a row were left out, the last is {step}: {why}. "
+                "The weights are those before them, and checkpoints are kept. Start over with --force and a "
+                "lower learning_rate, or with z_loss; or look into the data of these steps"
+            )
+
+    def _reason(self, loss: float, norm: float | None, spike: float) -> str:
+        if not math.isfinite(loss):
+            return f"a loss of {loss}"
+        if norm is not None and not math.isfinite(norm):
+            return f"a gradient norm of {norm}"
+        usual = statistics.median(self.losses) if self.losses else math.inf
+        if loss > spike * max(usual, 1.0):
+            return f"a loss of {loss:.4g} after {usual:.4g}"
+        return ""

@@ -1,0 +1,113 @@
+"""The Trainer of all three trainings: our optimizer, verified checkpoints, a z-loss."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipe.config.settings import Settings
+from recipe.model.optimizers import MuonAdamW, decayed
+from recipe.model.sharding import ShardedTrainer
+from recipe.training.callbacks import Meter, gather
+from recipe.training.checkpoints import MANIFEST, list_checkpoints, write_manifest
+
+
+class RecipeTrainer(ShardedTrainer):
+    """The Trainer with our optimizer choice and verified checkpoints."""
+
+    rows_per_sample = 1  # of a batch that is trained on
+
+    def __init__(self, settings: Settings, meter: Meter, **keywords: Any) -> None:
+        self.settings, self.meter = settings, meter
+        self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
+        self.sequences = 0  # that this rank has trained on
+        self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
+        self.gradient_norm: torch.Tensor | float | None = None  # before it was clipped
+        self.clipped_at: float | None = None  # since it was clipped once
+        super().__init__(**keywords)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """What weight decay applies to: unlike the stock Trainer's, no embeddings."""
+        return decayed(model)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        """The Trainer's step over one micro-batch, whose sequences are counted for the proof."""
+        self.sequences += len(inputs["input_ids"]) // self.rows_per_sample
+        loss = super().training_step(model, inputs, *rest)
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self.clipped_at = self.args.max_grad_norm
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, *arguments: Any, **keywords: Any) -> torch.Tensor | float | None:
+        self.gradient_norm = super()._get_grad_norm(*arguments, **keywords)
+        return self.gradient_norm
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss; the z-loss in it is noted beside, on the device."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if "z_loss" in outputs:
+            # As the Trainer scales a loss that is divided by the tokens of all ranks.
+            self.z_losses.append(self.accelerator.num_processes // self.get_tp_size() * outputs["z_loss"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss without the z-loss, that apart, and what `Meter` measures."""
+        if "loss" in logs and self.z_losses:
+            mean = torch.stack(self.z_losses).mean().item() * self.args.gradient_accumulation_steps
+            shares = gather([mean], self.args.device)
+            logs["z_loss"] = sum(share for (share,) in shares) / len(shares)
+            logs["loss"] -= logs["z_loss"]
+            self.z_losses.clear()
+        self.meter.complete(logs, self.state, self.args.device)
+        super().log(logs, start_time)
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """Evaluate without drawing from the random numbers of the training."""
+        with torch.random.fork_rng():
+            return super().evaluate(*arguments, **keywords)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Muon with AdamW where muon_learning_rate is set, else the Trainer's own choice."""
+        if self.optimizer is None and self.settings.muon_learning_rate:
+            args = self.args
+            self.optimizer = MuonAdamW(
+                self.model if model is None else model,
+                self.settings.muon_learning_rate,
+                args.learning_rate,
+                (args.adam_beta1, args.adam_beta2),
+                args.adam_epsilon,
+                args.weight_decay,
+            )
+        return super().create_optimizer(model)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, verify, and only then delete older checkpoints."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.is_world_process_zero() and checkpoint.exists():
+                shutil.rmtree(checkpoint)  # what a kill left of an earlier try
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            write_manifest(checkpoint)
+            good = [path for path in list_checkpoints(folder) if (path / MANIFEST).exists()]
+            for old in good[limit:] if limit else []:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()

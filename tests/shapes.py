@@ -1,0 +1,15 @@
+"""Models, settings and recipes that several tests of memory and preflight look at."""
+
+import json
+
+from recipe.project import CONFIGS
+from recipe.run.memory import Setting
+
+SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4}
+SHIPPED = sorted(path.parent.name for path in CONFIGS.glob("*/model.json"))
+PLAIN = Setting("cuda", 1, 1024, 4, 1, "bf16", False, False, "AdamW")
+
+
+def read(recipe, file):
+    return json.loads((CONFIGS / recipe / f"{file}.json").read_text())

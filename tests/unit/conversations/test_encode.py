@@ -1,0 +1,62 @@
+"""Pairs as tokens: too long ones, shortened ones, and those that would train nothing."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import sentences
+from recipe.config.chat_templates import chat_template
+from recipe.conversations.chat_template import encode_conversation
+from recipe.conversations.encode import load_conversations
+from recipe.conversations.instructions import messages_of
+from recipe.project import RecipeError
+from recipe.tokenization.train import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def fast():
+    fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    fast.chat_template = chat_template("chat")
+    return fast
+
+
+def row(output, history=()):
+    return {"instruction": "山は?", "input": "", "output": output, "history": list(history)}
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "train.parquet"
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    texts = [(name, pa.string()) for name in ("instruction", "input", "output")]
+    pq.write_table(pa.Table.from_pylist(list(rows), pa.schema([*texts, ("history", turns)])), path)
+    return path
+
+
+LONG = "山に登りました。" * 80
+BEFORE = [{"role": "user", "content": "海は?"}, {"role": "assistant", "content": "湖を見ました。"}]
+
+
+def test_last_turns_go_until_a_conversation_fits(tmp_path, fast):
+    found, counts = load_conversations(
+        write(tmp_path, row("はい。"), row(LONG, BEFORE), row(LONG)), fast, 128
+    )
+    assert counts == {"longer than block_size": 1, "shortened": 1}
+    assert found == [
+        encode_conversation(fast, messages_of(row("はい。"))),
+        encode_conversation(fast, BEFORE),
+    ]
+
+
+def test_none_that_fits_is_an_error(tmp_path, fast):
+    with pytest.raises(RecipeError, match=r"no pair fits into block_size 64\. Raise finetune\.block_size"):
+        load_conversations(write(tmp_path, row(LONG)), fast, 64)
+
+
+def test_an_answer_without_a_trained_token_is_an_error(tmp_path, fast):
+    with pytest.raises(RecipeError, match=r"'山は\?' has no trained token"):
+        load_conversations(write(tmp_path, row(" ")), fast, 128)
+
+
+def test_an_empty_answer_before_the_last_is_an_error(tmp_path, fast):
+    blank = [{"role": "user", "content": "海は?"}, {"role": "assistant", "content": ""}]
+    with pytest.raises(RecipeError, match="an answer is empty"):
+        load_conversations(write(tmp_path, row("はい。", blank)), fast, 128)

@@ -1,0 +1,213 @@
+"""Instruction pairs: what is taken from a page or a description, what is dropped, how sides are chosen."""
+
+import json
+
+import pytest
+from recipe.conversations import instructions, read_rows
+from recipe.corpus.sources import ManPage
+from recipe.project import RecipeError
+
+PAGE = """<section class="Sh"><h1 class="Sh">名前</h1><p class="Pp">ls - 一覧を表示する</p></section>
+<section class="Sh"><h1>説明</h1><dl class="Bl-tag"><dt><b>-a</b>, <b>--all</b></dt>
+<dd>全てを表示する。詳細は下記。</dd><dt>ファイル</dt><dd>名前</dd></dl></section>"""
+
+
+def pairs(kind, monkeypatch, page):
+    monkeypatch.setattr(instructions, "read_manpages", lambda folder: iter([page]))
+    return [pair[:3] for pair in instructions.read_pairs(kind, {"source": "manpages"}, str)]
+
+
+def test_pairs_of_a_manual_page(monkeypatch):
+    page = ManPage("ls", "1", "", PAGE)
+    assert pairs("command-summary", monkeypatch, page) == [
+        ("コマンド ls は何をしますか?", "", "一覧を表示する")
+    ]
+    assert pairs("command-option", monkeypatch, page) == [
+        ("ls のオプション -a, --all の意味は何ですか?", "", "全てを表示する。")
+    ]
+    assert pairs("command-option", monkeypatch, ManPage("fork", "2", "", PAGE)) == []
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_alpaca_file(tmp_path, form):
+    rows = [{"instruction": "訳せ", "output": "い"}, {"instruction": "訳せ", "input": "a", "output": "あ"}]
+    text = json.dumps(rows) if form == "list" else "\n".join(map(json.dumps, rows))
+    (tmp_path / "a.json").write_text("\ufeff" + text, "utf-8")
+    found = list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
+    assert [pair[:3] for pair in found] == [("訳せ", "", "い"), ("訳せ", "a", "あ")]
+    # One instruction with different inputs is as many headwords, or one side of the split would stay empty.
+    assert found[0].headword != found[1].headword
+
+
+def test_alpaca_file_without_the_columns_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('[{"instruction": "x", "answer": "y"}]')
+    with pytest.raises(
+        RecipeError, match=r"a\.json: entry 1: no column 'output'; it has \['answer', 'instruction'\]"
+    ):
+        list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
+
+
+def test_bad_line_of_an_alpaca_file_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": "y"}\n\n{"instruction": \n')
+    with pytest.raises(RecipeError, match=r"a\.jsonl:3: not valid JSON"):
+        list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.jsonl")}, str))
+
+
+def pair(output, source="x", headword="h"):
+    return instructions.Pair("指示", "", output, source, headword)
+
+
+@pytest.mark.parametrize(
+    ("output", "source", "packaged", "reason"),
+    [
+        (" ", "x", False, "blank output"),
+        ("only English", "x", True, "answer not Japanese"),
+        ("only English", "translation", True, ""),
+        ("短", "x", True, "answer too short"),
+        ("山は高いです。", "x", True, ""),
+        ("はい", "x", False, ""),
+        ("print(1)", "x", False, ""),
+    ],
+)
+def test_reasons(output, source, packaged, reason):
+    assert instructions.reason_to_drop(pair(output, source), packaged) == reason
+
+
+def test_a_headword_stands_on_one_side():
+    sides = {}
+    for number in range(300):
+        for kind in ("a", "b"):
+            sides.setdefault(number, set()).add(instructions.pair_side(pair("文", kind, f"w{number}"), 0.3))
+    assert all(len(found) == 1 for found in sides.values())
+    assert {"train", "valid"} == set().union(*sides.values())
+
+
+def pairs_of(tmp_path, rows, name="a.jsonl"):
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / name).write_text(text, "utf-8")
+    return list(instructions.read_pairs("mine", {"path": str(tmp_path / name)}, str))
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def test_messages_become_the_last_exchange_and_what_was_before(tmp_path):
+    system = {"role": "system", "content": "簡潔に"}
+    (found,) = pairs_of(tmp_path, [{"messages": [system, *turns("山は?", "高い", "海は?", "深い", "空は?")]}])
+    assert found[:3] == ("海は?", "", "深い")
+    assert found.headword == "山は?"
+    assert instructions.messages_of(found._asdict()) == [system, *turns("山は?", "高い", "海は?", "深い")]
+
+
+def test_sharegpt_names_of_roles(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "山は?"}, {"from": "gpt", "value": "高い"}]}
+    (found,) = pairs_of(tmp_path, [row])
+    assert instructions.messages_of(found._asdict()) == turns("山は?", "高い")
+
+
+def test_the_best_replies_of_a_tree_make_one_conversation(tmp_path):
+    def message(name, parent, role, text, rank=None):
+        return {"message_id": name, "parent_id": parent, "role": role, "text_ja": text, "rank": rank}
+
+    rows = [
+        message("c", "a", "assistant", "悪い答え", 1),
+        message("a", None, "prompter", "山は?"),
+        message("b", "a", "assistant", "良い答え", 0),
+        message("d", "b", "prompter", "海は?"),
+        message("e", "d", "assistant", "深い"),
+        message("x", "gone", "assistant", "親のない答え"),
+    ]
+    (found,) = pairs_of(tmp_path, rows)
+    assert instructions.messages_of(found._asdict()) == turns("山は?", "良い答え", "海は?", "深い")
+
+
+def test_a_data_set_of_a_local_folder(tmp_path):
+    row = {"instruction": "訳せ", "input": "a", "output": "あ", "category": "closed_qa", "index": "0"}
+    (tmp_path / "dolly").mkdir()
+    (tmp_path / "dolly/databricks-dolly-15k-ja.json").write_text(json.dumps([row, row | {"input": None}]))
+    found = list(instructions.read_pairs("mine", {"dataset": str(tmp_path / "dolly")}, str))
+    assert [pair[:3] for pair in found] == [("訳せ", "a", "あ"), ("訳せ", "", "あ")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (turns("山は?"), "no answer"),
+        (turns("山は?", "高い")[::-1], "turns do not alternate"),
+        (turns("山は?", "高い") * 2 + turns("海は?")[:1], ""),
+        ([*turns("山は?"), *turns("海は?", "深い")], "turns do not alternate"),
+        (turns("山は?", " ", "海は?", "深い"), "blank turn"),
+        (turns("山は?", " "), "blank output"),
+        (turns("山は?", "\ud800"), "not valid Unicode"),
+    ],
+)
+def test_conversations_that_cannot_be_used(messages, reason):
+    def normalize(text):
+        return text.encode("utf-8").decode("utf-8")
+
+    found = instructions.make_pair(messages, "x", normalize)
+    assert instructions.reason_to_drop(found, False) == reason
+
+
+def test_faults_of_rows_are_named(tmp_path):
+    for row, wanted in [
+        ({"messages": [{"role": "tool", "content": "x"}]}, "line 1: messages: message 1: role 'tool'"),
+        ({"messages": "x"}, "line 1: messages: str, wanted a list"),
+        ({"instruction": "x", "output": 3}, "line 1: output: int, wanted a text"),
+        ({"text": "x"}, "line 1: no column 'instruction'; it has"),
+    ]:
+        with pytest.raises(RecipeError, match=wanted):
+            pairs_of(tmp_path, [row])
+
+
+def test_normalising_leaves_the_heading_of_an_input_whole():
+    from recipe.corpus.normalizing import make_normalizer
+
+    message = instructions.user_message("ﾔﾏ\n\nを訳せ", "ｶﾜ")
+    found = instructions.make_pair(
+        [{"role": "user", "content": message}, *turns("", "あ")[1:]], "x", make_normalizer({})
+    )
+    assert found[:3] == ("ヤマ\nを訳せ", "カワ", "あ")
+
+
+def test_overlap_counts_pairs_with_a_sentence_of_the_validation_text():
+    shared = "これは検証用の文書にもそのまま書かれている長い文です"
+    sides = {
+        "train": [pair(f"はい。{shared}。"), pair(shared[:15]), pair("別の" + shared)],
+        "valid": [pair("短い")],
+    }
+    texts = iter([f"前置き。\n{shared}。後書き。", "短い"])
+    assert instructions.pretraining_overlap(sides, texts) == {"train": 1, "valid": 0}
+
+
+def test_byte_order_marks_are_taken_off_and_counted(tmp_path):
+    row = json.dumps({"instruction": "訳せ", "input": "", "output": "あ"})
+    (tmp_path / "a.jsonl").write_text("\ufeff" + row, "utf-8")
+    (tmp_path / "b.jsonl").write_text(row, "utf-8")
+    spec = {"path": str(tmp_path / "*.jsonl")}
+    assert read_rows.byte_order_marks("x", spec) == 1
+    assert [row["instruction"] for _, row in read_rows.read_rows("x", spec)] == ["訳せ", "訳せ"]
+    assert read_rows.byte_order_marks("x", {"source": "manpages"}) == 0
+
+
+def test_the_table_of_pairs_names_where_they_are_from_and_their_licences():
+    config = {
+        "dataset": {"sources": {"tatoeba": {"source": "tatoeba", "licence": "CC-BY 2.0 FR"}}},
+        "instruction": {
+            "pairs": {
+                "translation": {"source": "tatoeba"},
+                "mine": {"path": "/home/somebody/pairs.json"},
+                "dolly": {"dataset": "kunishou/databricks-dolly-15k-ja"},
+            }
+        },
+    }
+    counts = {"in": 1200, "out": 1190, "dropped": {"duplicate": 10, "over translation_share": 0}}
+    funnel = dict.fromkeys(config["instruction"]["pairs"], counts)
+    funnel["mine"] = counts | {"byte_order_marks": 1}
+    table = instructions.pairs_table(funnel, config, {"train": 3, "valid": 0})
+    assert "| translation | tatoeba | CC-BY 2.0 FR | 1,200 | 1,190 | duplicate 10 |" in table
+    assert "| mine | pairs.json | yours | 1,200 " in table  # nobody's paths are published
+    assert "| dolly | kunishou/databricks-dolly-15k-ja | as its publisher says |" in table
+    assert "Byte order marks were taken off 1 files." in table
+    assert "pretraining: 3 of the train side and 0 of the valid side." in table

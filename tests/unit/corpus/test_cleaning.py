@@ -1,0 +1,36 @@
+"""Cleaning one text: what is kept of it, or why it is dropped."""
+
+import pytest
+from recipe.corpus.cleaning import make_cleaner
+from recipe.corpus.splitting import is_valid_side, text_hash
+
+CONFIG = {"minimum_characters": 5, "minimum_japanese_share": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept", "reason"),
+    [
+        ("これは　日本語の文章です。\n\n続き。", "これは日本語の文章です。\n続き。", ""),
+        ("This is English text.", None, "not Japanese"),
+        ("短い", None, "short"),
+        (" \n\u3000", None, "empty"),
+        ("制御\x00文字を含む日本語", None, "control characters"),
+        ("片方だけ\ud800のサロゲート", None, "control characters"),
+    ],
+)
+def test_what_is_kept_and_why_not(raw, kept, reason):
+    text, seen = make_cleaner(CONFIG, {"source": "files"})(raw)
+    assert seen == reason
+    assert kept is None or text == kept
+
+
+def test_a_set_of_rules_can_only_ask_for_more_than_the_whole_dataset():
+    text = "これは日本語の文章です。" * 5
+    assert make_cleaner({}, {"rules": "books"})(text)[1] == "short"
+    assert make_cleaner({"rules": {"books": {"minimum_characters": 50}}}, {"rules": "books"})(text)[1] == ""
+    changed = {"rules": {"books": {"minimum_characters": 50}}, "minimum_characters": 70}
+    assert make_cleaner(changed, {"rules": "books"})(text)[1] == "short"
+
+
+def test_share_of_one_side():
+    assert is_valid_side(text_hash("x"), 1.0) and not is_valid_side(text_hash("x"), 0.0)

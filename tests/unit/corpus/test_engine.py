@@ -1,0 +1,167 @@
+"""Phases on this machine, under a stub of Slurm and on Ray: resumed, failed, killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from recipe.corpus.engine import engine
+from recipe.project import RecipeError
+
+
+@dataclass
+class Square:
+    """Writes the square of its rank; counts how often it ran. Fails, or is killed, where it is told to."""
+
+    folder: Path
+    fails: int = -1
+    killed: int = -1
+
+    def __call__(self, _: object, rank: int, tasks: int) -> None:
+        with (self.folder / f"runs-{rank}").open("a") as handle:
+            handle.write("x")
+        if rank == self.fails:
+            raise RecipeError(f"part {rank} cannot be read")
+        if rank == self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / str(rank)).write_text(f"{rank * rank} of {tasks}")
+
+
+def squares(folder: Path, tasks: int) -> list[str]:
+    return [(folder / str(rank)).read_text() for rank in range(tasks)]
+
+
+def test_every_task_runs_once_and_knows_its_place(tmp_path):
+    with engine({"workers": 2}, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path)], 5)
+    assert squares(tmp_path, 5) == [f"{k * k} of 5" for k in range(5)]
+
+
+def test_a_failed_task_stops_with_its_own_words_and_a_rerun_does_only_what_is_missing(tmp_path):
+    with (
+        pytest.raises(RecipeError, match="part 3 cannot be read"),
+        engine({"workers": 1}, tmp_path) as phases,
+    ):
+        phases.run("square", [Square(tmp_path, fails=3)], 5)
+    with engine({"workers": 1}, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path)], 5)
+    assert squares(tmp_path, 5)[3] == "9 of 5"
+    assert (tmp_path / "runs-0").read_text() == "x"
+    assert (tmp_path / "runs-3").read_text() == "xx"
+
+
+def test_a_killed_worker_is_noticed_and_not_waited_for(tmp_path):
+    with pytest.raises(RecipeError, match="workers=1"), engine({"workers": 2}, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path, killed=1)], 3)
+
+
+def test_another_error_names_phase_task_and_log(tmp_path):
+    words = r"(?s)square: task 0 failed: .*FileNotFoundError.*task_00000\.log"
+    with pytest.raises(RecipeError, match=words), engine({"workers": 1}, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path / "missing")], 1)
+
+
+# -------------------------------------------------------------------------------------------------------
+# Slurm
+
+SBATCH = """#!/bin/bash
+# Runs the elements of a job array one after another, as Slurm would at once. Started as: sbatch OPTIONS
+# SCRIPT
+script="${@: -1}"
+mkdir -p "$STUB"
+cp "$script" "$STUB/script-$(ls "$STUB" | wc -l)"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+if grep -q merge_stats "$script"; then last=-1; fi
+for ((i = 0; i <= last; i++)); do
+  SLURM_ARRAY_TASK_ID=$i SLURM_JOB_ID=7 SLURM_NODELIST=here bash "$script" >> "$STUB/out" 2>&1
+done
+echo "Submitted batch job 7"
+"""
+SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do if [[ $1 == -n ]]; then shift; fi; shift; done\nexec "$@"\n'
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """A PATH with programs that do what sbatch, srun, squeue and scontrol are asked for."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    texts = {
+        "sbatch": SBATCH,
+        "srun": SRUN,
+        "squeue": "#!/bin/bash\n",
+        "scontrol": "#!/bin/bash\necho here\n",
+    }
+    for name, text in texts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    # `recipe` and this module must be found by the jobs, as they are where the disk is shared.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.setenv("PATH", f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("STUB", str(tmp_path / "stub"))
+    return tmp_path / "stub"
+
+
+def test_slurm_runs_the_same_pipeline_by_a_valid_script(tmp_path, slurm):
+    config = {
+        "executor": "slurm",
+        "partition": "cpu",
+        "time": "01:00:00",
+        "workers": 2,
+        "env_command": "true",
+    }
+    with engine(config, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path)], 3)
+    assert squares(tmp_path, 3) == [f"{k * k} of 3" for k in range(3)]
+    script = tmp_path / "logs/square/launch_script.slurm"
+    text = script.read_text()
+    assert "#SBATCH --partition=cpu" in text and "#SBATCH --array=0-2%2" in text and "srun" in text
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    checker = shutil.which("shellcheck") or Path(sys.executable).with_name("shellcheck")
+    checked = subprocess.run([checker, "--severity=warning", script], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_slurm_names_a_task_that_ended_without_a_result(tmp_path, slurm):
+    config = {"executor": "slurm", "partition": "cpu", "time": "01:00:00", "env_command": "true"}
+    with (
+        pytest.raises(
+            RecipeError, match=r"(?s)1 of 3 tasks have ended without a result.*part 1 cannot be read"
+        ),
+        engine(config, tmp_path) as phases,
+    ):
+        phases.run("square", [Square(tmp_path, fails=1)], 3)
+
+
+def test_slurm_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RecipeError, match="no sbatch"), engine({"executor": "slurm"}, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path)], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ray
+
+
+@pytest.fixture
+def ray_stops():
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+def test_ray_runs_the_same_pipeline_and_a_failure_is_not_swallowed(tmp_path, monkeypatch, ray_stops):
+    pytest.importorskip("ray", reason="ray is not installed: .venv/bin/python -m pip install ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    config = {"executor": "ray", "workers": 2, "mem_per_cpu_gb": 0.2}
+    with engine(config, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path)], 3)
+        assert squares(tmp_path, 3) == [f"{k * k} of 3" for k in range(3)]
+        with pytest.raises(RecipeError, match=r"(?s)1 of 3 tasks failed.*part 2 cannot be read"):
+            phases.run("again", [Square(tmp_path, fails=2)], 3)

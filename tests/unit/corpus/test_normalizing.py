@@ -1,0 +1,110 @@
+"""Normalising: identical to neologdn line by line, for every character, every option and any neighbours."""
+
+import itertools
+import random
+
+import neologdn
+import pytest
+from recipe.corpus.normalizing import TILDES, make_normalizer
+from recipe.project import RecipeError
+
+BMP = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x10000))]
+# One of each kind that neologdn treats differently, twice the rare ones that stand near each other.
+KINDS = list("  　aZ0-*~é!あうはーカハヴ漢々。、「ｱｶﾊｰﾞﾟ゛゜（！＊ＡΑ９‐−–－―━〜～∼〰\t\x00㐀α①㌔ﾠ") + [
+    "𠮷",
+    "😀",
+    "\ufeff",
+]
+
+
+def reference(text, options):
+    """neologdn on every line, empty lines left out."""
+    lines = (neologdn.normalize(line, **options) for line in text.replace("～", "〜").splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def assert_same(lines, options, config):
+    """The lines as one text come out as neologdn makes them; a difference is shown by its first line."""
+    text = "\n".join(lines)
+    assert len(text) > 1000  # long enough for the array operations
+    wanted, seen = reference(text, options), make_normalizer(config)(text)
+    if seen != wanted:
+        pairs = zip(seen.split("\n"), wanted.split("\n"), strict=False)
+        pytest.fail(f"{next((pair for pair in pairs if pair[0] != pair[1]), 'another number of lines')}")
+
+
+@pytest.mark.parametrize("tilde", TILDES)
+@pytest.mark.parametrize("remove_space", [True, False])
+def test_every_character_between_all_kinds_of_neighbours(tilde, remove_space):
+    options = {"tilde": tilde, "remove_space": remove_space}
+    around = [("", ""), ("a", "a"), ("a ", " a"), ("あ ", " あ"), ("* ", " *"), ("α ", " α"), ("カ", "ﾞ")]
+    lines = [left + c + right for left, right in around for c in BMP]
+    lines += [c + c for c in BMP]
+    assert_same(lines, options, {"neologdn": options})
+
+
+@pytest.mark.parametrize("tilde", TILDES)
+@pytest.mark.parametrize("remove_space", [True, False])
+def test_random_lines(tilde, remove_space):
+    options = {"tilde": tilde, "remove_space": remove_space}
+    generator = random.Random(0)
+    lines = ["".join(generator.choices(KINDS, k=generator.randrange(14))) for _ in range(60_000)]
+    lines += ["".join(three) for three in itertools.product(KINDS, repeat=3)]
+    assert_same(lines, options, {"neologdn": options})
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 5])
+@pytest.mark.parametrize("longest", [0, 1, 3, 8])
+def test_repeats(repeat, longest):
+    options = {"tilde": "ignore", "repeat": repeat, "max_repeat_substr_length": longest}
+    generator = random.Random(repeat)
+    lines = ["".join(generator.choices("あいー無駄 a", k=generator.randrange(30))) for _ in range(1500)]
+    lines += ["無駄無駄無駄無駄ァ", "うまああああああああああああああい", "12345678" * 4, "123456789" * 4]
+    assert_same(lines, options, {"neologdn": options})
+
+
+def test_line_ends_are_those_of_splitlines():
+    lines = ["行", " ", "\t", "ー", "a", "～"]
+    ends = ["\n", "\r", "\r\n", "\n\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+    text = "".join(line + end for line in lines for end in ends) * 3
+    assert make_normalizer({})(text) == reference(text, {"tilde": "ignore"})
+
+
+@pytest.mark.parametrize("size", range(130))
+def test_short_and_long_texts_meet(size):
+    """Both ways through the normaliser give the same, wherever one takes over from the other."""
+    text = ("ﾊﾟ～ソコン　ー ー\n \n" * 20)[:size]
+    assert make_normalizer({})(text) == reference(text, {"tilde": "ignore"})
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_wave_dash(length):
+    text = "\n".join(["10～20時、10〜20時、~/.bashrc"] * length)
+    kept, removed, decided = (
+        make_normalizer(config)(text).split("\n")[-1]
+        for config in (
+            {},
+            {"keep_wave_dash": False},
+            {"keep_wave_dash": False, "neologdn": {"tilde": "normalize"}},
+        )
+    )
+    assert kept == "10〜20時、10〜20時、~/.bashrc"
+    assert removed == "1020時、1020時、/.bashrc"
+    assert decided == "10~20時、10~20時、~/.bashrc"
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_nfkc_is_off_unless_asked_for(length):
+    text = "\n".join(["①㍿が。"] * length)
+    assert make_normalizer({})(text) == text
+    assert make_normalizer({"nfkc": True})(text) == "\n".join(["1株式会社が。"] * length)
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \n　\n", "～\n", "　" * 200, "\n" * 200])
+def test_nothing_is_left_of_nothing(text):
+    assert make_normalizer({"keep_wave_dash": False})(text) == ""
+
+
+def test_unknown_tilde_is_refused():
+    with pytest.raises(RecipeError, match="tilde: 'keep', wanted one of remove, ignore"):
+        make_normalizer({"neologdn": {"tilde": "keep"}})

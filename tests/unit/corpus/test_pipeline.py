@@ -1,0 +1,226 @@
+"""The phases of stage 02 on small files: what comes out, where it comes from, and that all of it is
+counted.
+"""
+
+from __future__ import annotations
+
+import bz2
+import json
+import lzma
+import random
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from recipe.corpus import pipeline
+from recipe.corpus.funnel import Funnel, markdown
+from recipe.project import RecipeError
+
+SYLLABLES = [chr(code) for code in range(0x3042, 0x3094)] + list("山川空海人木本日月火水金土学校町村")
+
+
+def prose(seed: object, characters: int = 60) -> str:
+    """A text of its own: random syllables, so that no two are near duplicates."""
+    draw = random.Random(str(seed))
+    return "".join(draw.choices(SYLLABLES, k=characters)) + "。"
+
+
+def write_lines(path: Path, texts: list[str]) -> dict:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return {"source": "files", "paths": [str(path)]}
+
+
+def build(folder: Path, sources: dict, **config: object):
+    """(funnels, rows by side) of a corpus made of `sources`."""
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    settings = {"engine": {"workers": 1}, "valid_share": 0.1} | config
+    funnels, leaks = pipeline.build(settings | {"sources": sources}, folder, out)
+    pipeline.remove_scaffold(out)
+    rows: dict[str, list] = {"train": [], "valid": []}
+    for path in sorted(out.glob("*.parquet")):
+        rows[path.name.split("-")[0]] += pq.read_table(path).to_pylist()
+    return funnels, rows, leaks
+
+
+def test_every_document_and_byte_is_accounted_for_by_reason_and_with_a_sample(tmp_path):
+    kept = [prose(seed) for seed in range(40)]
+    near = prose(1)[:-2] + "。"
+    odd = ["short", " ", "制御\x00文字を含む日本語です", "Only English words stand in this one."]
+    source = write_lines(tmp_path / "a.jsonl", [*kept, kept[0], near, *odd, f"　{kept[2]}\n\n"])
+    funnels, rows, _ = build(tmp_path, {"a": source}, minimum_characters=6, minimum_japanese_share=0.3)
+    table = funnels["a"].as_json()
+    assert table["documents"]["in"] == 47
+    assert table["documents"]["dropped"] == {
+        "duplicate": 2,
+        "near duplicate": 1,
+        "short": 1,
+        "empty": 1,
+        "control characters": 1,
+        "not Japanese": 1,
+    }
+    assert table["documents"]["out"] == len(rows["train"]) + len(rows["valid"]) == 40
+    size = table["bytes"]
+    assert size["in"] == sum(len(t.encode()) for t in [*kept, kept[0], near, *odd, f"　{kept[2]}\n\n"])
+    assert size["in"] == size["out"] + sum(size["dropped"].values()) + size["trimmed"]
+    assert [text for *_, text in funnels["a"].samples["not Japanese"]] == [odd[3]]
+
+
+def test_minhash_can_be_switched_off(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [prose(1), prose(1)[:-2] + "。"])
+    funnels, _, _ = build(tmp_path, {"a": source}, minhash=None)
+    assert funnels["a"].documents_out == 2
+
+
+def test_an_earlier_source_has_priority(tmp_path):
+    first = write_lines(tmp_path / "z.jsonl", [prose(seed) for seed in range(5)])
+    second = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(10)])
+    funnels, rows, _ = build(tmp_path, {"encyclopaedia": first, "a-web": second})
+    assert funnels["encyclopaedia"].documents_out == 5
+    assert funnels["a-web"].documents_dropped == {"duplicate": 5}
+    assert {row["source"] for row in rows["train"] + rows["valid"]} == {"encyclopaedia", "a-web"}
+
+
+def test_the_split_is_stable_when_data_is_added(tmp_path):
+    (tmp_path / "few").mkdir(), (tmp_path / "many").mkdir()
+    few = write_lines(tmp_path / "few.jsonl", [prose(seed) for seed in range(600)])
+    many = write_lines(tmp_path / "many.jsonl", [prose(seed) for seed in range(900)])
+    _, before, _ = build(tmp_path / "few", {"a": few})
+    _, after, _ = build(tmp_path / "many", {"b": many})
+    ids = [{side: {row["id"] for row in rows[side]} for side in rows} for rows in (before, after)]
+    assert 0.07 < len(ids[0]["valid"]) / 600 < 0.13
+    assert ids[0]["valid"] < ids[1]["valid"] and ids[0]["train"] < ids[1]["train"]
+
+
+def test_a_held_out_source_is_wholly_on_the_validation_side(tmp_path):
+    sources = {
+        "a": write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(20)]),
+        "b": write_lines(tmp_path / "b.jsonl", [prose(seed) for seed in range(20, 40)]) | {"held_out": True},
+    }
+    _, rows, _ = build(tmp_path, sources)
+    assert sum(row["source"] == "b" for row in rows["valid"]) == 20
+    assert not [row for row in rows["train"] if row["source"] == "b"]
+
+
+def test_what_differs_only_in_punctuation_leaves_the_validation_side(tmp_path):
+    """Too short for MinHash, not equal for the exact hash: only the check for leaks can see it."""
+    texts = [f"{word}、{word}。" for word in (prose(seed, 2)[:-1] for seed in range(200))]
+    folded = [text.replace("、", "").replace("。", "！") for text in texts]
+    source = write_lines(tmp_path / "a.jsonl", texts + folded)
+    funnels, rows, leaks = build(tmp_path, {"a": source}, minhash=None, valid_share=0.3)
+    train = {row["text"].replace("、", "").strip("。！") for row in rows["train"]}
+    assert not [row for row in rows["valid"] if row["text"].replace("、", "").strip("。！") in train]
+    assert funnels["a"].documents_dropped["in the training side"] == leaks["with_same_text"] > 10
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"), [({"maximum_documents": 7}, 7), ({"maximum_megabytes": 0.001}, 5)]
+)
+def test_caps(tmp_path, limit, count):
+    source = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(30)]) | limit  # 183 bytes each
+    funnels, _, _ = build(tmp_path, {"a": source})
+    assert funnels["a"].documents_in == count and funnels["a"].capped == next(iter(limit))
+
+
+def test_shards_of_a_large_source_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "SHARD_BYTES", 2000)
+    texts = [prose(seed) for seed in range(100)]
+    task = pipeline.Read(
+        {"sources": {"a": write_lines(tmp_path / "a.jsonl", texts)}}, tmp_path, tmp_path / "raw"
+    )
+    task(None, 0, 1)
+    paths = sorted((tmp_path / "raw/a").glob("*.parquet"))
+    assert len(paths) > 5
+    assert [row["text"] for path in paths for row in pipeline.read_rows(path)] == texts
+
+
+def test_formats_of_the_reference_systems(tmp_path):
+    """A dump, CC-100's form, a folder of `datasets` and one of the hub, through the same phases."""
+    import datasets
+
+    dump = "".join(
+        f"<page><title>記事{n}</title><ns>0</ns><id>{n}</id><revision><id>1</id><model>wikitext</model>"
+        f"<text>'''記事{n}'''は[[記事]]である。{prose(n, 150)}</text></revision></page>"
+        for n in range(5)
+    )
+    dump += (
+        '<page><title>別名</title><ns>0</ns><id>9</id><redirect title="記事0" />'
+        "<revision><id>2</id><model>wikitext</model><text>#REDIRECT [[記事0]]</text></revision></page>"
+    )
+    export = f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" xml:lang="ja">{dump}</mediawiki>'
+    (tmp_path / "jawiki-pages-articles.xml.bz2").write_bytes(bz2.compress(export.encode()))
+    documents = ["\n".join(prose((n, line), 80) for line in range(3)) for n in range(4)]
+    (tmp_path / "ja.txt.xz").write_bytes(lzma.compress(("\n\n".join(documents) + "\n").encode()))
+    rows = {"text": [prose(("hub", n), 150) for n in range(6)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    sources = {
+        "wikipedia": {
+            "source": "wikipedia",
+            "paths": [str(tmp_path / "*.xml.bz2")],
+            "rules": "encyclopaedia",
+        },
+        "cc100": {"source": "files", "paths": [str(tmp_path / "ja.txt.xz")]},
+        "aozora": {"source": "datasets-folder", "path": str(tmp_path / "saved"), "rules": "books"},
+    }
+    funnels, out, _ = build(tmp_path, sources)
+    assert funnels["wikipedia"].documents_dropped == {"redirect": 1}
+    assert [funnels[name].documents_out for name in sources] == [5, 4, 6]
+    texts = [row["text"] for row in out["train"] + out["valid"]]
+    assert any(text.startswith("記事3は記事である。") for text in texts)
+    assert any(text.count("\n") == 2 for text in texts)
+
+
+def test_strict_names_the_line_and_tolerant_counts_it(tmp_path):
+    lines = [json.dumps({"text": prose(seed)}) for seed in range(99)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:40], "{broken", *lines[40:]]), "utf-8")
+    source = {"source": "files", "paths": [str(tmp_path / "a.jsonl")]}
+    with pytest.raises(RecipeError, match=r"a\.jsonl:41"):
+        build(tmp_path, {"a": source})
+    funnels, _, _ = build(tmp_path, {"a": source | {"maximum_bad_share": 0.02}})
+    assert funnels["a"].documents_dropped == {"bad JSON": 1}
+    with pytest.raises(RecipeError, match="maximum_bad_share"):
+        build(tmp_path, {"a": source | {"maximum_bad_share": 0.005}})
+
+
+def test_a_source_that_is_too_small_stops(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [prose(1)]) | {"minimum_megabytes": 1}
+    with pytest.raises(RecipeError, match=r"sources\.a: only 0\.00 MB .* minimum_megabytes 1"):
+        build(tmp_path, {"a": source})
+
+
+def test_a_killed_run_is_continued_and_counts_the_same(tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(50)] * 2)
+    (tmp_path / "whole").mkdir()
+    wanted, rows, _ = build(tmp_path / "whole", {"a": source})
+    real = pipeline._merge_funnels
+    monkeypatch.setattr(pipeline, "_merge_funnels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, {"a": source})
+    monkeypatch.setattr(pipeline, "_merge_funnels", real)
+    # Reading again would fail: what is complete is not done again.
+    (tmp_path / "a.jsonl").unlink()
+    funnels, again, _ = build(tmp_path, {"a": source})
+    assert funnels == wanted and again == rows
+
+
+def test_a_cap_that_ends_reading_early_does_not_hide_bad_lines(tmp_path):
+    lines = [json.dumps({"text": prose(seed)}) for seed in range(50)]
+    broken = [line for pair in zip(lines, ["{"] * 50, strict=True) for line in pair]
+    (tmp_path / "a.jsonl").write_text("\n".join(broken), "utf-8")
+    source = {"source": "files", "paths": [str(tmp_path / "a.jsonl")], "maximum_bad_share": 0.01}
+    with pytest.raises(RecipeError, match="maximum_bad_share"):
+        build(tmp_path, {"a": source | {"maximum_documents": 10}})
+
+
+def test_nothing_read_from_any_source_is_named(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [prose(1)]) | {"maximum_megabytes": 1e-6}
+    with pytest.raises(RecipeError, match=r"sources\.a: nothing is left"):
+        build(tmp_path, {"a": source})
+
+
+def test_a_reason_that_took_no_byte_has_its_column():
+    """Empty documents: without it the table would not sum up."""
+    part, whole = Funnel(), Funnel()
+    part.drop("empty", 0, "a", "")
+    whole.add(part)
+    assert "| dropped: empty |" in markdown({"x": whole})

@@ -1,0 +1,133 @@
+"""Figures about a model agree with a calculation by hand."""
+
+import math
+
+import pytest
+import torch
+from conftest import SHAPE, sentences
+from recipe.evaluation import metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("", 0.0), ("短い", 0.0), ("あいうえおかきくけこ", 0.0), ("あ" * 100, 1 - 1 / 93)]
+)
+def test_repetition(text, wanted):
+    assert metrics.repetition(text) == pytest.approx(wanted)
+
+
+def test_distinct_by_hand():
+    assert metrics.distinct(["ああい", "ああ"], 2) == pytest.approx(2 / 3)  # ああ, あい, ああ
+    assert metrics.distinct(["あ"], 2) == 0
+
+
+def test_bits_per_byte_by_hand(tmp_path):
+    """Every document alone, one token at a time, in float64: the packed evaluation must give the same."""
+    from recipe.model.build import build_model
+    from recipe.tokenization import encode_text as tokenizers
+    from recipe.tokenization.train import train_tokenizer
+
+    fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    model = build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0)
+    texts = sentences(6, 5)
+    figures = metrics.evaluate_texts(model, fast, texts, 200, 2, tmp_path, "x")
+    total, count, crossing = 0.0, 0, 0
+    place = 0
+    for text in texts:
+        ids = [2, *tokenizers.encode_text(fast, text), 3]
+        # A document that lies across a block's end sees only its own block: cut it by hand as well.
+        pieces, start = [], 0
+        while start < len(ids):
+            room = 200 - place % 200
+            pieces.append((start, min(len(ids), start + room)))
+            place += pieces[-1][1] - start
+            start = pieces[-1][1]
+        crossing += len(pieces) > 1
+        for begin, end in pieces:
+            logits = (
+                model(input_ids=torch.tensor([ids[begin:end]]), use_cache=False)
+                .logits[0]
+                .double()
+                .log_softmax(-1)
+            )
+            for i, target in enumerate(ids[begin + 1 : end + 1]):
+                total -= logits[i, target].item()
+                count += 1
+    assert figures["tokens"] == count == sum(len(tokenizers.encode_text(fast, text)) + 1 for text in texts)
+    assert figures["loss_sum"] == pytest.approx(total, rel=1e-5)
+    size = sum(len(text.encode()) for text in texts)
+    assert figures["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained():
+    from recipe.model.build import build_model
+    from recipe.tokenization.train import train_tokenizer
+
+    fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    return build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0), fast
+
+
+def test_what_a_block_cuts_off_begins_anew(trained, tmp_path):
+    """The window rule: a change before the cut of a long document changes nothing behind it, but for the
+    first token, which is predicted from before the cut.
+    """
+    from recipe.tokenization.packing import IGNORED, PackedBlocks
+    from recipe.tokenization.token_files import TokenFile, write_token_file
+
+    model, fast = trained
+    ids = [2, *range(10, 140), 3]
+    other = [2, *([9] * 60), *ids[61:]]
+    losses = []
+    for name, document in (("one", ids), ("other", other)):
+        write_token_file(tmp_path / name, [document], len(fast))
+        block = PackedBlocks(TokenFile(tmp_path / name), 64, fast.pad_token_id)[1]
+        logits = model(
+            input_ids=block["input_ids"][None], position_ids=block["position_ids"][None], use_cache=False
+        ).logits[0]
+        assert block["position_ids"][0] == 0 and (block["shift_labels"] != IGNORED).all()
+        losses.append(torch.nn.functional.cross_entropy(logits, block["shift_labels"], reduction="none"))
+    assert torch.equal(*losses)
+    first = PackedBlocks(TokenFile(tmp_path / "one"), 64, fast.pad_token_id)[0]
+    assert first["shift_labels"][-1] == ids[64]  # so that every token is predicted
+
+
+def test_losses_are_summed_piece_by_piece(trained, monkeypatch):
+    logits, labels = torch.randn(70, 400), torch.randint(0, 400, (70,))
+    labels[::7] = -100
+    monkeypatch.setattr(metrics, "ROWS", 16)
+    wanted = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    assert metrics._sum_of_losses(logits, labels).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_bf16_is_near_and_is_really_used(trained, tmp_path):
+    model, fast = trained
+    texts = sentences(20, 5)
+    exact, near = (
+        metrics.evaluate_texts(model, fast, texts, 200, 2, tmp_path, "x", bf16)["loss"]
+        for bf16 in (False, True)
+    )
+    assert exact != near and near == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("training", "units", "wanted"),
+    [
+        ({}, True, True),
+        ({"bf16": True}, False, False),
+        ({"bf16": False}, True, False),
+        ({"fp16": True}, True, False),
+        ({"fp16": False}, True, False),
+    ],
+)
+def test_bf16_where_training_computes_in_it(monkeypatch, training, units, wanted):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(metrics, "detect", lambda: SimpleNamespace(fast_bf16=units))
+    assert metrics.computes_in_bf16(training) is wanted
+
+
+def test_comparison_has_a_row_per_figure():
+    figures = {"tokens": 1234, "response_loss": 1.5, "tasks": {}}
+    table = metrics.comparison(figures, figures | {"response_loss": 1.25}).splitlines()
+    assert table[2:] == ["| tokens | 1,234 | 1,234 |", "| response loss | 1.5 | 1.25 |"]

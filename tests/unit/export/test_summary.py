@@ -1,0 +1,25 @@
+"""The table of finished stages."""
+
+import json
+
+from recipe.export import summary
+
+
+def test_summary_adds_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(summary, "ROOT", tmp_path)
+    for name, seconds in (("01_a", 1.5), ("02_b", 2.0)):
+        folder = tmp_path / "outputs/r" / name
+        folder.mkdir(parents=True)
+        record = {
+            "stage": name,
+            "seconds": seconds,
+            "peak_memory_bytes": 3 << 20,
+            "headline": f"did {name}",
+        }
+        (folder / "stage.json").write_text(json.dumps(record))
+    (tmp_path / "outputs/r/02_b/curve.png").write_text("")
+    text = summary.summary("r")
+    assert "02_b" in text and "3 MiB" in text and "did 01_a" in text
+    assert text.splitlines()[3].split() == ["total", "3.5"]
+    assert text.endswith("outputs/r/02_b/curve.png")

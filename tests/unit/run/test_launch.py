@@ -1,0 +1,213 @@
+"""Which launcher starts a training, and with what environment."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+from recipe.config.launch import batch_layout, check_launch, check_tensor_parallel
+from recipe.project import Refused
+from recipe.run import launch_options
+from recipe.run.launch import main
+from recipe.run.launch_options import Launch, add_options, launch_of
+from recipe.run.processes import child_environment, command
+
+
+def test_one_process_is_plain_python():
+    assert command("run_clm.py", ["plan"], Launch(), None) == [sys.executable, "run_clm.py", "plan"]
+
+
+def test_several_processes_use_torchrun():
+    line = command("run_clm.py", ["plan"], Launch(4), None)
+    assert line[1:3] == ["-m", "torch.distributed.run"] and "--standalone" in line
+    assert line[line.index("--nproc-per-node") + 1] == "4"
+    assert line[-2:] == ["run_clm.py", "plan"]
+
+
+@pytest.mark.parametrize("deepspeed", [None, Path("zero2.json")])
+def test_several_nodes_use_torchrun(deepspeed):
+    launch = Launch(4, nodes=2, node_rank=1, master_addr="10.0.0.1", master_port=29500)
+    line = command("run_clm.py", ["plan"], launch, deepspeed)
+    for option, value in {
+        "--nnodes": "2",
+        "--node-rank": "1",
+        "--master-addr": "10.0.0.1",
+        "--master-port": "29500",
+        "--nproc-per-node": "4",
+    }.items():
+        assert line[line.index(option) + 1] == value
+    assert line[2] == "torch.distributed.run" and "--standalone" not in line
+    assert launch.ranks == 8
+
+
+def test_deepspeed_has_its_own_launcher():
+    zero2 = Path("zero2.json")
+    line = command("run_clm.py", ["plan"], Launch(2), zero2)
+    assert line[2] == "deepspeed.launcher.runner"
+    assert line[line.index("--num_gpus") + 1] == "2"
+    # Its launcher ignores CUDA_VISIBLE_DEVICES beside --num_gpus.
+    line = command("run_clm.py", ["plan"], Launch(2), zero2, "1,3,5")
+    assert line[line.index("--include") + 1] == "localhost:1,3" and "--num_gpus" not in line
+    hosts = Launch(4, hostfile=Path("hosts"), hosts={"a": 4, "b": 2}, master_addr="a")
+    line = command("run_clm.py", ["plan"], hosts, zero2)
+    assert line[line.index("--hostfile") + 1] == "hosts" and "--num_gpus" not in line
+    assert line[line.index("--master_addr") + 1] == "a"
+    assert hosts.ranks == 6
+
+
+def options(*words):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return launch_of(parser.parse_args(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("--nnodes", "2", "--node-rank", "2", "--master-addr", "a"), "--node-rank 2"),
+        (("--nnodes", "2"), "--master-addr"),
+        (("--hostfile", "hosts"), "--deepspeed"),
+        (("--hostfile", "missing", "--deepspeed", "zero2"), "no such file"),
+    ],
+)
+def test_contradicting_options_are_refused(words, fault):
+    with pytest.raises(Refused, match=fault):
+        options(*words)
+
+
+def test_hostfile(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "hosts"
+    path.write_text("# machines\nnode1 slots=4\n\nnode2   slots=2  # the small one\n")
+    with pytest.raises(Refused, match="apt-get install pdsh"):
+        options("--hostfile", str(path), "--deepspeed", "zero2")
+    (tmp_path / "pdsh").write_text("#!/bin/sh\n")
+    (tmp_path / "pdsh").chmod(0o755)
+    launch = options("--hostfile", str(path), "--deepspeed", "zero2")
+    assert launch.hosts == {"node1": 4, "node2": 2} and launch.ranks == 6
+    for line in ("node1 slots=four", "node1", "node1 slots=0", "node1 slots=1\nnode1 slots=1"):
+        path.write_text(f"node0 slots=1\n{line}\n")
+        with pytest.raises(Refused, match=f"hosts:{1 + len(line.splitlines())}: 'node1"):
+            options("--hostfile", str(path), "--deepspeed", "zero2")
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("run_sft.py", "--probe"), "12_finetune: error: --probe measures"),
+        (
+            ("run_dpo.py", "--node-rank", "1", "--probe"),
+            "13_preference: error: --probe measures",
+        ),
+        (
+            ("run_clm.py", "--probe", "--dry-run"),
+            "05_pretrain: error: --probe measures and --dry-run",
+        ),
+        (
+            ("train.py", "--recipe", "tiny"),
+            "recipe.run.launch: error: train.py: wanted one of run_clm.py",
+        ),
+        (("run_clm.py", "--recipe", "nosuch", "--node-rank", "1"), "05_pretrain: error: configs/nosuch: no"),
+    ],
+)
+def test_what_cannot_be_started_ends_in_one_line(monkeypatch, capsys, words, fault):
+    monkeypatch.setattr(sys, "argv", ["launch", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith(fault)
+
+
+def test_no_more_ranks_than_gpus(monkeypatch):
+    """Two ranks on one GPU would end in a message of NCCL's; on a CPU ranks share the cores."""
+    monkeypatch.setattr(launch_options, "count_gpus", lambda: 2)
+    assert options("--nproc", "2").processes == options().processes == 2
+    with pytest.raises(Refused, match="--nproc 3: 2 GPUs are visible"):
+        options("--nproc", "3")
+    monkeypatch.setattr(launch_options, "count_gpus", lambda: 0)
+    assert options("--nproc", "3").processes == 3
+
+
+def test_hosts_are_handed_the_environment(tmp_path):
+    path = tmp_path / "env"
+    environment = child_environment({"OMP_NUM_THREADS": "7", "SECRET": "x"}, 2, path)
+    assert environment["DS_ENV_FILE"] == str(path)
+    lines = dict(line.split("=", 1) for line in path.read_text().splitlines())
+    assert lines["OMP_NUM_THREADS"] == "7" and "SECRET" not in lines
+
+
+def test_users_environment_wins():
+    assert child_environment({"OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
+    assert (
+        int(child_environment({}, 1)["OMP_NUM_THREADS"])
+        >= int(child_environment({}, 2)["OMP_NUM_THREADS"])
+        >= 1
+    )
+
+
+def test_global_batch_is_one_number():
+    assert batch_layout(256, 4, 1) == (4, 64)
+    assert batch_layout(256, 4, 8) == (4, 8)
+    assert batch_layout(16, 16, 2) == (8, 1)  # a rank takes no more than its share
+    for wrong in ((256, 4, 3), (24, 16, 1)):
+        with pytest.raises(Refused, match=f"{wrong[0]} sequences do not divide into {wrong[2]} ranks"):
+            batch_layout(*wrong)
+
+
+VALUES = {"global_batch_size": 8, "per_device_train_batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("sharding", "option"),
+    [
+        ({"deepspeed": "zero2"}, "--deepspeed"),
+        ({"fsdp": True}, "--fsdp"),
+        ({"tensor_parallel": 2}, "--tensor-parallel"),
+    ],
+)
+def test_muon_and_compile_are_refused_where_weights_are_sharded(sharding, option):
+    def check(values):
+        return check_launch(values, "finetune", **{"deepspeed": None, "ranks": 2} | sharding)
+
+    path = check(VALUES)
+    assert (path.name if path else None) == ("zero2.json" if "deepspeed" in sharding else None)
+    with pytest.raises(Refused, match=rf"--set finetune\.muon_learning_rate=null, or drop {option}"):
+        check(VALUES | {"muon_learning_rate": 0.1})
+    with pytest.raises(Refused, match=f"torch_compile: true does not work under {option}"):
+        check(VALUES | {"torch_compile": True})
+
+
+def test_launches_that_cannot_be_are_refused():
+    assert check_launch(VALUES, "pretrain", None, 2) is None
+    assert check_launch(VALUES, "pretrain", None, 16, fsdp=True, tensor_parallel=2) is None  # 8 read data
+    with pytest.raises(Refused, match="'zero2'"):
+        check_launch(VALUES, "pretrain", "zero_2", 2)
+    for ranks, sharding, fault in (
+        (16, {}, "do not divide into 16 ranks"),
+        (1, {"fsdp": True}, "nothing to shard over"),
+        (2, {"fsdp": True, "tensor_parallel": 2}, "nothing to shard over"),
+        (2, {"tensor_parallel": 3}, "divides the 2 ranks"),
+        (2, {"tensor_parallel": 0}, "divides the 2 ranks"),
+    ):
+        with pytest.raises(Refused, match=fault):
+            check_launch(VALUES, "pretrain", None, ranks, **sharding)
+    with pytest.raises(Refused, match="--deepspeed shards by itself"):
+        check_launch(VALUES, "pretrain", "zero2", 2, fsdp=True)
+    check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 2)
+    with pytest.raises(Refused, match="2 key-value heads"):
+        check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 4)
+
+
+@pytest.mark.parametrize("option", ["--fsdp", "--tensor-parallel"])
+def test_adapters_and_preferences_are_not_sharded_by_torch(option):
+    sharding = {"fsdp": True} if option == "--fsdp" else {"tensor_parallel": 2}
+    for file, values in (("finetune", VALUES | {"lora": {"r": 4}}), ("preference", VALUES)):
+        check_launch(values, file, "zero3", 2)
+        with pytest.raises(Refused, match=rf"{file}\.json: {option} shards .*--deepspeed zero2 or zero3"):
+            check_launch(values, file, None, 2, **sharding)
+
+
+def test_nf4_is_not_partitioned_by_zero_3():
+    values = VALUES | {"lora": {"r": 4, "quantization": "nf4"}}
+    assert check_launch(values, "finetune", "zero2", 2).name == "zero2.json"
+    with pytest.raises(Refused, match=r"Use --deepspeed zero2, or .*finetune\.lora\.quantization=null"):
+        check_launch(values, "finetune", "zero3_offload", 2)

@@ -1,0 +1,280 @@
+"""What a training takes on the usual devices and here, and what to change where it does not fit."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from recipe import project
+from recipe.config.launch import check_launch
+from recipe.config.recipe import _apply
+from recipe.corpus import fetch
+from recipe.project import Refused
+from recipe.run import preflight
+from recipe.run.launch_options import Launch
+from recipe.run.memory import memory, shape_of
+from recipe.run.preflight import PROFILES, Device, fit, setting_of
+from shapes import PLAIN, SHIPPED, SMALL, read
+
+UNEVEN = ("mistral-39m", "mistral-300m-v2", "gpt2-small")  # global batches that do not divide into 8 ranks
+
+
+def apply(options, values):
+    """What the options printed for a user make of pretrain.json, and the DeepSpeed file they name."""
+    config = {"pretrain": dict(values)}
+    words = " ".join(options).split()
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        if option == "--set":
+            _apply(config, value)
+    deepspeed = words[words.index("--deepspeed") + 1] if "--deepspeed" in words else None
+    return config["pretrain"], deepspeed
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in SHIPPED if not recipe.endswith("qlora")])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_suggested_options_are_accepted_and_fit(recipe, ranks):
+    """The options as a user would paste them, read back by the project's own checks, fit by the same sum."""
+    values, shape = read(recipe, "pretrain"), shape_of(read(recipe, "model"), 50_000)
+    if recipe in UNEVEN and ranks == 8:
+        pytest.skip("its global batch does not divide by 8 ranks")
+    launch, helped = Launch(processes=ranks), 0
+    for device in PROFILES:
+        setting, limit = setting_of(values, device, launch), device.gigabytes * preflight.GIB * 0.94
+        found = fit(shape, values, setting, limit)
+        if found is None:
+            continue
+        changed, options = found
+        assert bool(options) == (memory(shape, setting)["peak"] > limit)
+        pasted, deepspeed = apply(options, values)
+        check_launch(pasted, "pretrain", deepspeed, ranks)
+        again = setting_of(pasted, device, Launch(processes=ranks, deepspeed=deepspeed))
+        assert again == changed and memory(shape, again)["peak"] <= limit
+        assert again.micro_batch * again.accumulation * ranks == values["global_batch_size"]
+        helped += bool(options)
+    assert helped or recipe in ("tiny", "gpt2-small", "mistral-39m")
+
+
+def test_large_models_need_zero_or_offloading():
+    values = read("mistral-2b", "pretrain")
+    shape = shape_of(read("mistral-2b", "model"), 32_000)
+    gpu = next(device for device in PROFILES if "RTX 4090" in device.name)
+
+    def way(ranks, gibibytes):
+        return fit(shape, values, setting_of(values, gpu, Launch(processes=ranks)), gibibytes * preflight.GIB)
+
+    alone, options = way(1, 22)
+    assert alone.offload_optimizer and "--deepspeed zero2_offload" in options
+    shared, options = way(8, 22)
+    assert shared.zero and not shared.offload_optimizer
+    assert way(8, 4)[0].offload_parameters
+    assert way(1, 40)[0].zero == 0
+    assert way(1, 1) is None
+
+
+def test_a_t4_computes_in_fp16():
+    values = read("mistral-300m", "pretrain")
+    t4 = next(device for device in PROFILES if "T4" in device.name)
+    assert setting_of(values, t4, Launch()).precision == "fp16"
+    assert setting_of(values, PROFILES[3], Launch()).precision == "bf16"
+    assert setting_of(values | {"bf16": False}, PROFILES[3], Launch()).precision == "fp32"
+
+
+def test_system_a_takes_the_hours_its_author_measured():
+    """98 hours on an RTX 4090 for one epoch: 551,057 blocks of 1,024 were 5 % of the text."""
+    tokens = 551_057 * 1024 * 19
+    shape = shape_of(read("mistral-300m", "model"), 50_000)
+    device = next(device for device in PROFILES if "RTX 4090" in device.name)
+    seconds = tokens * shape.flops_per_token(1024) / (device.flops * preflight.ASSUMED_MFU)
+    assert seconds / 3600 == pytest.approx(98, rel=0.1)
+
+
+def test_steps():
+    values = {"block_size": 100, "global_batch_size": 4, "num_train_epochs": 2}
+    assert preflight.step_count(values, 1001) == 6  # 11 blocks, twice, by fours
+    assert preflight.step_count(values, None) is None
+    assert preflight.step_count(values | {"max_steps": 7}, None) == 7
+
+
+def test_tokens_of_an_epoch_follow_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(project, "OUTPUTS", tmp_path)
+    dataset = {"sources": {"a": {"weight": 2}, "c": {"weight": 0.5}, "held": {"held_out": True}}}
+    assert preflight.training_tokens("mine", dataset) is None
+    folder = tmp_path / "mine/04_tokenize"
+    folder.mkdir(parents=True)
+    counts = {"a": {"tokens": 1000}, "b": {"tokens": 100}, "c": {"tokens": 11}}
+    (folder / "stage.json").write_text(json.dumps({"figures": {"sources": {"train": counts}}}))
+    assert preflight.training_tokens("mine", dataset) == 2106  # 2105.5, rounded
+
+
+@pytest.mark.parametrize("file", ["pretrain", "finetune", "preference"])
+def test_no_training_starts_where_its_checkpoints_have_no_room(tmp_path, monkeypatch, file):
+    """Three checkpoints of 12 bytes a parameter and the model; of an adapter the merged model alone."""
+    config = {name: read("mistral-300m", name) for name in ("dataset", "model", "tokenizer", "pretrain")}
+    config[file] = config["pretrain"] | {"save_total_limit": 2}
+    stage = SimpleNamespace(recipe="mine", config=config, folder=tmp_path, say=print)
+    parameters = shape_of(config["model"], 50_000).parameters
+    monkeypatch.setattr(project, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(fetch, "free_bytes", lambda folder: (3 * 12 + 4) * parameters - 1)
+    with pytest.raises(Refused, match=f"{file}.json: save_total_limit.*needs {40 * parameters:,} bytes"):
+        preflight.check_room(stage, Launch(), file)
+    monkeypatch.setattr(fetch, "free_bytes", lambda folder: 40 * parameters)
+    preflight.check_room(stage, Launch(), file)
+    config[file]["lora"] = {"r": 8}
+    monkeypatch.setattr(fetch, "free_bytes", lambda folder: 4 * parameters)
+    preflight.check_room(stage, Launch(), file)
+    monkeypatch.setattr(fetch, "free_bytes", lambda folder: 4 * parameters - 1)
+    with pytest.raises(Refused, match=f"needs {4 * parameters:,} bytes"):
+        preflight.check_room(stage, Launch(), file)
+
+
+def test_disk_holds_the_checkpoints_kept_and_one_more():
+    shape = shape_of(SMALL, 1000)
+    model, checkpoint = 4 * shape.parameters, 12 * shape.parameters
+
+    def disk(values, steps=100, **changes):
+        return preflight.training_disk(shape, dataclasses.replace(PLAIN, **changes), values, steps)
+
+    assert disk({"save_steps": 10, "save_total_limit": 2}) == 3 * checkpoint + model
+    assert disk({"save_steps": 60, "save_total_limit": 2}) == checkpoint + model
+    assert disk({"save_steps": 0.1}) == 10 * checkpoint + model
+    assert disk({"save_strategy": "no"}) == model
+    assert disk({"save_steps": 10}, None) is None
+    assert disk({"save_total_limit": 1}, None) == 2 * checkpoint + model
+    # Under ZeRO: weights of 16 bits beside the optimizer's of 32, whatever the ranks.
+    assert disk({"save_steps": 100}, ranks=8, zero=2) == 14 * shape.parameters + model
+
+
+def test_data_without_room_is_refused_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(preflight, "DATA", tmp_path / "data")
+    free = shutil.disk_usage(tmp_path).free
+    dataset = {"sources": {"wiki": {"source": "wikipedia"}}, "disk_gigabytes": free / 1e9 + 1}
+    with pytest.raises(Refused, match="disk_gigabytes"):
+        preflight.require_data_space("a", dataset)
+    # What is there already is not needed once more: 2 GB of a file with a hole.
+    (tmp_path / "data/wiki").mkdir(parents=True)
+    with (tmp_path / "data/wiki/dump").open("wb") as handle:
+        handle.truncate(2 * 10**9)
+    preflight.require_data_space("a", dataset)
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_recipes_that_download_say_how_much_disk_they_take(recipe):
+    dataset = read(recipe, "dataset")
+    downloads = any("url" in source for source in dataset["sources"].values())
+    assert not downloads or dataset["disk_gigabytes"] >= 1
+
+
+def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "OUTPUTS", tmp_path)
+    cpu, gpu = Device("CPU", 64, 0.0, True, "cpu"), Device("A100", 40, 0.0, True)
+    assert preflight.measured_rate("a", cpu, 2) is None
+    for number, (recipe, hardware, mfu) in enumerate(
+        [("a", "CPU", 0.5), ("b", "CPU", 0.25), ("c", "A100", 0.5), ("d", "CPU", None)]
+    ):
+        folder = tmp_path / recipe / "05_pretrain"
+        folder.mkdir(parents=True)
+        figures = {"hardware": hardware, "gemm_peak_flops": 1e12, "active": {"ranks": 2}} | (
+            {"mfu": mfu} if mfu else {}
+        )
+        (folder / "stage.json").write_text(json.dumps({"figures": figures}))
+        os.utime(folder / "stage.json", (number, number))
+    assert preflight.measured_rate("a", cpu, 2) == (1e12, "measured, recipe a")
+    assert preflight.measured_rate("new", cpu, 2) == (5e11, "measured, recipe b")
+    assert preflight.measured_rate("a", dataclasses.replace(gpu, name="H100"), 2) is None
+    # Twice the GPUs are twice as fast; ranks on a CPU share it.
+    assert preflight.measured_rate("a", gpu, 4) == (2e12, "measured, recipe c")
+    assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")
+
+
+LAUNCHES = [
+    Launch(),
+    Launch(processes=4),
+    Launch(processes=4, deepspeed="zero2_offload"),
+    Launch(processes=4, fsdp=True),
+    Launch(processes=4, tensor_parallel=2, fsdp=True),
+]
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_report_of_every_recipe(recipe, launch):
+    config = {name: read(recipe, name) for name in ("dataset", "model", "tokenizer", "pretrain")}
+    if config["pretrain"]["global_batch_size"] % (launch.ranks // launch.tensor_parallel):
+        with pytest.raises(Refused, match="do not divide"):
+            list(preflight.report(recipe, config, launch))
+        return
+    if launch.deepspeed or launch.fsdp:
+        config["pretrain"]["muon_learning_rate"] = None
+    lines = list(preflight.report(recipe, config, launch))
+    text = "\n".join(lines)
+    vocabulary, _ = preflight.vocabulary_of(recipe, config)
+    assert f"{shape_of(config['model'], vocabulary).parameters:,}" in text
+    for device in PROFILES:
+        place = next(number for number, line in enumerate(lines) if device.name in line)
+        verdict = " ".join(lines[place : place + 2])
+        assert "tabulated" in verdict or "no change of settings helps" in verdict
+
+
+def test_vocabulary_of_a_published_tokenizer(tmp_path, monkeypatch):
+    """Known from stage 03, from model.json, or assumed and called so."""
+    monkeypatch.setattr(project, "OUTPUTS", tmp_path)
+    config = {
+        "model": {},
+        "pretrain": {},
+        "tokenizer": {"kind": "published", "published": "someone/something"},
+    }
+    size, origin = preflight.vocabulary_of("mine", config)
+    assert size == preflight.ASSUMED_VOCABULARY and "assumed" in origin
+    config["model"]["vocab_size"] = 44_928
+    assert preflight.vocabulary_of("mine", config) == (44_928, " (model.json or the published checkpoint)")
+    folder = tmp_path / "mine/03_tokenizer"
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text(json.dumps({"figures": {"vocabulary": {"size": 32_003}}}))
+    assert preflight.vocabulary_of("mine", config) == (32_003, " (stage 03)")
+    trained = {"model": {}, "tokenizer": {"vocab_size": 7_990, "round_to": 64}}
+    assert preflight.vocabulary_of("mine", trained) == (8_000, "")
+
+
+def test_this_machine_is_found_and_shared_by_its_ranks():
+    device, free = preflight.this_machine(Launch())
+    assert isinstance(device, Device) and 0 < free <= (device.gigabytes + 1) * preflight.GIB
+    if device.kind == "cpu":
+        assert preflight.this_machine(Launch(processes=4))[1] == pytest.approx(free / 4, rel=0.2)
+
+
+def test_the_gpu_is_the_one_that_is_visible(tmp_path, monkeypatch):
+    """nvidia-smi lists all GPUs, whatever CUDA_VISIBLE_DEVICES says, and no memory where it is the CPU's."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\necho GPU-a, NVIDIA A100, 8.0, 40960, 30720\necho GPU-b, Tesla T4, 7.5, 15360, 10240\n"
+        "echo GPU-c, NVIDIA GB10, 12.1, [N/A], [N/A]\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    a100 = Device("NVIDIA A100", 40, 0.0, True), 30 * preflight.GIB
+    assert preflight.this_machine(Launch(processes=2)) == a100
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert preflight.this_machine(Launch()) == (Device("Tesla T4", 15, 0.0, False), 10 * preflight.GIB)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert preflight.this_machine(Launch())[0].name == "NVIDIA GB10"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert preflight.this_machine(Launch())[0].kind == "cpu"
+
+
+def test_a_preflight_does_without_torch():
+    code = (
+        "import json, sys\nfrom recipe.run import launch_options, preflight\n"
+        "from recipe.project import CONFIGS\n"
+        "config = {n: json.loads((CONFIGS / 'tiny' / f'{n}.json').read_text())"
+        " for n in ('dataset', 'model', 'tokenizer', 'pretrain')}\n"
+        "print('\\n'.join(preflight.report('tiny', config, launch_options.Launch())))\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "parameters   5,196,544" in result.stdout, result.stderr

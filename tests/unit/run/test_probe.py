@@ -1,0 +1,306 @@
+"""The search by measuring: real trainings of a mini model, and attempts that end in every way there is."""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from recipe.project import ROOT
+from recipe.run import preflight, probe
+from recipe.run.launch_options import Launch, add_options, launch_of
+from recipe.run.memory import shape_of
+from recipe.run.probe import attempt, climb, combinations, joined, measure, micro_batches, options_of, table
+from recipe.run.processes import child_environment
+
+PYTHON = [sys.executable, "-c"]
+SCRIPT = ROOT / "pretrain/run_clm.py"
+
+
+def end_of(tmp_path, code, limit=60.0):
+    return attempt([*PYTHON, code], tmp_path, child_environment(os.environ, 1), limit)
+
+
+def test_a_finished_attempt_brings_its_figures(tmp_path):
+    row = end_of(tmp_path, "open('result.json', 'w').write('{\"tokens_per_second\": 5}')")
+    assert row == {"outcome": "ok", "tokens_per_second": 5}
+
+
+def test_real_lack_of_memory_is_recognised(tmp_path):
+    """PyTorch asks for more than this machine could ever give."""
+    row = end_of(tmp_path, "import torch; torch.empty(2**60, dtype=torch.int8)")
+    assert row == {"outcome": "out of memory"}
+
+
+def test_the_kernels_kill_is_survived(tmp_path):
+    row = end_of(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    assert row["outcome"] == "killed" and "memory" in row["reason"]
+
+
+def test_a_killed_rank_is_recognised_behind_its_launcher(tmp_path):
+    """torchrun itself ends with 1 when the kernel kills one of its ranks."""
+    code = "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    row = attempt(torchrun(tmp_path, code), tmp_path, child_environment(os.environ, 2))
+    assert row["outcome"] == "killed"
+
+
+def test_a_crash_gives_its_last_line(tmp_path):
+    row = end_of(tmp_path, "raise ValueError('no such layer')")
+    assert row == {"outcome": "failed", "reason": "ValueError: no such layer"}
+    # Behind torchrun's own page about it, a rank's error is what counts.
+    code = "print('error: model.json: no such layer'); print('====='); exit(1)"
+    assert end_of(tmp_path, code) == {"outcome": "failed", "reason": "model.json: no such layer"}
+    # exit 0 without figures is no success
+    assert end_of(tmp_path, "print('bye')") == {"outcome": "failed", "reason": "bye"}
+
+
+HANGING = "import os, time\nopen(f'pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
+
+
+def torchrun(folder, code):
+    """The command of two ranks that run `code`."""
+    (folder / "rank.py").write_text(code)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*line, str(folder / "rank.py")]
+
+
+def state_of(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2]
+    except FileNotFoundError:
+        return "gone"
+
+
+def assert_ranks_are_dead(folder):
+    ranks = [int((folder / f"pid{rank}").read_text()) for rank in range(2)]
+    assert all(state_of(process) in ("gone", "Z", "X") for process in ranks)
+
+
+def test_a_hung_attempt_ends_with_all_its_ranks(tmp_path):
+    """torchrun gives each rank a session of its own, which no signal to torchrun's reaches."""
+    row = attempt(torchrun(tmp_path, HANGING), tmp_path, child_environment(os.environ, 2), 15.0)
+    assert row["outcome"] == "too slow"
+    assert_ranks_are_dead(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_probe_ends_in_one_line_and_with_all_its_ranks(tmp_path, number, code):
+    line = torchrun(tmp_path, HANGING)
+    code_of_probe = (
+        "import os; from pathlib import Path; from recipe.run import launch, probe\n"
+        f"run = lambda script: probe.attempt({line!r}, Path({str(tmp_path)!r}), dict(os.environ))\n"
+        "probe.main = run; launch._probe('05_pretrain', None, False)"
+    )
+    probing = subprocess.Popen([*PYTHON, code_of_probe], stderr=subprocess.PIPE, text=True)
+    while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
+        assert probing.poll() is None
+        time.sleep(0.1)
+    probing.send_signal(number)
+    said = probing.communicate(timeout=60)[1]
+    assert probing.returncode == code and "Traceback" not in said and said.count("05_pretrain: ") == 1
+    assert_ranks_are_dead(tmp_path)
+
+
+def test_the_attempt_is_what_the_kernel_would_kill_first(tmp_path):
+    code = "import time; time.sleep(0.5); print(open('/proc/self/oom_score_adj').read())"
+    assert end_of(tmp_path, code) == {"outcome": "failed", "reason": "1000"}
+
+
+def test_micro_batches_divide_the_share():
+    assert micro_batches(16, 4) == [1, 2, 4, 8, 16]
+    assert micro_batches(24, 4) == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert micro_batches(60, 1) == [1, 2, 3, 4, 6, 10, 15, 20, 30, 60]  # 5 and 12 are close to others
+    assert micro_batches(60, 12) == [1, 2, 3, 4, 6, 10, 12, 20, 30, 60]
+    assert micro_batches(3, 1) == [1, 3]
+
+
+def test_combinations_are_those_that_training_accepts():
+    one, two = Launch(), Launch(processes=2)
+    plain = list(combinations({}, one))
+    assert [(way, c) for way, c, compiled in plain if not compiled] == [(one, False), (one, True)]
+    assert not any(compiled for _, _, compiled in combinations({"torch_compile": False}, one))
+    shared = list(combinations({}, two))
+    assert {way.deepspeed for way, _, _ in shared} == {None, "zero1", "zero2", "zero3"}
+    assert not any(compiled for way, _, compiled in shared if way.deepspeed)  # refused by check_launch
+    assert all(way == two for way, _, _ in combinations({"muon_learning_rate": 0.1}, two))
+    # What the user has chosen to join the ranks is kept.
+    fsdp = Launch(processes=2, fsdp=True)
+    assert list(combinations({}, fsdp)) == [(fsdp, False, False), (fsdp, True, False)]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "measured"),
+    [
+        ({1: 10, 2: 18, 4: 30, 8: 31}, [1, 2, 4, 8]),
+        ({1: 10, 2: 9.8, 4: 30, 8: 20}, [1, 2, 4, 8]),
+        ({1: 10, 2: 9.0, 4: 30, 8: 20}, [1, 2]),
+        ({1: 10, 2: None, 4: 30, 8: 20}, [1, 2]),
+        ({1: None, 2: 10, 4: 30, 8: 20}, [1]),
+    ],
+)
+def test_the_climb_ends_at_a_failure_or_a_loss(speeds, measured):
+    def measure(micro):
+        speed = speeds[micro]
+        figures = {"outcome": "ok", "tokens_per_second": speed} if speed else {"outcome": "out of memory"}
+        return {"micro_batch": micro} | figures
+
+    assert [row["micro_batch"] for row in climb([1, 2, 4, 8], measure)] == measured
+
+
+def test_table_and_options():
+    row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "joined": "--deepspeed zero2"}
+    assert options_of(row) == (
+        "--set pretrain.per_device_train_batch_size=8 --set pretrain.activation_checkpointing=true "
+        "--deepspeed zero2"
+    )
+    asked = ["pretrain.max_steps=7", 'generation.prompts=["a b", "c"]', "pretrain.run_name=a b"]
+    assert options_of(row, asked).startswith(
+        r'--set pretrain.max_steps=7 --set generation.prompts=["a\u0020b","c"] '
+        r'--set pretrain.run_name="a\u0020b" --set pretrain.per_device_train_batch_size=8'
+    )
+    good = row | {"joined": "", "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
+    assert options_of(good).endswith("--set pretrain.torch_compile=true")
+    good |= {"flops_per_second": 2e11, "peak_memory_bytes": 3 * 2**30}
+    bad = row | {"outcome": "failed", "reason": "a | b"}
+    lines = table([bad, good]).splitlines()
+    assert lines[2] == "| 8 | yes | yes |  | 1,234 | 200 | 3.00 | ok |"
+    assert lines[3] == "| 8 | yes | no | --deepspeed zero2 |  |  |  | failed: a / b |"
+
+
+def test_what_joins_the_ranks_is_named_by_its_options():
+    assert joined(Launch(processes=2)) == ""
+    both = Launch(processes=4, fsdp=True, tensor_parallel=2)
+    assert launch_of(parsed(joined(both) + " --nproc 4")) == both
+    zero = Launch(processes=2, deepspeed="zero3")
+    assert launch_of(parsed(joined(zero) + " --nproc 2")) == zero
+
+
+def parsed(options):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser.parse_args(options.split())
+
+
+@pytest.fixture(scope="module")
+def prepared(make_project):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    return project
+
+
+def plan_of(project, **changes):
+    """What `search` hands to `measure`, for the mini recipe with some keys of pretrain.json changed."""
+    folder = project.folder / "configs/mini"
+    config = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    config["pretrain"] |= changes
+    outputs = project.folder / "outputs/mini"
+    inputs = {stage: outputs / stage for stage in ("03_tokenizer", "04_tokenize")}
+    return {"recipe": "mini", "config": config, "inputs": inputs}
+
+
+def test_hopeless_settings_are_not_tried(prepared):
+    """A block of 2**30 tokens of the mini model would keep terabytes."""
+    row = measure(Path("none.py"), plan_of(prepared, block_size=2**30), Launch(), False, False, 4)
+    assert row["outcome"] == "not tried" and "GiB are free" in row["reason"]
+
+
+@pytest.fixture
+def measured(prepared, monkeypatch):
+    """`prepared`, for measurements in this process: the scratch of an attempt stands beside its recipe."""
+    monkeypatch.setattr(probe, "OUTPUTS", prepared.folder / "outputs")
+    return prepared
+
+
+def test_lack_of_memory_ends_a_row_and_not_the_search(measured, monkeypatch):
+    """Real trainings under a limit of memory: one block fits, thousands at once do not."""
+    limits = (int(2.5e9), resource.getrlimit(resource.RLIMIT_DATA)[1])
+    popen = subprocess.Popen
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+    def limited(*arguments, **keywords):
+        return popen(*arguments, preexec_fn=limit, **keywords)
+
+    monkeypatch.setattr(probe.subprocess, "Popen", limited)
+    monkeypatch.setattr(probe, "HOPELESS", float("inf"))
+    plan = plan_of(measured, global_batch_size=2**12)
+    way = (Launch(), False, False)
+    rows = list(climb([1, 2**12], lambda micro: measure(SCRIPT, plan, *way, micro)))
+    assert [row["outcome"] for row in rows] == ["ok", "out of memory"]
+
+
+def test_a_row_is_a_training_with_these_settings(measured, monkeypatch):
+    """Whatever the recipe's schedule: a polynomial that only warms up divides by 0."""
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}
+    schedule |= {"warmup_steps": probe.STEPS, "logging_strategy": "no"}
+    plan = plan_of(measured, global_batch_size=8, **schedule)
+    folders = []
+    attempts = probe.attempt
+    monkeypatch.setattr(
+        probe, "attempt", lambda line, *rest: folders.append(rest[0]) or attempts(line, *rest)
+    )
+    row = measure(SCRIPT, plan, Launch(), True, False, 2)
+    assert row["outcome"] == "ok" and row["steps"] == probe.STEPS
+    active = row["active"]
+    assert (active["micro_batch"], active["accumulation"], active["compiled"]) == (2, 2, False)
+    assert [folder.parent for folder in folders] == [measured.folder / "outputs/mini"]
+    assert not folders[0].exists()
+    assert row["tokens_per_second"] > 0 and 2**27 < row["peak_memory_bytes"] < 2**32
+
+
+def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
+    """`mini` forbids torch.compile, which would take minutes here."""
+    small = ("--set", "pretrain.global_batch_size=2")
+    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", *small)
+    folder = prepared.folder / "outputs/mini"
+    rows = [line.strip("| ").split(" | ") for line in (folder / "probe.md").read_text().splitlines()[2:6]]
+    assert {(row[0], row[1]) for row in rows} == {(m, c) for m in "12" for c in ("yes", "no")}
+    assert all(row[-1] == "ok" for row in rows)
+    speeds = [float(row[4].replace(",", "")) for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
+    options = (folder / "probe.options").read_text().split()
+    assert f"pretrain.per_device_train_batch_size={rows[0][0]}" in options
+    assert f"fastest: {' '.join(options)}" in result.stdout
+    accepted = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--dry-run", *options)
+    assert "would run" in accepted.stdout and f"micro-batch {rows[0][0]} " in accepted.stdout
+    assert "step         2 x 64 = 128 tokens" in accepted.stdout  # the probe's own --set among the options
+    # The stage itself was not touched.
+    assert not (folder / "05_pretrain").exists()
+
+
+def test_probe_needs_the_tokens(prepared):
+    prepared.add_recipe("bare", {})
+    for file in (prepared.folder / "configs/mini").glob("*.json"):
+        (prepared.folder / "configs/bare" / file.name).write_text(file.read_text())
+    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "bare", "--probe", check=False)
+    assert result.returncode == 2 and "--to 04" in result.stderr
+
+
+def test_training_is_refused_without_room_for_its_checkpoints(prepared):
+    options = ("--set", "pretrain.max_steps=100000000", "--set", "pretrain.save_steps=1")
+    options += ("--set", "pretrain.save_total_limit=null", "--force")
+    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", *options, check=False)
+    assert result.returncode == 2 and "checkpoints" in result.stderr and "free" in result.stderr
+
+
+def test_computed_disk_is_what_a_training_writes(prepared):
+    """A checkpoint's weights and optimizer, Muon's half among it, by the formula and on the disk."""
+    short = ("--set", "pretrain.max_steps=2", "--set", "pretrain.save_steps=1")
+    prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", *short)
+    folder = prepared.folder / "outputs/mini/05_pretrain"
+    record = json.loads((folder / "stage.json").read_text())
+    assert record["figures"]["steps"] == 2 and record["figures"]["peak_memory_bytes"] > 2**27
+    shape = shape_of(record["config"]["model"], 400)
+    here, _ = preflight.this_machine(Launch())
+    setting = preflight.setting_of(record["config"]["pretrain"], here, Launch())
+    assert shape.parameters == record["figures"]["active"]["parameters"]
+    files = [folder / "checkpoints/checkpoint-1" / name for name in ("model.safetensors", "optimizer.pt")]
+    written = sum(file.stat().st_size for file in files)
+    # 20 kB of names and headers weigh something only beside so small a model.
+    assert 0 <= written - preflight.checkpoint_bytes(shape, setting) < 40_000

@@ -1,8 +1,0 @@
-"""What stages depend on beside their inputs and their files of the recipe."""
-
-from recipe.facts import weights
-
-
-def test_only_weights_other_than_one_decide_what_is_trained():
-    sources = {"a": {"weight": 2}, "b": {"weight": 1.0}, "c": {}}
-    assert weights({"dataset": {"sources": sources}}) == {"weights": {"a": 2}}

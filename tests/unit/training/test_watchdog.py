@@ -1,0 +1,153 @@
+"""A training that stands still is noticed in time; one that compiles, evaluates or saves is left alone."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from recipe.training import watchdog
+from recipe.training.watchdog import SHORTEST, TIMES, UNPACED, SignsOfLife, Watchdog, call_webhook, limit
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def sign(folder, **values):
+    facts = {"host": watchdog.platform.node(), "process": os.getpid(), "step": 7, "limit": SHORTEST}
+    (folder / "rank0").write_text(json.dumps(facts | values))
+
+
+def watch(dog, clock, seconds):
+    """Seconds until the watchdog barks, up to `seconds`; None if it does not."""
+    for passed in range(1, seconds + 1):
+        clock.now += 1
+        if dog.stalled():
+            return passed
+    return None
+
+
+def test_silence_is_noticed_after_the_limit_and_not_before(tmp_path, clock):
+    dog = Watchdog(tmp_path, clock)
+    sign(tmp_path)
+    assert watch(dog, clock, 200) == SHORTEST + 2  # one look finds the sign, and more than the limit passes
+    assert f"rank0 (process {os.getpid()}" in dog.found and "nothing after step 7 for 91 s" in dog.found
+    sign(tmp_path, step=8)
+    assert not dog.stalled() and not dog.found
+    sign(tmp_path, limit=UNPACED)
+    assert watch(dog, clock, 3500) is None
+
+
+def test_time_in_which_the_launcher_was_frozen_does_not_count(tmp_path, clock):
+    dog = Watchdog(tmp_path, clock)
+    sign(tmp_path)
+    watch(dog, clock, 10)
+    clock.now += 10_000
+    assert not dog.stalled()
+    assert watch(dog, clock, 200) == pytest.approx(SHORTEST - 13, abs=1)
+
+
+def test_what_an_earlier_try_left_is_no_sign(tmp_path, clock):
+    """Another node may start minutes before node 0, which removes it: no bark, no signal to old processes."""
+    sign(tmp_path)
+    dog = Watchdog(tmp_path, clock)
+    assert watch(dog, clock, 500) is None and dog.processes() == []
+    sign(tmp_path, step=1)
+    assert dog.processes() == [os.getpid()] and watch(dog, clock, 500) == SHORTEST + 2
+
+
+def test_limit_follows_the_slowest_recent_step():
+    assert limit([1.0, 2.0]) == SHORTEST
+    assert limit([1.0, 40.0]) == TIMES * 40
+
+
+def test_signs_of_life(tmp_path, monkeypatch):
+    now = Clock()
+    monkeypatch.setattr(watchdog.time, "monotonic", now)
+    life = SignsOfLife(tmp_path / "ranks", 1)
+
+    def written():
+        return json.loads((tmp_path / "ranks/rank1").read_text())
+
+    assert written()["limit"] == UNPACED and written()["process"] == os.getpid()
+    life.step(10)  # the clock starts
+    assert written()["limit"] == UNPACED
+    now.now += 30
+    life.step(11)
+    assert written() | {"step": 11, "limit": 180.0} == written()
+    now.now += 0.1
+    life.step(12)
+    assert written()["step"] == 11  # at most once a second
+    life.unpaced(12)  # an evaluation
+    now.now += 500
+    life.alive(12)
+    assert written()["limit"] == UNPACED and written()["written"] == now.now
+    life.step(12)
+    now.now += 2
+    life.step(13)
+    assert written()["limit"] == 180.0  # the time of the evaluation is no step
+
+
+def test_a_frozen_process_is_called_frozen_and_writes_its_stacks_when_it_runs(tmp_path, clock):
+    code = "import faulthandler, time; from recipe.training.watchdog import STACKS\n"
+    code += "faulthandler.register(STACKS)\n"
+    code += "def waits():\n    print('ready', flush=True)\n    time.sleep(60)\nwaits()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    dog = Watchdog(tmp_path, clock)
+    sign(tmp_path, process=process.pid)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    assert watch(dog, clock, 100) and "its process is frozen (SIGSTOP)" in dog.found
+    process.send_signal(signal.SIGCONT)
+    watchdog.dump_stacks(dog)
+    process.kill()
+    assert "in waits" in process.communicate()[1]
+    dog.stalled()
+    clock.now += 1
+    assert dog.stalled().endswith("its process is gone")
+
+
+@pytest.fixture
+def webhook(monkeypatch):
+    received = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("RECIPE_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
+    yield received
+    server.shutdown()
+    server.server_close()
+
+
+def test_webhook(webhook, monkeypatch):
+    assert call_webhook("止まりました") == ""
+    assert webhook == [{"text": "止まりました", "content": "止まりました"}]
+    monkeypatch.setenv("RECIPE_WEBHOOK", "http://127.0.0.1:9/hook")
+    assert "could not be called" in call_webhook("x")
+    monkeypatch.delenv("RECIPE_WEBHOOK")
+    assert call_webhook("x") == ""
