@@ -221,6 +221,27 @@ def require_data(record: dict[str, Any], config: dict[str, Any], data: Path) -> 
                 )
 
 
+def data_identity(figures: dict[str, Any]) -> dict[str, Any]:
+    """What identifies the data that stage 01 recorded: equal data give an equal value, whenever it was
+    downloaded.
+
+    figures: those of stage 01. The value holds, for each source, its kind and for each of its files the size
+    and the sha256, or the time of change for a user's own file. Addresses, versions of the server, licences
+    and seconds are left out: they change nothing in the text.
+    """
+    keys = ("bytes", "sha256", "mtime_ns")
+    return {
+        name: {
+            "kind": record["kind"],
+            "files": {
+                file: {key: facts[key] for key in keys if key in facts}
+                for file, facts in record["files"].items()
+            },
+        }
+        for name, record in figures["sources"].items()
+    }
+
+
 def source_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes and times of the user's own files: what, beside dataset.json, makes stage 01 stale.
 

@@ -86,6 +86,29 @@ def test_data_that_was_removed_or_replaced_is_noticed(tmp_path, index):
         download.require_data(record, config, tmp_path)
 
 
+def test_same_data_downloaded_again_has_the_same_identity(tmp_path, served):
+    own = tmp_path / "own.txt"
+    own.write_text("三", "utf-8")
+    specs = {
+        "web": {"source": "files", "url": served + "a.txt"},
+        "mine": {"source": "files", "paths": [str(own)]},
+    }
+
+    def identity(data, **figures):
+        records = {name: download.download(name, spec, tmp_path / data) for name, spec in specs.items()}
+        return download.data_identity({"sources": records, **figures})
+
+    first = identity("first", download_seconds=1.0)
+    (tmp_path / "served/a.txt").touch()  # the server gives another Last-Modified
+    assert identity("second", download_seconds=2.0) == first
+    (tmp_path / "served/a.txt").write_text("二", "utf-8")  # of the same size
+    other = identity("third")
+    assert other != first
+    assert other["mine"] == first["mine"]
+    own.write_text("四", "utf-8")
+    assert identity("third")["mine"] != first["mine"]
+
+
 def test_changed_own_file_changes_the_facts(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("一")
