@@ -1,7 +1,7 @@
-"""A JSON object that a user edits: read strictly, its keys and types checked against a table.
+"""Reads a JSON file that a user edits, and checks its keys and types against a table.
 
-What upstream libraries know (TrainingArguments, model and generation configs, DeepSpeed) stands in
-``known_keys.json``, made by
+The native keys (of TrainingArguments, model and generation configs, DeepSpeed) are in ``known_keys.json``.
+This command writes that file from the installed libraries:
 
     python -m recipe.config.known_keys
 """
@@ -16,52 +16,53 @@ from typing import Any
 
 from recipe.project import Refused
 
-# What has one home elsewhere, and where.
+# Native keys that are refused because something else decides the value, and what decides it.
 ELSEWHERE = {
     "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the ranks",
     "output_dir": "recipe/run/stage.py",
-    "hub_token": "the environment variable HF_TOKEN, or `hf auth login`: a token in a file gets published",
+    "hub_token": "the environment variable HF_TOKEN, or `hf auth login` (a token in a file gets published)",
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
-    "resume_from_checkpoint": "the stage itself: it always continues from its newest good checkpoint",
+    "resume_from_checkpoint": "the stage, which always continues from its newest valid checkpoint",
     "remove_unused_columns": "recipe/training/training.py",
-    "train_sampling_strategy": "the order of samples is a function of seed and epoch",
-    "data_seed": "seed, which decides the order of samples, too",
+    "train_sampling_strategy": "seed and epoch, which alone decide the order of samples",
+    "data_seed": "seed, which also decides the order of samples",
     "use_cpu": "the hardware (CUDA_VISIBLE_DEVICES= hides the GPUs)",
-    "use_cache": "a cache in training would let a document see the one before it",
+    "use_cache": "the stage, which trains without a cache: with one, a document would see the one before it",
     "fsdp": "the option --fsdp",
     "fsdp_config": "the option --fsdp",
     "parallelism_config": "the options --fsdp and --tensor-parallel",
     "accelerator_config": "global_batch_size, and the options of the launcher",
     "local_rank": "the launcher",
-    "average_tokens_across_devices": "the loss is the same on any number of ranks",
-    "do_train": "the stage: it trains, and evaluates by eval_strategy",
-    "do_eval": "the stage: it trains, and evaluates by eval_strategy",
-    "do_predict": "the stage: it trains, and evaluates by eval_strategy",
-    "enable_jit_checkpoint": "the stage: on a signal it always saves a checkpoint",
-    "gradient_checkpointing": "activation_checkpointing, the name that transformers has for it now",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs, as transformers calls them now",
-    "ignore_data_skip": "the stage: it continues with the sample after the last one",
-    "save_only_model": "the stage: it could not continue from such a checkpoint",
-    "save_on_each_node": "the stage: several nodes share one folder",
+    "average_tokens_across_devices": "the stage, whose loss is the same on any number of ranks",
+    "do_train": "the stage, which trains, and evaluates by eval_strategy",
+    "do_eval": "the stage, which trains, and evaluates by eval_strategy",
+    "do_predict": "the stage, which trains, and evaluates by eval_strategy",
+    "enable_jit_checkpoint": "the stage, which always saves a checkpoint on a signal",
+    "gradient_checkpointing": "activation_checkpointing, its present name in transformers",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs, its present name in transformers",
+    "ignore_data_skip": "the stage, which continues with the sample after the last one",
+    "save_only_model": "the stage, which could not continue from such a checkpoint",
+    "save_on_each_node": "the stage, which keeps one folder for all nodes",
 }
 
 
 @functools.cache
 def known_keys() -> dict[str, Any]:
-    """The table of native keys and types: training_arguments, generation, model.<type>, deepspeed."""
+    """The native keys with their types: training_arguments, generation, model.<type>, deepspeed."""
     return json.loads(Path(__file__).with_name("known_keys.json").read_text("utf-8"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """One JSON object from a file a user edits. Raises Refused for bad JSON (with the line) and duplicate
-    keys.
+    """Read one JSON object from a file that a user edits.
+
+    Raises Refused for bad JSON (with its line) and for a key that occurs twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise Refused(f"{short(path)}: {key}: stands there twice. Keep one of them")
+                raise Refused(f"{short(path)}: {key}: occurs twice. Remove one of the two")
             result[key] = value
         return result
 
@@ -74,39 +75,39 @@ def read_config(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise Refused(f"{short(path)}: not UTF-8 ({error.reason}). Save the file as UTF-8") from error
     if not isinstance(value, dict):
-        raise Refused(f"{short(path)}: wanted a JSON object {{...}}, found {type(value).__name__}")
+        raise Refused(f"{short(path)}: expected a JSON object {{...}}, found {type_name(value)}")
     return value
 
 
 def short(path: Path) -> str:
-    """A file of a recipe as a user types it."""
+    """The path of a recipe's file, relative to the project."""
     return f"configs/{path.parent.name}/{path.name}"
 
 
 def check_keys(values: dict[str, Any], known: dict[str, str], where: str) -> None:
-    """Refuse a key that is not in the table `known`, or a value of another type than it names there."""
+    """Refuse a key that is not in the table `known`, and a value whose type is not the one given there."""
     for key, value in values.items():
         if key not in known:
-            home = f" It follows from {ELSEWHERE[key]}." if key in ELSEWHERE else nearest(key, known)
+            home = f" It is decided by {ELSEWHERE[key]}." if key in ELSEWHERE else nearest(key, known)
             raise Refused(f"{where}: {key}: unknown key (value {show(value)}).{home}")
         if not is_type(value, known[key]):
-            raise Refused(f"{where}: {key}: {show(value)} is {type_name(value)}, wanted {known[key]}")
+            raise Refused(f"{where}: {key}: {show(value)} is {type_name(value)}, expected {known[key]}")
 
 
 def nearest(key: str, known: Any) -> str:
-    """`` Did you mean X?`` for the nearest known key, or nothing."""
+    """The text `` Did you mean X?`` for the nearest known key; empty when no key is near."""
     close = difflib.get_close_matches(key, list(known), 1, 0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def show(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """A value as JSON, at most 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < 80 else text[:77] + "..."
 
 
 def type_name(value: Any) -> str:
-    """The name that the tables here have for the type of a JSON value."""
+    """The type of a JSON value, by its name in the tables of known keys."""
     names = {
         bool: "bool",
         int: "int",
@@ -119,18 +120,19 @@ def type_name(value: Any) -> str:
     return names[type(value)]
 
 
-def is_type(value: Any, wanted: str) -> bool:
-    """True when a JSON value has one of the types in ``int|null``; an int serves as a float, a bool is no
-    int.
+def is_type(value: Any, expected: str) -> bool:
+    """Whether a JSON value has one of the expected types, written as ``int|null``.
+
+    An int is accepted as a float; a bool is not an int. ``any`` accepts everything.
     """
-    if wanted == "any":
+    if expected == "any":
         return True
-    name = type_name(value)
-    return name in wanted.split("|") or (name == "int" and "float" in wanted.split("|"))
+    name, types = type_name(value), expected.split("|")
+    return name in types or (name == "int" and "float" in types)
 
 
 def require(values: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    """Refuse when one of `keys` is missing."""
+    """Refuse a file in which one of `keys` is missing."""
     for key in keys:
         if key not in values:
-            raise Refused(f"{where}: {key}: missing")
+            raise Refused(f"{where}: {key}: missing. Add it")

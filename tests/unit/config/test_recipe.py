@@ -63,7 +63,7 @@ def preference(config, **values):
         (lambda c: c["pretrain"].update(learning_rat=1), ["pretrain.json: learning_rat", "'learning_rate'"]),
         (
             lambda c: c["pretrain"].update(learning_rate="fast"),
-            ["learning_rate", '"fast" is str', "wanted float"],
+            ["learning_rate", '"fast" is str', "expected float"],
         ),
         (lambda c: c["pretrain"].update(max_steps=True), ["max_steps", "bool"]),
         (
@@ -190,7 +190,7 @@ def preference(config, **values):
             ["label_smoothing_factor", "second time"],
         ),
         (lambda c: c["finetune"].update(auto_find_batch_size=True), ["finetune.json: auto_find_batch_size"]),
-        (lambda c: c["pretrain"].update(data_seed=1), ["data_seed", "follows from seed"]),
+        (lambda c: c["pretrain"].update(data_seed=1), ["data_seed", "decided by seed"]),
         (lambda c: c["pretrain"].update(fsdp="full_shard"), ["fsdp", "the option --fsdp"]),
         (lambda c: c["pretrain"].update(use_cache=True), ["use_cache", "the one before it"]),
         (
@@ -219,7 +219,7 @@ def preference(config, **values):
         ),
         (
             lambda c: c["pretrain"].update(gradient_checkpointing=True),
-            ["gradient_checkpointing: unknown key", "It follows from activation_checkpointing"],
+            ["gradient_checkpointing: unknown key", "It is decided by activation_checkpointing"],
         ),
         (
             lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="galore_adamw")),
@@ -269,7 +269,7 @@ def test_agreeing_repetition_is_accepted():
 def test_duplicate_key_and_bad_json_name_the_place(tmp_path):
     path = tmp_path / "pretrain.json"
     path.write_text('{"seed": 1, "seed": 2}')
-    with pytest.raises(Refused, match="seed: stands there twice"):
+    with pytest.raises(Refused, match="seed: occurs twice"):
         keys.read_config(path)
     path.write_text('{"seed": 1,\n "x" 2}')
     with pytest.raises(Refused, match=r"pretrain\.json:2: not valid JSON"):
