@@ -1,4 +1,4 @@
-"""One HTML page about a recipe's run: time and memory by stage, then what each stage says of itself.
+"""One HTML page about a recipe's run: the results first, then the details of every stage, folded.
 
 Run:  python -m recipe.export.html_report tiny
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -20,14 +21,31 @@ from markdown_it import MarkdownIt
 from recipe import project
 from recipe.project import RecipeError, Refused, read_json
 
-MOST_FIGURES = 60  # rows of figures that are shown for a stage without a text of its own
+# The results: a heading, and the files of the stages that are shown under it, each under its own title.
+RESULTS = {
+    "Learning curve": {
+        "05_pretrain/learning_curve.png": "Pretraining",
+        "12_finetune/learning_curve.png": "Tuning on instructions",
+        "13_preference/learning_curve.png": "Tuning on preferences",
+    },
+    "Samples": {
+        "07_generate/samples.md": "Continued prompts, before and after pretraining",
+        "15_generate/answers.md": "Answers, before and after tuning",
+    },
+    "Scores": {
+        "06_evaluate/metrics.md": "After pretraining",
+        "14_evaluate/metrics.md": "Before and after tuning",
+    },
+}
+_RIGHT = ' class="number"'  # of a cell that is aligned to the right
+MOST_FIGURES = 60  # rows in the table of a stage that wrote no text of its own
 
 
 def write_report(recipe: str) -> Path:
     """Write ``outputs/<recipe>/report.html`` from the finished stages, and return its path.
 
-    The page holds everything itself: it asks for nothing over the network and runs no script. What a stage
-    has not done, or not written, is not there. Raises Refused when no stage is finished.
+    The page is one file. It needs no network and runs no script. A stage or a file that is missing is left
+    out. Raises Refused when no stage is finished.
     """
     folder = project.OUTPUTS / recipe
     records = [read_json(path) for path in sorted(folder.glob("[0-9]*/stage.json"))]
@@ -39,13 +57,72 @@ def write_report(recipe: str) -> Path:
     template = Template(Path(__file__).with_name("html_report.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(f"Recipe {recipe}"),
-        made=html.escape(f"Finished {finished}, commit {last['commit'] or 'unknown'}; {versions}."),
-        stages="\n".join([_overview(records), *(_stage(folder, record) for record in records)]),
+        made=html.escape(f"Finished {finished}, commit {last['commit'] or 'unknown'}"),
+        headlines="\n".join(
+            f"<div><small>{html.escape(label)}</small><b>{html.escape(value)}</b>"
+            f"<small>{html.escape(note)}</small></div>"
+            for label, value, note in headline_figures(records)
+        ),
+        results="\n".join(_results(folder)),
+        overview=_overview(records),
+        details="\n".join(_stage(folder, record) for record in records),
+        versions=html.escape(versions),
     )
     part = folder / ".report.html.part"
     part.write_text(page, "utf-8")
     part.rename(folder / "report.html")
     return folder / "report.html"
+
+
+def headline_figures(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The figures that a reader looks for first, as (label, value, note); only those that are known.
+
+    records: the ``stage.json`` of the finished stages.
+    """
+    figures = {record["stage"]: record["figures"] for record in records}
+    trained, measured = figures.get("05_pretrain", {}), figures.get("06_evaluate", {})
+    tuned = figures.get("14_evaluate", {})
+    if trained.get("active"):
+        yield "parameters", _short(trained["active"]["parameters"]), trained.get("hardware", "")
+    if trained.get("tokens"):
+        yield "training tokens", _short(trained["tokens"]), f"{trained['steps']:,} steps"
+    if trained.get("eval_loss") is not None:
+        perplexity = math.exp(min(trained["eval_loss"], 100))
+        yield "valid loss", f"{trained['eval_loss']:.4f}", f"perplexity {perplexity:,.1f}"
+    if "in_domain" in measured:
+        outside = measured.get("out_of_domain")
+        note = f"out of domain {outside['bits_per_byte']:.4f}" if outside else "in domain"
+        yield "bits per byte", f"{measured['in_domain']['bits_per_byte']:.4f}", note
+    if tuned:
+        before, after = tuned["before"], tuned["after"]
+        yield "response loss", f"{after['response_loss']:.4f}", f"{before['response_loss']:.4f} before tuning"
+    speed = f"{trained['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in trained else ""
+    yield "time, all stages", _duration(sum(record["seconds"] for record in records)), speed
+
+
+def _short(count: int) -> str:
+    """A count with three digits and a unit: ``5.24 M``."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:,.{max(0, 2 - int(math.log10(count / size)))}f} {unit}"
+    return str(count)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _results(folder: Path) -> Iterator[str]:
+    """The sections of RESULTS; a section without any file is left out."""
+    for heading, files in RESULTS.items():
+        shown = {folder / name: title for name, title in files.items() if (folder / name).exists()}
+        if shown:
+            yield f"<h2>{heading}</h2>"
+        for path, title in shown.items():
+            content = _picture(path) if path.suffix == ".png" else _render(path.read_text("utf-8"))
+            yield f'<div class="{heading.lower()}"><h3>{title}</h3>{content}</div>'
 
 
 def _overview(records: list[dict[str, Any]]) -> str:
@@ -58,38 +135,39 @@ def _overview(records: list[dict[str, Any]]) -> str:
 
 
 def _stage(folder: Path, record: dict[str, Any]) -> str:
-    """A stage's section: its pictures and texts, and, folded, its figures where it has no text, and settings.
+    """The details of a stage, folded: pictures, texts, settings; its figures where it wrote no text.
 
-    A model's card is left out, with its pictures: it repeats the others.
+    What the results already show is left out, and the model card of stage 16, which repeats the other stages.
     """
     name = record["stage"]
+    shown = {file for files in RESULTS.values() for file in files}
     is_card = (folder / name / "README.md").exists()
-    found = [] if is_card else sorted((folder / name).iterdir())
-    texts = [_markdown(path.read_text("utf-8")) for path in found if path.suffix == ".md"]
-    if not texts:
+    files = [] if is_card else sorted((folder / name).iterdir())
+    texts = [path for path in files if path.suffix == ".md"]
+    parts = [_picture(path) for path in files if path.suffix == ".png" and f"{name}/{path.name}" not in shown]
+    parts += [_render(path.read_text("utf-8")) for path in texts if f"{name}/{path.name}" not in shown]
+    if not texts and record["figures"]:
         rows = list(flat_figures(record["figures"]))
-        table = _table(("figure", "value"), rows[:MOST_FIGURES])
+        parts.append(_table(("figure", "value"), rows[:MOST_FIGURES]))
         if len(rows) > MOST_FIGURES:
-            table += f"<p>and {len(rows) - MOST_FIGURES} more in {name}/stage.json</p>"
-        texts = [_folded("figures", table)] if rows else []
-    pictures = [_picture(path) for path in found if path.suffix == ".png"]
-    config = json.dumps(record["config"], ensure_ascii=False, indent=2)
-    settings = _folded("settings", f"<pre>{html.escape(config)}</pre>")
-    heading = f"<h2>{html.escape(name)}</h2>\n<p>{html.escape(record['headline'])}</p>"
-    return "\n".join([heading, *pictures, *texts, settings])
+            parts.append(f"<p>and {len(rows) - MOST_FIGURES} more in {name}/stage.json</p>")
+    config = html.escape(json.dumps(record["config"], ensure_ascii=False, indent=2))
+    parts.append(f'<details><summary>settings</summary><pre lang="ja">{config}</pre></details>')
+    title = f"<b>{html.escape(name)}</b> {html.escape(record['headline'])}"
+    return f"<details><summary>{title}</summary>{''.join(parts)}</details>"
 
 
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{title}</summary>{content}</details>"
+def _render(markdown: str) -> str:
+    """Markdown as HTML, every table in a box that scrolls.
 
-
-def _markdown(text: str) -> str:
-    """Markdown as HTML. HTML in it is shown as text, but for line ends in cells; links and pictures of what a
-    model wrote lead nowhere.
+    HTML in the text is shown as text, except line breaks in cells. Links and pictures stay text, so that what
+    a model wrote leads nowhere.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.disable(["link", "image", "autolink", "reference"])
-    return f'<div class="wide">{parser.render(text).replace("&lt;br&gt;", "<br>")}</div>'
+    page = parser.render(markdown).replace("&lt;br&gt;", "<br>").replace(' style="text-align:right"', _RIGHT)
+    page = page.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    return f'<div lang="ja">{page}</div>'
 
 
 def _picture(path: Path) -> str:
@@ -104,13 +182,13 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A cell of a table; a number stands to the right."""
-    kind = ' class="number"' if re.fullmatch(r"[-+\d,.e]+", text) else ""
+    """A cell of a table; numbers are aligned to the right."""
+    kind = _RIGHT if re.fullmatch(r"[-+\d,.e]+", text) else ""
     return f"<td{kind}>{html.escape(text)}</td>"
 
 
 def flat_figures(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every figure of a nested JSON value, as its path and the value for people."""
+    """Every figure of a nested JSON value, as (path, readable value): ``("active.device", "cpu")``."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from flat_figures(inner, f"{path}.{key}" if path else key)
@@ -121,7 +199,7 @@ def flat_figures(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Write the page of the recipe that the command line names, and say where it is."""
+    """Write the page of the recipe that the command line names, and print its path."""
     try:
         print(f"report: {write_report(sys.argv[1]).relative_to(project.ROOT)}")
     except RecipeError as error:
