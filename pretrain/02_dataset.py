@@ -6,7 +6,8 @@ funnel.png. Run:  python pretrain/02_dataset.py --recipe tiny
 """
 
 from recipe.corpus import funnel, pipeline
-from recipe.corpus.download import licence, require_data
+from recipe.corpus.download import require_data
+from recipe.corpus.sources import licence
 from recipe.project import DATA, read_json, write_json
 from recipe.run.stage import Stage, run_stage
 
@@ -24,7 +25,7 @@ def main(stage: Stage) -> None:
     write_json(
         stage.folder / "funnel.json", {"sources": stage.figures, "licences": licences, "leakage": leaks}
     )
-    (stage.folder / "funnel.md").write_text(funnel.markdown(funnels), "utf-8")
+    (stage.folder / "funnel.md").write_text(funnel.funnel_table(funnels), "utf-8")
     funnel.picture(funnels, stage.folder / "funnel.png")
     pipeline.remove_scaffold(stage.folder)
     kept, read = (sum(getattr(f, key) for f in funnels.values()) / 1e6 for key in ("bytes_out", "bytes_in"))

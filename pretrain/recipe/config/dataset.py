@@ -6,9 +6,10 @@ from typing import Any
 
 from recipe.config.keys import check_keys, nearest, require, show, type_name
 from recipe.corpus import rules
+from recipe.corpus.sources import kind_of
 from recipe.project import Refused
 
-# Our own keys, with the JSON types they take. Everything else is native and comes from known_keys.json.
+# The keys with their JSON types. Those of each kind of source are in `recipe.corpus.sources.KINDS`.
 DATASET = {
     "sources": "dict",
     "neologdn": "dict",
@@ -23,6 +24,7 @@ DATASET = {
     "engine": "dict",
 }
 NEOLOGDN = {"repeat": "int", "remove_space": "bool", "max_repeat_substr_length": "int", "tilde": "str"}
+# Of every source.
 SOURCE = {
     "source": "str",
     "held_out": "bool",
@@ -34,26 +36,6 @@ SOURCE = {
     "maximum_documents": "int",
     "maximum_bad_share": "float",
 }
-# Files of a user's own (`paths`), or fetched from `url` and checked against a hash.
-FILES_OR_URL = {
-    "paths": "list",
-    "url": "str|list",
-    "sha256": "str|list",
-    "sha1": "str|list",
-    "md5": "str|list",
-}
-SOURCE_KINDS = {
-    "manpages": {"packages": "list"},
-    "html-help": {"packages": "list"},
-    "descriptions": {},
-    "tatoeba": {"requirement": "str", "sha256": "str", "lines_per_document": "int"},
-    "files": FILES_OR_URL | {"column": "str"},
-    "wikipedia": FILES_OR_URL,
-    "aozora": FILES_OR_URL,
-    "datasets-folder": {"path": "str", "column": "str"},
-    "hub": {"dataset": "str", "configuration": "str", "split": "str", "column": "str", "revision": "str"},
-}
-OPTIONAL = {"column", "lines_per_document", "configuration", "split", "revision"} | set(FILES_OR_URL)
 MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
 TILDES = ("remove", "ignore", "normalize", "normalize_zenkaku")  # of neologdn
 ENGINES = {
@@ -71,7 +53,7 @@ ENGINES = {
 
 
 def check_dataset(values: dict[str, Any], where: str) -> None:
-    """Check the sources and all that stands beside them. Raises Refused at the first fault."""
+    """Check the values of a dataset.json. Raises Refused at the first fault."""
     check_keys(values, DATASET, where)
     require(values, ("sources",), where)
     check_keys(values.get("neologdn", {}), NEOLOGDN, f"{where}: neologdn")
@@ -79,54 +61,48 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
         here = f"{where}: sources.{name}"
         if not isinstance(source, dict):
             raise Refused(
-                f"{here}: {show(source)} is {type_name(source)}, wanted an object with the key `source`"
+                f"{here}: {show(source)} is {type_name(source)}, expected an object with the key `source`"
             )
         if not name.replace("-", "").replace("_", "").isalnum():
             raise Refused(f"{here}: the name becomes a file name: use letters, digits, - and _")
         require(source, ("source",), here)
-        kind = source["source"]
-        if not isinstance(kind, str) or kind not in SOURCE_KINDS:
-            raise Refused(
-                f"{here}: source: unknown kind {show(kind)}.{nearest(str(kind), SOURCE_KINDS)} "
-                f"Known: {', '.join(SOURCE_KINDS)}"
-            )
         _check_source(source, here)
     if not values["sources"]:
-        raise Refused(f"{where}: sources: empty, wanted at least one source of text")
+        raise Refused(f"{where}: sources: empty, expected at least one source of text")
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     for key in ("minimum_japanese_share", "valid_share"):
         if not 0 <= values.get(key, 0) < 1:
-            raise Refused(f"{where}: {key}: {values[key]} wanted 0 or more and below 1")
+            raise Refused(f"{where}: {key}: {values[key]}, expected 0 or more and below 1")
     for kind, changes in values.get("rules", {}).items():
         rules.check_rules(kind, changes, f"{where}: rules.{kind}")
     check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
     for key, value in (values.get("minhash") or {}).items():
         if value < (key != "seed"):
-            raise Refused(f"{where}: minhash: {key}: {value}, wanted 1 or more")
+            raise Refused(f"{where}: minhash: {key}: {value}, expected 1 or more")
     tilde = values.get("neologdn", {}).get("tilde", "ignore")
     if tilde not in TILDES:
-        raise Refused(f"{where}: neologdn: tilde: {show(tilde)}, wanted one of {', '.join(TILDES)}")
+        raise Refused(f"{where}: neologdn: tilde: {show(tilde)}, expected one of {', '.join(TILDES)}")
     _check_engine(values.get("engine", {}), f"{where}: engine")
 
 
 def _check_source(source: dict[str, Any], here: str) -> None:
-    kind = source["source"]
-    check_keys(source, SOURCE | SOURCE_KINDS[kind], here)
-    require(source, tuple(key for key in SOURCE_KINDS[kind] if key not in OPTIONAL), here)
-    if "paths" in SOURCE_KINDS[kind] and ("paths" in source) == ("url" in source):
-        raise Refused(f"{here}: wanted either `paths` (files of your own) or `url`")
+    kind = kind_of(source, here)
+    check_keys(source, SOURCE | kind.required | kind.optional, here)
+    require(source, tuple(kind.required), here)
+    if kind.download == "url" and ("paths" in source) == ("url" in source):
+        raise Refused(f"{here}: expected either `paths` (your own files) or `url`")
     for path in source.get("paths", ["x"]) or [None]:
         if not isinstance(path, str):
-            raise Refused(f"{here}: paths: {show(source['paths'])}, wanted one or more paths as text")
+            raise Refused(f"{here}: paths: {show(source['paths'])}, expected one or more paths as text")
     if source.get("rules") is not None:
         rules.check_rules(source["rules"], {}, f"{here}: rules")
     for key in ("weight", "maximum_megabytes", "maximum_documents"):
         if source.get(key, 1) <= 0:
-            raise Refused(f"{here}: {key}: {source[key]}, wanted more than 0")
+            raise Refused(f"{here}: {key}: {source[key]}, expected more than 0")
     if not 0 <= source.get("maximum_bad_share", 0) < 1:
         raise Refused(
-            f"{here}: maximum_bad_share: {source['maximum_bad_share']}, wanted 0 or more and below 1"
+            f"{here}: maximum_bad_share: {source['maximum_bad_share']}, expected 0 or more and below 1"
         )
 
 
@@ -141,4 +117,4 @@ def _check_engine(values: dict[str, Any], where: str) -> None:
     if executor == "slurm":
         require(values, ("partition", "time"), where)
     if values.get("workers", 1) < 1:
-        raise Refused(f"{where}: workers: {values['workers']}, wanted 1 or more")
+        raise Refused(f"{where}: workers: {values['workers']}, expected 1 or more")

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from recipe.config.chat_templates import INPUT_HEADING, user_message
 from recipe.conversations.read_rows import Message, expand_pairs, read_dialogues, read_rows
-from recipe.corpus.download import file_facts, licence
+from recipe.corpus.packaged import read_descriptions, read_manpages, read_tatoeba
 from recipe.corpus.rules import japanese_share
-from recipe.corpus.sources import read_descriptions, read_manpages, read_tatoeba
+from recipe.corpus.source_files import file_facts
+from recipe.corpus.sources import licence
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import DATA, ROOT
 

@@ -180,7 +180,7 @@ class _Signatures(PipelineStep):
     def _sign(self, minhash: MinHash, shard: int) -> None:
         gone = set(_read_removed(self.folder, "duplicate", shard).tolist())
         keys, rows = array("Q"), array("I")
-        for row, (text,) in enumerate(read_rows(self.shards[shard], ["text"])):
+        for row, (text,) in enumerate(_columns(self.shards[shard], ["text"])):
             signed = None if row in gone else minhash.keys(text)
             if signed is not None:
                 keys.frombytes(signed.tobytes())
@@ -323,21 +323,21 @@ def leakage(train_shards: list[Path], valid_shards: list[Path]) -> Leakage:
     """
     texts, lines, lengths = array("Q"), array("Q"), array("I")
     for shard in valid_shards:
-        for (text,) in read_rows(shard, ["text"]):
+        for (text,) in _columns(shard, ["text"]):
             whole, long_lines = _hashes(text)
             texts.append(whole)
             lines.extend(long_lines)
             lengths.append(len(long_lines))
     text_seen, line_seen = _Seen(texts), _Seen(lines)
     for shard in train_shards:
-        for (text,) in read_rows(shard, ["text"]):
+        for (text,) in _columns(shard, ["text"]):
             whole, long_lines = _hashes(text)
             text_seen.add([whole])
             line_seen.add(long_lines)
     same = text_seen.flags() & (np.array(texts, np.uint64) != _EMPTY)
     ends = np.cumsum([0, *lengths])
     found = np.diff(np.concatenate([[0], np.cumsum(line_seen.flags())])[ends])
-    ids = (id for shard in valid_shards for (id,) in read_rows(shard, ["id"]))
+    ids = (id for shard in valid_shards for (id,) in _columns(shard, ["id"]))
     same_text, shared_lines = [], {}
     for id, is_same, hits, count in zip(ids, same, found.tolist(), lengths, strict=True):
         if is_same:
@@ -413,7 +413,7 @@ def _swap(pairs: np.ndarray) -> np.ndarray:
     return pairs << np.uint64(32) | pairs >> np.uint64(32)
 
 
-def read_rows(shard: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+def _columns(shard: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
     """The rows of a Parquet shard, as tuples of some columns."""
     for batch in pq.ParquetFile(shard).iter_batches(512, columns=columns):
         yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)

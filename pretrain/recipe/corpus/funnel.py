@@ -112,7 +112,7 @@ def _reasons(funnels: dict[str, Funnel]) -> list[str]:
     return sorted(names, key=lambda reason: (-size[reason], reason))
 
 
-def markdown(funnels: dict[str, Funnel]) -> str:
+def funnel_table(funnels: dict[str, Funnel]) -> str:
     """The funnel as a table, and samples of what was dropped, so that a bad rule can be seen."""
     reasons = _reasons(funnels)
     head = [

@@ -30,12 +30,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recipe.corpus import aozora, dedup, wikipedia
+from recipe.corpus import dedup
 from recipe.corpus.cleaning import make_cleaner
 from recipe.corpus.engine import Engine, engine
 from recipe.corpus.funnel import SAMPLE_CHARACTERS, Funnel, from_record, to_record
 from recipe.corpus.readers import cap_bad
-from recipe.corpus.sources import read
+from recipe.corpus.sources import KINDS, read
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import RecipeError, write_json
 
@@ -89,7 +89,7 @@ class ShardWriter:
             self.part.replace(self.path)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a shard, a batch of them in memory."""
     for batch in pq.ParquetFile(path).iter_batches(BATCH):
         yield from batch.to_pylist()
@@ -178,7 +178,7 @@ class Clean:
         funnel, hashes = Funnel(), bytearray()
         clean = make_extractor(self.config, self.config["sources"][source], funnel.extraction)
         writer = ShardWriter(self.folder / f"{rank:05d}.parquet", CLEAN)
-        for row in read_rows(path):
+        for row in shard_rows(path):
             raw, name = row["text"], row["name"]
             size = len(raw.encode("utf-8"))
             funnel.documents_in += 1
@@ -215,28 +215,22 @@ def _save(path: Path, array: np.ndarray) -> None:
 def make_extractor(
     config: dict[str, Any], spec: dict[str, Any], figures: Counter[str]
 ) -> Callable[[str, str], tuple[str, str]]:
-    """From (name, raw text) to (clean text, reason for dropping it): extraction where the kind wants it, then
+    """From (name, raw text) to (clean text, reason for dropping it or ""): the extractor of the kind, then
     cleaning.
 
-    figures: what extraction resolved or left out is counted there.
+    figures: the extractor's counts are added to it.
     """
     clean = make_cleaner(config, spec)
-    if spec["source"] == "wikipedia":
+    extract = KINDS[spec["source"]].extract
+    if extract is None:
+        return lambda name, text: clean(text)
 
-        def from_wikitext(name: str, text: str) -> tuple[str, str]:
-            prose, reason = wikipedia.extract(name, text)
-            return ("", reason) if reason else clean(prose)
+    def extract_and_clean(name: str, text: str) -> tuple[str, str]:
+        prose, reason, counts = extract(name, text)
+        figures.update(counts)
+        return ("", reason) if reason else clean(prose)
 
-        return from_wikitext
-    if spec["source"] == "aozora":
-
-        def from_aozora(name: str, text: str) -> tuple[str, str]:
-            prose, found = aozora.prose(text)
-            figures.update(found)
-            return clean(prose)
-
-        return from_aozora
-    return lambda name, text: clean(text)
+    return extract_and_clean
 
 
 @dataclass
@@ -262,7 +256,7 @@ class Write:
             )
             for side in ("train", "valid")
         }
-        for row_number, row in enumerate(read_rows(self.clean / f"{rank:05d}.parquet")):
+        for row_number, row in enumerate(shard_rows(self.clean / f"{rank:05d}.parquet")):
             if row_number in reasons:
                 funnel.drop(reasons[row_number], row["raw_bytes"], row["name"], row["text"])
                 continue

@@ -27,11 +27,14 @@ Not handled:
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import html
 import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, NamedTuple
 from xml.etree import ElementTree
 
@@ -39,6 +42,7 @@ import mwparserfromhell
 from mwparserfromhell.nodes import Heading, Template, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
+from recipe.corpus.readers import Document
 from recipe.project import RecipeError
 
 # ------------------------------------------------------------------------------------------------- data
@@ -183,6 +187,22 @@ def read_pages(handle: IO[bytes], name: str = "the dump") -> Iterator[Page]:
                 last = f"the page after {page.title!r} (id {page.id})"
     except (ElementTree.ParseError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise RecipeError(f"{name}: broken at {last} ({error}). Get the file again") from error
+
+
+def read_dump(path: Path) -> Iterator[Document]:
+    """The pages of a dump as wikitext, named by their titles. What is not an article carries the reason.
+
+    Raises RecipeError for a dump that ends too early, also with a ``maximum_bad_share``: pages that are
+    missing cannot be counted.
+    """
+    openers = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open, ".xml": open}
+    if path.suffix not in openers:
+        raise RecipeError(
+            f"{path}: unknown kind of dump {path.suffix!r}, expected one of {', '.join(openers)}"
+        )
+    with openers[path.suffix](path, "rb") as handle:
+        for page in read_pages(handle, str(path)):
+            yield Document(page.title, page.text, page.dropped)
 
 
 def _tag(element: ElementTree.Element) -> str:

@@ -11,7 +11,8 @@ from recipe.config.initial_model import initial_facts
 from recipe.config.staleness import deciding_keys
 from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
-from recipe.corpus.download import file_facts, source_facts
+from recipe.corpus.download import source_facts
+from recipe.corpus.source_files import file_facts
 from recipe.project import ROOT, Refused, read_json, stage_folder
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.tokenizer import SEGMENTERS
-from recipe.corpus.download import download_packages
+from recipe.corpus.packages import download_packages
 from recipe.project import RecipeError, Refused, fsync_tree
 
 MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
@@ -390,7 +390,7 @@ def _fetched_mecab(folder: Path) -> list[str]:
 def _build_mecab(part: Path, data: Path) -> None:
     """Fetch, unpack and compile into an empty folder. Raises RecipeError."""
     try:
-        download_packages("mecab", {"source": "packages", "packages": _MECAB_PACKAGES}, part, data)
+        download_packages("mecab", _MECAB_PACKAGES, part, data)
     except RecipeError as error:
         what = "\n".join(str(error).splitlines()[:-1])  # the last line is advice for a source of text
         raise RecipeError(

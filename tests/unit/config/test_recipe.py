@@ -72,7 +72,7 @@ def preference(config, **values):
         ),
         (
             lambda c: c["dataset"]["sources"].update(w={"source": "wikipedia"}),
-            ["sources.w: wanted either `paths`", "or `url`"],
+            ["sources.w: expected either `paths`", "or `url`"],
         ),
         (
             lambda c: c["dataset"]["sources"]["tatoeba"].update(rules="wep"),

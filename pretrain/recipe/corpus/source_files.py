@@ -1,0 +1,89 @@
+"""The files of a source: a user's own ``paths``, or what stage 01 downloads from ``url``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from recipe.corpus.fetch import HASHES, url_name
+from recipe.project import ROOT, RecipeError, Refused, glob_files
+
+
+def is_own(spec: dict[str, Any]) -> bool:
+    """Whether a source is a user's own files, which stay where they are."""
+    return "paths" in spec or "path" in spec
+
+
+def own_files(name: str, spec: dict[str, Any]) -> list[Path]:
+    """The files of a source that `is_own`, sorted. Raises RecipeError when there are none."""
+    if "paths" in spec:
+        return expand_paths(name, spec["paths"])
+    return expand_paths(name, [f"{spec['path']}/**/*"])
+
+
+def source_paths(name: str, spec: dict[str, Any], data: Path) -> list[Path]:
+    """The files that a source is read from: those that ``paths`` matches, or those of ``url``, in its order.
+
+    data: the folder that stage 01 downloads to.
+    """
+    if "paths" in spec:
+        return expand_paths(name, spec["paths"])
+    return [data / name / url_name(url) for url, _ in pinned_urls(name, spec)]
+
+
+def file_facts(paths: list[Path]) -> dict[str, dict[str, int]]:
+    """Size and time of change of a user's own files: if they change, stages that read them become stale."""
+    return {str(p): {"bytes": p.stat().st_size, "mtime_ns": p.stat().st_mtime_ns} for p in paths}
+
+
+def expand_paths(name: str, patterns: list[str]) -> list[Path]:
+    """The files that the globs in ``paths`` match, sorted. Raises RecipeError when one matches nothing."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [p for p in glob_files(pattern) if p.is_file()]
+        if not matches:
+            raise RecipeError(
+                f"dataset.json: sources.{name}.paths: {pattern!r} matches no file (from {ROOT}). "
+                "Give the path of a .txt, .jsonl or .parquet file, or a pattern such as my_text/*.txt"
+            )
+        for path in matches:
+            try:
+                str(path).encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RecipeError(f"{str(path)!r}: its name is not UTF-8. Rename the file") from error
+        found.update(matches)
+    return sorted(found)
+
+
+def pinned_urls(name: str, spec: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """The URLs of a source, each with its hashes: ``[(url, {"sha256": ...}), ...]``.
+
+    ``url`` is one string or a list. ``sha256``, ``sha1`` and ``md5`` have the same shape (null: no hash).
+    Raises Refused for an invalid URL or hash, and for two URLs that end in the same file name.
+    """
+    here = f"dataset.json: sources.{name}"
+    urls = spec["url"] if isinstance(spec["url"], list) else [spec["url"]]
+    pins: list[dict[str, str]] = [{} for _ in urls]
+    seen: dict[str, str] = {}
+    for url in urls:
+        if not isinstance(url, str):
+            raise Refused(f"{here}.url: {url!r}, expected a string or a list of strings")
+        other = seen.setdefault(url_name(url), url)
+        if urls.count(url) > 1 or other != url:
+            raise Refused(f"{here}.url: {other} and {url} would both become {url_name(url)}. Keep one")
+    for key, digits in HASHES.items():
+        if key not in spec:
+            continue
+        values = spec[key] if isinstance(spec[key], list) else [spec[key]]
+        if isinstance(spec[key], list) != isinstance(spec["url"], list) or len(values) != len(urls):
+            raise Refused(
+                f"{here}.{key}: expected one for each of the {len(urls)} in `url`, in the same shape"
+            )
+        for pin, value in zip(pins, values, strict=True):
+            if value is None:
+                continue
+            if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-fA-F]{{{digits}}}", value):
+                raise Refused(f"{here}.{key}: {value!r}, expected {digits} hexadecimal digits")
+            pin[key] = value.lower()
+    return list(zip(urls, pins, strict=True))
