@@ -1,13 +1,12 @@
-"""MinHash of recipe/corpus/dedup.py against datatrove's own, on one corpus with planted near-duplicates.
+"""MinHash of recipe/corpus/minhash.py and dedup.py against datatrove's own, on one corpus with planted near-duplicates.
 
 The peer is datatrove's stock MinHash (14 buckets x 8 hashes, 64-bit xxhash, 5-grams) with characters as words
 and its removal of diacritics off, which would make が and か equal. Both read the same Parquet shards in one
 process, phase after phase; each runs in a process of its own, three times in turn, and the fastest counts.
-Planted into the last shard are copies of documents of at least 200 letters with some of the characters
+The last shard holds planted copies of documents of at least 200 letters, with some of the characters
 edited: one passage (inserted, deleted or replaced, where the new text comes from another document), or
-characters here and there (replaced by another character of the corpus). A copy counts as found when it is in
-one cluster with its original. Pairs are judged by the
-Jaccard similarity of their folded texts' 5-grams.
+single characters (replaced by another character of the corpus). A copy is found when it is in one cluster
+with its original. Pairs are judged by the Jaccard similarity of the 5-grams of their folded texts.
 
 Run (about 1 minute, nothing else running):
     PYTHONPATH=pretrain .venv/bin/python tests/bench/dedup.py [outputs/tiny/02_dataset]
@@ -36,11 +35,14 @@ from datatrove.utils.logging import logger
 from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 from recipe.corpus import dedup
+from recipe.corpus.minhash import MINHASH, fold
+from recipe.corpus.shards import shard_rows
+from recipe.corpus.splitting import text_hash
 
 PLANTED = 500  # copies of each kind
 EDITS = ("passage inserted, deleted or replaced", "passage replaced", "characters here and there")
 KINDS = [(edit, share) for edit in EDITS for share in (0.03, 0.15)]
-BANDS, ROWS, NGRAM = (dedup.MINHASH[key] for key in ("bands", "rows", "ngram"))
+BANDS, ROWS, NGRAM = (MINHASH[key] for key in ("bands", "rows", "ngram"))
 
 
 class Characters(WordTokenizer):
@@ -63,10 +65,10 @@ def edit(text: str, kind: str, share: float, letters: str, draw: random.Random) 
     """A text with a share of its characters edited."""
     count = max(1, round(len(text) * share))
     if kind.startswith("passage"):
-        place, other = draw.randrange(len(text) - count + 1), draw.randrange(len(letters) - count)
+        start, other = draw.randrange(len(text) - count + 1), draw.randrange(len(letters) - count)
         action = "replace" if kind == "passage replaced" else draw.choice(("insert", "delete", "replace"))
         new = "" if action == "delete" else letters[other : other + count]
-        return text[:place] + new + text[place if action == "insert" else place + count :]
+        return text[:start] + new + text[start if action == "insert" else start + count :]
     characters = list(text)
     for i in draw.sample(range(len(text)), count):
         characters[i] = draw.choice(letters)
@@ -75,7 +77,7 @@ def edit(text: str, kind: str, share: float, letters: str, draw: random.Random) 
 
 def write_shard(path: Path, texts: list[str]) -> None:
     """A clean shard of some texts, and its file of hashes."""
-    hashes = [dedup.hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    hashes = [text_hash(text) for text in texts]
     columns = {"id": [h.hex() for h in hashes], "source": ["bench"] * len(texts), "text": texts}
     pq.write_table(pa.table(columns), path, compression="zstd")
     np.save(path.with_suffix(".npy"), np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16))
@@ -89,7 +91,7 @@ def plant(corpus: Path, folder: Path) -> dict[tuple[str, float], list[tuple[int,
     for shard, path in enumerate(shards):
         texts = pq.read_table(path)["text"].to_pylist()
         write_shard(folder / f"{shard:05d}.parquet", texts)
-        long = [i for i, text in enumerate(texts) if len(dedup.fold(text)) >= 200]
+        long = [i for i, text in enumerate(texts) if len(fold(text)) >= 200]
         letters = "".join(texts).replace("\n", "")
         chosen = iter(draw.sample(long, min(len(long), PLANTED * len(KINDS) // len(shards))))
         for number, row in enumerate(chosen):
@@ -111,8 +113,8 @@ def phases_of_ours(shards: list[Path], work: Path) -> dict[str, object]:
     def leave_out() -> int:
         left = 0
         for shard, path in enumerate(shards):
-            gone = set(np.concatenate(list(dedup.removed_rows(work, shard).values())).tolist())
-            left += sum(row not in gone for row, _ in enumerate(dedup.read_rows(path, ["text"])))
+            removed = set(np.concatenate(list(dedup.removed_rows(work, shard).values())).tolist())
+            left += sum(row not in removed for row, _ in enumerate(shard_rows(path, ["text"])))
         return left
 
     run(dedup.exact([path.with_suffix(".npy") for path in shards], work), 1)
@@ -224,7 +226,7 @@ def main() -> None:
 
 def print_times(runs: dict[str, list], documents: int, characters: int) -> None:
     """Seconds by phase, the fastest of the runs in all, side by side."""
-    best = {system: min(tries, key=lambda one: sum(one[0].values())) for system, tries in runs.items()}
+    best = {system: min(attempts, key=lambda one: sum(one[0].values())) for system, attempts in runs.items()}
     stock, ours = (best[system][0] for system in SYSTEMS)
     print(f"{documents:,} documents, {characters / 1e6:.1f} million characters; seconds, one core\n")
     print("| phase | " + " | ".join(SYSTEMS) + " | ratio |\n|---|---:|---:|---:|")
@@ -242,7 +244,7 @@ def print_quality(pairs: dict[str, np.ndarray], texts: list[list[str]], planted:
     def jaccard(one: int, other: int) -> float:
         for document in (one, other):
             if document not in grams:
-                text = dedup.fold(texts[document >> 32][document & 0xFFFFFFFF], " ")
+                text = fold(texts[document >> 32][document & 0xFFFFFFFF], " ")
                 grams[document] = {text[i : i + NGRAM] for i in range(len(text) - NGRAM + 1)}
         return len(grams[one] & grams[other]) / len(grams[one] | grams[other])
 
@@ -278,7 +280,7 @@ def print_size(one: dict[str, float], runs: dict[str, list]) -> None:
         + " | ".join(f"{one[s]:,.0f}" for s in SYSTEMS)
         + " |"
     )
-    stock, ours = BANDS * (8 * ROWS + 4), BANDS * dedup._RECORD.itemsize
+    stock, ours = BANDS * (8 * ROWS + 4), BANDS * dedup.RECORD.itemsize
     print(f"| bytes on disk per document, MinHash | {stock} | {ours} |")
     print("| bytes on disk per document, exact | | 16 |")
 

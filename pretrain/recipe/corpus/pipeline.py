@@ -27,20 +27,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from recipe.corpus import dedup
 from recipe.corpus.cleaning import make_cleaner
 from recipe.corpus.engine import Engine, engine
-from recipe.corpus.funnel import SAMPLE_CHARACTERS, Funnel, from_record, to_record
+from recipe.corpus.funnel import Funnel, from_record, to_record
+from recipe.corpus.leakage import drop_leaks
+from recipe.corpus.minhash import minhash_settings
 from recipe.corpus.readers import cap_bad
+from recipe.corpus.shards import ShardWriter, shard_rows
 from recipe.corpus.sources import KINDS, read
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import RecipeError, write_json
 
 SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: some ten seconds of cleaning
-BATCH = 1024  # documents in a row group: what a worker holds at once
 RAW = pa.schema([("name", pa.string()), ("text", pa.large_string()), ("dropped", pa.string())])
 CLEAN = pa.schema(
     [
@@ -57,42 +57,6 @@ DATASET = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.l
 
 # A clean shard's rows to leave out, by reason.
 Removed = Callable[[int], dict[str, np.ndarray]]
-
-
-class ShardWriter:
-    """Rows into one Parquet file, which appears under its name when `close` has made it whole."""
-
-    def __init__(self, path: Path, schema: pa.Schema, keep_empty: bool = True) -> None:
-        self.path, self.schema, self.keep_empty = path, schema, keep_empty
-        self.part = path.with_name(f".{path.name}.part")
-        self.rows: list[dict[str, Any]] = []
-        self.writer: pq.ParquetWriter | None = None
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a row."""
-        self.rows.append(row)
-        if len(self.rows) == BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(self.part, self.schema, compression="zstd")
-        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
-        self.rows.clear()
-
-    def close(self) -> None:
-        """Finish the file and put it in place; without a row there is none, unless `keep_empty`."""
-        if self.rows or (self.keep_empty and self.writer is None):
-            self._flush()
-        if self.writer is not None:
-            self.writer.close()
-            self.part.replace(self.path)
-
-
-def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, a batch of them in memory."""
-    for batch in pq.ParquetFile(path).iter_batches(BATCH):
-        yield from batch.to_pylist()
 
 
 @contextmanager
@@ -293,7 +257,7 @@ def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, F
         numbered = [(name, int(path.stem)) for name, path in shards]
         phases.run("write", [Write(config, numbered, clean, removed, folder)], len(shards))
     funnels = _merge_funnels(clean, numbered, sources)
-    leaks = _drop_leaks(folder, clean, funnels)
+    leaks = drop_leaks(folder, clean, funnels)
     for name, funnel in funnels.items():
         funnel.capped = ", ".join(json.loads((raw / name / "capped.json").read_text("utf-8")))
         funnel.check(name)
@@ -316,55 +280,9 @@ def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards
     minhash = config.get("minhash", {})
     if minhash is not None:
         phases.run("signatures", dedup.signatures(files, folder, minhash), shards)
-        phases.run("buckets", dedup.buckets(files, folder, minhash), dedup.minhash_settings(minhash)["bands"])
+        phases.run("buckets", dedup.buckets(files, folder, minhash), minhash_settings(minhash)["bands"])
         phases.run("clusters", dedup.clusters(files, folder, minhash), 1)
     return partial(dedup.removed_rows, folder)
-
-
-def _drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[str, int]:
-    """Take documents off the validation side whose folded text stands in the training side; return the
-    counts.
-
-    What is to go is written down before a shard is changed, so that a killed run counts it no less.
-    """
-    record = clean / "leaks.json"
-    shards = sorted(folder.glob("valid-*.parquet"))
-    if not record.exists():
-        found = dedup.leakage(sorted(folder.glob("train-*.parquet")), shards)
-        ids = pa.array(found.same_text, pa.string())
-        rows: dict[str, dict[str, Any]] = {}
-        for path in sorted(clean.glob("*.parquet")) if found.same_text else ():
-            for row in _leaked(path, ids):
-                rows.setdefault(row["id"], row)  # of equal texts the first one is the one that was kept
-        write_json(record.with_suffix(".part"), {"rows": list(rows.values()), "figures": found.figures})
-        record.with_suffix(".part").replace(record)
-    leaks = json.loads(record.read_text("utf-8"))
-    for row in leaks["rows"]:
-        funnel = funnels[row["source"]]
-        funnel.documents_out -= 1
-        funnel.bytes_out -= row["bytes"]
-        funnel.bytes_trimmed -= row["raw_bytes"] - row["bytes"]
-        funnel.lines_in -= row["raw_lines"]
-        funnel.lines_out -= row["lines"]
-        funnel.drop("in the training side", row["raw_bytes"], row["name"], row["text"])
-    ids = pa.array([row["id"] for row in leaks["rows"]], pa.string())
-    for path in shards if leaks["rows"] else ():
-        table = pq.read_table(path)
-        leaked = pc.is_in(table["id"], ids)
-        if pc.any(leaked).as_py():
-            part = path.with_name(f".{path.name}.part")
-            pq.write_table(table.filter(pc.invert(leaked)), part, compression="zstd")
-            part.replace(path)
-    return leaks["figures"]
-
-
-def _leaked(path: Path, ids: pa.Array) -> Iterator[dict[str, Any]]:
-    """What the funnel has to know of those rows of a clean shard that have one of these ids."""
-    table = pq.read_table(path)
-    for row in table.filter(pc.is_in(table["id"], ids)).to_pylist():
-        text = row.pop("text")
-        size, lines = len(text.encode("utf-8")), text.count("\n") + 1
-        yield row | {"text": text[:SAMPLE_CHARACTERS], "bytes": size, "lines": lines}
 
 
 def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable[str]) -> dict[str, Funnel]:

@@ -1,4 +1,4 @@
-"""The Parquet shards that stage 02 writes, read back as a stream."""
+"""Parquet shards: written whole or not at all, and read as a stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +14,48 @@ import pyarrow.parquet as pq
 from recipe.project import RecipeError
 
 SIDES = ("train", "valid")
+BATCH = 1024  # documents in a row group: a worker holds so many at once
 _NAME = re.compile(r"(train|valid)-(.+)-(\d{5})\.parquet")
 
 
+class ShardWriter:
+    """Writes rows into one Parquet file, which gets its name when `close` has completed it."""
+
+    def __init__(self, path: Path, schema: pa.Schema, keep_empty: bool = True) -> None:
+        self.path, self.schema, self.keep_empty = path, schema, keep_empty
+        self.part = path.with_name(f".{path.name}.part")
+        self.rows: list[dict[str, Any]] = []
+        self.writer: pq.ParquetWriter | None = None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        if len(self.rows) == BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.part, self.schema, compression="zstd")
+        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        self.rows.clear()
+
+    def close(self) -> None:
+        """Complete the file and rename it. Without rows there is no file, unless `keep_empty`."""
+        if self.rows or (self.keep_empty and self.writer is None):
+            self._flush()
+        if self.writer is not None:
+            self.writer.close()
+            self.part.replace(self.path)
+
+
+def shard_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, with all or some of its columns; `BATCH` rows are in memory at once."""
+    for batch in pq.ParquetFile(path).iter_batches(BATCH, columns=columns):
+        yield from batch.to_pylist()
+
+
 class Shard(NamedTuple):
-    """A shard ``<side>-<source>-<number>.parquet``. Sorted, shards stand by side, source and number."""
+    """A shard ``<side>-<source>-<number>.parquet``. Shards sort by side, source and number."""
 
     side: str
     source: str

@@ -1,4 +1,4 @@
-"""Deduplication on planted duplicates, near-duplicates and leaks, in shards of the real format."""
+"""Deduplication on planted exact and near duplicates, in shards of the real format."""
 
 import random
 
@@ -9,7 +9,7 @@ import pytest
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster
 from datatrove.pipeline.dedup.minhash import MinhashConfig
-from recipe.corpus import dedup
+from recipe.corpus import dedup, minhash
 from recipe.corpus.splitting import text_hash
 from recipe.project import RecipeError, Refused
 
@@ -91,14 +91,14 @@ def test_exact_duplicates_keep_the_first(tmp_path):
 def test_exact_duplicates_in_many_passes(tmp_path, monkeypatch):
     texts = random.Random(2).choices(random_texts(300, length=20), k=900)
     shards = write_shards(tmp_path, [texts[:400], texts[400:]])
-    seen, wanted = set(), []
+    seen, expected = set(), []
     for row, text in enumerate(texts):
         if text in seen:
-            wanted.append(row)
+            expected.append(row)
         seen.add(text)
     monkeypatch.setattr(dedup, "_RECORDS_AT_ONCE", 7)
     first, second = dedup.exact_duplicates(hash_files(shards))
-    assert [*first.tolist(), *(second + 400).tolist()] == wanted
+    assert [*first.tolist(), *(second + 400).tolist()] == expected
 
 
 def test_hashes_equal_in_one_half_only_are_different(tmp_path):
@@ -109,7 +109,7 @@ def test_hashes_equal_in_one_half_only_are_different(tmp_path):
 
 def test_hashes_of_another_size_are_refused(tmp_path):
     np.save(tmp_path / "h.npy", np.zeros((3, 8), "u1"))
-    with pytest.raises(RecipeError, match=r"h\.npy: 24 bytes in 3 rows, wanted 16"):
+    with pytest.raises(RecipeError, match=r"h\.npy: 24 bytes in 3 rows, expected 16"):
         dedup.exact_duplicates([tmp_path / "h.npy"])
 
 
@@ -168,11 +168,11 @@ def test_datatroves_own_steps_find_the_same_clusters(tmp_path, planted):
 @pytest.mark.parametrize("shift", [0, 40, 100, 200, 300, 400])
 def test_rows_agree_as_often_as_texts_are_similar(shift):
     """Without bias: 20,000 functions, 3 sigma, over neighbouring code points, the worst for linear hashes."""
-    minhash = dedup.MinHash(bands=2500, rows=8, ngram=5, seed=3)
+    signer = minhash.MinHash(bands=2500, rows=8, ngram=5, seed=3)
     texts = ["".join(map(chr, range(0x4E00 + start, 0x4E00 + start + 400))) for start in (0, shift)]
     common = max(0, 396 - shift)
     jaccard = common / (2 * 396 - common)
-    agreed = (minhash.signature(texts[0]) == minhash.signature(texts[1])).mean()
+    agreed = (signer.signature(texts[0]) == signer.signature(texts[1])).mean()
     assert abs(agreed - jaccard) <= 3 * (jaccard * (1 - jaccard) / 20_000) ** 0.5
 
 
@@ -185,21 +185,21 @@ def test_unlike_documents_stay(tmp_path):
 
 @pytest.mark.parametrize(("length", "pieces"), [(400_000, 1 << 10), (3_000, 1), (3_000, 7), (3_000, 2_995)])
 def test_a_document_is_signed_in_pieces(monkeypatch, length, pieces):
-    minhash = dedup.MinHash(**dedup.MINHASH)
+    signer = minhash.MinHash(**minhash.MINHASH)
     text = random_texts(1, length)[0]
-    monkeypatch.setattr(dedup, "_SHINGLES_AT_ONCE", pieces)
-    in_pieces = minhash.signature(text)
-    monkeypatch.setattr(dedup, "_SHINGLES_AT_ONCE", 1 << 19)
-    assert in_pieces.tolist() == minhash.signature(text).tolist()
+    monkeypatch.setattr(minhash, "_SHINGLES_AT_ONCE", pieces)
+    in_pieces = signer.signature(text)
+    monkeypatch.setattr(minhash, "_SHINGLES_AT_ONCE", 1 << 19)
+    assert in_pieces.tolist() == signer.signature(text).tolist()
 
 
 def test_dakuten_are_kept_apart_and_forms_are_not():
-    assert dedup.fold("が") != dedup.fold("か")
-    assert dedup.fold("はがき、ＡＢＣ １２!") == "はがきabc12"
-    assert dedup.fold("か\u3099ｶﾞ") == "がガ"
-    assert dedup.fold("コーヒー々 \n あ_い", " ") == "コーヒー々 あ い"
-    minhash = dedup.MinHash(**dedup.MINHASH)
-    assert (minhash.signature("かきくけこ") != minhash.signature("がぎぐげご")).all()
+    assert minhash.fold("が") != minhash.fold("か")
+    assert minhash.fold("はがき、ＡＢＣ １２!") == "はがきabc12"
+    assert minhash.fold("か\u3099ｶﾞ") == "がガ"
+    assert minhash.fold("コーヒー々 \n あ_い", " ") == "コーヒー々 あ い"
+    signer = minhash.MinHash(**minhash.MINHASH)
+    assert (signer.signature("かきくけこ") != signer.signature("がぎぐげご")).all()
 
 
 def test_documents_shorter_than_an_ngram_are_left_alone(tmp_path):
@@ -212,7 +212,7 @@ def test_documents_shorter_than_an_ngram_are_left_alone(tmp_path):
 def test_the_seed_and_the_other_settings_count(tmp_path):
     text = random_texts(1)[0]
     signed = [
-        dedup.MinHash(**dedup.minhash_settings(config)).signature(text)
+        minhash.MinHash(**minhash.minhash_settings(config)).signature(text)
         for config in ({}, {}, {"seed": 2}, {"ngram": 4})
     ]
     assert (signed[0] == signed[1]).all()
@@ -228,7 +228,7 @@ def test_the_seed_and_the_other_settings_count(tmp_path):
 )
 def test_settings_that_make_no_sense_are_refused(config):
     with pytest.raises(Refused, match=f"minhash.{next(iter(config))}"):
-        dedup.minhash_settings(config)
+        minhash.minhash_settings(config)
 
 
 def test_clusters_of_long_chains():
@@ -298,7 +298,7 @@ def test_a_missing_file_names_its_phase(tmp_path, planted):
 def test_phases_of_one_task_refuse_more(tmp_path, planted):
     shards, _ = planted
     for steps in (dedup.exact(hash_files(shards), tmp_path), dedup.clusters(shards, tmp_path, {})):
-        with pytest.raises(RecipeError, match="2 tasks, wanted 1"):
+        with pytest.raises(RecipeError, match="2 tasks, expected 1"):
             steps[0].run(None, 0, 2)
 
 
@@ -309,47 +309,3 @@ def test_without_minhash_only_exact_duplicates_are_removed(tmp_path, planted):
     assert {reason: found.tolist() for reason, found in rows.items()} == {
         "duplicate": removed[2]["duplicate"]
     }
-
-
-# ----------------------------------------------------------------------------------------------- leakage
-
-
-def test_leaks_are_named_and_counted(tmp_path):
-    a, b, c, d, e = random_texts(5, length=60)
-    train = write_shards(tmp_path / "train", [[f"{a}\n{b}", "…"], [], [f"{c[:29]}\n短い", d]])
-    valid_texts = [
-        f"{a[:30]}、 {a[30:]}。{b}!",  # the same letters, otherwise broken into lines
-        f"{e}\n「{d}」\n短い",  # one of its two long lines
-        f"{c[:29]}\n{e}",  # a short line only
-        "！",  # no letters at all
-        "",
-    ]
-    valid = write_shards(tmp_path / "valid", [valid_texts[:1], valid_texts[1:]])
-    ids = [text_hash(text).hex() for text in valid_texts]
-    found = dedup.leakage(train, valid)
-    assert found.same_text == [ids[0]]
-    assert found.shared_lines == {ids[1]: 0.5}
-    assert found.figures == {
-        "valid_documents": 5,
-        "with_same_text": 1,
-        "with_shared_lines": 1,
-        "long_lines": 4,
-        "shared_lines": 1,
-    }
-
-
-def test_leaks_are_found_whatever_the_buffer_holds(tmp_path, monkeypatch):
-    lines = random_texts(200, length=30)
-    train = write_shards(tmp_path / "train", [lines[:50], lines[50:100]])
-    valid = write_shards(tmp_path / "valid", [["\n".join(lines[i : i + 4])] for i in range(0, 200, 4)])
-    monkeypatch.setattr(dedup, "_HASHES_AT_ONCE", 3)
-    found = dedup.leakage(train, valid)
-    assert list(found.shared_lines.values()) == [1.0] * 25
-    assert found.figures["shared_lines"] == 100 and found.same_text == []
-
-
-def test_nothing_to_compare(tmp_path):
-    shards = write_shards(tmp_path / "a", [[]])
-    some = write_shards(tmp_path / "b", [random_texts(2)])
-    assert dedup.leakage(some, shards) == ([], {}, dict.fromkeys(dedup.leakage(shards, shards).figures, 0))
-    assert dedup.leakage(shards, some).figures["with_same_text"] == 0
