@@ -1,4 +1,4 @@
-"""MinHash of recipe/corpus/minhash.py and dedup.py against datatrove's own, on one corpus with planted near-duplicates.
+"""Our MinHash (recipe/corpus/minhash.py, dedup.py) against datatrove's, on planted near duplicates.
 
 The peer is datatrove's stock MinHash (14 buckets x 8 hashes, 64-bit xxhash, 5-grams) with characters as words
 and its removal of diacritics off, which would make が and か equal. Both read the same Parquet shards in one

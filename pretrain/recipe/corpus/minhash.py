@@ -29,7 +29,7 @@ def fold(text: str, gap: str = "") -> str:
 
 
 def minhash_settings(config: dict[str, Any]) -> dict[str, int]:
-    """The settings `MINHASH` with the changes in ``minhash`` of dataset.json. Raises Refused for a bad one."""
+    """The settings `MINHASH` with the changes that dataset.json makes. Raises Refused for an invalid one."""
     for key, value in config.items():
         if key not in MINHASH:
             raise Refused(f"dataset.json: minhash.{key}: unknown key. Known: {', '.join(MINHASH)}")
