@@ -1,10 +1,11 @@
-"""Paths of the project, errors with their exit codes, and JSON on disk."""
+"""Paths of the project, errors with their exit codes, JSON on disk, and text in Markdown."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 
 class RecipeError(Exception):
-    """Something the user can mend; the message says what and how. The command ends with `exit_code`."""
+    """Something the user can fix; the message says what and how. The command ends with `exit_code`."""
 
     exit_code = EXIT_FAILED
 
@@ -47,8 +48,9 @@ def read_json(path: Path) -> Any:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to disk, so that the rename that follows publishes whole
-    files.
+    """Flush every file and folder below `folder` to disk.
+
+    A rename after it then publishes complete files.
     """
     for path in [folder, *folder.rglob("*")]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -59,8 +61,9 @@ def fsync_tree(folder: Path) -> None:
 
 
 def glob_files(pattern: str) -> list[Path]:
-    """Paths that a shell-like pattern matches, relative ones from the project's folder; ``~`` and ``**``
-    work.
+    """Paths that a shell-like pattern matches; ``~`` and ``**`` work.
+
+    A relative pattern is searched from the project's folder.
     """
     return [Path(match) for match in glob.glob(str(ROOT / os.path.expanduser(pattern)), recursive=True)]
 
@@ -68,3 +71,18 @@ def glob_files(pattern: str) -> list[Path]:
 def stage_folder(recipe: str, stage: str) -> Path:
     """Where a finished stage lies."""
     return OUTPUTS / recipe / stage
+
+
+# What Markdown would not show as it is written. An underscore within a word, a lone < or & and a backslash
+# before a letter are shown as they are.
+_MARKS = re.compile(
+    r"[`*\[|~]|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=[A-Za-z0-9#])|\\(?=[!-/:-@\[-`{-~])"
+)
+
+
+def markdown_text(text: str) -> str:
+    """A text on one line for a table cell of Markdown, so that it is shown as it is written.
+
+    Only what would change the display is escaped: ``日本で一番高い山は?`` stays as it is.
+    """
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))

@@ -136,9 +136,14 @@ def funnel_table(funnels: dict[str, Funnel]) -> str:
         for reason in sorted(funnel.samples):
             lines += ["", f"### {name}: {reason} ({funnel.documents_dropped[reason]:,} documents)", ""]
             for _, document, text in funnel.samples[reason]:
-                shown = " ".join(text.split()).replace("`", "'")
-                lines.append(f"- {document}: `{shown or '(nothing)'}`")
+                lines.append(f"- {_code(document)}: {_code(text)}")
     return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A text on one line as a code span of Markdown."""
+    shown = " ".join(text.split()).replace("`", "'")
+    return f"`{shown or '(nothing)'}`"
 
 
 def picture(funnels: dict[str, Funnel], path: Path) -> None:

@@ -9,7 +9,6 @@ text: a tokenizer over segmented words joins them itself when it decodes.
 from __future__ import annotations
 
 import queue
-import re
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from recipe.config.generation import GENERATION
 from recipe.corpus.normalizing import make_normalizer
-from recipe.project import Refused
+from recipe.project import Refused, markdown_text
 from recipe.tokenization.encode_text import BYTE_TOKEN
 
 BATCH_SIZE = 8  # prompts at a time: tests/bench/generation.py
@@ -248,17 +247,12 @@ class _Stop(StoppingCriteria):
 def side_by_side(rows: list[dict[str, Any]]) -> str:
     """Samples as a Markdown table: a row for each prompt, a column for each version.
 
-    rows: each has ``prompt`` and the versions, all the same ones; a version is a text or several. What
-    Markdown would take for its own stands there as it was written.
+    rows: each has ``prompt`` and the versions, all the same ones; a version is a text or several. A text
+    is shown as it was written, also where it holds Markdown.
     """
     columns = list(rows[0])
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [found if isinstance(found, list) else [found] for found in row.values()]
-        lines.append("| " + " | ".join("<br>".join(map(_cell, texts)) for texts in cells) + " |")
+        lines.append("| " + " | ".join("<br>".join(map(markdown_text, texts)) for texts in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    """A text for a cell of a Markdown table: on one line, every mark of Markdown's escaped."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))

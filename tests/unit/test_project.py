@@ -1,0 +1,34 @@
+"""What every folder of the package uses: text in Markdown."""
+
+import html
+import random
+import re
+
+import pytest
+from markdown_it import MarkdownIt
+from recipe.project import markdown_text
+
+
+def shown(text):
+    """A text as a reader sees it in the cell of a table."""
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    page = parser.render(f"| a |\n|---|\n| {markdown_text(text)} |\n")
+    (cell,) = re.findall("<td>(.*?)</td>", page)
+    return html.unescape(cell)
+
+
+@pytest.mark.parametrize(
+    "text", ["日本で一番高い山は?", "a.b-c(1)!", "snake_case", "3 < 4 & 5", "C:\\dir", "#1 + {x} = 'y'"]
+)
+def test_text_that_markdown_shows_as_it_is_stays_as_it_is(text):
+    assert markdown_text(text) == text
+    assert shown(text) == text
+
+
+def test_any_text_is_shown_as_it_is_written():
+    draw = random.Random(1)
+    marks = "\\`*_[]<>&|~!()#-+.:;?/ab1山 "
+    for _ in range(3000):
+        text = "".join(draw.choices(marks, k=draw.randint(1, 12)))
+        assert shown(text) == " ".join(text.split()), text
+    assert shown("一行目\n二行目\t<b>&amp;") == "一行目 二行目 <b>&amp;"
