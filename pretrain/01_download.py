@@ -7,18 +7,19 @@ Run:  python pretrain/01_download.py --recipe tiny
 
 import time
 
-from recipe.corpus.download import download, missing_bytes
+from recipe.corpus.download import download, missing_bytes, require_data
 from recipe.corpus.fetch import require_space
 from recipe.project import DATA
 from recipe.run.preflight import require_data_space
-from recipe.run.stage import Stage, data_lock, run_stage
+from recipe.run.publication import hold
+from recipe.run.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
     """Download every source, or find that it is there already."""
     records, megabytes, seconds = {}, 0.0, 0.0
     sources = stage.config["dataset"]["sources"]
-    with data_lock():
+    with hold(DATA, stage.name):
         needed = sum(missing_bytes(name, spec, DATA) for name, spec in sources.items())
         require_space(DATA, needed, "downloading")
         require_data_space(stage.recipe, stage.config["dataset"])
@@ -34,4 +35,10 @@ def main(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__file__, __doc__, main, ("dataset",))
+    run_stage(
+        __file__,
+        __doc__,
+        main,
+        ("dataset",),
+        reusable=lambda figures, config: require_data(figures, config["dataset"], DATA),
+    )

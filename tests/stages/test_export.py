@@ -91,7 +91,7 @@ def test_nothing_is_pushed_unless_asked_for_and_then_the_folder_is(project, hub,
     assert hub.calls == []
     wanted = ("--set", "finetune.push_to_hub=true")
     result = project.run(*stage, *wanted, check=False)
-    assert result.returncode == 2 and "wanted hub_model_id beside it" in result.stderr
+    assert result.returncode == 2 and "push_to_hub: it needs hub_model_id" in result.stderr
     wanted += ("--set", "finetune.hub_model_id=me/model")
     result = project.run(*stage, *wanted, check=False)
     assert result.returncode == 1 and "push to 'me/model' failed" in result.stderr

@@ -1,9 +1,10 @@
-"""What a stage's result depends on beside its inputs and its files of the recipe."""
+"""What a stage's result depends on, and whether that has changed since the result was made."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,22 @@ from recipe.config.initial_model import initial_facts
 from recipe.config.staleness import deciding_keys
 from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
-from recipe.corpus.download import source_facts
+from recipe.corpus.download import data_identity, source_facts
 from recipe.corpus.source_files import file_facts
 from recipe.project import ROOT, Refused, read_json, stage_folder
 
 
 def weights(config: dict[str, Any]) -> dict[str, Any]:
-    """The weights of sources other than 1: they decide what the tokenizer's sample and an epoch of training
-    hold.
+    """The weights of sources that differ from 1.
+
+    They decide what the tokenizer's sample and an epoch of training contain.
     """
     sources = config["dataset"]["sources"].items()
     return {"weights": {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}}
 
 
 def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """Of stage 03: the weights, and the files of a published tokenizer that lies in a folder."""
+    """Facts of stage 03: the weights, and the files of a published tokenizer in a local folder."""
     path = ROOT / Path(config["tokenizer"].get("published", "no path")).expanduser()
     files = sorted(path.glob("*token*")) + sorted(path.glob("*.model")) if path.is_dir() else [path]
     own = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
@@ -33,28 +35,29 @@ def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """Of stage 05: the weights of sources, and the files of the checkpoint it starts from."""
+    """Facts of stage 05: the weights of sources, and the files of the checkpoint it starts from."""
     return weights(config) | initial_facts(config["pretrain"])
 
 
 def task_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """Of stages 06 and 14: sizes and times of the files of tasks that have a `path`."""
+    """Facts of stages 06 and 14: sizes and times of the files of tasks that have a `path`."""
     tasks = config["evaluation"].get("tasks", {}).items()
     folders = {name: ROOT / Path(task["path"]).expanduser() for name, task in tasks if "path" in task}
     return {name: file_facts(sorted(folder.glob("*.json"))) for name, folder in folders.items()}
 
 
 def hub(config: dict) -> dict:
-    """Where the model is pushed to: ``repository`` (None: nowhere) and ``private``."""
+    """Facts of stage 16: where the model is pushed to, ``repository`` (None: nowhere) and ``private``."""
     file = "pretrain" if no_pairs(config) else "finetune"
     values = config[file]
     if not values.get("push_to_hub"):
         return {"repository": None, "private": True}
     if not values.get("hub_model_id"):
-        raise Refused(f"{file}.json: push_to_hub: wanted hub_model_id beside it, as OWNER/NAME")
+        raise Refused(f"{file}.json: push_to_hub: it needs hub_model_id, too. Write it as OWNER/NAME")
     return {"repository": values["hub_model_id"], "private": values.get("hub_private_repo") is not False}
 
 
+# What a stage depends on besides its inputs and its files of the recipe.
 FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "01_download": source_facts,
     "03_tokenizer": tokenizer_facts,
@@ -67,19 +70,51 @@ FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+def input_identity(folder: Path) -> str:
+    """A digest of a finished stage, for the stages that read it.
+
+    Of stage 01 only the data count, so that downloading the same files again makes nothing stale. Of every
+    other stage it is the digest of ``stage.json``.
+    """
+    if folder.name == "01_download":
+        identity = data_identity(read_json(folder / "stage.json")["figures"])
+        return _digest(json.dumps(identity, sort_keys=True).encode())
+    return _digest((folder / "stage.json").read_bytes())
+
+
+def input_changes(recorded: Mapping[str, str], folders: Mapping[str, Path]) -> list[str]:
+    """The inputs that differ from what an earlier run has recorded, each as ``inputs.STAGE: old -> new``.
+
+    folders: of the inputs as they are now. Earlier releases recorded the digest of ``stage.json`` of stage
+    01, too; that also counts as unchanged.
+    """
+    now = {}
+    for stage, folder in folders.items():
+        digest = _digest((folder / "stage.json").read_bytes())
+        now[stage] = digest if recorded.get(stage) == digest else input_identity(folder)
+    return differences(recorded, now, "inputs")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def stale_inputs(
     recipe: str, inputs: Iterable[str], config: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Earlier stages, also indirect ones, that were made from other settings than the recipe now has."""
+    """Earlier stages, also indirect ones, that were made from other settings than the recipe has now.
+
+    Yields each with its changed keys.
+    """
     for stage in inputs:
         path = stage_folder(recipe, stage) / "stage.json"
         if path.exists():
-            wanted = read_json(path)["wanted"]
-            yield from stale_inputs(recipe, sorted(wanted["inputs"]), config)
-            now = {section: deciding_keys(section, config[section]) for section in wanted["config"]}
-            changes = differences(wanted["config"], now)
-            if stage in FACTS and "facts" in wanted:
-                changes += differences(wanted["facts"], FACTS[stage](config), "facts")
+            recorded = read_json(path)["wanted"]
+            yield from stale_inputs(recipe, sorted(recorded["inputs"]), config)
+            now = {section: deciding_keys(section, config[section]) for section in recorded["config"]}
+            changes = differences(recorded["config"], now)
+            if stage in FACTS and "facts" in recorded:
+                changes += differences(recorded["facts"], FACTS[stage](config), "facts")
             if changes:
                 yield stage, changes
 

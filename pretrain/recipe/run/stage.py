@@ -1,8 +1,8 @@
-"""Where results lie and how a stage makes them: paths, the lock, skip or stale, ``stage.json``, the final
-rename.
+"""What every stage needs around its own work: options, checks, the lock, ``stage.json``, the final rename.
 
-A numbered script hands its work to `run_stage`; everything that every stage needs happens there, so that the
-script holds only its own story. Nothing here imports torch: deciding that nothing is to be done takes 0.1 s.
+A numbered script hands its work to `run_stage`. Each run goes through three steps: `describe` (what would
+this stage be made from?), `decide` (what is to be done?) and `act`. Nothing here imports torch, so finding
+out that there is nothing to do takes about 0.1 s.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import fcntl
-import hashlib
+import errno
 import importlib.metadata
 import os
 import platform
@@ -22,15 +21,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from recipe.config.recipe import load_recipe
 from recipe.config.staleness import deciding_keys
 from recipe.project import (
-    DATA,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -39,13 +38,14 @@ from recipe.project import (
     Interrupted,
     RecipeError,
     Refused,
-    fsync_tree,
     read_json,
     stage_folder,
     write_json,
 )
-from recipe.run.freshness import FACTS, differences, stale_inputs
+from recipe.run.freshness import FACTS, differences, input_changes, input_identity, stale_inputs
+from recipe.run.publication import copy_stage, finish_publication, hold, publish
 
+# The packages whose versions are written into stage.json.
 VERSIONED = (
     "torch",
     "transformers",
@@ -67,12 +67,6 @@ VERSIONED = (
 )
 
 
-# ------------------------------------------------------------------------------------------------- files
-
-
-# ------------------------------------------------------------------------------------------------ stages
-
-
 @dataclass
 class Stage:
     """What a stage's own code works with.
@@ -81,6 +75,7 @@ class Stage:
     inputs: folder of each earlier stage that this one reads.
     folder: the work folder to write into; it becomes ``outputs/<recipe>/<stage>`` when the stage is done.
     lock: the descriptor of the lock, for child processes that must hold it too.
+    figures, headline: what the stage's code has measured, and the same in one line, for ``stage.json``.
     """
 
     name: str
@@ -98,6 +93,72 @@ class Stage:
         print(f"{time.strftime('%H:%M:%S')} {self.name}  {message}", flush=True)
 
 
+@dataclass(frozen=True)
+class Definition:
+    """What a script says about its stage; `run_stage` explains the fields."""
+
+    name: str
+    work: Callable[[Stage], None]
+    sections: tuple[str, ...]
+    inputs: tuple[str, ...] | Callable[[dict[str, Any]], tuple[str, ...]]
+    resumable: bool
+    skip: Callable[[dict[str, Any]], str] | None
+    preview: Callable[[dict[str, Any], argparse.Namespace], None] | None
+    reusable: Callable[[dict[str, Any], dict[str, Any]], None] | None
+
+
+@dataclass
+class Description:
+    """What a stage would be made from if it ran now.
+
+    skipped: why the recipe does without this stage, or an empty string. folders: of the earlier stages that
+    it reads. final: its output. work: its work folder.
+    """
+
+    definition: Definition
+    arguments: argparse.Namespace
+    config: dict[str, dict[str, Any]]
+    skipped: str
+    folders: dict[str, Path]
+    final: Path
+    work: Path
+
+    @cached_property
+    def expected(self) -> dict[str, Any]:
+        """The settings, inputs and facts that decide the result: ``wanted`` in ``stage.json``."""
+        name, sections = self.definition.name, self.definition.sections
+        expected: dict[str, Any] = {
+            "config": {section: deciding_keys(section, self.config[section]) for section in sections},
+            "inputs": {stage: input_identity(folder) for stage, folder in self.folders.items()},
+        }
+        return expected | ({"facts": FACTS[name](self.config)} if name in FACTS else {})
+
+    def changes(self, recorded: dict[str, Any]) -> list[str]:
+        """How `expected` differs from what an earlier run has recorded, as ``key: old -> new``."""
+        changed = input_changes(recorded["inputs"], self.folders)
+        others = [{key: run[key] for key in run if key != "inputs"} for run in (recorded, self.expected)]
+        return differences(*others) + changed
+
+    @property
+    def missing(self) -> list[str]:
+        """The earlier stages that have not been run."""
+        return [stage for stage, folder in self.folders.items() if not (folder / "stage.json").exists()]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done with a stage.
+
+    reason: one line for the reader. remedy: what the user can do, where the stage cannot run. twin: the
+    folder that is taken over.
+    """
+
+    action: Literal["skip", "refuse", "done before", "take over", "continue", "run"]
+    reason: str
+    remedy: str = ""
+    twin: Path | None = None
+
+
 def stage_arguments(doc: str) -> argparse.ArgumentParser:
     """The options every stage has."""
     parser = argparse.ArgumentParser(
@@ -113,10 +174,10 @@ def stage_arguments(doc: str) -> argparse.ArgumentParser:
         help="override one key for an experiment, e.g. pretrain.learning_rate=1e-4",
     )
     parser.add_argument(
-        "--force", action="store_true", help="redo a finished or stale stage; discards its old output"
+        "--force", action="store_true", help="redo a finished or stale stage; its old output is deleted"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, say what would be done, do nothing"
+        "--dry-run", action="store_true", help="check everything and say what would be done; change nothing"
     )
     return parser
 
@@ -131,29 +192,34 @@ def run_stage(
     resumable: bool = False,
     skip: Callable[[dict[str, Any]], str] | None = None,
     preview: Callable[[dict[str, Any], argparse.Namespace], None] | None = None,
+    reusable: Callable[[dict[str, Any], dict[str, Any]], None] | None = None,
 ) -> None:
-    """Run a stage as a command: parse, check, skip or refuse, lock, work, publish; exits with the right code.
+    """Run a stage as a command, and end the process with the right exit code.
 
     script, doc: the stage's ``__file__`` and ``__doc__``.
+    work: the stage's own code. It writes into ``stage.folder`` and sets ``stage.figures``.
     sections: the recipe's files that decide this stage's result; a change in one makes it stale.
-    inputs: earlier stages it reads, or a function of the config that names them. What else the result depends
-    on, `recipe.run.freshness` says.
-    skip: gives the reason for which a recipe does without this stage, or an empty string.
+    inputs: the earlier stages it reads, or a function of the config that names them. What else the result
+    depends on is in `recipe.run.freshness`.
+    options: adds the stage's own command-line options.
+    resumable: the work folder of an unfinished run with the same settings is kept, and given to `work` again.
+    skip: returns why a recipe does without this stage, or an empty string.
     preview: prints what is known beforehand, for --dry-run.
-    resumable: the work folder of an unfinished run with the same wishes is kept and handed to `work` again.
+    reusable: raises RecipeError when the result of another recipe (its figures, our config) is no longer
+    complete; the stage then runs itself.
     """
-    name = Path(script).stem
     parser = stage_arguments(doc)
     if options:
         options(parser)
     arguments = parser.parse_args()
+    name = Path(script).stem
+    definition = Definition(name, work, sections, inputs, resumable, skip, preview, reusable)
     signal.signal(signal.SIGTERM, _raise_terminated)
     if sys.platform == "linux" and os.environ.get("RECIPE_RUN_ALL") == str(os.getppid()):
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGTERM
-        )  # PR_SET_PDEATHSIG: when run_all.sh is killed, stop as well
+        # PR_SET_PDEATHSIG: when run_all.sh is killed, this process is terminated as well.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     try:
-        _run(name, arguments, work, sections, inputs, resumable, skip, preview)
+        _run(definition, arguments)
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -161,236 +227,168 @@ def run_stage(
         print(f"\n{name}: interrupted. Run the same command again to continue.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
-        if error.errno not in (28, 122, 30, 13):  # no space, quota, read-only, permission
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         free = shutil.disk_usage(ROOT).free
         print(
             f"{name}: error: cannot use {error.filename or OUTPUTS}: {error.strerror} ({free:,} bytes "
-            "free). Make room or mend the permissions, then run again",
+            "free). Make room or fix the permissions, then run again",
             file=sys.stderr,
         )
         sys.exit(EXIT_FAILED)
 
 
 def _raise_terminated(signum: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out must not be interrupted
+    # A second signal must not interrupt the way out.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Interrupted("terminated (SIGTERM). Run the same command again to continue.", EXIT_TERMINATED)
 
 
-def _run(
-    name: str,
-    arguments: argparse.Namespace,
-    work: Callable[[Stage], None],
-    sections: tuple[str, ...],
-    inputs: tuple[str, ...] | Callable[[dict[str, Any]], tuple[str, ...]],
-    resumable: bool,
-    skip: Callable[[dict[str, Any]], str] | None,
-    preview: Callable[[dict[str, Any], argparse.Namespace], None] | None,
-) -> None:
+def _run(definition: Definition, arguments: argparse.Namespace) -> None:
+    description = describe(definition, arguments)
+    if definition.preview and arguments.dry_run and not description.skipped:
+        definition.preview(description.config, arguments)
+    decision = decide(description)
+    if arguments.dry_run or decision.action == "skip":
+        print(f"{definition.name:15} {decision.reason}")
+        return
+    if description.missing:
+        raise Refused(decision.remedy)
+    with hold(description.final.parent, definition.name) as lock:
+        finish_publication(description.work, description.final, lambda seen: not description.changes(seen))
+        act(decide(description), description, lock)
+
+
+def describe(definition: Definition, arguments: argparse.Namespace) -> Description:
+    """Read the recipe and find the stage's inputs."""
     config = load_recipe(arguments.recipe, arguments.overrides)
-    reason = skip(config) if skip else ""
-    if reason:
-        print(f"{name:15} skipped: {reason}")
-        return
-    if preview and arguments.dry_run:
-        preview(config, arguments)
-    inputs = inputs(config) if callable(inputs) else inputs
+    skipped = definition.skip(config) if definition.skip else ""
+    inputs = definition.inputs
+    if callable(inputs):
+        inputs = () if skipped else inputs(config)
     folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
-    missing = [stage for stage, folder in folders.items() if not (folder / "stage.json").exists()]
-    if missing:
-        if arguments.dry_run:
-            print(f"{name:15} waits for {', '.join(missing)}")
-            return
-        raise Refused(
-            f"its input is missing: {', '.join(missing)} has not been run for recipe {arguments.recipe!r}. "
-            f"Run `bash run_all.sh --recipe {arguments.recipe} --from {missing[0][:2]}`"
-        )
-    rerun = f"bash run_all.sh --recipe {arguments.recipe}"
+    final = stage_folder(arguments.recipe, definition.name)
+    work = final.with_name(f".{definition.name}.work")
+    return Description(definition, arguments, config, skipped, folders, final, work)
+
+
+def decide(description: Description) -> Decision:
+    """Say what is to be done with a stage. This looks at the disk and changes nothing."""
+    name, arguments = description.definition.name, description.arguments
+    recipe, missing = arguments.recipe, description.missing
+    rerun = f"bash run_all.sh --recipe {recipe}"
     rerun += "".join(f" --set {shlex.quote(override)}" for override in arguments.overrides)
-    for stage, changes in stale_inputs(arguments.recipe, inputs, config):
-        message = f"its input {stage} is stale: {'; '.join(changes)}"
-        if not arguments.dry_run:
-            raise Refused(f"{message}.\n  Redo it and what follows: {rerun} --from {stage[:2]} --force")
-        print(f"{name:15} {message}")
-        return
-    wanted: dict[str, Any] = {
-        "config": {section: deciding_keys(section, config[section]) for section in sections}
-    }
-    wanted["inputs"] = {stage: _file_digest(folder / "stage.json") for stage, folder in folders.items()}
-    if name in FACTS:
-        wanted["facts"] = FACTS[name](config)
+    if description.skipped:
+        return Decision("skip", f"skipped: {description.skipped}")
+    if missing:
+        remedy = f"its input is missing: {', '.join(missing)} has not been run for recipe {recipe!r}. "
+        remedy += f"Run `bash run_all.sh --recipe {recipe} --from {missing[0][:2]}`"
+        return Decision("refuse", f"waits for {', '.join(missing)}", remedy)
+    for stage, changes in stale_inputs(recipe, description.folders, description.config):
+        remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force"
+        return Decision("refuse", f"its input {stage} is stale: {'; '.join(changes)}", remedy)
 
-    final = stage_folder(arguments.recipe, name)
-    folder = final.with_name(f".{name}.work")
-    if arguments.dry_run:
-        print(f"{name:15} {_forecast(final, folder, wanted, resumable, arguments)}")
-        return
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(final.parent / ".lock", name) as lock:
-        _finish_publication(folder, final, wanted)
-        if (final / "stage.json").exists() and not arguments.force:
-            done = read_json(final / "stage.json")
-            changes = differences(done["wanted"], wanted)
-            if changes:
-                raise Refused(
-                    f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}.\n"
-                    f"  Redo it and what follows: {rerun} --from {name[:2]} --force\n"
-                    f"  Or keep this result and work on a copy: cp -r configs/{arguments.recipe} "
-                    "configs/NAME, then --recipe NAME"
-                )
-            _warn_of_versions(name, done)
-            print(f"{name:15} done before ({done['seconds']:.0f} s)  {done['headline']}")
-            return
-        unfinished = _can_continue(folder, wanted, resumable, arguments)
-        twin = None if arguments.force or unfinished else _finished_twin(arguments.recipe, name, wanted)
-        if not unfinished:
-            shutil.rmtree(folder, ignore_errors=True)
-        if twin:
-            _link_tree(twin, folder)
-            _publish(folder, final)
-            print(f"{name:15} taken from {twin.relative_to(ROOT)}: same settings, same inputs")
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / ".wanted.json", wanted)
-        stage = Stage(name, arguments.recipe, config, folders, folder, arguments, lock)
-        stage.say("continues" if unfinished else "starts")
-        started = time.monotonic()
+    record = description.final / "stage.json"
+    if record.exists() and not arguments.force:
+        done = read_json(record)
+        changes = description.changes(done["wanted"])
+        if not changes:
+            return Decision("done before", f"done before ({done['seconds']:.0f} s)  {done['headline']}")
+        remedy = f"Redo it and what follows: {rerun} --from {name[:2]} --force\n"
+        remedy += f"  Or keep this result and work on a copy: cp -r configs/{recipe} configs/NAME, "
+        remedy += "then --recipe NAME"
+        reason = f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}"
+        return Decision("refuse", reason, remedy)
+
+    unfinished = description.work / ".wanted.json"
+    if description.definition.resumable and unfinished.exists():
+        changes = description.changes(read_json(unfinished))
+        if not changes:
+            return Decision("continue", "would continue")
+        if not arguments.force and any(description.work.glob("checkpoints/checkpoint-*")):
+            reason = "an unfinished run with other settings has checkpoints in "
+            reason += f"{description.work.relative_to(ROOT)}. Changed: {'; '.join(changes)}"
+            remedy = "Set the old values again to continue it, or start over with --force (its checkpoints "
+            remedy += f"are deleted), or work on a copy: cp -r configs/{recipe} configs/NAME"
+            return Decision("refuse", reason, remedy)
+    twin = None if arguments.force else _find_twin(description)
+    if twin:
+        return Decision("take over", f"would be taken from {twin.relative_to(ROOT)}", twin=twin)
+    return Decision("run", "would run")
+
+
+def _find_twin(description: Description) -> Path | None:
+    """The same stage of another recipe, finished from equal settings and inputs, and still complete."""
+    definition, recipe = description.definition, description.arguments.recipe
+    for path in sorted(OUTPUTS.glob(f"*/{definition.name}/stage.json")):
+        record = read_json(path)
+        if path.parent.parent.name == recipe or description.changes(record["wanted"]):
+            continue
         try:
-            work(stage)
-        finally:
-            seconds = _add_seconds(folder, time.monotonic() - started)
-        record = {
-            "stage": name,
-            "recipe": arguments.recipe,
-            "headline": stage.headline,
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": _peak_memory(),
-            "figures": stage.figures,
-            "wanted": wanted,
-            "config": {section: config[section] for section in sections},
-            "versions": _versions(),
-            "commit": _commit(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        write_json(folder / ".stage.json.part", record)
-        (folder / ".stage.json.part").rename(folder / "stage.json")
-        _publish(folder, final)
-        stage.say(f"done in {seconds:.1f} s  {stage.headline}")
-
-
-def _forecast(
-    final: Path, folder: Path, wanted: dict[str, Any], resumable: bool, arguments: argparse.Namespace
-) -> str:
-    """What a run would do, in words."""
-    if (final / "stage.json").exists() and not arguments.force:
-        done = read_json(final / "stage.json")
-        changes = differences(done["wanted"], wanted)
-        return f"stale: {'; '.join(changes)}" if changes else f"done before  {done['headline']}"
-    return "would continue" if _can_continue(folder, wanted, resumable, arguments) else "would run"
-
-
-def _can_continue(
-    folder: Path, wanted: dict[str, Any], resumable: bool, arguments: argparse.Namespace
-) -> bool:
-    """True when there is an unfinished run of the same wishes. Checkpoints of others are never deleted."""
-    if not resumable or not (folder / ".wanted.json").exists():
-        return False
-    changes = differences(read_json(folder / ".wanted.json"), wanted)
-    if not changes:
-        return True
-    if arguments.force or not any(folder.glob("checkpoints/checkpoint-*")):
-        return False
-    raise Refused(
-        f"an unfinished run with other settings has checkpoints in {folder.relative_to(ROOT)}. Changed: "
-        f"{'; '.join(changes)}.\n  Put the settings back to continue it, or start over with --force (its "
-        f"checkpoints are deleted), or work on a copy: cp -r configs/{arguments.recipe} configs/NAME"
-    )
-
-
-def _finished_twin(recipe: str, name: str, wanted: dict[str, Any]) -> Path | None:
-    """The same stage of another recipe, finished from equal settings and inputs."""
-    for record in sorted(OUTPUTS.glob(f"*/{name}/stage.json")):
-        if record.parent.parent.name != recipe and read_json(record)["wanted"] == wanted:
-            return record.parent
+            if definition.reusable:
+                definition.reusable(record["figures"], description.config)
+        except RecipeError:
+            continue
+        return path.parent
     return None
 
 
-def _link_tree(source: Path, target: Path) -> None:
-    """Copy a finished folder by hard links, which cost nothing; real copies where the disk has no links."""
+def act(decision: Decision, description: Description, lock: int) -> None:
+    """Do what was decided. lock: the descriptor of the held lock. Raises Refused for a refusal."""
+    name, work, final = description.definition.name, description.work, description.final
+    if decision.action == "refuse":
+        raise Refused(f"{decision.reason}.\n  {decision.remedy}")
+    if decision.action == "done before":
+        _warn_of_versions(name, read_json(final / "stage.json"))
+        print(f"{name:15} {decision.reason}")
+        return
+    if decision.action != "continue":
+        shutil.rmtree(work, ignore_errors=True)
+    if decision.twin:
+        copy_stage(decision.twin, work)
+        publish(work, final)
+        print(f"{name:15} taken from {decision.twin.relative_to(ROOT)}: same settings, same inputs")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / ".wanted.json", description.expected)
+    arguments, config = description.arguments, description.config
+    stage = Stage(name, arguments.recipe, config, description.folders, work, arguments, lock)
+    stage.say("continues" if decision.action == "continue" else "starts")
+    started = time.monotonic()
+    try:
+        description.definition.work(stage)
+    finally:
+        seconds = _add_seconds(work, time.monotonic() - started)
+    write_json(work / ".stage.json.part", _record(stage, description, seconds))
+    (work / ".stage.json.part").rename(work / "stage.json")
+    publish(work, final)
+    stage.say(f"done in {seconds:.1f} s  {stage.headline}")
 
-    def link(old: str, new: str) -> None:
-        try:
-            os.link(old, new)
-        except OSError:
-            shutil.copy2(old, new)
 
-    shutil.copytree(source, target, copy_function=link)
-
-
-def _publish(folder: Path, final: Path) -> None:
-    """Make a finished work folder the stage's output: flushed to disk, then renamed into place."""
-    fsync_tree(folder)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    folder.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-    for name in (".wanted.json", ".seconds", "stop"):
-        (final / name).unlink(missing_ok=True)
-
-
-def _finish_publication(folder: Path, final: Path, wanted: dict[str, Any]) -> None:
-    """Do what a kill during `_publish` left undone."""
-    old = final.with_name(f".{final.name}.old")
-    if (folder / "stage.json").exists() and read_json(folder / "stage.json")["wanted"] == wanted:
-        _publish(folder, final)
-    elif old.exists() and not final.exists():
-        old.rename(final)
+def _record(stage: Stage, description: Description, seconds: float) -> dict[str, Any]:
+    """The content of ``stage.json``."""
+    return {
+        "stage": stage.name,
+        "recipe": stage.recipe,
+        "headline": stage.headline,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": _peak_memory(),
+        "figures": stage.figures,
+        "wanted": description.expected,
+        "config": {section: stage.config[section] for section in description.definition.sections},
+        "versions": _versions(),
+        "commit": _commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def _add_seconds(folder: Path, seconds: float) -> float:
-    """Working time over all tries of a resumed stage, kept in the work folder."""
+    """The working time over all runs of a resumed stage, kept in the work folder."""
     path = folder / ".seconds"
     total = seconds + (float(path.read_text()) if path.exists() else 0.0)
     if folder.exists():
         path.write_text(str(total))
     return total
-
-
-@contextlib.contextmanager
-def _lock(path: Path, name: str) -> Iterator[int]:
-    """Hold a recipe's output folder; a second run is refused and told who holds it.
-
-    The kernel drops an flock with its holder, so a dead process never blocks anyone.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
-            raise Refused(
-                f"{path.parent} is in use by {holder}. Wait for it, stop it, or use another recipe name "
-                "(cp -r configs/tiny configs/NAME)"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} ({name})".encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def data_lock() -> Iterator[None]:
-    """Hold the download cache, which all recipes share."""
-    DATA.mkdir(exist_ok=True)
-    with _lock(DATA / ".lock", "01_download"):
-        yield
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -422,6 +420,3 @@ def _peak_memory() -> int:
     """Peak resident bytes of the largest process of this stage (itself or a finished child)."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
-
-
-# ----------------------------------------------------------------------------------------------- summary

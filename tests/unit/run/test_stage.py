@@ -1,82 +1,243 @@
-"""The life of a stage: skipped, stale, locked, published whole or not at all."""
+"""The life of a stage: skipped, stale, locked, taken over, published whole or not at all."""
 
-import subprocess
-import sys
+import functools
+import hashlib
+import http.server
+import json
+import shutil
+import signal
+import threading
+import time
 
 import pytest
-from recipe import project
-from recipe.run import freshness, stage
+from recipe.run.freshness import differences
+
+SCRIPT = '''
+"""Stage 90: a stage for these tests."""
+import os, time
+from recipe.project import OUTPUTS
+from recipe.run.stage import run_stage
+
+def work(stage):
+    (stage.folder / "a").write_text(str(stage.config["tokenizer"]["vocab_size"]))
+    if os.environ.get("FAULT") == "wait":
+        print("holds", flush=True)
+        time.sleep(60)
+    if os.environ.get("FAULT") == "disk":
+        raise OSError(28, "No space left on device", str(stage.folder / "a"))
+    stage.headline = "a headline"
+
+run_stage(__file__, __doc__, work, ("tokenizer",), os.environ.get("INPUTS", "").split(), resumable=True)
+'''
 
 
 def test_differences_name_the_keys():
     old = {"config": {"pretrain": {"a": 1, "b": 2}}, "inputs": {"x": "1"}}
     new = {"config": {"pretrain": {"a": 1, "b": 3, "c": 4}}, "inputs": {"x": "1"}}
-    assert freshness.differences(old, new) == ["config.pretrain.b: 2 -> 3", "config.pretrain.c: null -> 4"]
-    assert freshness.differences(new, new) == []
+    assert differences(old, new) == ["config.pretrain.b: 2 -> 3", "config.pretrain.c: null -> 4"]
+    assert differences(new, new) == []
 
 
-def test_lock_names_its_holder_and_dies_with_it(tmp_path):
-    path = tmp_path / ".lock"
-    code = (
-        f"import sys, time; sys.path.insert(0, {str(project.ROOT / 'pretrain')!r}); from recipe.run.stage "
-        f"import _lock\n"
-        f"from pathlib import Path\nwith _lock(Path({str(path)!r}), 'first'): print('held', flush=True); "
-        f"time.sleep(60)"
+@pytest.fixture
+def project(make_project):
+    """A project with one more stage, `run(...)` of which says what happens."""
+    project = make_project()
+    (project.folder / "pretrain/90_test.py").write_text(SCRIPT)
+    return project
+
+
+def run(project, *options, recipe="mini", check=True, **environment):
+    project.environment |= environment
+    result = project.run("pretrain/90_test.py", "--recipe", recipe, *options, check=check)
+    for name in environment:
+        del project.environment[name]
+    return result
+
+
+def copy_of(project, name):
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    return name
+
+
+def folders(project):
+    return sorted(path.name for path in (project.folder / "outputs/mini").iterdir())
+
+
+def test_what_a_run_does_is_what_a_dry_run_says(project):
+    assert "90_test         would run" in run(project, "--dry-run").stdout
+    assert not (project.folder / "outputs").exists()
+    assert "done in" in run(project).stdout
+    assert "90_test         done before" in run(project, "--dry-run").stdout
+    assert "90_test         done before" in run(project).stdout
+
+    other = ("--set", "tokenizer.vocab_size=500")
+    stale = "stale: made from other settings or inputs. Changed: config.tokenizer.vocab_size: 400 -> 500"
+    assert stale in run(project, *other, "--dry-run").stdout
+    refused = run(project, *other, check=False)
+    assert refused.returncode == 2 and stale in refused.stderr
+    assert "--set tokenizer.vocab_size=500 --from 90 --force" in refused.stderr
+
+    assert (
+        "would be taken from outputs/mini/90_test"
+        in run(project, "--dry-run", recipe=copy_of(project, "copy")).stdout
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    with (
-        pytest.raises(project.Refused, match=rf"process {holder.pid} .*first"),
-        stage._lock(path, "second"),
-    ):
-        pass
-    holder.kill()
+
+
+def test_missing_input_is_named(project):
+    assert "waits for 02_dataset" in run(project, "--dry-run", INPUTS="02_dataset").stdout
+    result = run(project, check=False, INPUTS="02_dataset")
+    assert result.returncode == 2 and "02_dataset has not been run for recipe 'mini'" in result.stderr
+    assert "--recipe mini --from 02" in result.stderr
+
+
+def test_new_output_replaces_the_old_one_whole(project):
+    run(project)
+    (project.output("mini", "90_test", "old")).write_text("of the first run")
+    run(project, "--force", "--set", "tokenizer.vocab_size=500")
+    assert project.output("mini", "90_test", "a").read_text() == "500"
+    assert not project.output("mini", "90_test", "old").exists()
+    assert folders(project) == [".lock", "90_test"]
+
+
+def test_second_run_is_told_who_holds_the_folder_and_the_lock_ends_with_its_holder(project):
+    project.environment["FAULT"] = "wait"
+    holder = project.start("pretrain/90_test.py", "--recipe", "mini")
+    while holder.stdout.readline() != "holds\n":
+        assert holder.poll() is None
+    del project.environment["FAULT"]
+    result = run(project, check=False)
+    assert result.returncode == 2 and f"is in use by process {holder.pid}" in result.stderr
+    assert "(90_test)" in result.stderr
+    holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with stage._lock(path, "second"):  # taken over without ado
-        pass
+    assert "done in" in run(project).stdout
 
 
-def test_publication_replaces_the_old_output_whole(tmp_path):
-    work, final = tmp_path / ".s.work", tmp_path / "s"
-    for round_number in range(2):
-        work.mkdir()
-        (work / "a").write_text(str(round_number))
-        (work / ".wanted.json").write_text("{}")
-        stage._publish(work, final)
-        assert [path.name for path in final.iterdir()] == ["a"]
-        assert (final / "a").read_text() == str(round_number)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+def test_full_disk_names_path_and_free_bytes(project):
+    result = run(project, check=False, FAULT="disk")
+    assert result.returncode == 1
+    assert "outputs/mini/.90_test.work/a: No space left on device" in result.stderr
+    assert "bytes free)" in result.stderr
 
 
-def test_linked_copy_survives_the_original(tmp_path):
-    (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/b/c").write_text("x")
-    stage._link_tree(tmp_path / "a", tmp_path / "copy")
-    (tmp_path / "a/b/c").unlink()
-    assert (tmp_path / "copy/b/c").read_text() == "x"
-
-
-def test_full_disk_names_path_and_free_bytes(monkeypatch, capsys, tmp_path):
-    def full(*_):
-        raise OSError(28, "No space left on device", str(tmp_path / "x"))
-
-    monkeypatch.setattr(stage, "_run", full)
-    monkeypatch.setattr(sys, "argv", ["02_dataset.py"])
-    with pytest.raises(SystemExit) as caught:
-        stage.run_stage("02_dataset.py", "doc", lambda stage: None, ())
-    assert caught.value.code == 1
-    assert f"cannot use {tmp_path / 'x'}: No space left on device" in capsys.readouterr().err
-
-
-def test_kill_between_the_renames_loses_nothing(tmp_path):
-    work, final, old = tmp_path / ".s.work", tmp_path / "s", tmp_path / ".s.old"
-    old.mkdir()
-    (old / "a").write_text("old")
-    stage._finish_publication(work, final, {})
-    assert (final / "a").read_text() == "old"
-    final.rename(old)
-    work.mkdir()
+@pytest.mark.parametrize("moment", ["before the first rename", "between the renames"])
+def test_killed_publication_is_completed(project, moment):
+    """The disk as a kill during the publication of the second result leaves it."""
+    run(project)
+    final = project.output("mini", "90_test", "")
+    work, old = final.with_name(".90_test.work"), final.with_name(".90_test.old")
+    shutil.copytree(final, work)
     (work / "a").write_text("new")
-    project.write_json(work / "stage.json", {"wanted": {"x": 1}})
-    stage._finish_publication(work, final, {"x": 1})
-    assert (final / "a").read_text() == "new" and not old.exists() and not work.exists()
+    if moment == "between the renames":
+        final.rename(old)
+    assert "done before" in run(project).stdout
+    assert (final / "a").read_text() == "new"
+    assert folders(project) == [".lock", "90_test"]
+
+
+def test_old_result_comes_back_when_the_new_one_was_not_published(project):
+    run(project)
+    final = project.output("mini", "90_test", "")
+    final.rename(final.with_name(".90_test.old"))
+    assert "done before" in run(project).stdout
+    assert (final / "a").read_text() == "400"
+
+
+def test_copied_recipe_takes_a_copy_that_can_be_edited(project):
+    run(project)
+    assert "taken from outputs/mini/90_test" in run(project, recipe=copy_of(project, "copy")).stdout
+    copy, original = (project.output(recipe, "90_test", "a") for recipe in ("copy", "mini"))
+    with copy.open("a") as handle:
+        handle.write(" edited")
+    assert copy.read_text() == "400 edited" and original.read_text() == "400"
+    assert copy.stat().st_ino != original.stat().st_ino
+
+
+def test_copy_without_room_is_refused(project):
+    run(project)
+    with project.output("mini", "90_test", "large").open("wb") as handle:
+        handle.truncate(2**43)  # a hole of 8 TiB, which occupies nothing here
+    result = run(project, recipe=copy_of(project, "copy"), check=False)
+    assert result.returncode == 2, "this file system has reflinks, or more than 8 TiB free"
+    assert "copying" in result.stderr and f"{2**43:,}"[:5] in result.stderr
+    assert not project.output("copy", "90_test").exists()
+
+
+def test_interrupted_copy_is_no_finished_stage(project):
+    """``stage.json`` is the last file of a copy, so that a kill leaves a folder without it."""
+    run(project)
+    copy_of(project, "copy")
+    with project.output("mini", "90_test", "zzz").open("wb") as handle:
+        handle.write(bytes(300_000_000))
+    child = project.start("pretrain/90_test.py", "--recipe", "copy")
+    work = project.output("copy", ".90_test.work", "zzz")
+    while not work.exists():
+        assert child.poll() is None, child.communicate()[0]
+        time.sleep(0.001)
+    child.send_signal(signal.SIGSTOP)
+    assert not work.with_name("stage.json").exists()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert "taken from" in run(project, recipe="copy").stdout
+
+
+# ---------------------------------------------------------------------------------- the data of stage 01
+
+
+@pytest.fixture
+def downloaded(make_project):
+    """A project whose source `web` comes from a URL, with stages 01 and 02 done."""
+    project = make_project()
+    documents = (project.folder / "text/a.txt").read_text("utf-8").split("\n\n")
+    (project.folder / "text/a.txt").write_text("\n\n".join(documents[:100]), "utf-8")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(project.folder / "text"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sources = json.loads((project.folder / "configs/mini/dataset.json").read_text())["sources"]
+    web = {"source": "files", "url": f"http://127.0.0.1:{server.server_port}/a.txt"}
+    project.edit("mini", "dataset", sources={"other": sources["other"], "web": web})
+    project.run("run_all.sh", "--recipe", "mini", "--to", "02")
+    yield project
+    server.shutdown()
+    server.server_close()
+
+
+def test_equal_data_downloaded_again_make_nothing_stale(downloaded):
+    before = downloaded.output("mini", "01_download").read_bytes()
+    shutil.rmtree(downloaded.folder / "data")
+    downloaded.run("pretrain/01_download.py", "--recipe", "mini", "--force")
+    assert downloaded.output("mini", "01_download").read_bytes() != before
+    assert "done before" in downloaded.run("pretrain/02_dataset.py", "--recipe", "mini").stdout
+
+    path = downloaded.folder / "text/a.txt"  # now what the URL leads to has changed
+    path.write_text(path.read_text() + "新しい文。\n")
+    shutil.rmtree(downloaded.folder / "data")
+    downloaded.run("pretrain/01_download.py", "--recipe", "mini", "--force")
+    result = downloaded.run("pretrain/02_dataset.py", "--recipe", "mini", check=False)
+    assert result.returncode == 2 and "Changed: inputs.01_download: " in result.stderr
+
+
+def test_record_of_an_earlier_release_is_still_fresh(downloaded):
+    """It holds the digest of stage 01's record instead of one of its data."""
+    record = json.loads(downloaded.output("mini", "02_dataset").read_text())
+    content = downloaded.output("mini", "01_download").read_bytes()
+    record["wanted"]["inputs"]["01_download"] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    downloaded.output("mini", "02_dataset").write_text(json.dumps(record))
+    assert "done before" in downloaded.run("pretrain/02_dataset.py", "--recipe", "mini").stdout
+    copy_of(downloaded, "copy")
+    result = downloaded.run("run_all.sh", "--recipe", "copy", "--to", "02")
+    assert "taken from outputs/mini/02_dataset" in result.stdout
+
+    record["wanted"]["inputs"]["01_download"] = "0" * 16
+    downloaded.output("mini", "02_dataset").write_text(json.dumps(record))
+    assert downloaded.run("pretrain/02_dataset.py", "--recipe", "mini", check=False).returncode == 2
+
+
+def test_stage_01_is_only_taken_over_while_its_data_are_there(downloaded):
+    copy_of(downloaded, "copy")
+    copy_of(downloaded, "later")
+    line = ("pretrain/01_download.py", "--recipe")
+    assert "taken from outputs/mini/01_download" in downloaded.run(*line, "copy").stdout
+    shutil.rmtree(downloaded.folder / "data")
+    assert "done in" in downloaded.run(*line, "later").stdout
+    assert (downloaded.folder / "data/web/a.txt").exists()

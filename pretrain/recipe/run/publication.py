@@ -1,0 +1,101 @@
+"""A stage's output folder on the disk: one run at a time, whole or not at all, copied for another recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recipe.corpus.fetch import require_space
+from recipe.project import Refused, fsync_tree, read_json
+
+# Linux's request to let two files share their blocks until one of them is changed (man 2 ioctl_ficlone).
+FICLONE = 0x40049409
+
+
+@contextlib.contextmanager
+def hold(folder: Path, name: str) -> Iterator[int]:
+    """Hold a folder for one run, and yield the descriptor of its lock.
+
+    The kernel releases the lock when its last holder ends, so a killed process never blocks a later run.
+    name: what the holder does, for the message of a second run. Raises Refused when another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
+            raise Refused(f"{folder} is in use by {holder}. Wait until it has ended, or stop it") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} ({name})".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def publish(work: Path, final: Path) -> None:
+    """Make a finished work folder the stage's output: flush it to the disk, then rename it."""
+    fsync_tree(work)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    work.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    for name in (".wanted.json", ".seconds", "stop"):
+        (final / name).unlink(missing_ok=True)
+
+
+def finish_publication(work: Path, final: Path, is_current: Callable[[dict[str, Any]], bool]) -> None:
+    """Complete a `publish` that was killed.
+
+    is_current: whether a finished work folder was made from today's settings and inputs (from the
+    ``wanted`` of its ``stage.json``); only then is it published.
+    """
+    old = final.with_name(f".{final.name}.old")
+    if (work / "stage.json").exists() and is_current(read_json(work / "stage.json")["wanted"]):
+        publish(work, final)
+    elif old.exists() and not final.exists():
+        old.rename(final)
+
+
+def copy_stage(source: Path, target: Path) -> None:
+    """Copy a finished stage. Where the file system can, the copies share their blocks with the originals.
+
+    ``stage.json`` is copied last, so that an interrupted copy does not look like a finished stage. Raises
+    Refused when the disk has no room for the copy.
+    """
+    record = source / "stage.json"
+    paths = sorted(source.rglob("*"), key=lambda path: path == record)
+    target.mkdir(parents=True)
+    share = True
+    for path in paths:
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir(parents=True, exist_ok=True)
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if share and not _share_blocks(path, copy):
+            share = False
+            size = sum(path.stat().st_size for path in paths if path.is_file())
+            require_space(target, size, f"copying {source}")
+        if not share:
+            shutil.copyfile(path, copy)
+        shutil.copystat(path, copy)
+
+
+def _share_blocks(source: Path, target: Path) -> bool:
+    """Make `target` a reflink of `source`; False where the file system has none."""
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
+        except OSError:
+            return False
+    return True
