@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from recipe.config.recipe import load_recipe
 from recipe.config.staleness import deciding_keys
+from recipe.progress import write_lines_without_a_terminal
 from recipe.project import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -353,6 +354,7 @@ def act(decision: Decision, description: Description, lock: int) -> None:
     write_json(work / ".wanted.json", description.expected)
     arguments, config = description.arguments, description.config
     stage = Stage(name, arguments.recipe, config, description.folders, work, arguments, lock)
+    write_lines_without_a_terminal()
     stage.say("continues" if decision.action == "continue" else "starts")
     started = time.monotonic()
     try:

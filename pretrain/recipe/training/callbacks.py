@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -178,7 +177,7 @@ class Progress(TrainerCallback):
             initial=state.global_step,
             unit="step",
             dynamic_ncols=True,
-            mininterval=1.0 if sys.stderr.isatty() else 20.0,
+            mininterval=1.0,
             bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} steps [{elapsed}]{postfix}",
         )
 

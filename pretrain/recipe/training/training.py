@@ -38,6 +38,7 @@ from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_me
 from recipe.model.build import flops_per_token
 from recipe.model.losses import return_loss_only
 from recipe.model.sharding import load_without_code, shard
+from recipe.progress import write_lines_without_a_terminal
 from recipe.project import EXIT_TERMINATED, RecipeError
 from recipe.training.callbacks import Heartbeat, Meter, Progress, StopOnSignal
 from recipe.training.checkpoints import newest_good_checkpoint
@@ -310,6 +311,7 @@ def run_script(work: Any) -> None:
     """Call a training script's main function with its plan; errors a user can mend end in one line."""
     plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     faulthandler.register(STACKS)
+    write_lines_without_a_terminal()
     code = 0
     try:
         work(plan)
