@@ -67,6 +67,7 @@ main() {
 
   local started=$SECONDS python stage number ran=0
   python=$(bash "$here/setup.sh" --python)
+  export PYTHONPATH=$here/pretrain${PYTHONPATH:+:$PYTHONPATH}
   ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
   # Should this shell be killed, the running stage ends with it and can be continued.
   export RECIPE_RUN_ALL=$$
@@ -89,7 +90,8 @@ main() {
   "$python" -m recipe.export.html_report "$recipe"
   printf '\n%d s in all.\n' $((SECONDS - started))
   if [[ -f outputs/$recipe/12_finetune/stage.json ]]; then
-    printf 'Talk to the model: %s fine-tuning/chat.py --recipe %s\n' "${python#"$here"/}" "$recipe"
+    printf 'Talk to the model: %s%s fine-tuning/chat.py --recipe %s\n' \
+      "${RECIPE_PYTHON:+PYTHONPATH=pretrain }" "${python#"$here"/}" "$recipe"
   fi
 }
 

@@ -1,71 +1,150 @@
 #!/usr/bin/env bash
-# Make .venv, install what requirements.txt pins, check the result. Safe to run again: done work is skipped.
+# Make .venv, install the pinned packages and check the result. Safe to run again: finished work is skipped.
 #
-# Usage: bash setup.sh [--python]      --python: set up quietly if needed, then print the path of the python
+# Usage: bash setup.sh [--python] [--extra NAME...]
+#   --python           print the path of the Python interpreter at the end
+#   --extra NAME...    also install these extras of pyproject.toml, for example: --extra ray sudachi
 #
-# VENV=DIR               put the environment there instead of .venv (the Dockerfile uses /opt/venv)
-# PYTHON=python3.12      the interpreter to build it from
-# TORCH_CPU_INDEX=URL    on a host without a GPU: the index that serves CPU builds of torch
+# Environment variables:
+#   RECIPE_PYTHON=python3   use this Python and its packages as they are (a container with torch, Colab): nothing is
+#                           installed; what is missing is named, with the command that installs it
+#   VENV=DIR                put the environment there instead of .venv (the Dockerfile uses /opt/venv)
+#   PYTHON=python3.12       the interpreter that .venv is made from
+#   TORCH_CPU_INDEX=URL     without a GPU: take torch from this index, which serves CPU builds
+#   FLASH_ATTN=build        with a GPU: compile flash-attn if no ready wheel fits (needs nvcc; up to an hour)
+#
+# Exit codes: 0 ready, 1 the installation failed, 2 refused (wrong option, RECIPE_PYTHON cannot be used).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${VENV:-$here/.venv}
 stamp=$venv/.recipe-ready
-wanted=$(cat "$here/requirements.txt" "$here/pyproject.toml" "$here/setup.sh" | cksum)
+# Another major version of these changes results or breaks the scripts.
+same_major="accelerate datasets deepspeed lm-eval neologdn numpy peft sentencepiece tokenizers torch transformers trl"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
+refuse() { say "error: $*"; exit 2; }
 
-# The compute capability of the first GPU as digits (80 for 8.0), nothing without one.
+# The compute capability of the first GPU as digits (80 for 8.0); nothing without a GPU.
 capability() {
   command -v nvidia-smi >/dev/null || return 0
   nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -cd '0-9' || true
 }
 
-# A GPU that appears later (a container built without one) changes what is to be installed.
-wanted="$wanted $here gpu=$(capability)"
-ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted" ]]; }
+# packages PYTHON COMMAND [EXTRA...]: read the pins of requirements.txt, or of the extras if there are any.
+#   pins   print them, one a line; exit 2 for an unknown extra
+#   check  compare them with what is installed, without importing it; print what is wrong in one line and exit 3
+packages() {
+  SAME_MAJOR=$same_major "$1" - "$here" "${@:2}" <<'PY'
+import os, sys, tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+here, command, *extras = sys.argv[1:]
+known = tomllib.loads(Path(here, "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+if unknown := [name for name in extras if name not in known]:
+    print(f"unknown extra {unknown[0]!r}. Known: {', '.join(known)}")
+    sys.exit(2)
+if extras:
+    pins = [pin for name in extras for pin in known[name]]
+else:
+    lines = Path(here, "requirements.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+if command == "pins":
+    print("\n".join(pins))
+    sys.exit()
+
+missing, faults, install = [], [], []
+for pin in pins:
+    name, expected = pin.split("==")
+    major = expected.split(".")[0]
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        missing.append(name)
+    else:
+        if name not in os.environ["SAME_MAJOR"].split() or found.split(".")[0] == major:
+            continue
+        faults.append(f"{name} is {found}, expected {major}.*")
+    install.append(pin)
+if missing:
+    rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    faults.append(f"not installed: {', '.join(missing[:5])}{rest}")
+if faults:
+    whole = any(pin.startswith("torch==") for pin in install)
+    what = f"-r {here}/requirements.txt" if whole else " ".join(install)
+    print(f"{'; '.join(faults)}. Install: {sys.executable} -m pip install {what}")
+    sys.exit(3)
+PY
+}
+
+# Check the environment that RECIPE_PYTHON names and set `python`.
+use_as_it_is() {
+  local fault
+  python=$(command -v "$RECIPE_PYTHON") ||
+    refuse "RECIPE_PYTHON=$RECIPE_PYTHON: not found. Name a Python of 3.11 or newer, or unset it: setup.sh then makes .venv"
+  [[ $python == /* ]] || python=$PWD/$python
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    refuse "RECIPE_PYTHON=$RECIPE_PYTHON is $("$python" --version 2>&1), expected Python 3.11 or newer"
+  fault=$(packages "$python" check) || refuse "RECIPE_PYTHON=$RECIPE_PYTHON: $fault"
+  ((${#extras[@]} == 0)) || fault=$(packages "$python" check "${extras[@]}") ||
+    refuse "RECIPE_PYTHON=$RECIPE_PYTHON: $fault"
+}
+
+# A GPU that appears later (an environment made without one) changes what is installed.
+expected() { printf '%s %s gpu=%s' "$(cat "$here"/{requirements.txt,pyproject.toml,setup.sh} | cksum)" "$here" "$(capability)"; }
+ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$(expected)" ]]; }
 
 install() {
-  local python=${PYTHON:-python3} gpu
-  command -v "$python" >/dev/null || die "no $python. Install Python 3.11 or newer (apt-get install python3 python3-venv python3-dev)"
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    die "$("$python" --version) is too old: 3.11 or newer is wanted. Set PYTHON=python3.12, for example"
-  "$python" -c 'import venv, ensurepip' 2>/dev/null || die "$python has no venv module: apt-get install python3-venv"
-  command -v g++ >/dev/null || die "no g++, which torch.compile and neologdn need: apt-get install g++"
-  [[ -f $("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h ]] ||
-    die "no Python headers, which torch.compile and neologdn need: apt-get install python3-dev"
+  local base=${PYTHON:-python3} gpu
+  command -v "$base" >/dev/null ||
+    die "$base: not found. Install Python 3.11 or newer (apt-get install python3 python3-venv python3-dev)"
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    die "$base is $("$base" --version 2>&1), expected Python 3.11 or newer: set PYTHON=python3.12, for example"
+  "$base" -c 'import venv, ensurepip' 2>/dev/null || die "$base has no module venv: apt-get install python3-venv"
+  command -v g++ >/dev/null || die "g++ not found; torch.compile and neologdn need it: apt-get install g++"
+  [[ -f $("$base" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h ]] ||
+    die "Python.h not found; torch.compile and neologdn need it: apt-get install python3-dev"
 
-  say "makes $venv with $("$python" --version) (a few minutes the first time)"
-  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
-  local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq --retries 5)
+  say "makes $venv with $("$base" --version) (a few minutes the first time)"
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear "$venv"
   gpu=$(capability)
   if [[ -z $gpu && -n ${TORCH_CPU_INDEX:-} ]]; then
     say "no NVIDIA GPU: takes torch from TORCH_CPU_INDEX"
-    "${pip[@]}" --index-url "$TORCH_CPU_INDEX" "$(grep '^torch==' "$here/requirements.txt")"
+    pip_install --index-url "$TORCH_CPU_INDEX" "$(grep '^torch==' "$here/requirements.txt")"
   fi
-  "${pip[@]}" -r "$here/requirements.txt"
-  "${pip[@]}" --no-deps --no-build-isolation -e "$here"
+  mapfile -t pins < <(packages "$venv/bin/python" pins tests)
+  pip_install -r "$here/requirements.txt" "${pins[@]}"
+  printf '%s\n' "$here/pretrain" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/recipe.pth"
   install_flash_attention "$gpu"
-  check
-  printf '%s' "$wanted" >"$stamp"
+  import_all
+  expected >"$stamp"
 }
 
+pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --retries 5 "$@"; }
+
 install_flash_attention() {
-  local gpu=$1
+  local gpu=$1 without="attention uses PyTorch's own kernels, with equal results"
   if [[ -z $gpu ]]; then
     say "flash-attn: not installed, no NVIDIA GPU found"
   elif ((gpu < 80)); then
-    say "flash-attn: not installed, it needs compute capability 8.0 and this GPU has ${gpu%?}.${gpu: -1}; SDPA instead"
+    say "flash-attn: not installed, it needs compute capability 8.0 and this GPU has ${gpu%?}.${gpu: -1}; $without"
+  elif pip_install --only-binary flash-attn "flash-attn>=2.8,<3" 2>/dev/null &&
+    "$venv/bin/python" -c 'import flash_attn' 2>/dev/null; then
+    say "flash-attn: installed from a ready wheel, for compute capability ${gpu%?}.${gpu: -1}"
+  elif [[ ${FLASH_ATTN:-} != build ]]; then
+    "$venv/bin/python" -m pip uninstall -qq -y flash-attn 2>/dev/null || true
+    say "flash-attn: not installed, no ready wheel fits (FLASH_ATTN=build compiles it); $without"
   elif ! command -v nvcc >/dev/null; then
-    say "flash-attn: not installed, no CUDA toolkit (nvcc) to build it with; SDPA instead"
-  elif MAX_JOBS=${MAX_JOBS:-4} "$venv/bin/python" -m pip install --quiet --no-build-isolation "flash-attn>=2.8,<3"; then
-    say "flash-attn: installed, for compute capability ${gpu%?}.${gpu: -1}"
+    say "flash-attn: not installed, nvcc of the CUDA toolkit not found; $without"
+  elif pip_install setuptools wheel && MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation --no-binary flash-attn "flash-attn>=2.8,<3"; then
+    say "flash-attn: compiled for compute capability ${gpu%?}.${gpu: -1}"
   else
-    say "flash-attn: its build failed (see above); attention will be PyTorch's SDPA"
+    say "flash-attn: compiling failed (see above); $without"
   fi
 }
 
-check() {
+import_all() {
   "$venv/bin/python" - <<'PY' >&2
 import accelerate, datasets, lxml, neologdn, sentencepiece, tokenizers, torch, transformers
 import recipe
@@ -74,5 +153,33 @@ print(f"setup: torch {torch.__version__} on {device}, transformers {transformers
 PY
 }
 
-ready || install
-if [[ ${1:-} == --python ]]; then printf '%s\n' "$venv/bin/python"; fi
+install_extras() {
+  local answer pins code=0
+  answer=$(packages "$python" check "${extras[@]}") || code=$?
+  ((code != 2)) || refuse "--extra: $answer"
+  ((code)) || return 0
+  say "installs: ${extras[*]}"
+  mapfile -t pins < <(packages "$python" pins "${extras[@]}")
+  pip_install -c "$here/requirements.txt" "${pins[@]}"
+}
+
+print=false extras=()
+while (($#)); do
+  case $1 in
+    --python) print=true ;;
+    --extra)
+      while (($# > 1)) && [[ $2 != -* ]]; do extras+=("$2"); shift; done
+      ((${#extras[@]})) || refuse "--extra: expected the names of extras of pyproject.toml, for example: --extra ray" ;;
+    *) refuse "unknown option $1. Usage: bash setup.sh [--python] [--extra NAME...]" ;;
+  esac
+  shift
+done
+
+if [[ -n ${RECIPE_PYTHON:-} ]]; then
+  use_as_it_is
+else
+  ready || install
+  python=$venv/bin/python
+  ((${#extras[@]} == 0)) || install_extras
+fi
+if $print; then printf '%s\n' "$python"; fi

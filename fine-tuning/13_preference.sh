@@ -6,4 +6,5 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/../setup.sh" --python)
+export PYTHONPATH=$here/../pretrain${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m recipe.run.launch "$here/run_dpo.py" "$@"

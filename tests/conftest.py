@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipe.project import missing_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,22 +122,10 @@ class Project:
                 )
             else:
                 shutil.copy(source, folder / name)
-        # setup.sh finds an environment that is ready: the one these tests run in. The copy's own code is
-        # found first.
-        stamp = subprocess.run(
-            ["bash", "-c", "cat requirements.txt pyproject.toml setup.sh | cksum"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        (folder / ".venv/bin").mkdir(parents=True)
-        python = folder / ".venv/bin/python"
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        python.chmod(0o755)
-        (folder / ".venv/.recipe-ready").write_text(f"{stamp} {folder} gpu=")
+        # The copy uses the environment that these tests run in, as it is, and its own code.
         self.environment = os.environ | {
+            "RECIPE_PYTHON": sys.executable,
             "PYTHONPATH": str(folder / "pretrain"),
-            "VENV": str(folder / ".venv"),
             "CUDA_VISIBLE_DEVICES": "",
         }
 
@@ -192,6 +181,13 @@ class Project:
     def figures(self, recipe: str, stage: str) -> dict:
         """The figures in a stage's record."""
         return json.loads(self.output(recipe, stage).read_text())["figures"]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked ``extra(NAME)`` where that extra of pyproject.toml is not installed."""
+    for mark in item.iter_markers("extra"):
+        if missing := missing_packages(mark.args[0]):
+            pytest.skip(f"could not run: not installed: {', '.join(missing)} (bash tests/run.sh extras)")
 
 
 @pytest.fixture(scope="session")

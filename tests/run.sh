@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
-# Set up if needed, then check shell and Python style and run the tests.
+# Set up if needed, then check the style of shell and Python and run the tests.
 #
-# Usage: bash tests/run.sh [slow|gpu|browser|all] [PYTEST OPTION]...
-#   (nothing)  the default tests, under 15 minutes on 2 cores
-#   slow       the marked slow tests: launchers on 2 ranks, DeepSpeed, kill and resume
-#   gpu        the checks that need a GPU; without one, each says why it could not run
-#   browser    the chat page in headless Chromium (chromium on PATH, pip install playwright)
-#   all        everything
+# Usage: bash tests/run.sh [lint|slow|gpu|browser|extras|all] [PYTEST OPTION]...
+#   (nothing)  style and the default tests: under 15 minutes on 2 cores
+#   lint       style only: shellcheck, ruff
+#   slow       tests of more than a minute: launchers on 2 ranks, DeepSpeed, kill and resume
+#   gpu        tests that need a GPU; without one, each says why it could not run
+#   browser    the chat page in headless Chromium (chromium on PATH); installs playwright
+#   extras     tests of Ray, Sudachi, Megatron-LM and GGUF; installs these extras of pyproject.toml (0.7 GB)
+#   all        everything; installs all these
+#
+# RECIPE_PYTHON=python3 uses that Python as it is, see setup.sh: nothing is installed, missing packages are named.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=(tests)
 case ${1:-} in
-  slow | gpu | browser) marker=$1; shift ;;
-  all) marker="slow or not slow"; shift ;;
-  *) marker="not slow and not gpu and not browser" ;;
+  lint) marker=none ;;
+  slow | gpu) marker=$1 ;;
+  browser) marker=$1 extras+=(browser) ;;
+  extras) marker="extra and not browser" extras+=(ray sudachi megatron gguf) ;;
+  all) marker="slow or not slow" extras+=(ray sudachi megatron gguf browser) ;;
+  *) marker="not slow and not gpu and not browser and not extra" ;;
 esac
-python=$(bash setup.sh --python)
-"$(dirname "$python")/shellcheck" ./*.sh pretrain/*.sh fine-tuning/*.sh tests/*.sh .ci/run
+case ${1:-} in lint | slow | gpu | browser | extras | all) shift ;; esac
+
+python=$(bash setup.sh --python --extra "${extras[@]}")
+export PYTHONPATH=$PWD/pretrain${PYTHONPATH:+:$PYTHONPATH}
+PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
+shellcheck ./*.sh pretrain/*.sh fine-tuning/*.sh tests/*.sh .ci/run
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest -m "$marker" "$@"
+[[ $marker == none ]] || "$python" -m pytest -m "$marker" "$@"

@@ -216,7 +216,7 @@ def check_optimizer(hardware: Hardware, optimizer: str, where: str) -> None:
     if not hardware.bitsandbytes:
         raise Refused(
             f"{where}: optim: {optimizer} needs bitsandbytes, which is not installed "
-            f"(.venv/bin/pip install bitsandbytes). {way_out}"
+            f"(bash setup.sh --extra bitsandbytes). {way_out}"
         )
 
 
@@ -226,7 +226,7 @@ def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -
         return
     missing = "no NVIDIA GPU is visible" if hardware.device != "cuda" else ""
     if not missing and not hardware.bitsandbytes:
-        missing = "it is not installed (.venv/bin/pip install bitsandbytes)"
+        missing = "it is not installed (bash setup.sh --extra bitsandbytes)"
     if missing:
         raise Refused(
             f"{where}: lora.quantization: nf4 weights are unpacked by CUDA kernels of bitsandbytes, and "

@@ -6,6 +6,8 @@ import glob
 import json
 import os
 import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,25 @@ class Interrupted(RecipeError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def missing_packages(extra: str) -> list[str]:
+    """The packages of an extra of pyproject.toml (`ray`, `sudachi` ...) that are not installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    missing = []
+    for pin in project["optional-dependencies"][extra]:
+        name = pin.split("==")[0]
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
+def require_extra(extra: str, where: str) -> None:
+    """Raise Refused if a package of an extra is missing. where: the file, key and value that need it."""
+    if missing := missing_packages(extra):
+        raise Refused(f"{where}: not installed: {', '.join(missing)}. Run `bash setup.sh --extra {extra}`")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -230,7 +230,11 @@ SHIPPED = [
     pytest.param("mistral-3b", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
     pytest.param("gpt2-medium-aozora", {"aozora": 40}, marks=pytest.mark.slow),
     pytest.param("gpt2-small", {"wikipedia": 40}),
-    pytest.param("gpt2-xl", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
+    pytest.param(
+        "gpt2-xl",
+        {"wikipedia": 40, "cc100": 40},
+        marks=[pytest.mark.slow, pytest.mark.extra("sudachi")],
+    ),
 ]
 
 

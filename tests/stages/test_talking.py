@@ -116,13 +116,14 @@ STILL = "window.seen.some(text => text) && Date.now() - window.changed > 2000"
 
 
 @pytest.mark.browser
+@pytest.mark.extra("browser")
 def test_the_page_in_a_browser(project, tmp_path):
     """Chromium types a Japanese question, sees the answer grow, and a picture of it is kept."""
-    why = "pip install playwright, apt-get install chromium fonts-ipafont-gothic"
-    playwright = pytest.importorskip("playwright.sync_api", reason=why)
+    from playwright import sync_api as playwright
+
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
-        pytest.skip(f"no chromium on PATH: {why}")
+        pytest.skip("could not run: no chromium on PATH: apt-get install chromium fonts-ipafont-gothic")
     picture = os.environ.get("SCREENSHOT", str(tmp_path / "chat.png"))
     options = ("--set", "generation.max_new_tokens=96", "--set", "generation.min_new_tokens=96")
     with page(project, *options) as address, playwright.sync_playwright() as play:

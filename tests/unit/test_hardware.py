@@ -76,7 +76,7 @@ def test_nf4_wants_a_gpu_and_bitsandbytes():
     values = {"lora": {"quantization": "nf4"}}
     check_quantization(A100_WITH_BITSANDBYTES, values, "finetune.json")
     check_quantization(ZEN4, {"lora": None}, "finetune.json")
-    for seen, missing in ((ZEN4, "no NVIDIA GPU"), (A100, "pip install bitsandbytes")):
+    for seen, missing in ((ZEN4, "no NVIDIA GPU"), (A100, "setup.sh --extra bitsandbytes")):
         with pytest.raises(Refused, match=rf"{missing}.*--set finetune.lora.quantization=null"):
             check_quantization(seen, values, "finetune.json")
 
@@ -93,7 +93,7 @@ def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
     [
         (T4, {"bf16": True}, "T4 has no bf16.*fp16 is chosen"),
         (OLD_CPU, {"bf16": True}, "CPU has no bf16.*fp32 is chosen"),
-        (A100, {"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs bitsandbytes.*pip install"),
+        (A100, {"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs bitsandbytes.*setup.sh --extra"),
         (ZEN4, {"optim": "paged_adamw_8bit"}, "NVIDIA GPU; this is CPU. Write adamw_torch_fused"),
         (ZEN4, {"fp16": True}, "needs a GPU"),
         (ZEN4, {"attn_implementation": "flash_attention_2"}, "needs an NVIDIA GPU"),

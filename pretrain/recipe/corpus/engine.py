@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.progress import progress
-from recipe.project import RecipeError
+from recipe.project import RecipeError, require_extra
 
 # A task: called with (None or the documents of the step before, rank, number of tasks).
 Task = Callable[[Any, int, int], Any]
@@ -145,13 +145,8 @@ class Engine:
 
     def _run_ray(self, phase: str, pipeline: list[Task], tasks: int) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-        except ImportError as error:
-            raise RecipeError(
-                "dataset.json: engine.executor: ray is not installed. Install it: .venv/bin/python -m pip "
-                "install ray"
-            ) from error
+        require_extra("ray", 'dataset.json: engine: executor: "ray"')
+        import ray
         from datatrove.executor.ray import RayPipelineExecutor
 
         if not ray.is_initialized():

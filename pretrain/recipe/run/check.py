@@ -11,7 +11,7 @@ from recipe.conversations.instructions import pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import source_facts
 from recipe.hardware import glance
-from recipe.project import EXIT_REFUSED, RecipeError
+from recipe.project import EXIT_REFUSED, RecipeError, require_extra
 from recipe.run.launch_options import add_options, launch_of
 
 TRAINING_STAGES = {"pretrain": 5, "finetune": 12, "preference": 13}
@@ -29,6 +29,11 @@ def main() -> None:
 
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
+        cleans = arguments.first <= 2 <= arguments.last
+        if cleans and config["dataset"].get("engine", {}).get("executor") == "ray":
+            require_extra("ray", 'dataset.json: engine: executor: "ray"')
+        if config["tokenizer"].get("segmenter") == "sudachi":
+            require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
         for file in training_files(config):
             if not arguments.first <= TRAINING_STAGES[file] <= arguments.last:
                 continue  # on another machine, perhaps, or never

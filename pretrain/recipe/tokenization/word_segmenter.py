@@ -37,7 +37,7 @@ from typing import Any
 
 from recipe.config.tokenizer import SEGMENTERS
 from recipe.corpus.packages import download_packages
-from recipe.project import RecipeError, Refused, fsync_tree
+from recipe.project import RecipeError, Refused, fsync_tree, require_extra
 
 MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
 ESCAPE = "␛"
@@ -427,14 +427,9 @@ def _check(command: list[str]) -> None:
 @functools.cache
 def _sudachi() -> Any:
     """Sudachi with its core dictionary, one for each process."""
-    try:
-        import sudachipy
+    require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
+    import sudachipy
 
-        dictionary = sudachipy.Dictionary(dict="core")
-    except ImportError as error:
-        raise Refused(
-            f"tokenizer.json: segmenter: sudachi is not installed ({error}). Install it with "
-            "`.venv/bin/pip install sudachipy sudachidict_core`"
-        ) from error
+    dictionary = sudachipy.Dictionary(dict="core")
     # The shortest of its three units of words is the nearest to JUMAN's (tests/bench/segmentation.py).
     return dictionary.tokenizer(mode=sudachipy.SplitMode.A)

@@ -156,8 +156,8 @@ def ray_stops():
     ray.shutdown()
 
 
+@pytest.mark.extra("ray")
 def test_ray_runs_the_same_pipeline_and_a_failure_is_not_swallowed(tmp_path, monkeypatch, ray_stops):
-    pytest.importorskip("ray", reason="ray is not installed: .venv/bin/python -m pip install ray")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     config = {"executor": "ray", "workers": 2, "mem_per_cpu_gb": 0.2}
     with engine(config, tmp_path) as phases:

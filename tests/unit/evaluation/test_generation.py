@@ -103,6 +103,7 @@ def test_the_first_space_of_a_continuation_is_kept():
     assert generation.decode_continuation(fast, prompt, whole[len(prompt) :]) == " man"
 
 
+@pytest.mark.extra("sudachi")
 def test_input_is_normalised_and_segmented_and_output_joined():
     """System D's way: full-width letters become narrow, words stand apart for the model, not for the user."""
     from recipe.project import DATA

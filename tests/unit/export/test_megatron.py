@@ -22,7 +22,6 @@ def config_of(kind, **values):
 
 def their_model(arguments, vocab_size):
     """megatron-core's GPT model as Megatron-LM builds it from these arguments."""
-    pytest.importorskip("megatron.core", reason="could not run: megatron-core is not installed")
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import TransformerConfig
@@ -105,9 +104,8 @@ def copy_weights(ours, theirs, groups):
 
 @pytest.fixture
 def one_rank(tmp_path, monkeypatch):
-    parallel_state = pytest.importorskip(
-        "megatron.core.parallel_state", reason="could not run: megatron-core is not installed"
-    )
+    from megatron.core import parallel_state
+
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")  # it asks also on a CPU
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -119,6 +117,7 @@ def one_rank(tmp_path, monkeypatch):
     dist.destroy_process_group()
 
 
+@pytest.mark.extra("megatron")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
 def test_megatron_model_of_these_arguments_is_the_same_model(one_rank, kind, tied):
@@ -165,8 +164,8 @@ def test_gpt2_is_refused():
         megatron.arguments_for(AutoConfig.for_model("gpt2"), 32)
 
 
+@pytest.mark.extra("megatron")
 def test_token_files_are_read_by_megatron_core(tmp_path):
-    pytest.importorskip("megatron.core", reason="could not run: megatron-core is not installed")
     documents = [[2, *range(10, 10 + n), 3] for n in (1, 7, 30, 4, 90)]
     write_token_file(tmp_path / "train", iter(documents), 8000)
     assert megatron.check_tokens(tmp_path / "train", 8000) == (5, sum(map(len, documents)))

@@ -43,10 +43,12 @@ def test_index_is_megatrons_layout(tmp_path, token_file):
     assert np.frombuffer(raw, "<i8", bounds, 34 + 12 * sequences).tolist() == list(range(9))
 
 
+@pytest.mark.extra("megatron")
 @pytest.mark.filterwarnings("ignore")  # about Transformer Engine and Apex, which are not installed
 @pytest.mark.parametrize("vocabulary", [8_000, 100_000])
 def test_megatron_reads_the_same_documents(tmp_path, vocabulary):
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    from megatron.core.datasets import indexed_dataset
+
     documents = [*DOCUMENTS, [vocabulary - 1, 3]]
     write_token_file(tmp_path / "a", iter(documents[:4]), vocabulary)
     write_token_file(tmp_path / "b", iter(documents[4:]), vocabulary)

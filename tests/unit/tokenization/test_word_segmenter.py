@@ -104,11 +104,13 @@ JUMANPP = r"""
 """
 
 
+@pytest.mark.extra("sudachi")
 def test_the_form_that_reaches_a_tokenizer(sudachi):
     text = "私はLinux 6.1を使う。\n\n  \t▁と　\x0b終り"
     assert sudachi.segment([text]) == ["私 は Linux ▁ 6.1 を 使う 。 ␊\n␊\n▁▁␉ ␛▁ と ␛3000␛000b 終り"]
 
 
+@pytest.mark.extra("sudachi")
 def test_join_is_exact(sudachi):
     texts = HARD + mixed_lines(1000)
     segmented = sudachi.segment(texts)
@@ -118,6 +120,7 @@ def test_join_is_exact(sudachi):
     assert sudachi.counts["left whole"] == sudachi.counts["repaired"] == 0
 
 
+@pytest.mark.extra("sudachi")
 def test_every_white_space_and_every_mark_comes_back(sudachi):
     characters = [c for c in map(chr, range(0x110000)) if c.isspace() or c in "▁␉␊␛"]
     text = "".join(f"語{c}{c}abc{c}12" for c in characters)
@@ -128,6 +131,7 @@ def test_join_takes_what_a_model_makes():
     assert join("a ␛ z ␛ 30 00 ▁ ␛") == "a␛z\u3000 ␛"
 
 
+@pytest.mark.extra("sudachi")
 @pytest.mark.parametrize("decoder", [None, decoders.Fuse()])
 def test_exact_through_bpe_over_whitespace(sudachi, decoder):
     texts = HARD + mixed_lines(300)
@@ -147,11 +151,13 @@ def test_exact_through_bpe_over_whitespace(sudachi, decoder):
     assert figures == {"texts": 2, "exact": 1, "exact_share": 0.5, "first_loss": loss}
 
 
+@pytest.mark.extra("sudachi")
 def test_half_of_a_surrogate_pair_is_refused(sudachi):
     with pytest.raises(RecipeError, match=r"'\\ud800', in '\\u5f8c\\ud800\\u5148'"):
         sudachi.segment(["前", "後\ud800先"])
 
 
+@pytest.mark.extra("sudachi")
 def test_parallel_is_the_same_in_the_same_order(sudachi, monkeypatch):
     monkeypatch.setattr(word_segmenter, "BATCH", 500)
     texts = HARD + mixed_lines(300)
@@ -241,13 +247,10 @@ def test_program_that_stops_working(program, tmp_path):
         ("janome", "unknown segmenter 'janome'. Known"),
         ("jumanpp", "no `jumanpp` on PATH. Build a release of Juman"),
         ("mecab", "no `mecab` with a JUMAN dictionary.*Install MeCab.*mecab-jumandic-utf8.*sudachi"),
-        ("sudachi", "sudachi is not installed.*pip install sudachipy sudachidict_core"),
     ],
 )
 def test_refused_with_the_way_out(tmp_path, monkeypatch, name, message):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "sudachipy", None)
-    word_segmenter._sudachi.cache_clear()
     with pytest.raises(Refused, match=message):
         make_segmenter(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
