@@ -1,7 +1,7 @@
-"""Stage 03: train a tokenizer or take over a published one, as a fast Hugging Face tokenizer, and prove it.
+"""Stage 03: make the tokenizer, trained here or published elsewhere, and check that it loses no text.
 
 Edit: configs/<recipe>/tokenizer.json. Writes: a folder that AutoTokenizer loads, spm.model (kinds unigram and
-bpe), new_pieces.json (what a published tokenizer was extended by), report.json, report.md, report.png.
+bpe), new_pieces.json (the tokens added to a published tokenizer), report.json, report.md, report.png.
 Run:  python pretrain/03_tokenizer.py --recipe tiny
 """
 
@@ -10,92 +10,79 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from recipe.config.tokenizer import SPECIAL_TOKENS, kind_of
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.progress import progress
 from recipe.project import DATA, RecipeError, write_json
 from recipe.run.freshness import weights
 from recipe.run.stage import Stage, run_stage
 
-SIDE_BYTES = 1_000_000  # text per source for the compression table
-PROOF_TEXTS = 2_000
+SIDE_BYTES = 1_000_000  # of held-out text per source, for the table of compression
+CHECKED_TEXTS = 2_000
 
 
 def main(stage: Stage) -> None:
-    """Make the tokenizer by the training side, save it, prove what was saved, measure on held-out text."""
-    import sentencepiece as spm
+    """Make the tokenizer from the training side and save it; check and measure it on held-out text."""
     from recipe.config.recipe import check_special_ids
-    from recipe.tokenization.report import describe, gate, losses, markdown, picture
+    from recipe.tokenization.report import describe, draw_report, report_tables
     from transformers import AutoTokenizer
 
     config, dataset = stage.config["tokenizer"], stage.inputs["02_dataset"]
-    kind = config.get("kind", "unigram")
     tokenizer, model = make(stage)
     tokenizer.save_pretrained(stage.folder)
     if model:
         (stage.folder / "spm.model").write_bytes(model)
-    # From here on what is tested is what a user loads: the saved folder.
+    # From here on the saved folder is tested, as a user loads it.
     tokenizer = AutoTokenizer.from_pretrained(stage.folder)
-    ids = {
-        key: getattr(tokenizer, key)
-        for key in ("pad_token_id", "unk_token_id", "bos_token_id", "eos_token_id")
-    }
+    ids = {f"{key}_id": getattr(tokenizer, f"{key}_id") for key in SPECIAL_TOKENS}
     check_special_ids(stage.config, ids, len(tokenizer), f"configs/{stage.recipe}")
     valid = {s: list(read_texts(dataset, "valid", s, SIDE_BYTES)) for s in side_sources(dataset, "valid")}
-    texts = [text for part in valid.values() for text in part]
-    if not texts:
-        raise RecipeError("no held-out text to prove the tokenizer on. Add text or raise dataset.valid_share")
-    random.Random(config.get("seed", 0)).shuffle(texts)
-    if kind in ("published", "word-bpe"):
-        proof = losses(tokenizer, texts[:PROOF_TEXTS])
-        result = f"{proof['exact_lines']:.1%} of lines come back exactly"
-    else:
-        processor = spm.SentencePieceProcessor(model_proto=model) if model else None
-        proof = gate(tokenizer, texts[:PROOF_TEXTS], processor)
-        result = f"{proof['lossless']:,} texts come back exactly"
+    check, result = check_texts(tokenizer, model, [text for part in valid.values() for text in part], config)
     others, missing = published_to_compare(config.get("compare", []))
     described = describe({"this": tokenizer, **others}, valid)
-    write_json(stage.folder / "report.json", {"proof": proof, "tokenizers": described, "missing": missing})
-    (stage.folder / "report.md").write_text(markdown(described, proof, missing), "utf-8")
-    picture(described, stage.folder / "report.png")
+    write_json(stage.folder / "report.json", {"proof": check, "tokenizers": described, "missing": missing})
+    (stage.folder / "report.md").write_text(report_tables(described, check, missing), "utf-8")
+    draw_report(described, stage.folder / "report.png")
     held_out = {name for name, spec in stage.config["dataset"]["sources"].items() if spec.get("held_out")}
     sources = described["this"]["sources"]
     inside = [figures for source, figures in sources.items() if source not in held_out]
     mean = sum(f["tokens"] * f["bytes_per_token"] for f in inside) / max(1, sum(f["tokens"] for f in inside))
-    stage.figures = {"proof": proof, "bytes_per_token": mean, **described["this"], "special_ids": ids}
-    stage.headline = f"{kind}, {len(tokenizer):,} pieces, {mean:.2f} bytes/token on held-out text, {result}"
+    stage.figures = {"proof": check, "bytes_per_token": mean, **described["this"], "special_ids": ids}
+    stage.headline = (
+        f"{config.get('kind', 'unigram')}, vocabulary of {len(tokenizer):,}, {mean:.2f} bytes/token on "
+        f"held-out text, {result}"
+    )
 
 
 def make(stage: Stage) -> tuple[Any, bytes | None]:
-    """The tokenizer that tokenizer.json asks for, and its SentencePiece model if it was trained as one."""
+    """The tokenizer that tokenizer.json asks for, and its SentencePiece model or None."""
     from recipe.config.initial_model import NEW_PIECES, NewPieces, check_rows
     from recipe.tokenization.published import find_published, load_published, take_over
-    from recipe.tokenization.train import expected_memory, train_tokenizer
+    from recipe.tokenization.train import train_tokenizer
 
     config = stage.config["tokenizer"]
-    kind = config.get("kind", "unigram")
-    bound = expected_memory(kind, int(config.get("training_megabytes", 10) * 1e6))
-    if kind != "published" or config.get("new_pieces"):
-        stage.say(f"trains in at most {bound / 1e9:.1f} GB of memory")
-    if kind == "published":
-        published = load_published(find_published(config["published"], config.get("revision")))
-        sentences = sample(stage) if config.get("new_pieces") else ()
-        tokenizer, old_ids = take_over(published, config, sentences)
-        pieces = NewPieces(len(tokenizer) - len(old_ids), old_ids)
-        check_rows(stage.config["pretrain"], pieces)
-        if old_ids:
-            write_json(stage.folder / NEW_PIECES, pieces._asdict())
-        return tokenizer, None
-    return train_tokenizer(sample(stage), config)
+    if kind_of(config).trained:
+        return train_tokenizer(sample(stage), config)
+    published = load_published(find_published(config["published"], config.get("revision")))
+    tokenizer, old_ids = take_over(published, config, sample(stage) if config.get("new_pieces") else ())
+    pieces = NewPieces(len(tokenizer) - len(old_ids), old_ids)
+    check_rows(stage.config["pretrain"], pieces)
+    if old_ids:
+        write_json(stage.folder / NEW_PIECES, pieces._asdict())
+    return tokenizer, None
 
 
 def sample(stage: Stage) -> Iterator[str]:
-    """The seeded sample of the training side, by source weight; segmented where the kind wants it."""
-    from recipe.tokenization.train import draw_sample
+    """The seeded sample of the training side, by source weight; segmented if the kind has a segmenter."""
+    from recipe.tokenization.sample import draw_sample
+    from recipe.tokenization.train import expected_memory, sample_bytes
 
     config = stage.config["tokenizer"]
-    bound = int(config.get("training_megabytes", 10) * 1e6)
-    drawn_by = weights(stage.config)["weights"]
-    found = draw_sample(stage.inputs["02_dataset"], drawn_by, bound, config.get("seed", 0))
+    stage.say(f"trains in at most {expected_memory(config) / 1e9:.1f} GB of memory")
+    source_weights = weights(stage.config)["weights"]
+    found = draw_sample(
+        stage.inputs["02_dataset"], source_weights, sample_bytes(config), config.get("seed", 0)
+    )
     stage.say(f"samples {found.drawn / 1e6:.1f} MB of {found.bytes / 1e6:.1f} MB")
     lines = progress(found.lines, "sampling", "sentences")
     if config.get("segmenter"):
@@ -105,8 +92,29 @@ def sample(stage: Stage) -> Iterator[str]:
     return lines
 
 
+def check_texts(
+    tokenizer: Any, model: bytes | None, texts: list[str], config: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Encode and decode held-out texts; the figures, and the result in words.
+
+    Raises RecipeError without texts, and when a kind that must lose nothing loses text.
+    """
+    import sentencepiece as spm
+    from recipe.tokenization.report import check_lossless, measure_lost_text
+
+    if not texts:
+        raise RecipeError("no held-out text to check the tokenizer on. Add text or raise dataset.valid_share")
+    random.Random(config.get("seed", 0)).shuffle(texts)
+    if kind_of(config).lossless:
+        processor = spm.SentencePieceProcessor(model_proto=model) if model else None
+        figures = check_lossless(tokenizer, texts[:CHECKED_TEXTS], processor)
+        return figures, f"{figures['lossless']:,} texts come back exactly"
+    figures = measure_lost_text(tokenizer, texts[:CHECKED_TEXTS])
+    return figures, f"{figures['exact_lines']:.1%} of lines come back exactly"
+
+
 def published_to_compare(names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Published tokenizers that are at hand, by name, and for each that is not the reason."""
+    """Published tokenizers by name, as far as they are on this machine; for the others the reason."""
     from recipe.tokenization.published import find_published, load_published, take_over
 
     found, missing = {}, {}

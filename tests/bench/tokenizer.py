@@ -53,9 +53,10 @@ def train_one(job: dict) -> dict:
     from recipe.corpus.shards import read_texts, side_sources
     from recipe.tokenization import train as training
     from recipe.tokenization.encode_text import encode_texts
+    from recipe.tokenization.sample import draw_sample
 
     dataset = Path(job["dataset"])
-    sample = functools.partial(training.draw_sample, dataset, {}, job.get("bytes", TEN), 0)
+    sample = functools.partial(draw_sample, dataset, {}, job.get("bytes", TEN), 0)
     if "trainer" in job:
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
             # Lines as they stand in the corpus: what a user would hand to SentencePiece.
@@ -97,7 +98,9 @@ def train_one(job: dict) -> dict:
         "cpu": cpu,
         "peak": peak,
         "bytes_per_token": size / max(1, tokens),
-        "expected": training.expected_memory(job.get("kind", "unigram"), job.get("bytes", TEN)),
+        "expected": training.expected_memory(
+            {"kind": job.get("kind", "unigram"), "training_megabytes": job.get("bytes", TEN) / 1e6}
+        ),
     }
 
 
@@ -179,8 +182,9 @@ def bench_encoding(dataset: Path) -> None:
     from recipe.corpus.shards import read_texts
     from recipe.tokenization import train as training
     from recipe.tokenization.encode_text import encode_texts
+    from recipe.tokenization.sample import draw_sample
 
-    trained = training.train_tokenizer(training.draw_sample(dataset, {}, TEN, 0).lines, {"vocab_size": 8000})
+    trained = training.train_tokenizer(draw_sample(dataset, {}, TEN, 0).lines, {"vocab_size": 8000})
     processor = spm.SentencePieceProcessor(model_proto=trained.sentencepiece)
     texts = list(read_texts(dataset, "train"))
     size = sum(len(text.encode()) for text in texts)

@@ -1,4 +1,4 @@
-"""A published tokenizer, taken over as it is or extended by pieces learnt from Japanese text."""
+"""A published tokenizer, used as it is or extended by tokens that are learnt from Japanese text."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ FILES = (
     "merges.txt",
 )
 _JAPANESE = re.compile("[ぁ-ゟァ-ヿｦ-ﾟ々-〇㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff]{1,1000}")
-_FIRST_MARK = 0x20000  # tokens are shown to the BPE trainer as characters from here on
+_FIRST_MARK = 0x20000  # the character that shows token 0 to the BPE trainer; the next one shows token 1, ...
 
 
 class Published(NamedTuple):
-    """A published tokenizer: the control tokens that it names (``pad_token`` and so on), and the
-    SentencePiece model it is made from where no tokenizer.json is there.
+    """A published tokenizer.
 
-    ``bos_token`` is only among them when the tokenizer itself puts it before a text.
+    tokens: its control tokens, ``pad_token`` and so on; ``bos_token`` only when the tokenizer itself puts it
+    before a text. sentencepiece: the model it was made from, or None when it has a tokenizer.json.
     """
 
     tokenizer: Tokenizer
@@ -52,7 +52,8 @@ class Published(NamedTuple):
 def find_published(name: str, revision: str | None = None, local_files_only: bool = False) -> Path:
     """The folder or SentencePiece file of a published tokenizer: a path, or a name on the hub.
 
-    Of a name only tokenizer files are fetched, and no code. Raises RecipeError when it is neither.
+    From the hub it fetches only tokenizer files, and no code. Raises RecipeError when the name is neither a
+    path nor available from the hub.
     """
     path = ROOT / Path(name).expanduser()
     if path.exists():
@@ -65,56 +66,69 @@ def find_published(name: str, revision: str | None = None, local_files_only: boo
         )
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"tokenizer {name!r}: no such folder or file, and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]}). Give the path of a folder with tokenizer.json, or of a "
+            f"tokenizer {name!r}: no such folder or file, and not available from the hub "
+            f"({_first_line(error)}). Give the path of a folder with tokenizer.json, or of a "
             "SentencePiece file"
         ) from error
     return Path(found)
 
 
 def load_published(path: Path) -> Published:
-    """Read tokenizer.json where there is one, else a SentencePiece file, else what AutoTokenizer understands.
+    """Read a published tokenizer from a folder or a SentencePiece file.
 
-    tokenizer.json is read as it stands: a ``tokenizer_class`` beside it would be rebuilt by other rules.
-    ``do_lower_case`` in tokenizer_config.json is followed for a SentencePiece file, which cannot say it.
-    Raises RecipeError when there is no tokenizer, or one that cannot be read.
+    It reads tokenizer.json if the folder has one, else a SentencePiece file, else whatever AutoTokenizer
+    understands. tokenizer.json is read unchanged: AutoTokenizer would rebuild a ``tokenizer_class`` by other
+    rules. For a SentencePiece file, ``do_lower_case`` of tokenizer_config.json is applied, because the file
+    itself cannot hold it. Raises RecipeError when there is no tokenizer or it cannot be read.
     """
     folder = path if path.is_dir() else path.parent
     config = _config(folder)
-    named = {key: _content(config[key]) for key in SPECIAL_TOKENS if config.get(key)}
+    tokens = {key: _content(config[key]) for key in SPECIAL_TOKENS if config.get(key)}
     model_files = [path] if path.is_file() else sorted(path.glob("*.model"))
     if path.is_dir() and (path / "tokenizer.json").is_file():
         core = Tokenizer.from_file(str(path / "tokenizer.json"))
     elif model_files:
-        model = model_files[0].read_bytes()
-        try:
-            processor = spm.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise RecipeError(f"{model_files[0]}: not a SentencePiece model ({error})") from error
-        core = from_sentencepiece(model)
-        if config.get("do_lower_case"):
-            core.normalizer = normalizers.Sequence([normalizers.Lowercase(), core.normalizer])
-        tokens = {key: token for key, token in sentencepiece_tokens(processor).items() if token} | named
-        tokens.pop("bos_token", None)  # SentencePiece puts nothing before a text
-        return Published(core, tokens, model)
+        return _load_sentencepiece(model_files[0], config, tokens)
     else:
-        from transformers import AutoTokenizer
-
-        try:
-            core = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
-        except (OSError, ValueError, AttributeError) as error:
-            raise RecipeError(
-                f"{path}: neither tokenizer.json nor a SentencePiece file, and transformers cannot read it "
-                f"({str(error).strip().splitlines()[0]})"
-            ) from error
-    start = named.get("bos_token")
+        core = _load_other(folder)
+    start = tokens.get("bos_token")
     if start is None or core.encode("").ids[:1] != [core.token_to_id(start)]:
-        named.pop("bos_token", None)
-    return Published(core, named, None)
+        tokens.pop("bos_token", None)
+    return Published(core, tokens, None)
+
+
+def _load_sentencepiece(file: Path, config: dict[str, Any], tokens: dict[str, str]) -> Published:
+    model = file.read_bytes()
+    try:
+        processor = spm.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise RecipeError(f"{file}: not a SentencePiece model ({error})") from error
+    core = from_sentencepiece(model)
+    if config.get("do_lower_case"):
+        core.normalizer = normalizers.Sequence([normalizers.Lowercase(), core.normalizer])
+    tokens = {key: token for key, token in sentencepiece_tokens(processor).items() if token} | tokens
+    tokens.pop("bos_token", None)  # SentencePiece puts nothing before a text
+    return Published(core, tokens, model)
+
+
+def _load_other(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"{folder}: has neither tokenizer.json nor a SentencePiece file, and transformers cannot read it "
+            f"({_first_line(error)}). Give a folder that has one of them"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What tokenizer_config.json and special_tokens_map.json of a folder say."""
+    """The content of tokenizer_config.json and special_tokens_map.json of a folder."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -129,15 +143,16 @@ def _content(token: str | dict[str, Any]) -> str:
 def take_over(
     published: Published, config: dict[str, Any], sentences: Iterable[str]
 ) -> tuple[PreTrainedTokenizerFast, list[list[int]]]:
-    """The published tokenizer with the control tokens that tokenizer.json names, and its new pieces.
+    """The published tokenizer with the control tokens and the new tokens that tokenizer.json asks for.
 
-    With it, for each new piece in the order of their ids, the old ids that it stands for (see `extend`).
-    Raises RecipeError when a control token is not in its vocabulary, or when it has no end token.
+    config: the content of tokenizer.json. sentences: text to learn ``new_pieces`` from; not read without
+    them. Also returns, for each new token in the order of ids, the old ids that it replaces (see `extend`).
+    Raises RecipeError when a control token is not in the vocabulary, or when there is no end token.
     """
     tokens = published.tokens | special_tokens(config)
     if not tokens.get("eos_token"):
         raise RecipeError(
-            f"{config['published']}: names no end token, and every document ends with one. Set "
+            f"{config['published']}: names no end token, but every document must end with one. Set "
             "tokenizer.eos_token to one of its tokens"
         )
     core = hide_control_pieces(published.tokenizer, {token for token in tokens.values() if token})
@@ -149,25 +164,26 @@ def take_over(
 
 
 def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> tuple[Tokenizer, list[list[int]]]:
-    """The tokenizer with `count` new pieces of Japanese text behind its vocabulary; no old id changes.
+    """The tokenizer with `count` new tokens of Japanese text after its vocabulary; no old id changes.
 
-    With it, for each new piece, the old ids it stands for: those of the tokens that were merged into it
-    (BPE), those that the old model makes of it (Unigram). A model's new rows start from theirs.
+    Also returns, for each new token, the old ids that it replaces: those of the tokens that were merged into
+    it (BPE), or those that the old model gives for it (Unigram). The model's new rows start from their rows.
 
-    BPE: training goes on where it had stopped, by further merges of what the tokenizer makes of the text.
-    Unigram: the likeliest pieces of a model trained on the text, with the scores they have there. Raises
-    RecipeError when the text gives fewer, and for other kinds.
+    BPE: training continues from where it ended, with further merges of the tokens of the text.
+    Unigram: the new tokens are the likeliest ones of a model trained on the text, with their scores there.
+    Raises RecipeError when the text gives fewer than `count`, and for other types of models.
     """
     runs = Counter(run for sentence in sentences for run in _JAPANESE.findall(sentence))
     state = json.loads(tokenizer.to_str())
     model, size = state["model"], tokenizer.get_vocab_size()
     old = tokenizer.get_vocab()
-    # Added tokens get their ids from the vocabulary, or else whatever follows it: there they would move.
+    # An added token that is not in the model's vocabulary gets the id after it. New tokens would change that
+    # id, so that added tokens are put into the vocabulary first.
     outside = sorted((i, token) for token, i in old.items() if i >= len(model["vocab"]))
     if max(old.values()) >= size:
         raise RecipeError(
-            f"new_pieces: the vocabulary has {size} pieces and the id {max(old.values())}: ids are missing "
-            "in between, and new pieces would get those that are there. Leave new_pieces out"
+            f"new_pieces: the vocabulary has {size} tokens, but the largest id is {max(old.values())}. New "
+            "tokens would get ids that are in use. Leave new_pieces out"
         )
     if model["type"] == "BPE" and not model.get("continuing_subword_prefix"):
         model["vocab"] |= {token: i for i, token in outside}
@@ -181,26 +197,26 @@ def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> tuple[
         model["merges"] += [list(merge) for merge in merges]
     elif model["type"] == "Unigram":
         model["vocab"] += [[token, NEVER] for _, token in outside]
-        new = _likeliest_pieces(runs, count, set(old))
-        # A piece is what normalising left: nothing is to be put before it or changed in it again.
+        new = _likeliest_tokens(runs, count, set(old))
+        # The new tokens are already normalised: nothing may be changed in them again.
         plain = Tokenizer.from_str(json.dumps(state | {"normalizer": None, "pre_tokenizer": None}))
-        spelled = plain.encode_batch([piece for piece, _ in new], add_special_tokens=False)
-        old_ids = [encoding.ids for encoding in spelled]
+        encoded = plain.encode_batch([token for token, _ in new], add_special_tokens=False)
+        old_ids = [encoding.ids for encoding in encoded]
         model["vocab"] += new
     else:
         raise RecipeError(f"new_pieces: works for BPE and Unigram, not for {model['type']}. Leave it out")
     if len(new) < count:
         raise RecipeError(
-            f"new_pieces: {count} wanted, but the text gives {len(new)}. Lower tokenizer.new_pieces or "
-            "add text"
+            f"new_pieces: the text gives {len(new)} new tokens, expected {count}. Lower "
+            "tokenizer.new_pieces or add text"
         )
     return Tokenizer.from_str(json.dumps(state)), old_ids
 
 
 def _further_merges(tokenizer: Tokenizer, runs: Counter[str], count: int) -> list[tuple[str, str]]:
-    """The merges that follow the tokenizer's own, in order, until `count` of them make a new token.
+    """The merges that come after the tokenizer's own, in order, until they make `count` new tokens.
 
-    Each token is shown to the trainer as one character, so that it starts from what the tokenizer makes.
+    The trainer sees each token as one character, so that it starts from the tokens of the tokenizer.
     """
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     words: Counter[str] = Counter()
@@ -228,14 +244,14 @@ def _further_merges(tokenizer: Tokenizer, runs: Counter[str], count: int) -> lis
     return merges
 
 
-def _likeliest_pieces(runs: Counter[str], count: int, old: set[str]) -> list[list[Any]]:
-    """Up to `count` pieces, with scores, that a Unigram model of the text has and the vocabulary has not."""
+def _likeliest_tokens(runs: Counter[str], count: int, old: set[str]) -> list[list[Any]]:
+    """Up to `count` pairs [token, score] of a Unigram model of the text; tokens in `old` are left out."""
     text = (run for run, times in runs.items() for _ in range(times))
     model = train_sentencepiece(text, {"vocab_size": 8000 + count + len(old)}, strict=False)
     processor = spm.SentencePieceProcessor(model_proto=model)
-    pieces = [
+    tokens = [
         (processor.get_score(i), processor.id_to_piece(i))
         for i in range(processor.vocab_size())
         if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))
     ]
-    return [[piece, score] for score, piece in sorted(pieces, reverse=True) if piece not in old][:count]
+    return [[token, score] for score, token in sorted(tokens, reverse=True) if token not in old][:count]

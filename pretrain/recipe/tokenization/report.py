@@ -1,4 +1,4 @@
-"""What a tokenizer does to text: the gate it has to pass, its compression, its vocabulary, the report."""
+"""What a tokenizer does to text: the check that nothing is lost, compression, vocabulary, and the report."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from recipe.project import RecipeError
 from recipe.tokenization.encode_text import BYTE_TOKEN, encode_text, encode_texts
 
-# What a conversion gets wrong first: rare kanji, joined emoji, half-width kana, white space of every kind,
-# names of control tokens, nothing.
+# What a conversion gets wrong first: rare kanji, joined emoji, half-width kana, every kind of white space,
+# the names of control tokens, the empty text.
 HARD_CASES = (
     "明治天皇は大嘗宮を主宰した。",
     "𠮷野家で𩸽を食べる。",
@@ -34,7 +34,7 @@ HARD_CASES = (
     "下線▁の▁▁文字",
     "ABC" * 300,
 )
-LONG_LINE = 1_000_000  # bytes of the line that is made of the texts
+LONG_LINE = 1_000_000  # bytes of the long line that is made from the texts
 COMPARISON = (
     "abstract: This is an example of text. introduction: This is an introduction. conclusion: This is a "
     "conclusion.",
@@ -43,51 +43,63 @@ COMPARISON = (
 _MOST_LINES = 20_000
 
 
-def gate(
+# -------------------------------------------------------------------------------------------------- checks
+
+
+def check_lossless(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], processor: spm.SentencePieceProcessor | None = None
 ) -> dict[str, int]:
-    """Prove a trained tokenizer on `texts`, the hard cases and a line of a megabyte; figures of the proof.
+    """Check that `texts`, HARD_CASES and a line of a megabyte come back exactly from their ids.
 
-    Every text must come back from its ids exactly, and with `processor` have the ids that SentencePiece gives
-    it. One rule is stated: with SentencePiece U+2581 reads as a space, so a text that holds it comes back
-    with spaces; such texts are counted. Raises RecipeError with the first text that differs.
+    With `processor`, SentencePiece must also give the same ids. SentencePiece reads U+2581 as a space, so
+    that a text with U+2581 comes back with spaces; such texts are counted. Returns the counts ``texts``,
+    ``lossless``, ``with_u2581`` and, with `processor`, ``identical_ids``. Raises RecipeError with the first
+    text that differs.
     """
     long_line = "".join(texts).replace("\n", "").encode("utf-8")[:LONG_LINE].decode("utf-8", errors="ignore")
     cases = [*HARD_CASES, *texts, long_line]
     report = {"texts": len(cases), "lossless": 0, "with_u2581": 0}
     for case, ids in zip(cases, encode_texts(tokenizer, cases), strict=True):
-        wanted = case
+        expected = case
         if processor:
             theirs = processor.encode(case)
             if ids != theirs:
                 raise RecipeError(
-                    "parity gate: SentencePiece and the fast tokenizer disagree on "
+                    "SentencePiece and the fast tokenizer disagree on "
                     f"{_around(case, ids, theirs)}. Another tokenizer.seed or vocab_size may avoid it"
                 )
             report["identical_ids"] = report.get("identical_ids", 0) + 1
-            wanted = case.replace("▁", " ")
+            expected = case.replace("▁", " ")
         report["with_u2581"] += "▁" in case
         back = tokenizer.decode(ids)
-        if back != wanted:
-            place = next((i for i, (a, b) in enumerate(zip(back, wanted, strict=False)) if a != b), len(back))
-            shown = slice(max(0, place - 20), place + 60)
+        if back != expected:
+            shown = slice(
+                max(0, first_difference(back, expected) - 20), first_difference(back, expected) + 60
+            )
             raise RecipeError(
-                f"round trip: {wanted[shown]!r} comes back as {back[shown]!r}. The tokenizer loses text"
+                f"round trip: {expected[shown]!r} comes back as {back[shown]!r}. The tokenizer loses text: "
+                "choose another tokenizer.kind, or report it"
             )
         report["lossless"] += 1
     return report
 
 
+def first_difference(one: Any, other: Any) -> int:
+    """The index of the first element that differs between two sequences; else the length of the shorter."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _around(case: str, ids: list[int], others: list[int]) -> str:
-    place = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)
-    shown = slice(max(0, place - 3), place + 12)
-    return f"{case[:80]!r}, token {place}: {others[shown]} and {ids[shown]}"
+    index = first_difference(ids, others)
+    shown = slice(max(0, index - 3), index + 12)
+    return f"{case[:80]!r}, token {index}: {others[shown]} and {ids[shown]}"
 
 
-def losses(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Any]:
-    """How much a tokenizer that may lose text does lose: the share of lines that come back exactly.
+def measure_lost_text(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Any]:
+    """How much text a tokenizer loses: the share of lines that come back exactly, and of unknown tokens.
 
-    Also the share of unknown tokens, and a few lines that change.
+    ``changed`` shows up to five lines that do not come back.
     """
     lines = [line for text in texts for line in text.split("\n") if line][:_MOST_LINES]
     ids = encode_texts(tokenizer, lines)
@@ -103,14 +115,18 @@ def losses(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, An
     }
 
 
+# --------------------------------------------------------------------------------------------- measurements
+
+
 def compression(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, float]:
-    """Bytes and characters per token (no control tokens counted), and the shares of tokens that are unknown
-    and that hold less than a character.
+    """Bytes and characters per token, without control tokens.
+
+    Also the share of unknown tokens, and of tokens that hold a part of a character (``byte_fallback_rate``).
     """
     ids = encode_texts(tokenizer, texts)
     tokens = sum(map(len, ids))
     counts = Counter(i for row in ids for i in row)
-    parts = sum(counts[i] for i in byte_pieces(tokenizer))
+    parts = sum(counts[i] for i in byte_tokens(tokenizer))
     return {
         "tokens": tokens,
         "bytes_per_token": sum(len(text.encode("utf-8")) for text in texts) / max(1, tokens),
@@ -120,13 +136,13 @@ def compression(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[st
     }
 
 
-def byte_pieces(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """The ids whose piece holds bytes that are no whole characters."""
-    return {i for i, piece in spelling(tokenizer).items() if isinstance(piece, bytes)}
+def byte_tokens(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The ids of tokens whose bytes are not whole characters."""
+    return {i for i, token in spelling(tokenizer).items() if isinstance(token, bytes)}
 
 
 def spelling(tokenizer: PreTrainedTokenizerFast) -> dict[int, str | bytes]:
-    """What each id spells: text, or bytes where they are no whole characters."""
+    """What each id spells: text, or bytes when they are not whole characters."""
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
     alphabet = _byte_alphabet() if '"ByteLevel"' in json.dumps(decoder) else {}
     found: dict[int, str | bytes] = {}
@@ -146,8 +162,9 @@ def spelling(tokenizer: PreTrainedTokenizerFast) -> dict[int, str | bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte for which each character stands in byte-level BPE (Radford et al., 2019): printable Latin-1
-    for itself, the other bytes from U+0100 on.
+    """The byte that each character means in byte-level BPE (Radford et al., 2019).
+
+    A printable character of Latin-1 means itself; the other bytes follow from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
@@ -168,18 +185,19 @@ SCRIPTS = (
 )
 
 
-def script(piece: str | bytes) -> str:
-    """The script of a piece, one of SCRIPTS but for ``control``; spaces in it do not count."""
-    if isinstance(piece, bytes):
+def script(token: str | bytes) -> str:
+    """The script of a token: one of SCRIPTS, but never ``control``. Spaces in it do not count."""
+    if isinstance(token, bytes):
         return "bytes"
-    kinds = {_character_script(character) for character in piece if not character.isspace()} or {"symbols"}
+    kinds = {_character_script(character) for character in token if not character.isspace()} or {"symbols"}
     if len(kinds) == 1:
         return kinds.pop()
     return "mixed Japanese" if kinds <= {"hiragana", "katakana", "kanji"} else "other"
 
 
 def _character_script(character: str) -> str:
-    if character in "ー々〆〇":  # their names tell otherwise
+    # The Unicode names of these do not tell the script.
+    if character in "ー々〆〇":
         return "katakana" if character == "ー" else "kanji"
     name = unicodedata.name(character, "")
     for word, kind in (
@@ -195,11 +213,11 @@ def _character_script(character: str) -> str:
     return "other" if character.isalpha() else "symbols"
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Size, number of pieces by script, and the longest pieces of a tokenizer."""
+def describe_vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Size, number of tokens by script, and the 20 longest tokens."""
     spelt, control = spelling(tokenizer), set(tokenizer.all_special_ids)
-    counts = Counter("control" if i in control else script(piece) for i, piece in spelt.items())
-    words = [piece for i, piece in spelt.items() if isinstance(piece, str) and i not in control]
+    counts = Counter("control" if i in control else script(token) for i, token in spelt.items())
+    words = [token for i, token in spelt.items() if isinstance(token, str) and i not in control]
     return {
         "size": len(tokenizer),
         "scripts": {name: counts[name] for name in SCRIPTS},
@@ -207,12 +225,12 @@ def vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def split(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
-    """The pieces of a text as people read them; bytes that are no whole characters as ``<E5>``."""
+def readable_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """The tokens of a text in readable form; bytes that are not whole characters as ``<E5>``."""
     spelt = spelling(tokenizer)
     return [
-        piece if isinstance(piece, str) else "".join(f"<{byte:02X}>" for byte in piece)
-        for piece in (spelt[i] for i in encode_text(tokenizer, text))
+        token if isinstance(token, str) else "".join(f"<{byte:02X}>" for byte in token)
+        for token in (spelt[i] for i in encode_text(tokenizer, text))
     ]
 
 
@@ -220,63 +238,87 @@ def split(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
 
 
 def describe(tokenizers: dict[str, PreTrainedTokenizerFast], texts: dict[str, list[str]]) -> dict[str, Any]:
-    """Compression by source, vocabulary and comparison sentences of tokenizers, by their names."""
+    """Compression by source, vocabulary and tokens of COMPARISON, by the name of the tokenizer.
+
+    texts: held-out texts by source.
+    """
     return {
         name: {
             "sources": {source: compression(tokenizer, part) for source, part in texts.items() if part},
-            "vocabulary": vocabulary(tokenizer),
-            "sentences": [split(tokenizer, sentence) for sentence in COMPARISON],
+            "vocabulary": describe_vocabulary(tokenizer),
+            "sentences": [readable_tokens(tokenizer, sentence) for sentence in COMPARISON],
         }
         for name, tokenizer in tokenizers.items()
     }
 
 
-def markdown(tokenizers: dict[str, dict[str, Any]], proof: dict[str, Any], missing: dict[str, str]) -> str:
-    """The report as tables. tokenizers: what `describe` gives; missing: why one could not be compared."""
-    lines = ["# Tokenizer", "", "| proof | |", "|---|---:|"]
-    lines += [
-        f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in proof.items() if key != "changed"
+def report_tables(
+    tokenizers: dict[str, dict[str, Any]], check: dict[str, Any], missing: dict[str, str]
+) -> str:
+    """The report in Markdown.
+
+    tokenizers: from `describe`. check: from `check_lossless` or `measure_lost_text`. missing: by the name of
+    a tokenizer that could not be compared, the reason.
+    """
+    parts = [
+        ["# Tokenizer", "", *_check_table(check)],
+        ["## Held-out text", "", *_compression_table(tokenizers)],
+        ["## Vocabulary", "", *_vocabulary_table(tokenizers)],
     ]
-    lines += ["", "## Held-out text", "", "| tokenizer | source | bytes/token | characters/token | "]
-    lines[-1] += "tokens below a character | unknown |"
-    lines.append("|---|---|---:|---:|---:|---:|")
+    for name, figures in tokenizers.items():
+        longest = " ".join(f"`{_visible(token)}`" for token in figures["vocabulary"]["longest"])
+        parts.append([f"Longest tokens of {name}: {longest}"])
+    parts.append(["## The same sentences"])
+    for position, sentence in enumerate(COMPARISON):
+        lines = [sentence, ""]
+        for name, figures in tokenizers.items():
+            tokens = figures["sentences"][position]
+            lines.append(f"- {name}, {len(tokens)} tokens: `{'|'.join(map(_visible, tokens))}`")
+        parts.append(lines)
+    if missing:
+        parts.append(["## Not compared", "", *(f"- {name}: {reason}" for name, reason in missing.items())])
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def _check_table(check: dict[str, Any]) -> list[str]:
+    rows = {key.replace("_", " "): value for key, value in check.items() if key != "changed"}
+    shown = {key: f"{value:,}" if isinstance(value, int) else f"{value:.4%}" for key, value in rows.items()}
+    return ["| check | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in shown.items())]
+
+
+def _compression_table(tokenizers: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| tokenizer | source | bytes/token | characters/token | parts of a character | unknown |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for name, figures in tokenizers.items():
         for source, row in figures["sources"].items():
             lines.append(
                 f"| {name} | {source} | {row['bytes_per_token']:.3f} | {row['characters_per_token']:.3f} | "
                 f"{row['byte_fallback_rate']:.3%} | {row['unknown_rate']:.3%} |"
             )
-    lines += ["", "## Vocabulary", "", "| tokenizer | size | " + " | ".join(SCRIPTS) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(SCRIPTS))
+    return lines
+
+
+def _vocabulary_table(tokenizers: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"| tokenizer | size | {' | '.join(SCRIPTS)} |", "|---|---:|" + "---:|" * len(SCRIPTS)]
     for name, figures in tokenizers.items():
         found = figures["vocabulary"]
         cells = " | ".join(f"{found['scripts'][kind]:,}" for kind in SCRIPTS)
         lines.append(f"| {name} | {found['size']:,} | {cells} |")
-    for name, figures in tokenizers.items():
-        longest = " ".join(f"`{_visible(piece)}`" for piece in figures["vocabulary"]["longest"])
-        lines += ["", f"Longest pieces of {name}: {longest}"]
-    lines += ["", "## The same sentences"]
-    for place, sentence in enumerate(COMPARISON):
-        lines += ["", sentence, ""]
-        for name, figures in tokenizers.items():
-            parts = figures["sentences"][place]
-            lines.append(f"- {name}, {len(parts)} tokens: `{'|'.join(map(_visible, parts))}`")
-    if missing:
-        lines += ["", "## Not compared", ""] + [f"- {name}: {reason}" for name, reason in missing.items()]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4%}"
+def _visible(token: str) -> str:
+    """A token on one line of Markdown."""
+    return token.replace("\n", "␊").replace("\t", "␉").replace("`", "ˋ").replace("|", "¦")
 
 
-def _visible(piece: str) -> str:
-    """A piece on one line of Markdown."""
-    return piece.replace("\n", "␊").replace("\t", "␉").replace("`", "ˋ").replace("|", "¦")
+def draw_report(tokenizers: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw bytes per token by source, and each script's share of the vocabulary, all tokenizers together.
 
-
-def picture(tokenizers: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw bytes per token by source, and the scripts' shares of the vocabulary, of all side by side."""
+    tokenizers: from `describe`. path: the PNG file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -284,12 +326,12 @@ def picture(tokenizers: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     width = 0.8 / len(tokenizers)
-    for place, (name, figures) in enumerate(tokenizers.items()):
+    for position, (name, figures) in enumerate(tokenizers.items()):
         rows = {source: row["bytes_per_token"] for source, row in figures["sources"].items()}
         vocabulary_size = figures["vocabulary"]["size"]
         shares = {kind: count / vocabulary_size for kind, count in figures["vocabulary"]["scripts"].items()}
         for axis, bars in zip(axes, (rows, shares), strict=True):
-            axis.bar([i + place * width for i in range(len(bars))], bars.values(), width, label=name)
+            axis.bar([i + position * width for i in range(len(bars))], bars.values(), width, label=name)
             axis.set_xticks([i + 0.4 - width / 2 for i in range(len(bars))], bars, rotation=30, ha="right")
             axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("bytes per token, held-out text")

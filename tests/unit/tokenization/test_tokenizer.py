@@ -12,10 +12,11 @@ import types
 import pytest
 import sentencepiece as spm
 from conftest import sentences
+from recipe.config.tokenizer import TOKENIZER_KINDS
 from recipe.project import RecipeError
-from recipe.tokenization import convert, published
+from recipe.tokenization import convert, published, report
 from recipe.tokenization import encode_text as subject
-from recipe.tokenization import report as report
+from recipe.tokenization import sample as sampling
 from recipe.tokenization import train as training
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
@@ -90,7 +91,7 @@ def test_gate_passes_on_hard_cases_and_random_unicode(make, config):
     draw = random.Random(0)
     alphabet = "あア漢𠮷ｱ👨\u200d🌈é\u0301 \u3000\t\n\r\x00\x01aZ09<>/sxEpadunk▁☃学校で"
     texts = ["".join(draw.choice(alphabet) for _ in range(draw.randrange(60))) for _ in range(2000)]
-    found = report.gate(fast, texts + sentences(300, 2), processor)
+    found = report.check_lossless(fast, texts + sentences(300, 2), processor)
     assert found["lossless"] == found["texts"] == 2300 + len(report.HARD_CASES) + 1
     assert found["with_u2581"] == sum("▁" in text for text in [*texts, *report.HARD_CASES]) + 1
     assert ("identical_ids" in found) == (processor is not None)
@@ -147,7 +148,7 @@ def test_user_symbols_are_one_token_and_text(make, kind):
 
 @pytest.mark.parametrize("config", [UNIGRAM, BPE, BYTE_LEVEL, WORDS])
 def test_vocabulary_larger_than_the_text_supports_is_refused(config):
-    with pytest.raises(RecipeError, match=r"vocabulary of 5000 .* \d+ pieces\. Lower tokenizer\.vocab_size"):
+    with pytest.raises(RecipeError, match=r"vocabulary of 5000 .* \d+ tokens\. Lower tokenizer\.vocab_size"):
         training.train_tokenizer(["短い文。短い文。"], config | {"vocab_size": 5000})
 
 
@@ -173,6 +174,11 @@ def test_training_is_the_same_every_time():
     assert training.train_sentencepiece(TEXT, UNIGRAM) == training.train_sentencepiece(TEXT, UNIGRAM)
 
 
+def test_every_kind_that_is_trained_has_its_function():
+    """Otherwise the configuration accepts a kind with which stage 03 fails."""
+    assert training.TRAINERS.keys() == {name for name, kind in TOKENIZER_KINDS.items() if kind.trained}
+
+
 # -------------------------------------------------------------------------------------------- SentencePiece
 
 
@@ -180,7 +186,7 @@ def test_gate_fails_when_ids_differ(make):
     _, processor = make(UNIGRAM)
     other = training.train_tokenizer(sentences(2000, 9)[:300], {"vocab_size": 400}).tokenizer
     with pytest.raises(RecipeError, match="disagree"):
-        report.gate(other, sentences(50, 2), processor)
+        report.check_lossless(other, sentences(50, 2), processor)
 
 
 def test_gate_fails_when_text_is_lost(make):
@@ -188,7 +194,7 @@ def test_gate_fails_when_text_is_lost(make):
     lossy = Tokenizer.from_str(fast.backend_tokenizer.to_str())
     lossy.decoder = decoders.Sequence([decoders.Replace("▁", ""), decoders.ByteFallback(), decoders.Fuse()])
     with pytest.raises(RecipeError, match="comes back as"):
-        report.gate(convert.as_fast(lossy, {"eos_token": "</s>"}), [])
+        report.check_lossless(convert.as_fast(lossy, {"eos_token": "</s>"}), [])
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -236,7 +242,7 @@ def test_words_decode_to_the_text(make):
 
 def test_losses_are_reported(make):
     fast, _ = make(WORDS)
-    found = report.losses(fast, ["今日、私は", "鱻鱻", "家で"])
+    found = report.measure_lost_text(fast, ["今日、私は", "鱻鱻", "家で"])
     assert found["exact_lines"] == pytest.approx(2 / 3)
     assert found["unknown_rate"] > 0
     assert found["changed"][0]["line"] == "鱻鱻"
@@ -341,7 +347,7 @@ def test_published_sentencepiece_equals_itself(sentencepiece_folder, tmp_path):
         assert fast(text)["input_ids"] == subject.encode_text(fast, text)
     file = take_over(sentencepiece_folder / "spiece.model", bos_token="<s>")
     assert subject.document_ids(file, "cat") == [1, *processor.encode("cat"), 2]
-    found = report.losses(fast, ["the cat", "The cat"])
+    found = report.measure_lost_text(fast, ["the cat", "The cat"])
     assert found["exact_lines"] == 0.5
 
 
@@ -360,7 +366,7 @@ def test_published_unigram_is_extended(sentencepiece_folder, tmp_path):
 def test_published_faults_are_named(byte_level_folder, tmp_path):
     with pytest.raises(RecipeError, match=r"tokenizer\.pad_token: '\[PAD\]' is not in the vocabulary"):
         take_over(byte_level_folder, pad_token="[PAD]")
-    with pytest.raises(RecipeError, match=r"new_pieces: 100000 wanted, but the text gives \d+"):
+    with pytest.raises(RecipeError, match=r"new_pieces: the text gives \d+ new tokens, expected 100000"):
         take_over(byte_level_folder, new_pieces=100_000)
     (byte_level_folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(RecipeError, match="names no end token"):
@@ -380,30 +386,30 @@ def test_published_faults_are_named(byte_level_folder, tmp_path):
 
 def test_sample_is_seeded_and_near_its_size():
     first, second, other = (
-        list(training.sample_lines(TEXT, 0.25, random.Random(seed))) for seed in (1, 1, 2)
+        list(sampling.sample_lines(TEXT, 0.25, random.Random(seed))) for seed in (1, 1, 2)
     )
     assert first == second != other
     assert 0.2 < sum(map(len, first)) / sum(map(len, TEXT)) < 0.3
 
 
 def test_sentences_are_cut_at_full_stops_and_lines():
-    assert list(training.sample_lines(["一。二。\n三"], 1.0, random.Random(0))) == ["一。", "二。", "三"]
+    assert list(sampling.sample_lines(["一。二。\n三"], 1.0, random.Random(0))) == ["一。", "二。", "三"]
 
 
 def test_sample_follows_the_weights_and_the_bound():
     sizes = {"web": 800, "books": 100, "help": 100}
-    assert training.sample_shares(sizes, {}, 500) == dict.fromkeys(sizes, 0.5)
-    weighted = training.sample_shares(sizes, {"books": 4.0, "web": 0.5, "help": 0.0}, 400)
+    assert sampling.sample_shares(sizes, {}, 500) == dict.fromkeys(sizes, 0.5)
+    weighted = sampling.sample_shares(sizes, {"books": 4.0, "web": 0.5, "help": 0.0}, 400)
     assert weighted == {"web": 0.375, "books": 1.0, "help": 0.0}  # books are used up, web fills the rest
-    assert training.sample_shares(sizes, {"books": 2.0}, 10**6) == dict.fromkeys(sizes, 1.0)
-    assert training.sample_shares({}, {}, 100) == {}
+    assert sampling.sample_shares(sizes, {"books": 2.0}, 10**6) == dict.fromkeys(sizes, 1.0)
+    assert sampling.sample_shares({}, {}, 100) == {}
 
 
 def test_long_lines_are_cut_and_nothing_is_left_out():
     line = "".join(TEXT)
-    cut = list(training.sample_lines([line.replace("。", "、")], 1.0, random.Random(0)))
+    cut = list(sampling.sample_lines([line.replace("。", "、")], 1.0, random.Random(0)))
     assert "".join(cut) == line.replace("。", "、")
-    assert max(map(len, cut)) == training.LONGEST_SENTENCE
+    assert max(map(len, cut)) == sampling.LONGEST_SENTENCE
     fast = training.train_tokenizer([line], BPE).tokenizer  # one line of 100 kB: SentencePiece would skip it
     assert fast.convert_tokens_to_ids("図書館で") != fast.unk_token_id
 
@@ -446,16 +452,16 @@ def test_script_of_a_piece(piece, wanted):
 def test_vocabulary_by_script_adds_up(make):
     for config in (UNIGRAM, BPE, BYTE_LEVEL, WORDS):
         fast, _ = make(config)
-        found = report.vocabulary(fast)
+        found = report.describe_vocabulary(fast)
         assert sum(found["scripts"].values()) == found["size"] == len(fast)
         assert found["scripts"]["control"] == len({*fast.all_special_ids})
-    assert report.vocabulary(make(UNIGRAM)[0])["scripts"]["bytes"] == 128
+    assert report.describe_vocabulary(make(UNIGRAM)[0])["scripts"]["bytes"] == 128
 
 
 def test_report_shows_every_tokenizer_and_what_is_missing(make, tmp_path):
     described = report.describe({"this": make(UNIGRAM)[0], "other": make(BYTE_LEVEL)[0]}, {"text": TEXT[:20]})
-    text = report.markdown(described, {"texts": 3}, {"gpt2": "not here"})
+    text = report.report_tables(described, {"texts": 3}, {"gpt2": "not here"})
     assert all(line in text for line in ("| this | text |", "| other | text |", "- gpt2: not here"))
     assert "".join(described["other"]["sentences"][0]) == report.COMPARISON[0]
-    report.picture(described, tmp_path / "report.png")
+    report.draw_report(described, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
