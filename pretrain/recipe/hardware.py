@@ -198,26 +198,7 @@ def choose(
             f"{where}: tf32: true, but it needs an NVIDIA GPU of capability 8.0 or more; this is "
             f"{hardware.name}. Leave the key out"
         )
-    check_optimizer(hardware, values.get("optim", ""), where)
     return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
-
-
-def check_optimizer(hardware: Hardware, optimizer: str, where: str) -> None:
-    """Refuse the optimizers of bitsandbytes (8-bit and paged) where it or a GPU is missing."""
-    of_bitsandbytes = optimizer.endswith("_8bit") or "bnb" in optimizer or optimizer.startswith("paged_")
-    if not of_bitsandbytes or optimizer == "adamw_torch_8bit":  # torchao's
-        return
-    way_out = "Write adamw_torch_fused, or leave the key out"
-    if hardware.device != "cuda":
-        raise Refused(
-            f"{where}: optim: {optimizer} keeps its 8-bit or paged states on an NVIDIA GPU; this is "
-            f"{hardware.name}. {way_out}"
-        )
-    if not hardware.bitsandbytes:
-        raise Refused(
-            f"{where}: optim: {optimizer} needs bitsandbytes, which is not installed "
-            f"(bash setup.sh --extra bitsandbytes). {way_out}"
-        )
 
 
 def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -> None:

@@ -232,10 +232,11 @@ def test_sharded_training_continues_where_it_was_stopped(prepared, together, way
 STOCK_FSDP = """
 import sys
 import torch
-from recipe.callbacks import Proof, parallel_wish
+from recipe.config.optimizers import DEFAULT, OPTIMIZERS
+from recipe.config.settings import Settings
 from recipe.hardware import Choice
 from recipe.project import Refused
-from recipe.training import Settings
+from recipe.training.proof import Proof, parallel_wish
 from transformers import AutoModelForCausalLM, Qwen3Config, Trainer, TrainingArguments
 
 arguments = TrainingArguments(output_dir=sys.argv[1], fsdp=True, use_cpu=True, max_steps=1, report_to=[],
@@ -243,7 +244,8 @@ arguments = TrainingArguments(output_dir=sys.argv[1], fsdp=True, use_cpu=True, m
 small = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 model = AutoModelForCausalLM.from_config(Qwen3Config(num_key_value_heads=2, head_dim=8, **small))
 settings = Settings(2, 8)
-proof = Proof(Choice("fp32", "sdpa", False), parallel_wish(2, None, True, 1), 2, settings, 16)
+parallel = parallel_wish(2, None, True, 1)
+proof = Proof(Choice("fp32", "sdpa", False), OPTIMIZERS[DEFAULT], parallel, 2, settings, 16)
 samples = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
 trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[proof])
 trainer.settings, proof.trainer = settings, trainer

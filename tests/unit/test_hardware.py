@@ -38,8 +38,6 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
         (A100, {"bf16": False}, Choice("fp32", "sdpa", True)),
         (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "flash_attention_2", False)),
         (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
-        (A100_WITH_BITSANDBYTES, {"optim": "adamw_bnb_8bit"}, Choice("bf16", "flash_attention_2", True)),
-        (ZEN4, {"optim": "adamw_torch_fused"}, Choice("bf16", "documents", True)),
     ],
 )
 def test_choice(hardware, values, wanted):
@@ -93,8 +91,6 @@ def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
     [
         (T4, {"bf16": True}, "T4 has no bf16.*fp16 is chosen"),
         (OLD_CPU, {"bf16": True}, "CPU has no bf16.*fp32 is chosen"),
-        (A100, {"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs bitsandbytes.*setup.sh --extra"),
-        (ZEN4, {"optim": "paged_adamw_8bit"}, "NVIDIA GPU; this is CPU. Write adamw_torch_fused"),
         (ZEN4, {"fp16": True}, "needs a GPU"),
         (ZEN4, {"attn_implementation": "flash_attention_2"}, "needs an NVIDIA GPU"),
         (T4, {"attn_implementation": "flash_attention_2"}, "capability 8.0"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe.config.keys import check_keys, known_keys, nearest, read_config, short, show
 from recipe.config.model import attention_heads
+from recipe.config.optimizers import FSDP, OFFLOAD, TENSOR, ZERO, check_optimizer_sharding
 from recipe.project import CONFIGS, Refused
 
 
@@ -62,6 +63,12 @@ def check_deepspeed_facts(path: Path, facts: dict[str, Any]) -> None:
                 f"{short(path)}: {key}: {show(seen)}, but the training file and the ranks make it "
                 f'{show(wanted)}. Write "auto"'
             )
+
+
+def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
+    """Whether the values of a DeepSpeed file keep the optimizer's states outside the GPU."""
+    offload = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    return offload.get("device", "none") != "none"
 
 
 def batch_layout(global_batch: int, most: int, ranks: int, where: str = "") -> tuple[int, int]:
@@ -138,12 +145,14 @@ def check_launch(
             f"{file}.json: lora.quantization: ZeRO-3 cannot partition nf4 weights. Use --deepspeed zero2, or "
             f"tune LoRA over unquantised weights: --set {file}.lora.quantization=null"
         )
-    if option and values.get("muon_learning_rate"):
-        raise Refused(
-            f"{file}.json: muon_learning_rate: Muon needs whole matrices, and under {option} a rank has "
-            "parts of them (under ZeRO the Trainer would silently use AdamW). "
-            f"Add --set {file}.muon_learning_rate=null, or drop {option}"
-        )
+    if fsdp:
+        check_optimizer_sharding(values, file, FSDP)
+    if tensor_parallel > 1:
+        check_optimizer_sharding(values, file, TENSOR)
+    if path:
+        check_optimizer_sharding(values, file, ZERO)
+        if offloads_optimizer(read_config(path)):
+            check_optimizer_sharding(values, file, OFFLOAD, f"--deepspeed {deepspeed}")
     if option and values.get("torch_compile"):
         raise Refused(f"{file}.json: torch_compile: true does not work under {option}. Leave the key out")
     return path

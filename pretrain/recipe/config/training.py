@@ -11,6 +11,7 @@ from typing import Any
 
 from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show, type_name
 from recipe.config.model import DEFAULTS, model_values
+from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
 from recipe.project import Refused
 
 TRAINING = {
@@ -63,24 +64,6 @@ NEEDS = {
     "torch_compile_mode": ("torch_compile", (True,), None),
     "torch_compile_backend": ("torch_compile", (True,), None),
 }
-# The optimizers whose presence the proof can see, by the name that it gives them
-# (`recipe.training.proof`).
-OPTIMIZERS = {
-    "adamw_torch": "AdamW",
-    "adamw_torch_fused": "AdamW",
-    "adamw_8bit": "AdamW 8-bit",
-    "adamw_bnb_8bit": "AdamW 8-bit",
-    "paged_adamw_8bit": "AdamW 8-bit",
-    "paged_adamw_32bit": "AdamW 32-bit",
-    "lion_8bit": "Lion 8-bit",
-    "lion_32bit": "Lion 32-bit",
-    "paged_lion_8bit": "Lion 8-bit",
-    "paged_lion_32bit": "Lion 32-bit",
-    "adafactor": "Adafactor",
-    "adagrad": "Adagrad",
-    "rmsprop": "RMSprop",
-    "sgd": "SGD",
-}
 # Schedules that the proof cannot check: `recipe.training.check_schedule` has no closed form of them.
 UNPROVED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
 # The least and the most that a number can be.
@@ -125,10 +108,8 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
         raise Refused(
             f"{where}: bf16 and fp16 are both true: keep one, or neither to let the hardware decide"
         )
-    if values.get("muon_learning_rate") and "optim" in values:
-        raise Refused(f"{where}: optim: muon_learning_rate chooses Muon with AdamW. Remove one of the two")
     for key, options in known_keys()["choices"].items():
-        if key in values and values[key] not in options:
+        if key in values and values[key] not in (*options, *(OPTIMIZERS if key == "optim" else ())):
             raise Refused(
                 f"{where}: {key}: {show(values[key])} is not known.{nearest(str(values[key]), options)}"
             )
@@ -159,16 +140,19 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
 
 
 def _check_optimizer(values: dict[str, Any], where: str) -> None:
-    """An optimizer that the proof can see, and options that are its own."""
-    optimizer = values.get("optim", "adamw_torch_fused")
-    if optimizer not in OPTIMIZERS:
+    """Refuse an optimizer without an entry in `OPTIMIZERS`, and keys that the chosen one does not read."""
+    if values.get("muon_learning_rate") and "optim" in values:
+        raise Refused(f"{where}: optim: muon_learning_rate chooses Muon with AdamW. Remove one of the two")
+    name = optimizer_name(values)
+    chosen_by_optim = [name for name in OPTIMIZERS if name != MUON]
+    if "optim" in values and name not in chosen_by_optim:
         raise Refused(
-            f"{where}: optim: {optimizer}: nothing here could tell whether it is active. Known: "
-            f"{', '.join(OPTIMIZERS)}; or muon_learning_rate"
+            f"{where}: optim: {name}: nothing here could check whether it is active. Known: "
+            f"{', '.join(chosen_by_optim)}; Muon is chosen by muon_learning_rate"
         )
-    stray = sorted(key for key in values if key.startswith("adam_"))
-    if stray and "adamw" not in optimizer and not (stray == ["adam_beta1"] and "lion" in optimizer):
-        raise Refused(f"{where}: {stray[0]}: optim {optimizer} does not read it. Leave it out")
+    for key in sorted(values):
+        if key.startswith("adam_") and key not in OPTIMIZERS[name].keys:
+            raise Refused(f"{where}: {key}: optim {name} does not read it. Leave it out")
 
 
 def _check_schedule(values: dict[str, Any], where: str) -> None:

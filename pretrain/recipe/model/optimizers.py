@@ -7,7 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
+from recipe.config.settings import Settings
 from recipe.model.build import dimensions, is_outer
 
 
@@ -28,6 +30,19 @@ def decayed(model: torch.nn.Module) -> list[str]:
         for name, parameter in model.named_parameters()
         if dimensions(parameter) >= 2 and id(parameter) not in embeddings
     ]
+
+
+def build_muon(model: torch.nn.Module, settings: Settings, arguments: TrainingArguments) -> MuonAdamW:
+    """`MuonAdamW` by the keys of a training file."""
+    assert settings.muon_learning_rate is not None
+    return MuonAdamW(
+        model,
+        settings.muon_learning_rate,
+        arguments.learning_rate,
+        (arguments.adam_beta1, arguments.adam_beta2),
+        arguments.adam_epsilon,
+        arguments.weight_decay,
+    )
 
 
 class MuonAdamW(torch.optim.Optimizer):

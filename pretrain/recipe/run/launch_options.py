@@ -12,6 +12,7 @@ from typing import Any
 
 from recipe.config.launch import check_launch, check_tensor_parallel
 from recipe.config.model import model_values
+from recipe.config.optimizers import check_optimizer_hardware
 from recipe.config.training import check_boards, documents_suffice
 from recipe.hardware import Hardware, check_quantization, choose, count_gpus
 from recipe.project import Refused
@@ -53,6 +54,7 @@ class Launch:
         check_boards(config[file].get("report_to"), f"{file}.json")
         if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
             check_quantization(hardware, config[file], f"{file}.json")
+            check_optimizer_hardware(hardware, config[file], f"{file}.json")
             choose(hardware, config[file], f"{file}.json", documents_suffice(config, file))
         path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
         check_tensor_parallel(model_values(config), self.tensor_parallel)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.model import DEFAULTS
+from recipe.config.optimizers import OPTIMIZERS
 
 # GPT-2's names for what the others call otherwise.
 GPT2_NAMES = {
@@ -50,10 +51,16 @@ class Shape:
         """All parameters, tied ones once."""
         return self.matrices + self.vectors + self.embeddings + self.output
 
+    def groups_of_rank(self, tensor_parallel: int) -> tuple[float, float, float, float]:
+        """Matrices, embeddings, output and vectors on each of the ranks that share the matrices, by
+        transformers' own plans.
+        """
+        embeddings = self.embeddings if self.kind == "gpt_neox" else self.embeddings / tensor_parallel
+        return self.matrices / tensor_parallel, embeddings, self.output / tensor_parallel, self.vectors
+
     def of_rank(self, tensor_parallel: int) -> float:
-        """The parameters on each of the ranks that share the matrices, by transformers' own plans."""
-        whole = self.vectors + (self.embeddings if self.kind == "gpt_neox" else 0)
-        return whole + (self.parameters - whole) / tensor_parallel
+        """The parameters on each of the ranks that share the matrices."""
+        return sum(self.groups_of_rank(tensor_parallel))
 
     def flops_per_token(self, block_size: int) -> float:
         """As `modeling.flops_per_token` counts them."""
@@ -112,9 +119,9 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
 class Setting:
     """How a training runs.
 
-    precision: ``bf16``, ``fp16`` or ``fp32``. optimizer: ``AdamW``, ``8-bit AdamW`` or ``Muon``. zero:
-    DeepSpeed's stage, 0 without DeepSpeed. offload: optimizer or also parameters on the host.
-    bucket_elements: gradients that DeepSpeed reduces at once. tensor_parallel: ranks that share each matrix.
+    precision: ``bf16``, ``fp16`` or ``fp32``. optimizer: a name in `OPTIMIZERS`. zero: DeepSpeed's stage, 0
+    without DeepSpeed. offload: optimizer or also parameters on the host. bucket_elements: gradients that
+    DeepSpeed reduces at once. tensor_parallel: ranks that share each matrix.
     """
 
     device: str
@@ -193,19 +200,20 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
 def memory(shape: Shape, setting: Setting) -> dict[str, float]:
     """Bytes per device at the peak of a step, by what they hold; ``peak`` is the most held at once.
 
-    Adam's 16 bytes a parameter are 4 + 12/N, 2 + 14/N and 16/N on N ranks under ZeRO-1, 2 and 3
+    AdamW's 16 bytes a parameter are 4 + 12/N, 2 + 14/N and 16/N on N ranks under ZeRO-1, 2 and 3
     (Rajbhandari et al., 2020). Without DeepSpeed weights, gradients and both moments are float32: 16, and
-    16/N under FSDP2. ``host`` is what offloading puts into the memory of the machine, per rank.
+    16/N under FSDP2. Other optimizers have other states (`recipe.config.optimizers`). ``host`` is what
+    offloading puts into the memory of the machine, per rank.
     """
     count, replicas = shape.of_rank(setting.tensor_parallel), setting.ranks // setting.tensor_parallel
     matrices = (shape.matrices + shape.vocabulary * shape.hidden) / setting.tensor_parallel
     half = setting.precision != "fp32"
     element = 2 if setting.zero and half else 4
-    states = {
-        "AdamW": (16 - 2 * element) * count,
-        "8-bit AdamW": 2 * count,
-        "Muon": 4 * shape.matrices + 8 * (count - shape.matrices),
-    }[setting.optimizer]
+    groups = shape.groups_of_rank(setting.tensor_parallel)
+    state = OPTIMIZERS[setting.optimizer].state
+    states = sum(size * each for size, each in zip(groups, state, strict=True))
+    if element == 2:
+        states += 4 * count  # ZeRO's float32 copy of the 16-bit weights
     stage = 3 if setting.fsdp else setting.zero
     parts = {
         "weights": element * count / (replicas if stage >= 3 else 1),

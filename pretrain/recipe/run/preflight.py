@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipe.config.launch import batch_layout
+from recipe.config.launch import batch_layout, offloads_optimizer
 from recipe.config.model import model_values
+from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name
 from recipe.config.tokenizer import vocabulary_size
 from recipe.corpus.fetch import free_bytes, require_space
 from recipe.hardware import glance, gpus, host_memory
@@ -25,6 +26,7 @@ from recipe.run.stage import Stage
 
 GIB = 2**30
 ASSUMED_VOCABULARY = 32_000
+EIGHT_BIT = "adamw_bnb_8bit"  # the optimizer that takes less memory on a GPU
 
 
 def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, str]:
@@ -106,17 +108,11 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
         half,
         not sharded and bool(values.get("torch_compile", shutil.which("g++"))),
         bool(values.get("activation_checkpointing")),
-        _optimizer(values),
+        optimizer_name(values),
         fsdp=launch.fsdp,
         tensor_parallel=split,
     )
     return replace(setting, **zero_of(launch.deepspeed)) if launch.deepspeed else setting
-
-
-def _optimizer(values: dict[str, Any]) -> str:
-    if values.get("muon_learning_rate"):
-        return "Muon"
-    return "8-bit AdamW" if "8bit" in values.get("optim", "") else "AdamW"
 
 
 def zero_of(name: str) -> dict[str, Any]:
@@ -125,11 +121,19 @@ def zero_of(name: str) -> dict[str, Any]:
     bucket = values.get("reduce_bucket_size", 5e8)
     return {
         "zero": values.get("stage", 0),
-        "offload_optimizer": values.get("offload_optimizer", {}).get("device", "none") != "none",
+        "offload_optimizer": offloads_optimizer({"zero_optimization": values}),
         "offload_parameters": values.get("offload_param", {}).get("device", "none") != "none",
         "bucket_elements": 0 if bucket == "auto" else int(bucket),
         "compiled": False,
     }
+
+
+def _choose_optimizer(values: dict[str, Any], name: str) -> list[str]:
+    """The options that make `name` the optimizer of a training with these values."""
+    no_muon = ["--set pretrain.muon_learning_rate=null"] if values.get("muon_learning_rate") else []
+    if name == DEFAULT and "optim" not in values:
+        return no_muon
+    return [*no_muon, f"--set pretrain.optim={name}"]
 
 
 def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting, list[str]]]:
@@ -139,7 +143,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     computing), ZeRO where there are ranks to share with, an 8-bit optimizer (GPUs only), offloading at last.
     What --fsdp and --tensor-parallel split stays as it is.
     """
-    no_muon = ["--set pretrain.muon_learning_rate=null"] if values.get("muon_learning_rate") else []
+    now = OPTIMIZERS[setting.optimizer]
     changes: dict[str, Any] = {}
     options: list[str] = []
     plans = [(changes, options)]
@@ -150,15 +154,18 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
         shared = ("zero1", "zero2", "zero3") if setting.ranks > 1 else ()
         offloaded = ("zero2_offload", "zero3_offload")
         zero = {name: zero_of(name) for name in (*shared, *offloaded)}
-        deepspeed = {
-            name: (changes | fields | {"optimizer": "AdamW"}, [*options, *no_muon, f"--deepspeed {name}"])
-            for name, fields in zero.items()
-            if fields["zero"] >= setting.zero
-        }
+        deepspeed = {}
+        for name, fields in zero.items():
+            if fields["zero"] >= setting.zero:
+                fits = (OFFLOAD if fields["offload_optimizer"] else ZERO) in now.sharding
+                other = [] if fits else _choose_optimizer(values, DEFAULT)
+                chosen = {"optimizer": setting.optimizer if fits else DEFAULT}
+                deepspeed[name] = (changes | fields | chosen, [*options, *other, f"--deepspeed {name}"])
         plans += [deepspeed[name] for name in shared if name in deepspeed]
-        if setting.device == "cuda" and not setting.zero:
-            eight_bit = [*options, *no_muon, "--set pretrain.optim=adamw_bnb_8bit"]
-            plans.append((changes | {"optimizer": "8-bit AdamW"}, eight_bit))
+        smaller = now.state.matrices > OPTIMIZERS[EIGHT_BIT].state.matrices
+        if setting.device == "cuda" and not setting.zero and smaller:
+            other = _choose_optimizer(values, EIGHT_BIT)
+            plans.append((changes | {"optimizer": EIGHT_BIT}, [*options, *other]))
         plans += [deepspeed[name] for name in offloaded if name in deepspeed]
     share = setting.micro_batch * setting.accumulation
     for changes, options in plans:
@@ -363,7 +370,7 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
     counts = (1, 2, 4, 8)
     names = "".join(f"{count:>8}" for count in counts)
     yield f"             weights, gradients, AdamW: GiB per device of{names}  bytes a parameter"
-    plain = replace(setting, optimizer="AdamW", precision="bf16", zero=0, fsdp=False, tensor_parallel=1)
+    plain = replace(setting, optimizer=DEFAULT, precision="bf16", zero=0, fsdp=False, tensor_parallel=1)
     plain = replace(plain, offload_optimizer=False, offload_parameters=False)
     for name, formula, fields in (
         ("one copy on each", "16", {}),

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
-from recipe.config.training import OPTIMIZERS
 from recipe.hardware import Choice
 from recipe.model.build import parameter_count
 from recipe.model.sharding import sharded_over
@@ -28,9 +28,16 @@ class Proof(TrainerCallback):
     """After the first step, find out what is really active; stop when it is not what was asked for."""
 
     def __init__(
-        self, choice: Choice, parallel: str, ranks: int, settings: Settings, tokens_per_step: int
+        self,
+        choice: Choice,
+        optimizer: Optimizer,
+        parallel: str,
+        ranks: int,
+        settings: Settings,
+        tokens_per_step: int,
     ) -> None:
         self.choice, self.parallel, self.ranks, self.settings = choice, parallel, ranks, settings
+        self.optimizer = optimizer
         self.tokens_per_step = tokens_per_step
         self.trainer: Trainer | None = None
         self.block: dict[str, Any] = {}
@@ -42,7 +49,6 @@ class Proof(TrainerCallback):
         assert self.trainer is not None
         self.block = active(self.trainer)
         self.block["tokens_per_step"] = self.tokens_per_step
-        muon = self.settings.muon_learning_rate
         wanted = {
             "precision": self.choice.precision,
             "attention": self.choice.attention,
@@ -50,7 +56,7 @@ class Proof(TrainerCallback):
             "ranks": self.ranks,
             "parallel": self.parallel,
             "global_batch": self.settings.global_batch_size,
-            "optimizer": "MuonAdamW" if muon else OPTIMIZERS[args.optim.value],
+            "optimizer": self.optimizer.reported,
             "weight_decay": args.weight_decay or None,
             "gradient_clipping": args.max_grad_norm or None,
             "activation_checkpointing": bool(args.activation_checkpointing),
@@ -58,9 +64,9 @@ class Proof(TrainerCallback):
             "z_loss": self.settings.z_loss or None,
             "boards": sorted(args.report_to),
         }
-        if not muon and args.optim.value == "adamw_torch_fused" and not self.block["offloaded"]:
+        if self.optimizer.fused and not self.block["offloaded"]:
             wanted["fused"] = True
-        if "adamw" in args.optim.value:
+        if "adam_epsilon" in self.optimizer.keys:
             wanted |= {"betas": [args.adam_beta1, args.adam_beta2], "epsilon": args.adam_epsilon}
         self.block["learning_rates"], wrong_rates = sampled(self.trainer)
         wrong = [

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
-from recipe.model.optimizers import MuonAdamW, decayed
+from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
 from recipe.training.callbacks import Meter, gather
 from recipe.training.checkpoints import MANIFEST, list_checkpoints, write_manifest
@@ -20,8 +21,9 @@ class RecipeTrainer(ShardedTrainer):
 
     rows_per_sample = 1  # of a batch that is trained on
 
-    def __init__(self, settings: Settings, meter: Meter, **keywords: Any) -> None:
-        self.settings, self.meter = settings, meter
+    def __init__(self, settings: Settings, chosen: Optimizer, meter: Meter, **keywords: Any) -> None:
+        """chosen: the entry of the optimizer that the training file asks for."""
+        self.settings, self.chosen, self.meter = settings, chosen, meter
         self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
         self.sequences = 0  # that this rank has trained on
         self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
@@ -31,7 +33,7 @@ class RecipeTrainer(ShardedTrainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """What weight decay applies to: unlike the stock Trainer's, no embeddings."""
-        return decayed(model)
+        return optimizers.decayed(model)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """The Trainer's step over one micro-batch, whose sequences are counted for the proof."""
@@ -79,17 +81,10 @@ class RecipeTrainer(ShardedTrainer):
             return super().evaluate(*arguments, **keywords)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Muon with AdamW where muon_learning_rate is set, else the Trainer's own choice."""
-        if self.optimizer is None and self.settings.muon_learning_rate:
-            args = self.args
-            self.optimizer = MuonAdamW(
-                self.model if model is None else model,
-                self.settings.muon_learning_rate,
-                args.learning_rate,
-                (args.adam_beta1, args.adam_beta2),
-                args.adam_epsilon,
-                args.weight_decay,
-            )
+        """Build an optimizer of our own where one is chosen; the Trainer builds all others."""
+        if self.optimizer is None and self.chosen.builder:
+            build = getattr(optimizers, self.chosen.builder)
+            self.optimizer = build(self.model if model is None else model, self.settings, self.args)
         return super().create_optimizer(model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

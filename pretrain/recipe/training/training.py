@@ -32,6 +32,7 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from recipe.config.launch import batch_layout
+from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
 from recipe.config.settings import Settings
 from recipe.config.training import check_boards, documents_suffice
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
@@ -56,6 +57,7 @@ class Run:
     settings: Settings
     arguments: TrainingArguments
     choice: Choice
+    optimizer: Optimizer
     hardware: Hardware
     folder: Path
     deepspeed: str | None
@@ -94,6 +96,8 @@ def prepare(
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     values, folder, deepspeed = plan["config"][file] | (also or {}), Path(plan["folder"]), plan["deepspeed"]
     hardware = detect()
+    optimizer = OPTIMIZERS[optimizer_name(values)]
+    check_optimizer_hardware(hardware, values, f"{file}.json")
     choice = choose(hardware, values, f"{file}.json", documents_suffice(plan["config"], file))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     fsdp, tensor_parallel = plan["fsdp"], plan["tensor_parallel"]
@@ -122,6 +126,8 @@ def prepare(
         "push_to_hub": False,  # stage 16 pushes, once, what was measured
         "dataloader_pin_memory": hardware.device == "cuda",
     }
+    if optimizer.builder:
+        native.pop("optim", None)  # the Trainer would not know the name of one of our own
     choice = Choice(choice.precision, choice.attention, native["torch_compile"])
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     os.environ.setdefault("WANDB_PROJECT", native["project"])
@@ -140,6 +146,7 @@ def prepare(
         settings,
         arguments,
         choice,
+        optimizer,
         hardware,
         folder,
         deepspeed,
@@ -214,7 +221,7 @@ def train(
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
     tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
-    proof = Proof(run.choice, parallel, run.ranks, settings, tokens_per_step)
+    proof = Proof(run.choice, run.optimizer, parallel, run.ranks, settings, tokens_per_step)
     stop, guard = StopOnSignal(folder / "stop", run.parent), Guard(folder)
     life = SignsOfLife(folder / "ranks", arguments.process_index)
     flops = flops_per_token(model, settings.block_size)
@@ -225,6 +232,7 @@ def train(
         return_loss_only(model, settings.z_loss)
     trainer = trainer_class(
         settings,
+        run.optimizer,
         meter,
         model=model,
         args=arguments,

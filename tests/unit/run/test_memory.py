@@ -146,8 +146,12 @@ def test_bytes_a_parameter_by_zero_stage():
     both = states(shape, ranks=8, fsdp=True, tensor_parallel=2)
     assert both == states(shape, ranks=2, tensor_parallel=2) / 4
     assert states(shape, precision="fp32") == states(shape, zero=1, precision="fp32") == 16 * count
-    assert states(shape, optimizer="8-bit AdamW") == 10 * count
-    assert states(shape, optimizer="Muon") == 16 * count - 4 * shape.matrices
+    assert states(shape, optimizer="sgd") == 8 * count
+    assert states(shape, optimizer="rmsprop") == states(shape, optimizer="lion_32bit") == 12 * count
+    assert states(shape, optimizer="sgd", zero=1) == states(shape, zero=1) - 8 * count
+    assert states(shape, optimizer="muon") == 16 * count - 4 * shape.matrices
+    eight_bit = states(shape, optimizer="adamw_8bit")
+    assert eight_bit == 10 * count + 6 * (shape.embeddings + shape.vectors)
 
 
 def test_only_gathered_weights_fragment_the_heap():

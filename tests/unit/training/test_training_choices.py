@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import sentences
+from recipe.config.optimizers import OPTIMIZERS
 from recipe.config.training import check_boards
 from recipe.model import losses
 from recipe.model.build import build_model
@@ -222,7 +223,7 @@ def test_what_was_asked_for_and_is_not_active_stops_the_run(train, monkeypatch, 
                 if key in ("z_loss", "global_batch_size"):
                     setattr(proof.settings, key, value)
                 elif key == "optim":
-                    args.optim = type(args.optim)(value)
+                    proof.optimizer = OPTIMIZERS[value]
                 else:
                     setattr(args, key.replace("gradient_ch", "activation_ch"), value)
             stock(proof, args, *rest, **objects)
