@@ -1,7 +1,6 @@
-"""Models, settings and recipes that several tests of memory and preflight look at."""
+"""Models, settings and recipes that the tests of memory and preflight share."""
 
-import json
-
+from recipe.config.recipe import load_recipe
 from recipe.project import CONFIGS
 from recipe.run.memory import Setting
 
@@ -12,4 +11,5 @@ PLAIN = Setting("cuda", 1, 1024, 4, 1, "bf16", False, False, "adamw_torch_fused"
 
 
 def read(recipe, file):
-    return json.loads((CONFIGS / recipe / f"{file}.json").read_text())
+    """A file of a shipped recipe, as the stages see it."""
+    return load_recipe(recipe)[file]

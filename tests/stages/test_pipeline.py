@@ -182,6 +182,20 @@ def test_copied_recipe_takes_finished_stages(project):
     assert project.figures("mini", "05_pretrain")["steps"] == 20
 
 
+def test_a_recipe_rewritten_with_extends_is_not_stale(project):
+    """The same finished stages under a recipe whose files only extend mini; then one stage done again."""
+    (project.folder / "configs/extending").mkdir()
+    for file in (project.folder / "configs/mini").glob("*.json"):
+        (project.folder / "configs/extending" / file.name).write_text('{"extends": "mini"}')
+    shutil.copytree(project.folder / "outputs/mini", project.folder / "outputs/extending")
+    lines = project.run("run_all.sh", "--recipe", "extending", "--dry-run").stdout.splitlines()
+    assert [line.split()[0] for line in lines if "done before" in line] == list(STAGES)
+    project.run("pretrain/01_download.py", "--recipe", "extending", "--force")
+    again = json.loads(project.output("extending", "01_download").read_text())
+    first = json.loads(project.output("mini", "01_download").read_text())
+    assert again["recipe"] == "extending" and again["config"] == first["config"]
+
+
 def test_list_names_every_stage(project):
     lines = project.run("run_all.sh", "--list").stdout.splitlines()
     names = [line.split()[0].split("/")[1].split(".")[0] for line in lines]

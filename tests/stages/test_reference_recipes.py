@@ -153,8 +153,8 @@ def project(make_project):
 
 
 def shipped(recipe, file):
-    """A file of a recipe as it is shipped."""
-    return json.loads((ROOT / f"configs/{recipe}/{file}.json").read_text("utf-8"))
+    """A file of a shipped recipe, as the stages see it."""
+    return load_recipe(recipe)[file]
 
 
 def cut_down(project, recipe, sources):
@@ -302,7 +302,7 @@ def check_optimizer(project, recipe, file, stage):
     assert active["gradient_clipping"] == values["max_grad_norm"]
     lines = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
     rates = {row["step"]: row["learning_rate"] for row in map(json.loads, lines) if "learning_rate" in row}
-    warmup = json.loads((project.folder / f"configs/{recipe}/{file}.json").read_text())["warmup_steps"]
+    warmup = json.loads(project.output(recipe, stage).read_text())["config"][file]["warmup_steps"]
     warmup = warmup if warmup >= 1 else math.ceil(warmup * steps)
     shares = {step: share_of_peak(values, step, warmup, steps) for step in range(steps + 1)}
     planned = {int(step): rate for step, rate in active["learning_rates"].items()}

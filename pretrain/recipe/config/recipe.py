@@ -1,12 +1,13 @@
-"""The JSON files of a recipe: read, checked against each other, overridden from the command line.
+"""The JSON files of a recipe: read, extended, overridden from the command line, checked against each other.
 
-`load_recipe` checks every file of the recipe before any stage starts and without importing torch: an unknown
-key (with the nearest known one), a duplicate key, a wrong type, and files that contradict each other.
+`load_recipe` checks every file before any stage starts and without importing torch: unknown keys (with the
+nearest known one), duplicate keys, wrong types, and files that contradict each other.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from recipe.config.dataset import check_dataset
@@ -29,7 +30,7 @@ from recipe.config.training import INITIAL, TUNING, check_training, training_fil
 from recipe.project import CONFIGS, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
-OPTIONAL_FILES = ("preference",)  # stage 13 is skipped without it
+OPTIONAL_FILES = ("preference",)  # without it, stage 13 is skipped
 
 
 def recipes() -> list[str]:
@@ -38,54 +39,111 @@ def recipes() -> list[str]:
 
 
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """All files of a recipe as one dict by file name, checked, with ``FILE.KEY=VALUE`` overrides applied.
+    """All files of a recipe as one dict by file name, with overrides applied, checked.
 
-    Raises Refused, naming file, key, the value seen and the value wanted.
+    overrides: each ``FILE.KEY=VALUE``. The key ``extends`` is resolved and removed. Raises Refused, naming
+    the file, the key, the value seen and the value expected.
     """
     folder = CONFIGS / recipe
-    if not (folder / "dataset.json").is_file():
+    if recipe not in recipes():
         raise Refused(
             f"configs/{recipe}: no such recipe.{nearest(recipe, recipes())} Known: {', '.join(recipes())}"
         )
-    config = {}
-    for name in FILES:
-        path = folder / f"{name}.json"
-        if name == "model" and not path.is_file():
-            config[name] = {}  # an initial model brings its own
-            continue
-        if not path.is_file():
-            raise Refused(f"configs/{recipe}/{name}.json is missing. Copy it from configs/tiny/ and edit it")
-        config[name] = read_config(path)
-    for name in OPTIONAL_FILES:
-        if (folder / f"{name}.json").is_file():
-            config[name] = read_config(folder / f"{name}.json")
     stray = sorted(path.name for path in folder.glob("*.json") if path.stem not in FILES + OPTIONAL_FILES)
     if stray:
         guess = nearest(stray[0][:-5], FILES + OPTIONAL_FILES)
         raise Refused(f"configs/{recipe}/{stray[0]}: no stage reads this file.{guess}")
+    config: dict[str, dict[str, Any]] = {}
+    homes: dict[str, dict[str, str]] = {}
+    for name in FILES + OPTIONAL_FILES:
+        if (folder / f"{name}.json").is_file():
+            config[name], homes[name] = _read_extended(recipe, name)
+        elif name == "model":
+            config[name] = {}  # an initial model brings its own
+        elif name in FILES:
+            raise Refused(
+                f"configs/{recipe}/{name}.json is missing. Copy it from configs/tiny/ and edit it, or write "
+                '{"extends": "tiny"} into it'
+            )
     for override in overrides:
-        _apply(config, override)
-    check_recipe(config, f"configs/{recipe}")
+        file, key = _apply(config, override)
+        homes.get(file, {}).pop(key, None)
+    try:
+        check_recipe(config, f"configs/{recipe}")
+    except Refused as error:
+        raise Refused(_name_homes(str(error), recipe, homes)) from error
     return config
 
 
-def _apply(config: dict[str, dict[str, Any]], override: str) -> None:
-    """Apply ``FILE.KEY[.KEY]=VALUE``; VALUE is JSON, or a plain string."""
-    target, equals, text = override.partition("=")
-    file, *keys = target.split(".")
+def _read_extended(
+    recipe: str, file: str, extending: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A file of a recipe, together with the file that it extends.
+
+    extending: the recipes whose file led here. Returns the values, and for each key the recipe whose file
+    has it. Raises Refused.
+    """
+    path = CONFIGS / recipe / f"{file}.json"
+    values = read_config(path)
+    homes = dict.fromkeys(values, recipe)
+    if "extends" not in values:
+        return values, homes
+    base = values.pop("extends")
+    here = f"configs/{recipe}/{file}.json: extends: {show(base)}"
+    chain = (*extending, recipe)
+    if not isinstance(base, str):
+        raise Refused(f'{here}, expected the name of one recipe, such as "mistral-300m"')
+    if base in chain:
+        raise Refused(
+            f"{here}: the file would extend itself ({' -> '.join((*chain, base))}). Remove `extends` "
+            "from one of these files and write its keys there"
+        )
+    if base not in recipes():
+        raise Refused(f"{here}: no such recipe.{nearest(base, recipes())} Known: {', '.join(recipes())}")
+    if not (CONFIGS / base / f"{file}.json").is_file():
+        raise Refused(
+            f"{here}: configs/{base}/{file}.json does not exist. Name a recipe that has this file, or remove "
+            "`extends` and write the keys here"
+        )
+    base_values, base_homes = _read_extended(base, file, chain)
+    return base_values | values, base_homes | homes
+
+
+def _name_homes(message: str, recipe: str, homes: dict[str, dict[str, str]]) -> str:
+    """The message of a check, in which each ``configs/RECIPE/FILE.json: KEY`` names the file that has the
+    key.
+    """
+
+    def name_home(found: re.Match[str]) -> str:
+        file, key = found.groups()
+        home = homes.get(file, {}).get(key, recipe)
+        if home == recipe:
+            return found[0]
+        return f"configs/{home}/{file}.json (configs/{recipe}/{file}.json extends it): {key}"
+
+    return re.sub(rf"configs/{re.escape(recipe)}/(\w+)\.json: (\w+)", name_home, message)
+
+
+def _apply(config: dict[str, dict[str, Any]], override: str) -> tuple[str, str]:
+    """Apply ``FILE.KEY[.KEY]=VALUE``, where VALUE is JSON or plain text. Returns the file and its key."""
+    name, equals, text = override.partition("=")
+    file, *keys = name.split(".")
     if not equals or not keys or file not in config:
         near = nearest(file, config) if file not in config else ""
-        raise Refused(f"--set {override}: wanted FILE.KEY=VALUE with FILE one of {', '.join(config)}.{near}")
+        raise Refused(
+            f"--set {override}: expected FILE.KEY=VALUE with FILE one of {', '.join(config)}.{near}"
+        )
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    place = config[file]
+    section = config[file]
     for key in keys[:-1]:
-        place = place.setdefault(key, {})
-        if not isinstance(place, dict):
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
             raise Refused(f"--set {override}: {file}.{key} is not an object")
-    place[keys[-1]] = value
+    section[keys[-1]] = value
+    return file, keys[0]
 
 
 def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
@@ -110,7 +168,7 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
 
 
 def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
-    """Facts that stand in two files must be the same fact."""
+    """Refuse files that contradict each other."""
     _check_initial(config, where)
     model, initial = model_values(config), config["pretrain"].get("initial_model")
     home = f"{initial}/config.json" if initial else f"{where}/model.json"
@@ -136,24 +194,27 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
 
 
 def _check_initial(config: dict[str, dict[str, Any]], where: str) -> None:
-    """The checkpoint to start from, the vocabulary and model.json belong together."""
+    """Refuse a tokenizer or a model.json that does not belong to the checkpoint to start from."""
     pretrain, tokenizer = config["pretrain"], config["tokenizer"]
     name, here = pretrain.get("initial_model"), f"{where}/pretrain.json"
     if name is None:
         if pretrain.get("initial_revision"):
-            raise Refused(f"{here}: initial_revision: stands there without initial_model. Remove it")
+            raise Refused(
+                f"{here}: initial_revision: {show(pretrain['initial_revision'])}, but there is no "
+                "initial_model. Add initial_model, or remove initial_revision"
+            )
         return
-    # A SentencePiece file in the folder is named with its own path.
-    place = tokenizer.get("published", "")
-    if place != name and not (place.startswith(f"{name}/") and place.endswith(".model")):
-        other = f"from {place}" if place else "from nowhere: it trains one"
+    # A SentencePiece file in the checkpoint's folder is named with its own path.
+    source = tokenizer.get("published", "")
+    if source != name and not (source.startswith(f"{name}/") and source.endswith(".model")):
+        other = f"takes its vocabulary from {source}" if source else "trains a new vocabulary"
         raise Refused(
-            f"{here}: initial_model: {name}, but {where}/tokenizer.json takes its vocabulary {other}. A "
-            "checkpoint is of use only with the vocabulary it was trained with: write "
+            f"{here}: initial_model: {name}, but {where}/tokenizer.json {other}. A checkpoint needs the "
+            "vocabulary that it was trained with: write "
             f'{{"kind": "published", "published": {show(name)}}} there (new_pieces may extend it)'
         )
     revisions = pretrain.get("initial_revision"), tokenizer.get("revision")
-    if place == name and revisions[0] != revisions[1]:
+    if source == name and revisions[0] != revisions[1]:
         raise Refused(
             f"{here}: initial_revision: {show(revisions[0])}, but {where}/tokenizer.json has revision "
             f"{show(revisions[1])}. Give both the same"
@@ -162,30 +223,33 @@ def _check_initial(config: dict[str, dict[str, Any]], where: str) -> None:
     if published and published.get("model_type") not in known_keys()["model"]:
         raise Refused(
             f"{here}: initial_model: {name}/config.json: model_type: {show(published.get('model_type'))}, "
-            f"wanted one of {', '.join(known_keys()['model'])}"
+            f"expected one of {', '.join(known_keys()['model'])}. Name a checkpoint of one of these"
         )
     for key, value in config["model"].items():
         if key not in FROM_TOKENIZER and published.get(key, value) != value:
             raise Refused(
                 f"{where}/model.json: {key}: {show(value)}, but {name}/config.json has "
-                f"{show(published[key])}. Leave it out of model.json (or delete the file): the checkpoint "
-                "brings its own"
+                f"{show(published[key])}. Leave it out of model.json, or delete the file: the checkpoint's "
+                "own config.json is used"
             )
 
 
 def check_special_ids(
     config: dict[str, dict[str, Any]], ids: dict[str, int | None], size: int | None, where: str
 ) -> None:
-    """Refuse a vocabulary size or special ids in model.json or generation.json other than the tokenizer's."""
+    """Refuse a vocabulary size or special ids in model.json or generation.json that are not the tokenizer's.
+
+    ids: ``pad_token_id`` and so on. size: the vocabulary's, None while it is unknown.
+    """
     if size is not None and config["model"].get("vocab_size", size) != size:
         raise Refused(
             f"{where}/model.json: vocab_size: {config['model']['vocab_size']}, but {where}/tokenizer.json "
             f"has {size}. Leave it out of model.json: it comes from the tokenizer"
         )
-    for key, wanted in ids.items():
+    for key, expected in ids.items():
         for file in ("model", "generation"):
-            if config[file].get(key, wanted) != wanted:
+            if config[file].get(key, expected) != expected:
                 raise Refused(
-                    f"{where}/{file}.json: {key}: {config[file][key]}, but the tokenizer has {wanted}. "
+                    f"{where}/{file}.json: {key}: {config[file][key]}, but the tokenizer has {expected}. "
                     f"Leave it out of {file}.json"
                 )

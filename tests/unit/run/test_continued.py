@@ -177,7 +177,7 @@ def refusal(values):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tokenizer": {"vocab_size": 8000}}, "takes its vocabulary from nowhere: it trains one"),
+        ({"tokenizer": {"vocab_size": 8000}}, "trains a new vocabulary"),
         ({"tokenizer_published": "OTHER/model"}, "takes its vocabulary from OTHER/model"),
         (
             {"tokenizer_revision": "v1"},
@@ -215,7 +215,7 @@ def test_what_fits_is_accepted(tmp_path):
 def test_revision_alone_and_no_model_at_all_are_refused(tmp_path):
     values = load_recipe("tiny")
     values["pretrain"]["initial_revision"] = "main"
-    assert "initial_revision: stands there without initial_model" in refusal(values)
+    assert "but there is no initial_model" in refusal(values)
     values = load_recipe("tiny")
     values["model"] = {}
     assert "model.json: model_type: missing" in refusal(values)
@@ -224,7 +224,7 @@ def test_revision_alone_and_no_model_at_all_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "bert"}, 'config.json: model_type: "bert", wanted one of gpt2'),
+        ({"model_type": "bert"}, 'config.json: model_type: "bert", expected one of gpt2'),
         ({"quantization_config": {"bits": 4}}, "quantised weights cannot be trained further"),
     ],
 )
