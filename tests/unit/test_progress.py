@@ -14,7 +14,8 @@ import sys, time
 from recipe.progress import byte_progress, progress, write_lines_without_a_terminal
 
 write_lines_without_a_terminal(float(sys.argv[2]))
-from datasets.utils import tqdm as datasets_tqdm
+if sys.argv[1] == "datasets":
+    from datasets.utils import tqdm as datasets_tqdm
 from tqdm import tqdm
 from tqdm.auto import tqdm as auto_tqdm
 
@@ -45,18 +46,30 @@ else:
 """
 
 
-def lines(tmp_path, bar, seconds=1.0):
-    (tmp_path / "bars.py").write_text(BARS)
-    command = [sys.executable, str(tmp_path / "bars.py"), bar, str(seconds)]
-    text = subprocess.run(command, capture_output=True, check=True, timeout=60).stderr.decode()
+RUNS = [(name, "1") for name in ("ours", "bytes", "lm_eval", "transformers", "datasets", "nested", "short")]
+RUNS.append(("lm_eval", "20"))
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """What stands in the log of each run: all at once, because they mostly wait."""
+    script = tmp_path_factory.mktemp("bars") / "bars.py"
+    script.write_text(BARS)
+    pipe = subprocess.PIPE
+    started = {run: subprocess.Popen([sys.executable, str(script), *run], stderr=pipe) for run in RUNS}
+    return {run: child.communicate(timeout=120)[1].decode() for run, child in started.items()}
+
+
+def lines(logs, bar, seconds="1"):
+    text = logs[bar, seconds]
     assert "\r" not in text and "\x1b" not in text, repr(text)
     assert not text or text.endswith("\n")
     return text.splitlines()
 
 
 @pytest.mark.parametrize("bar", ["ours", "bytes", "lm_eval", "transformers", "datasets"])
-def test_log_gets_whole_lines_at_the_interval_with_the_time_left(tmp_path, bar):
-    found = lines(tmp_path, bar)
+def test_log_gets_whole_lines_at_the_interval_with_the_time_left(logs, bar):
+    found = lines(logs, bar)
     stays = bar not in ("ours", "bytes")
     assert 2 <= len(found) <= 3 + stays, found
     assert all(line.startswith(f"{bar}: ") for line in found), found
@@ -65,16 +78,16 @@ def test_log_gets_whole_lines_at_the_interval_with_the_time_left(tmp_path, bar):
     assert ("100%" in found[-1]) == stays, found
 
 
-def test_nested_bars_and_messages_share_the_log(tmp_path):
-    found = lines(tmp_path, "nested")
+def test_nested_bars_and_messages_share_the_log(logs):
+    found = lines(logs, "nested")
     assert "a message" in found
     assert {line.split(":")[0] for line in found} == {"outer", "lm_eval", "postfix", "a message"}
     assert len(found) <= 12, found
 
 
-def test_short_work_and_long_intervals_are_silent(tmp_path):
-    assert lines(tmp_path, "short") == []
-    assert len(lines(tmp_path, "lm_eval", 20.0)) == 1
+def test_short_work_and_long_intervals_are_silent(logs):
+    assert lines(logs, "short") == []
+    assert len(lines(logs, "lm_eval", "20")) == 1
 
 
 def test_terminal_keeps_its_bar(tmp_path):

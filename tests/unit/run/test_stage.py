@@ -17,8 +17,10 @@ SCRIPT = '''
 import os, time
 from recipe.project import OUTPUTS
 from recipe.run.stage import run_stage
+from tqdm import tqdm
 
 def work(stage):
+    list(tqdm(range(3)))
     (stage.folder / "a").write_text(str(stage.config["tokenizer"]["vocab_size"]))
     if os.environ.get("FAULT") == "wait":
         print("holds", flush=True)
@@ -66,7 +68,9 @@ def folders(project):
 def test_what_a_run_does_is_what_a_dry_run_says(project):
     assert "90_test         would run" in run(project, "--dry-run").stdout
     assert not (project.folder / "outputs").exists()
-    assert "done in" in run(project).stdout
+    result = run(project)
+    assert "done in" in result.stdout
+    assert not result.stderr, "a bar that is no line (recipe.progress)"
     assert "90_test         done before" in run(project, "--dry-run").stdout
     assert "90_test         done before" in run(project).stdout
 
