@@ -1,4 +1,4 @@
-"""Check a whole recipe before run_all.sh starts its first stage."""
+"""Check a whole recipe before run_all.sh starts the first stage."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import argparse
 import sys
 
 from recipe.config.recipe import load_recipe
-from recipe.config.training import training_files
 from recipe.conversations.instructions import pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import source_facts
 from recipe.hardware import glance
 from recipe.project import EXIT_REFUSED, RecipeError, require_extra
-from recipe.run.launch_options import add_options, launch_of
-
-TRAINING_STAGES = {"pretrain": 5, "finetune": 12, "preference": 13}
+from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 
 
 def main() -> None:
-    """Check a recipe with the options of run_all.sh; exit 2 with the fault."""
+    """Check a recipe with the options of run_all.sh; exit with 2 and a message if it cannot run."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="first stage that will run")
-    parser.add_argument("--to", type=int, default=99, dest="last", help="last stage that will run")
+    parser.add_argument(
+        "--from", type=int, default=0, dest="first", help="number of the first stage that will run"
+    )
+    parser.add_argument(
+        "--to", type=int, default=99, dest="last", help="number of the last stage that will run"
+    )
     add_options(parser)
     arguments = parser.parse_args()
 
@@ -34,16 +35,17 @@ def main() -> None:
             require_extra("ray", 'dataset.json: engine: executor: "ray"')
         if config["tokenizer"].get("segmenter") == "sudachi":
             require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
-        for file in training_files(config):
-            if not arguments.first <= TRAINING_STAGES[file] <= arguments.last:
-                continue  # on another machine, perhaps, or never
-            launch_of(arguments).check(config, file, glance())
+        for stage in TRAINING_STAGES.values():
+            # A stage outside this range may run on another machine, with other options.
+            if stage.file in config and arguments.first <= stage.number <= arguments.last:
+                launch_of(arguments).check(config, stage.file, glance())
         source_facts(config)
         pair_facts(config)
         preference_facts(config)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_REFUSED)  # nothing has started yet, whatever it is
+        # Whatever the error is, nothing has started yet.
+        sys.exit(EXIT_REFUSED)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Start a training script: plain python, torchrun or deepspeed. Called by 05_pretrain.sh, 12_finetune.sh and
-13_preference.sh.
+"""Start a training script with plain python, torchrun or deepspeed.
+
+05_pretrain.sh, 12_finetune.sh and 13_preference.sh call it:
 
     python -m recipe.run.launch SCRIPT --recipe tiny [--nproc N] [--deepspeed zero2]
 
-This process holds the stage (checks, lock, publication) and never imports torch; the training runs in a
-child, whose work folder it is given. A signal to this process goes to the child, which saves a checkpoint
-before it ends.
+This process runs the stage (checks, lock, publication) and never imports torch. The training runs in a child
+process, which writes into the stage's work folder. When this process gets a signal, the child saves a
+checkpoint and ends.
 
-Over several nodes the same command runs on each with its own --node-rank. Node 0 holds the stage; the others
-only lend it their processes (`join`). They share the project's folder over a network file system.
+With several nodes, the same command runs on each node with its own --node-rank. Node 0 runs the stage; the
+other nodes only start their ranks (`join`). All nodes share the project's folder over a network file system.
 """
 
 from __future__ import annotations
@@ -43,29 +44,26 @@ from recipe.project import (
     write_json,
 )
 from recipe.run import probe
-from recipe.run.launch_options import add_options, launch_of
+from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 from recipe.run.preflight import check_room, report
 from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
 from recipe.run.stage import Stage, run_stage, stage_arguments
 from recipe.training.watchdog import Watchdog, call_webhook, dump_stacks
 
-STAGES = {
-    "run_clm.py": ("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
-    "run_sft.py": ("12_finetune", ("finetune",), ("05_pretrain", "11_dataset")),
-    "run_dpo.py": ("13_preference", ("preference",), ("12_finetune",)),
-}
+# Why a recipe does without a training stage, by the stage's name.
 SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
 
 
-def train(stage: Stage, script: Path) -> None:
+def run_training(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
     result = stage.folder / "result.json"
-    if not result.exists():  # else only the publication was missing
+    # With a result, an earlier run has finished the training and was stopped before the publication.
+    if not result.exists():
         (stage.folder / "stop").unlink(missing_ok=True)
-        shutil.rmtree(stage.folder / "ranks", ignore_errors=True)  # of an earlier try
+        shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
         _run_child(stage, script, stage.folder)
         if not result.exists():
-            raise RecipeError("training ended without a result; the reason stands above")
+            raise RecipeError("the training ended without a result; the lines above say why")
     stage.figures = read_json(result)
     stage.headline = stage.figures.pop("headline")
     for name in ("plan.json", "deepspeed_env"):
@@ -74,11 +72,12 @@ def train(stage: Stage, script: Path) -> None:
 
 
 def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
-    """Write the plan into the folder `plans`, start the launcher and wait for it (see `_wait`)."""
+    """Write the plan into the folder `plans`, start the launcher, and wait for it (see `_wait`)."""
     launch = launch_of(stage.arguments)
-    file = STAGES[script.name][1][-1]
+    file = TRAINING_STAGES[script.name].file
     if file == "pretrain" and find_initial(stage.config[file]):
-        check_recipe(stage.config, f"configs/{stage.recipe}")  # again, now that its config.json was fetched
+        # Check again: the checkpoint's config.json has been fetched since.
+        check_recipe(stage.config, f"configs/{stage.recipe}")
     deepspeed = launch.check(stage.config, file, glance())
     if not launch.node_rank:
         check_room(stage, launch, file)
@@ -93,20 +92,20 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
     code = _wait(child, stage, watchdog, published)
     if code == EXIT_REFUSED:
-        raise Refused("the training refused to start; the reason stands above")
+        raise Refused("the training refused to start; the lines above say why")
     if code:
-        reason = watchdog.found or f"training ended with exit {code} before it was finished"
+        reason = watchdog.found or f"the training stopped with exit code {code} before its end"
         called = launch.node_rank == 0 and call_webhook(f"{stage.name} of recipe {stage.recipe}: {reason}")
         if called:
             stage.say(called)
         raise RecipeError(
-            f"{reason}; more stands above. Checkpoints are kept: run the same command again to continue"
+            f"{reason}; see the lines above. Checkpoints are kept: run the same command again to continue"
         )
 
 
 def join(name: str, doc: str, script: Path) -> None:
-    """Lend this machine's ranks to the stage that node 0 holds; exits with the right code."""
-    _, sections, inputs = STAGES[script.name]
+    """Start this node's ranks for the stage that node 0 runs, and exit with the right code."""
+    training = TRAINING_STAGES[script.name]
     parser = stage_arguments(doc)
     add_options(parser)
     arguments = parser.parse_args()
@@ -114,17 +113,18 @@ def join(name: str, doc: str, script: Path) -> None:
         config = load_recipe(arguments.recipe, arguments.overrides)
         reason = SKIP[name](config) if name in SKIP else ""
         if reason:
-            print(f"{name:15} nothing to join: {reason}")
+            print(f"{name:15} nothing to do on this node: {reason}")
             return
         final = stage_folder(arguments.recipe, name)
         if (final / "stage.json").exists() and not arguments.force:
-            print(f"{name:15} nothing to join: {final} is there; node 0 says more")
+            print(f"{name:15} nothing to do on this node: {final} is already there; see the output of node 0")
             return
-        folder = final.with_name(f".{name}.work")  # node 0's, made before the ranks find each other
-        folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
+        # Node 0's work folder, which it makes before the ranks find each other.
+        folder = final.with_name(f".{name}.work")
+        folders = {stage: stage_folder(arguments.recipe, stage) for stage in training.inputs}
         stage = Stage(name, arguments.recipe, config, folders, folder, arguments, lock=-1)
         if arguments.dry_run:
-            launch_of(arguments).check(config, sections[-1], glance())
+            launch_of(arguments).check(config, training.file, glance())
             print(f"{name:15} would join node 0 at {arguments.master_addr}")
             return
         before = _identity(final / "stage.json")
@@ -148,16 +148,17 @@ def _wait(
     watchdog: Watchdog,
     published: Callable[[], bool] | None = None,
 ) -> int:
-    """Wait for the child. On SIGINT or SIGTERM write the stop file and raise Interrupted once all has ended;
-    likewise when somebody else wrote it (``touch outputs/RECIPE/.05_pretrain.work/stop``).
+    """Wait for the child and return its exit code.
 
-    A file, because it reaches every rank under every launcher and on every machine: DeepSpeed's dies of a
-    signal and leaves its ranks behind.
+    On SIGINT or SIGTERM the stop file is written, and Interrupted is raised when the child has ended. A stop
+    file that somebody else has written (``touch outputs/RECIPE/.05_pretrain.work/stop``) does the same. A
+    file is used because it reaches every rank under every launcher and on every machine: DeepSpeed's launcher
+    dies of a signal and leaves its ranks running.
 
-    watchdog: where it finds ranks that stand still, they write their stacks and all ranks are killed.
+    watchdog: finds ranks that make no progress. They then write their stacks, and all ranks are killed.
 
-    published: whether node 0 has the stage's result, for the other nodes: it may have one without training,
-    and ranks of theirs would wait for its ranks for ever.
+    published: for nodes other than 0, whether node 0 has the stage's result. It may have taken it over
+    without training; the ranks of the other nodes would then wait forever.
     """
     received: list[int] = []
     stop = stage.folder / "stop"
@@ -165,9 +166,10 @@ def _wait(
     def ask_to_stop(signum: int, frame: object) -> None:
         received.append(signum)
         if len(received) < 3:
-            with contextlib.suppress(FileNotFoundError):  # another node's folder that is not there any more
+            # The work folder is node 0's, and may be gone.
+            with contextlib.suppress(FileNotFoundError):
                 stop.touch()
-            stage.say("stopping: the training saves a checkpoint after this step (two signals more kill it)")
+            stage.say("stopping: the training saves a checkpoint after this step (two more signals kill it)")
         else:
             kill(child)
 
@@ -177,12 +179,13 @@ def _wait(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(1)
             if child.poll() is None and watchdog.stalled():
-                stage.say(f"the training stands still. {watchdog.found}")
+                stage.say(f"the training makes no progress. {watchdog.found}")
                 dump_stacks(watchdog)
                 kill(child)
             if published and published():
+                # Ranks that have trained need a moment to end.
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(10)  # for ranks that have trained and are on their way out
+                    child.wait(10)
                 if child.poll() is None:
                     child.terminate()
                     child.wait()
@@ -204,7 +207,7 @@ def _wait(
 
 @contextlib.contextmanager
 def _ends_in_one_line(name: str) -> Iterator[None]:
-    """Errors and Ctrl-C end the process as those of a stage do."""
+    """Let errors and Ctrl-C end the process with one line, as those of a stage do."""
     try:
         yield
     except RecipeError as error:
@@ -224,14 +227,14 @@ def _probe(name: str, script: Path, dry_run: bool) -> None:
     signal.signal(signal.SIGTERM, end)
     with _ends_in_one_line(name):
         if name != "05_pretrain":
-            raise Refused("--probe measures the settings of stage 05 only. Leave it out")
+            raise Refused("--probe measures the settings of stage 05 only. Leave --probe out")
         if dry_run:
-            raise Refused("--probe measures and --dry-run computes. Leave one of them out")
+            raise Refused("--probe measures and --dry-run only computes. Leave one of them out")
         probe.main(script)
 
 
-def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Print the preflight of a pretraining."""
+def _preview_pretraining(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Check the launch of a pretraining, and print its preflight report."""
     launch = launch_of(arguments)
     launch.check(config, "pretrain", glance())
     if "model_type" not in model_values(config):
@@ -241,8 +244,8 @@ def _forecast(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) 
         print(f"  {line}")
 
 
-def _check_tuning(file: str) -> Callable[[dict[str, Any], argparse.Namespace], None]:
-    """The preview of a stage that has no preflight: its launch is checked. file: its own JSON file."""
+def _preview_tuning(file: str) -> Callable[[dict[str, Any], argparse.Namespace], None]:
+    """The preview of a stage without a preflight report, which checks its launch. file: its training file."""
 
     def check(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
         if file in config:
@@ -252,34 +255,34 @@ def _check_tuning(file: str) -> Callable[[dict[str, Any], argparse.Namespace], N
 
 
 def main() -> None:
-    """Run the stage that belongs to the training script named first on the command line."""
+    """Run the stage of the training script that the command line names first."""
     script = Path(sys.argv.pop(1))
     with _ends_in_one_line("recipe.run.launch"):
-        if script.name not in STAGES:
-            raise Refused(f"{script}: wanted one of {', '.join(STAGES)}")
-    name, sections, inputs = STAGES[script.name]
+        if script.name not in TRAINING_STAGES:
+            raise Refused(f"{script}: expected one of {', '.join(TRAINING_STAGES)}")
+    name, sections, inputs = TRAINING_STAGES[script.name]
     doc = f"Stage {name}: {script.name} under plain python, torchrun (--nproc, --nnodes) or deepspeed."
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--node-rank", type=int, default=0)
     early.add_argument("--probe", action="store_true")
     early.add_argument("--dry-run", action="store_true")
-    asked = early.parse_known_args()[0]
-    if asked.probe:
-        _probe(name, script, asked.dry_run)
+    options = early.parse_known_args()[0]
+    if options.probe:
+        _probe(name, script, options.dry_run)
         return
-    if asked.node_rank > 0:
+    if options.node_rank > 0:
         join(name, doc, script)
         return
     run_stage(
         f"{name}.sh",
         doc,
-        lambda stage: train(stage, script),
+        lambda stage: run_training(stage, script),
         sections,
         inputs,
         options=add_options,
         resumable=True,
         skip=SKIP.get(name),
-        preview=_forecast if name == "05_pretrain" else _check_tuning(sections[-1]),
+        preview=_preview_pretraining if name == "05_pretrain" else _preview_tuning(sections[-1]),
     )
 
 

@@ -1,4 +1,4 @@
-"""The options of a launch: which processes train and how they work together."""
+"""The training stages, and the options of a launch: which processes train and how they work together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipe.config.launch import check_launch, check_tensor_parallel
 from recipe.config.model import model_values
@@ -18,11 +18,40 @@ from recipe.hardware import Hardware, check_quantization, choose, count_gpus
 from recipe.project import Refused
 
 
+class TrainingStage(NamedTuple):
+    """A stage that trains.
+
+    sections: the recipe's files that decide its result, the training file last. inputs: the stages it reads.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """Its training file: ``pretrain``, ``finetune`` or ``preference``."""
+        return self.sections[-1]
+
+    @property
+    def number(self) -> int:
+        """The number that --from and --to of run_all.sh count by."""
+        return int(self.name[:2])
+
+
+# The training stages by their scripts.
+TRAINING_STAGES = {
+    "run_clm.py": TrainingStage("05_pretrain", ("model", "pretrain"), ("03_tokenizer", "04_tokenize")),
+    "run_sft.py": TrainingStage("12_finetune", ("finetune",), ("05_pretrain", "11_dataset")),
+    "run_dpo.py": TrainingStage("13_preference", ("preference",), ("12_finetune",)),
+}
+
+
 @dataclass(frozen=True)
 class Launch:
-    """Which processes train and what joins them.
+    """Which processes train, and how they share the work.
 
-    processes: ranks on this machine, of `nodes` machines with as many each. hosts: ranks by machine, from
+    processes: ranks on this machine; each of the `nodes` machines has as many. hosts: ranks by machine, from
     DeepSpeed's hostfile. deepspeed: a file of configs/deepspeed/ by its short name. fsdp: shard by FSDP2.
     tensor_parallel: ranks that share each matrix.
     """
@@ -40,19 +69,22 @@ class Launch:
 
     @property
     def ranks(self) -> int:
-        """Processes on all machines."""
+        """The number of processes on all machines."""
         return sum(self.hosts.values()) or self.nodes * self.processes
 
     def check(
         self, config: Mapping[str, dict[str, Any]], file: str, hardware: Hardware | None = None
     ) -> Path | None:
-        """Check the options against a recipe's file (``pretrain`` or ``finetune``), its model, and what this
-        machine has (see `recipe.hardware.glance`).
+        """Check the options against a training file, the model, and the hardware.
 
-        Returns the path of the DeepSpeed file. Raises Refused.
+        file: ``pretrain``, ``finetune`` or ``preference``. hardware: what this machine has
+        (`recipe.hardware.glance`); None leaves that check out.
+
+        Returns the path of the DeepSpeed file, or None. Raises Refused.
         """
         check_boards(config[file].get("report_to"), f"{file}.json")
-        if hardware and not self.hosts:  # DeepSpeed's machines may be others than this one
+        # The machines of a hostfile may be others than this one.
+        if hardware and not self.hosts:
             check_quantization(hardware, config[file], f"{file}.json")
             check_optimizer_hardware(hardware, config[file], f"{file}.json")
             choose(hardware, config[file], f"{file}.json", documents_suffice(config, file))
@@ -62,22 +94,25 @@ class Launch:
 
 
 def launch_of(arguments: argparse.Namespace) -> Launch:
-    """The launch that the options of `add_options` describe. Raises Refused where they contradict."""
+    """The launch that the options of `add_options` describe. Raises Refused for options that contradict."""
     nodes, node_rank = arguments.nnodes, arguments.node_rank
     if nodes < 1 or not 0 <= node_rank < nodes:
-        raise Refused(f"--nnodes {nodes} --node-rank {node_rank}: wanted a rank from 0 to nnodes - 1")
+        raise Refused(f"--nnodes {nodes} --node-rank {node_rank}: expected a rank from 0 to {nodes - 1}")
     if arguments.nproc < 0:
-        raise Refused(f"--nproc {arguments.nproc}: wanted the number of ranks on this machine, 1 or more")
+        raise Refused(f"--nproc {arguments.nproc}: expected the number of ranks on this machine, 1 or more")
     visible = count_gpus()
     if visible and arguments.nproc > visible and not arguments.hostfile:
         raise Refused(
-            f"--nproc {arguments.nproc}: {visible} GPUs are visible here (nvidia-smi, CUDA_VISIBLE_DEVICES); "
-            "wanted at most one rank for each"
+            f"--nproc {arguments.nproc}: {visible} GPUs are visible here (nvidia-smi, CUDA_VISIBLE_DEVICES). "
+            "Give at most one rank per GPU"
         )
     if nodes > 1 and not arguments.master_addr:
-        raise Refused(f"--nnodes {nodes}: give --master-addr, the address of node 0")
+        raise Refused(f"--nnodes {nodes}: --master-addr is missing. Give the address of node 0")
     if arguments.hostfile and (not arguments.deepspeed or nodes > 1):
-        raise Refused("--hostfile is for --deepspeed, and starts the other nodes itself: without --nnodes")
+        raise Refused(
+            "--hostfile needs --deepspeed, which starts the other nodes itself. Add --deepspeed NAME and "
+            "leave out --nnodes"
+        )
     hosts = read_hostfile(Path(arguments.hostfile)) if arguments.hostfile else {}
     return Launch(
         processes=max(hosts.values()) if hosts else arguments.nproc or default_ranks(),
@@ -94,7 +129,7 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Ranks by machine from lines ``NAME slots=N``, as DeepSpeed and MPI read them. Raises Refused."""
+    """Ranks by machine, from lines ``NAME slots=N`` as DeepSpeed and MPI read them. Raises Refused."""
     if not path.is_file():
         raise Refused(f"--hostfile {path}: no such file")
     hosts: dict[str, int] = {}
@@ -104,30 +139,38 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
         if not found or found[1] in hosts or int(found[2]) < 1:
-            raise Refused(f"{path}:{number}: {line!r}, wanted `NAME slots=N`, each machine once")
+            raise Refused(f"{path}:{number}: {line!r}, expected `NAME slots=N`, each machine once")
         hosts[found[1]] = int(found[2])
     if len(hosts) < 2:
-        raise Refused(f"{path}: {len(hosts)} machines. On one machine give --nproc instead of --hostfile")
+        raise Refused(f"{path}: {len(hosts)} machines, expected 2 or more. On one machine use --nproc")
     if not shutil.which("pdsh"):
-        raise Refused("--hostfile: DeepSpeed reaches the other machines through pdsh: apt-get install pdsh")
+        raise Refused(
+            "--hostfile: DeepSpeed starts the other machines through pdsh, which is not installed. Run "
+            "`apt-get install pdsh`"
+        )
     return hosts
 
 
 def default_ranks() -> int:
-    """One rank per visible GPU, one without any."""
+    """One rank per visible GPU; one rank without a GPU."""
     return max(1, count_gpus())
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose processes and what joins them."""
+    """Add the options that choose the processes and their parallelism."""
     add = parser.add_argument
-    add("--nproc", type=int, default=0, help="ranks on this machine; default: one per GPU, else 1")
-    add("--deepspeed", metavar="NAME", help="ZeRO by configs/deepspeed/NAME.json, e.g. zero2")
-    add("--fsdp", action="store_true", help="shard weights and optimizer over the ranks by FSDP2")
+    add("--nproc", type=int, default=0, help="ranks on this machine (default: one per GPU, or 1)")
+    add("--deepspeed", metavar="NAME", help="use ZeRO with configs/deepspeed/NAME.json, e.g. zero2")
+    add("--fsdp", action="store_true", help="shard weights and optimizer states over the ranks by FSDP2")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="split each matrix over N ranks")
-    add("--nnodes", type=int, default=1, help="machines; run the command on each, with its --node-rank")
-    add("--node-rank", type=int, default=0, help="0 on the machine that holds the stage")
+    add(
+        "--nnodes",
+        type=int,
+        default=1,
+        help="number of machines; run the command on each, with its --node-rank",
+    )
+    add("--node-rank", type=int, default=0, help="0 on the machine that runs the stage")
     add("--master-addr", default="", help="address of node 0")
     add("--master-port", type=int, default=29500, help="a free port of node 0 (default: 29500)")
-    add("--hostfile", metavar="FILE", help="machines for --deepspeed, lines `NAME slots=N`, reached by pdsh")
-    add("--probe", action="store_true", help="measure settings and name the fastest (stage 05 only)")
+    add("--hostfile", metavar="FILE", help="machines for --deepspeed: lines `NAME slots=N`, reached by pdsh")
+    add("--probe", action="store_true", help="measure which settings are the fastest (stage 05 only)")

@@ -1,9 +1,9 @@
 """Find the fastest settings by measuring: micro-batch x activation checkpointing x compile (x ZeRO stage).
 
-``bash pretrain/05_pretrain.sh --probe`` trains a few steps of each combination, each in a process of its own
+``bash pretrain/05_pretrain.sh --probe`` trains a few steps with each combination, each in its own process
 under the launcher that the training itself would use. A combination that runs out of memory, crashes or is
-killed costs only itself. The table goes to ``outputs/<recipe>/probe.md``; the options that train with the
-fastest, to ``probe.options`` beside it.
+killed does not stop the others. The table is written to ``outputs/<recipe>/probe.md``, and the options of the
+fastest combination to ``probe.options`` in the same folder.
 """
 
 from __future__ import annotations
@@ -31,18 +31,23 @@ from recipe.run.memory import memory
 from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
 from recipe.run.stage import stage_arguments
 
-STEPS = 5  # of which the first, which compiles, is not measured
-LIMIT = 1800  # seconds for one combination
-STRIDE = 1.3  # a micro-batch closer to the one before would tell little more
-SLOWER = 0.95  # a larger micro-batch below this share of the speed before ends the climb
-HOPELESS = 1.3  # times the memory there is, by the preflight's sum: not even tried
+# Steps of one measurement. The first one compiles and is not measured.
+STEPS = 5
+# Seconds for one combination.
+LIMIT = 1800
+# Each micro-batch is at least so many times the one before; closer ones would tell little more.
+STRIDE = 1.3
+# Larger micro-batches are left out once the speed falls below this share of the speed before.
+SLOWER = 0.95
+# A combination is left out when the preflight computes more than so many times the free memory.
+HOPELESS = 1.3
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|MemoryError|std::bad_alloc|out of memory|not enough memory"
     r"|(can't|cannot) allocate memory",
     re.I,
 )
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
-# What a probe leaves out of a training. Its few steps need no schedule, and would not hold a long one.
+# What a probe leaves out of a training. A schedule may be longer than its few steps.
 SHORT = {
     "max_steps": STEPS,
     "lr_scheduler_type": "constant",
@@ -61,17 +66,17 @@ SHORT = {
 def attempt(
     line: list[str], folder: Path, environment: dict[str, str], limit: float = LIMIT
 ) -> dict[str, Any]:
-    """Run one command in `folder` to whatever end; ``outcome`` tells which.
+    """Run one command in `folder`, and say in ``outcome`` how it ended.
 
-    ``ok`` (with the figures it wrote to result.json), ``out of memory``, ``killed``, ``too slow``, or
-    ``failed`` with its own error, or else the last line it wrote, as ``reason``.
+    The outcomes: ``ok`` (with the figures of its result.json), ``out of memory``, ``killed``, ``too slow``
+    (not finished after `limit` seconds), and ``failed``, whose ``reason`` is its error or its last line.
     """
     log = folder / "log"
     with log.open("w") as handle:
         child = subprocess.Popen(
             line, env=environment, stdout=handle, stderr=handle, start_new_session=True, cwd=folder
         )
-        # Should memory run out, the kernel is to kill this process and none beside it.
+        # If memory runs out, the kernel kills this process first.
         with contextlib.suppress(OSError):
             Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
         try:
@@ -81,8 +86,9 @@ def attempt(
         finally:
             if child.poll() is None:
                 kill(child)
+            # A launcher that has died may have left ranks behind.
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # also what a dead launcher left behind
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     text = log.read_text(errors="replace")
     if code is None:
@@ -94,16 +100,17 @@ def attempt(
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or KILLED.search(text):
         return {"outcome": "killed", "reason": "SIGKILL: most likely the machine's memory ran out"}
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # After a rank's own error torchrun writes a page about which rank it was.
+    # After a rank's own error torchrun writes many lines about which rank it was.
     said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or [f"exit {code}"]
     return {"outcome": "failed", "reason": said[0].removeprefix("error: ")[:300]}
 
 
 def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launch, bool, bool]]:
-    """(launch, checkpointing, compile), those worth comparing.
+    """The combinations worth comparing, as (launch, checkpointing, compile).
 
-    ZeRO's stages beside DDP where several ranks are joined by nothing else, never with Muon; torch.compile
-    only without sharding, where there is a compiler, and unless pretrain.json says false.
+    ZeRO's stages are compared with DDP where the user has chosen no sharding for several ranks, but never
+    with Muon. torch.compile is tried only without sharding, where there is a compiler, and unless
+    pretrain.json says false.
     """
     sharded = launch.deepspeed or launch.fsdp or launch.tensor_parallel > 1
     launches = [launch]
@@ -117,19 +124,21 @@ def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launc
                 yield way, checkpointing, True
 
 
-def micro_batches(share: int, asked: int) -> list[int]:
-    """The divisors of a rank's share of the global batch, each at least `STRIDE` times the one before, and
-    `asked`, the recipe's own.
+def micro_batches(share: int, own: int) -> list[int]:
+    """The micro-batches to measure, in ascending order.
+
+    They divide `share`, a rank's share of the global batch in sequences. Each is at least `STRIDE` times the
+    one before, except `own`, the recipe's own micro-batch, which is always among them.
     """
     chosen: list[int] = []
     for micro in (micro for micro in range(1, share + 1) if share % micro == 0):
-        if micro == asked or not chosen or micro >= STRIDE * chosen[-1]:
+        if micro == own or not chosen or micro >= STRIDE * chosen[-1]:
             chosen.append(micro)
     return chosen
 
 
 def climb(micros: list[int], measure: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Measure ever larger micro-batches until one fails, or is clearly slower than the one before."""
+    """Measure larger and larger micro-batches until one fails or is clearly slower than the one before."""
     before = 0.0
     for micro in micros:
         row = measure(micro)
@@ -142,18 +151,18 @@ def climb(micros: list[int], measure: Callable[[int], dict[str, Any]]) -> Iterat
 def options_of(row: dict[str, Any], overrides: Sequence[str] = ()) -> str:
     """The options of 05_pretrain.sh and run_all.sh that train with a row's settings.
 
-    overrides: the --set of the probe itself, without which it would be another training.
+    overrides: the --set options of the probe itself, which the training needs, too.
     """
     parts = [f"--set {_word(override)}" for override in overrides]
     parts += [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
     parts.append(f"--set pretrain.activation_checkpointing={str(row['checkpointing']).lower()}")
-    if not row["joined"]:
+    if not row["launch"]:
         parts.append(f"--set pretrain.torch_compile={str(row['compiled']).lower()}")
-    return " ".join([*parts, row["joined"]]).strip()
+    return " ".join([*parts, row["launch"]]).strip()
 
 
 def _word(override: str) -> str:
-    """FILE.KEY=VALUE without blanks, at which a shell would split what `cat probe.options` writes."""
+    """FILE.KEY=VALUE without blanks, because a shell splits the output of `cat probe.options` at blanks."""
     key, _, value = override.partition("=")
     try:
         value = json.loads(value)
@@ -163,8 +172,8 @@ def _word(override: str) -> str:
     return f"{key}={json.dumps(value, separators=(',', ':'))}".replace(" ", r"\u0020")
 
 
-def joined(launch: Launch) -> str:
-    """The options that join the ranks; empty for one process, or several without sharding."""
+def launch_words(launch: Launch) -> str:
+    """The options that shard over the ranks; empty for one process, or for DDP."""
     parts = [f"--deepspeed {launch.deepspeed}"] if launch.deepspeed else []
     parts += ["--fsdp"] if launch.fsdp else []
     parts += [f"--tensor-parallel {launch.tensor_parallel}"] if launch.tensor_parallel > 1 else []
@@ -187,7 +196,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['peak_memory_bytes'] / 2**30:.2f}",
             ]
         outcome = row["outcome"] + (f": {row['reason']}" if row.get("reason") else "")
-        cells = [str(row["micro_batch"]), yes[row["checkpointing"]], yes[row["compiled"]], row["joined"]]
+        cells = [str(row["micro_batch"]), yes[row["checkpointing"]], yes[row["compiled"]], row["launch"]]
         lines.append("| " + " | ".join([*cells, *figures, outcome.replace("|", "/")]) + " |")
     return "\n".join(lines)
 
@@ -197,9 +206,9 @@ def measure(
 ) -> dict[str, Any]:
     """A row of the table: the plan's training with these settings, for `STEPS` steps.
 
-    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` hands them to a training. At most two
-    micro-batches are accumulated: the second is where the memory is fullest, and more would only take time.
-    The optimizer's share of a step is therefore somewhat larger than in the training.
+    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` gives them to a training. At most two
+    micro-batches are accumulated: memory is highest in the second one, and more would only take time. The
+    optimizer's share of a step is therefore somewhat larger than in the training.
     """
     values, replicas = plan["config"]["pretrain"], launch.ranks // launch.tensor_parallel
     accumulation = min(2, values["global_batch_size"] // replicas // micro)
@@ -211,13 +220,13 @@ def measure(
         "torch_compile": compiled,
     }
     row = {"micro_batch": micro, "checkpointing": checkpointing, "compiled": compiled}
-    row |= {"joined": joined(launch)}
+    row |= {"launch": launch_words(launch)}
     config = plan["config"] | {"pretrain": values}
     path = launch.check(config, "pretrain")
     shape, setting, free = preflight.on_this_machine(plan["recipe"], config, launch)
     peak = memory(shape, setting)["peak"]
     if peak > HOPELESS * free:
-        reason = f"about {peak / 2**30:.0f} GiB a rank by the preflight, {free / 2**30:.0f} GiB are free"
+        reason = f"about {peak / 2**30:.0f} GiB per rank by the preflight, {free / 2**30:.0f} GiB are free"
         return row | {"outcome": "not tried", "reason": reason}
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=OUTPUTS / plan["recipe"]) as name:
         folder = Path(name)
@@ -231,16 +240,19 @@ def measure(
 
 
 def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str, Any]]:
-    """Measure every combination worth it; each row is printed when it is there."""
+    """Measure all combinations, printing each row as soon as it is measured."""
     values = plan["config"]["pretrain"]
     replicas = launch.ranks // launch.tensor_parallel
-    asked, accumulation = batch_layout(
+    own, accumulation = batch_layout(
         values["global_batch_size"], values["per_device_train_batch_size"], replicas
     )
     if launch.ranks > 1 and values.get("muon_learning_rate"):
-        print("ZeRO is left out: it has no Muon (--set pretrain.muon_learning_rate=null)", flush=True)
+        print(
+            "ZeRO is left out because it does not work with Muon (--set pretrain.muon_learning_rate=null)",
+            flush=True,
+        )
     rows: list[dict[str, Any]] = []
-    micros = micro_batches(asked * accumulation, asked)
+    micros = micro_batches(own * accumulation, own)
     for way in combinations(values, launch):
         for row in climb(micros, lambda micro, way=way: measure(script, plan, *way, micro)):
             rows.append(row)
@@ -250,24 +262,25 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str,
 
 def main(script: Path) -> None:
     """Probe a recipe whose stages 03 and 04 are done, with the options of 05_pretrain.sh."""
-    parser = stage_arguments("Measure settings of stage 05 and name the fastest.")
+    parser = stage_arguments("Measure which settings of stage 05 are the fastest.")
     add_options(parser)
     arguments = parser.parse_args()
     recipe, launch = arguments.recipe, launch_of(arguments)
     if launch.nodes > 1 or launch.hostfile:
-        raise Refused("--probe measures on one machine: leave --nnodes and --hostfile out")
+        raise Refused("--probe measures on one machine. Leave --nnodes and --hostfile out")
     config = load_recipe(recipe, arguments.overrides)
     inputs = {stage: stage_folder(recipe, stage) for stage in ("03_tokenizer", "04_tokenize")}
     for stage, folder in inputs.items():
         if not (folder / "stage.json").exists():
             raise Refused(f"--probe needs {stage}. Run `bash run_all.sh --recipe {recipe} --to 04`")
     if find_initial(config["pretrain"]):
-        check_recipe(config, f"configs/{recipe}")  # again, now that its config.json was fetched
+        # Check again: the checkpoint's config.json has been fetched since.
+        check_recipe(config, f"configs/{recipe}")
     rows = search(script, {"recipe": recipe, "config": config, "inputs": inputs}, launch)
     shown = table(rows)
     measured = [row for row in rows if row["outcome"] == "ok"]
     if not measured:
-        raise RecipeError(f"no setting ran:\n{shown}\nSee what `05_pretrain.sh --dry-run` suggests")
+        raise RecipeError(f"every setting failed:\n{shown}\nTry what `05_pretrain.sh --dry-run` suggests")
     options = options_of(max(measured, key=lambda row: row["tokens_per_second"]), arguments.overrides)
     if arguments.nproc:
         options += f" --nproc {arguments.nproc}"
@@ -275,4 +288,7 @@ def main(script: Path) -> None:
     (folder / "probe.md").write_text(f"{shown}\n\nfastest: {options}\n", "utf-8")
     (folder / "probe.options").write_text(options + "\n", "utf-8")
     print(f"\n{shown}\n\nfastest: {options}", flush=True)
-    print(f"To train so: bash run_all.sh --recipe {recipe} $(cat outputs/{recipe}/probe.options)", flush=True)
+    print(
+        f"To train with it: bash run_all.sh --recipe {recipe} $(cat outputs/{recipe}/probe.options)",
+        flush=True,
+    )

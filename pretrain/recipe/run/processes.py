@@ -1,4 +1,4 @@
-"""The command, environment and plan of a training child, and how it is killed."""
+"""The command, environment and plan of a training child, and how to kill it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from recipe.run.launch_options import Launch
 def command(
     script: str, arguments: list[str], launch: Launch, deepspeed: Path | None, visible: str | None = None
 ) -> list[str]:
-    """The command that trains on this machine's ranks, or by a hostfile on all machines.
+    """The command that starts this machine's ranks, or with a hostfile the ranks of all machines.
 
-    deepspeed: path of a DeepSpeed file, or None; without it one process runs as plain python.
-    visible: CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher would otherwise ignore beside a number of ranks.
+    deepspeed: path of a DeepSpeed file, or None. Without it a single process runs as plain python.
+    visible: CUDA_VISIBLE_DEVICES. DeepSpeed's launcher ignores it when it is given a number of ranks, so the
+    GPUs are named instead.
     """
     count = str(launch.processes)
     if launch.nodes > 1:
@@ -56,7 +57,7 @@ def _free_port() -> int:
 
 
 def visible_devices() -> str | None:
-    """CUDA_VISIBLE_DEVICES where there are GPUs to see."""
+    """CUDA_VISIBLE_DEVICES on a machine with visible GPUs, else None."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus() else None
 
 
@@ -75,10 +76,12 @@ def _defaults(processes: int) -> dict[str, str]:
 def child_environment(
     environment: Mapping[str, str], processes: int, for_hosts: Path | None = None
 ) -> dict[str, str]:
-    """The child's environment: threads shared among the ranks, compiled kernels kept between runs, no
-    telemetry; what the user has set wins.
+    """The environment of the training child.
 
-    for_hosts: a file to write for DeepSpeed, which hands what stands in it to the machines of a hostfile.
+    The ranks share the CPU's threads, compiled kernels are kept between runs, and telemetry is off. Variables
+    that the user has set are kept.
+
+    for_hosts: a file to write for DeepSpeed, which sets its variables on the machines of a hostfile.
     """
     defaults = _defaults(processes)
     chosen = defaults | dict(environment)
@@ -96,7 +99,7 @@ def training_plan(
     deepspeed: Path | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """What the training child reads: settings, launch, and paths of its inputs and its work folder."""
+    """What the training child reads: settings, launch, and the paths of its inputs and its work folder."""
     return {
         "recipe": recipe,
         "config": config,
@@ -112,14 +115,17 @@ def training_plan(
 
 
 def kill(child: subprocess.Popen[bytes]) -> None:
-    """Kill a child and all below it: torchrun's ranks have sessions of their own, and outlive it."""
+    """Kill a child and all its descendants.
+
+    torchrun's ranks have sessions of their own and would otherwise go on.
+    """
     for process in reversed(descendants(child.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
 def descendants(process: int) -> list[int]:
-    """A process and all below it, parents first (Linux)."""
+    """The ids of a process and all its descendants, parents first (Linux)."""
     found = [process]
     with contextlib.suppress(OSError):
         for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():

@@ -1,4 +1,4 @@
-"""Which launcher starts a training, and with what environment."""
+"""Which launcher starts a training, with which environment, and which options are refused."""
 
 import argparse
 import sys
@@ -45,7 +45,7 @@ def test_deepspeed_has_its_own_launcher():
     line = command("run_clm.py", ["plan"], Launch(2), zero2)
     assert line[2] == "deepspeed.launcher.runner"
     assert line[line.index("--num_gpus") + 1] == "2"
-    # Its launcher ignores CUDA_VISIBLE_DEVICES beside --num_gpus.
+    # With --num_gpus its launcher ignores CUDA_VISIBLE_DEVICES.
     line = command("run_clm.py", ["plan"], Launch(2), zero2, "1,3,5")
     assert line[line.index("--include") + 1] == "localhost:1,3" and "--num_gpus" not in line
     hosts = Launch(4, hostfile=Path("hosts"), hosts={"a": 4, "b": 2}, master_addr="a")
@@ -105,12 +105,12 @@ def test_hostfile(tmp_path, monkeypatch):
         ),
         (
             ("train.py", "--recipe", "tiny"),
-            "recipe.run.launch: error: train.py: wanted one of run_clm.py",
+            "recipe.run.launch: error: train.py: expected one of run_clm.py",
         ),
         (("run_clm.py", "--recipe", "nosuch", "--node-rank", "1"), "05_pretrain: error: configs/nosuch: no"),
     ],
 )
-def test_what_cannot_be_started_ends_in_one_line(monkeypatch, capsys, words, fault):
+def test_a_refused_start_ends_with_one_line(monkeypatch, capsys, words, fault):
     monkeypatch.setattr(sys, "argv", ["launch", *words])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -118,7 +118,7 @@ def test_what_cannot_be_started_ends_in_one_line(monkeypatch, capsys, words, fau
 
 
 def test_no_more_ranks_than_gpus(monkeypatch):
-    """Two ranks on one GPU would end in a message of NCCL's; on a CPU ranks share the cores."""
+    """Two ranks on one GPU would only end with an error from NCCL. On a CPU, ranks share the cores."""
     monkeypatch.setattr(launch_options, "count_gpus", lambda: 2)
     assert options("--nproc", "2").processes == options().processes == 2
     with pytest.raises(Refused, match="--nproc 3: 2 GPUs are visible"):
@@ -127,7 +127,7 @@ def test_no_more_ranks_than_gpus(monkeypatch):
     assert options("--nproc", "3").processes == 3
 
 
-def test_hosts_are_handed_the_environment(tmp_path):
+def test_hosts_get_the_environment(tmp_path):
     path = tmp_path / "env"
     environment = child_environment({"OMP_NUM_THREADS": "7", "SECRET": "x"}, 2, path)
     assert environment["DS_ENV_FILE"] == str(path)
@@ -176,9 +176,11 @@ def test_muon_and_compile_are_refused_where_weights_are_sharded(sharding, option
         check(VALUES | {"torch_compile": True})
 
 
-def test_launches_that_cannot_be_are_refused():
+def test_impossible_launches_are_refused():
     assert check_launch(VALUES, "pretrain", None, 2) is None
-    assert check_launch(VALUES, "pretrain", None, 16, fsdp=True, tensor_parallel=2) is None  # 8 read data
+    assert (
+        check_launch(VALUES, "pretrain", None, 16, fsdp=True, tensor_parallel=2) is None
+    )  # 8 ranks read data
     with pytest.raises(Refused, match="'zero2'"):
         check_launch(VALUES, "pretrain", "zero_2", 2)
     for ranks, sharding, fault in (

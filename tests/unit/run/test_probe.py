@@ -1,4 +1,4 @@
-"""The search by measuring: real trainings of a mini model, and attempts that end in every way there is."""
+"""The search by measuring: real trainings of a mini model, and runs that end in every possible way."""
 
 import argparse
 import json
@@ -15,7 +15,16 @@ from recipe.project import ROOT
 from recipe.run import preflight, probe
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import shape_of
-from recipe.run.probe import attempt, climb, combinations, joined, measure, micro_batches, options_of, table
+from recipe.run.probe import (
+    attempt,
+    climb,
+    combinations,
+    launch_words,
+    measure,
+    micro_batches,
+    options_of,
+    table,
+)
 from recipe.run.processes import child_environment
 
 PYTHON = [sys.executable, "-c"]
@@ -26,7 +35,7 @@ def end_of(tmp_path, code, limit=60.0):
     return attempt([*PYTHON, code], tmp_path, child_environment(os.environ, 1), limit)
 
 
-def test_a_finished_attempt_brings_its_figures(tmp_path):
+def test_a_finished_run_returns_its_figures(tmp_path):
     row = end_of(tmp_path, "open('result.json', 'w').write('{\"tokens_per_second\": 5}')")
     assert row == {"outcome": "ok", "tokens_per_second": 5}
 
@@ -52,10 +61,10 @@ def test_a_killed_rank_is_recognised_behind_its_launcher(tmp_path):
 def test_a_crash_gives_its_last_line(tmp_path):
     row = end_of(tmp_path, "raise ValueError('no such layer')")
     assert row == {"outcome": "failed", "reason": "ValueError: no such layer"}
-    # Behind torchrun's own page about it, a rank's error is what counts.
+    # The rank's own error is shown, not what torchrun writes about it afterwards.
     code = "print('error: model.json: no such layer'); print('====='); exit(1)"
     assert end_of(tmp_path, code) == {"outcome": "failed", "reason": "model.json: no such layer"}
-    # exit 0 without figures is no success
+    # Exit code 0 without figures is no success.
     assert end_of(tmp_path, "print('bye')") == {"outcome": "failed", "reason": "bye"}
 
 
@@ -81,20 +90,20 @@ def assert_ranks_are_dead(folder):
     assert all(state_of(process) in ("gone", "Z", "X") for process in ranks)
 
 
-def test_a_hung_attempt_ends_with_all_its_ranks(tmp_path):
-    """torchrun gives each rank a session of its own, which no signal to torchrun's reaches."""
+def test_a_hung_run_is_killed_with_all_its_ranks(tmp_path):
+    """torchrun gives each rank its own session, which a signal to torchrun's session does not reach."""
     row = attempt(torchrun(tmp_path, HANGING), tmp_path, child_environment(os.environ, 2), 15.0)
     assert row["outcome"] == "too slow"
     assert_ranks_are_dead(tmp_path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_probe_ends_in_one_line_and_with_all_its_ranks(tmp_path, number, code):
+def test_an_interrupted_probe_ends_with_one_line_and_all_its_ranks(tmp_path, number, code):
     line = torchrun(tmp_path, HANGING)
     code_of_probe = (
-        "import os; from pathlib import Path; from recipe.run import launch, probe\n"
+        "import os, sys; from pathlib import Path; from recipe.run import launch, probe\n"
         f"run = lambda script: probe.attempt({line!r}, Path({str(tmp_path)!r}), dict(os.environ))\n"
-        "probe.main = run; launch._probe('05_pretrain', None, False)"
+        "probe.main = run; sys.argv = ['launch', 'run_clm.py', '--probe']; launch.main()"
     )
     probing = subprocess.Popen([*PYTHON, code_of_probe], stderr=subprocess.PIPE, text=True)
     while not all((tmp_path / f"pid{rank}").exists() for rank in range(2)):
@@ -106,7 +115,7 @@ def test_an_interrupted_probe_ends_in_one_line_and_with_all_its_ranks(tmp_path, 
     assert_ranks_are_dead(tmp_path)
 
 
-def test_the_attempt_is_what_the_kernel_would_kill_first(tmp_path):
+def test_the_kernel_would_kill_the_measured_run_first(tmp_path):
     code = "import time; time.sleep(0.5); print(open('/proc/self/oom_score_adj').read())"
     assert end_of(tmp_path, code) == {"outcome": "failed", "reason": "1000"}
 
@@ -128,7 +137,7 @@ def test_combinations_are_those_that_training_accepts():
     assert {way.deepspeed for way, _, _ in shared} == {None, "zero1", "zero2", "zero3"}
     assert not any(compiled for way, _, compiled in shared if way.deepspeed)  # refused by check_launch
     assert all(way == two for way, _, _ in combinations({"muon_learning_rate": 0.1}, two))
-    # What the user has chosen to join the ranks is kept.
+    # The sharding that the user has chosen is kept.
     fsdp = Launch(processes=2, fsdp=True)
     assert list(combinations({}, fsdp)) == [(fsdp, False, False), (fsdp, True, False)]
 
@@ -153,7 +162,7 @@ def test_the_climb_ends_at_a_failure_or_a_loss(speeds, measured):
 
 
 def test_table_and_options():
-    row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "joined": "--deepspeed zero2"}
+    row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "launch": "--deepspeed zero2"}
     assert options_of(row) == (
         "--set pretrain.per_device_train_batch_size=8 --set pretrain.activation_checkpointing=true "
         "--deepspeed zero2"
@@ -163,7 +172,7 @@ def test_table_and_options():
         r'--set pretrain.max_steps=7 --set generation.prompts=["a\u0020b","c"] '
         r'--set pretrain.run_name="a\u0020b" --set pretrain.per_device_train_batch_size=8'
     )
-    good = row | {"joined": "", "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
+    good = row | {"launch": "", "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
     assert options_of(good).endswith("--set pretrain.torch_compile=true")
     good |= {"flops_per_second": 2e11, "peak_memory_bytes": 3 * 2**30}
     bad = row | {"outcome": "failed", "reason": "a | b"}
@@ -172,12 +181,12 @@ def test_table_and_options():
     assert lines[3] == "| 8 | yes | no | --deepspeed zero2 |  |  |  | failed: a / b |"
 
 
-def test_what_joins_the_ranks_is_named_by_its_options():
-    assert joined(Launch(processes=2)) == ""
+def test_launch_words_are_the_options_of_the_launch():
+    assert launch_words(Launch(processes=2)) == ""
     both = Launch(processes=4, fsdp=True, tensor_parallel=2)
-    assert launch_of(parsed(joined(both) + " --nproc 4")) == both
+    assert launch_of(parsed(launch_words(both) + " --nproc 4")) == both
     zero = Launch(processes=2, deepspeed="zero3")
-    assert launch_of(parsed(joined(zero) + " --nproc 2")) == zero
+    assert launch_of(parsed(launch_words(zero) + " --nproc 2")) == zero
 
 
 def parsed(options):
@@ -194,7 +203,7 @@ def prepared(make_project):
 
 
 def plan_of(project, **changes):
-    """What `search` hands to `measure`, for the mini recipe with some keys of pretrain.json changed."""
+    """What `search` gives to `measure`, for the mini recipe with some keys of pretrain.json changed."""
     folder = project.folder / "configs/mini"
     config = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     config["pretrain"] |= changes
@@ -203,7 +212,7 @@ def plan_of(project, **changes):
     return {"recipe": "mini", "config": config, "inputs": inputs}
 
 
-def test_hopeless_settings_are_not_tried(prepared):
+def test_settings_far_beyond_the_memory_are_left_out(prepared):
     """A block of 2**30 tokens of the mini model would keep terabytes."""
     row = measure(Path("none.py"), plan_of(prepared, block_size=2**30), Launch(), False, False, 4)
     assert row["outcome"] == "not tried" and "GiB are free" in row["reason"]
@@ -211,7 +220,7 @@ def test_hopeless_settings_are_not_tried(prepared):
 
 @pytest.fixture
 def measured(prepared, monkeypatch):
-    """`prepared`, for measurements in this process: the scratch of an attempt stands beside its recipe."""
+    """`prepared`, for measurements in this process: their temporary folders are in its outputs."""
     monkeypatch.setattr(probe, "OUTPUTS", prepared.folder / "outputs")
     return prepared
 
@@ -236,7 +245,7 @@ def test_lack_of_memory_ends_a_row_and_not_the_search(measured, monkeypatch):
 
 
 def test_a_row_is_a_training_with_these_settings(measured, monkeypatch):
-    """Whatever the recipe's schedule: a polynomial that only warms up divides by 0."""
+    """This holds for every schedule of the recipe: a polynomial that only warms up would divide by 0."""
     schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}
     schedule |= {"warmup_steps": probe.STEPS, "logging_strategy": "no"}
     plan = plan_of(measured, global_batch_size=8, **schedule)
@@ -302,5 +311,5 @@ def test_computed_disk_is_what_a_training_writes(prepared):
     assert shape.parameters == record["figures"]["active"]["parameters"]
     files = [folder / "checkpoints/checkpoint-1" / name for name in ("model.safetensors", "optimizer.pt")]
     written = sum(file.stat().st_size for file in files)
-    # 20 kB of names and headers weigh something only beside so small a model.
+    # About 20 kB of names and headers, which only count next to such a small model.
     assert 0 <= written - preflight.checkpoint_bytes(shape, setting) < 40_000
