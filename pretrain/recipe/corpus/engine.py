@@ -126,7 +126,9 @@ class Engine:
                 "login node, or use --set dataset.engine.executor=local"
             )
         options = {key: value for key, value in self.config.items() if key != "executor"}
-        options.setdefault("env_command", f"source {shlex.quote(sys.prefix)}/bin/activate")
+        options.setdefault(
+            "env_command", f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+        )
         executor = SlurmPipelineExecutor(
             pipeline, tasks, job_name=f"recipe-{phase}", logging_dir=str(self.logs / phase), qos="", **options
         )

@@ -102,19 +102,13 @@ def slurm(tmp_path, monkeypatch) -> Path:
         (programs / name).chmod(0o755)
     # `recipe` and this module must be found by the jobs, as they are where the disk is shared.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    monkeypatch.setenv("PATH", f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setenv("STUB", str(tmp_path / "stub"))
     return tmp_path / "stub"
 
 
 def test_slurm_runs_the_same_pipeline_by_a_valid_script(tmp_path, slurm):
-    config = {
-        "executor": "slurm",
-        "partition": "cpu",
-        "time": "01:00:00",
-        "workers": 2,
-        "env_command": "true",
-    }
+    config = {"executor": "slurm", "partition": "cpu", "time": "01:00:00", "workers": 2}
     with engine(config, tmp_path) as phases:
         phases.run("square", [Square(tmp_path)], 3)
     assert squares(tmp_path, 3) == [f"{k * k} of 3" for k in range(3)]
@@ -128,7 +122,7 @@ def test_slurm_runs_the_same_pipeline_by_a_valid_script(tmp_path, slurm):
 
 
 def test_slurm_names_a_task_that_ended_without_a_result(tmp_path, slurm):
-    config = {"executor": "slurm", "partition": "cpu", "time": "01:00:00", "env_command": "true"}
+    config = {"executor": "slurm", "partition": "cpu", "time": "01:00:00"}
     with (
         pytest.raises(
             RecipeError, match=r"(?s)1 of 3 tasks have ended without a result.*part 1 cannot be read"
