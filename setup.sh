@@ -147,7 +147,6 @@ install_flash_attention() {
 import_all() {
   "$venv/bin/python" - <<'PY' >&2
 import accelerate, datasets, lxml, neologdn, sentencepiece, tokenizers, torch, transformers
-import recipe
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 print(f"setup: torch {torch.__version__} on {device}, transformers {transformers.__version__}: ready")
 PY

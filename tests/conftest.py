@@ -1,6 +1,4 @@
-"""A copy of the project in a temporary folder with a small recipe, so that tests never touch a user's
-outputs.
-"""
+"""Copies of the project, each with a small recipe, so that tests never touch the outputs of a user."""
 
 from __future__ import annotations
 
