@@ -1,25 +1,32 @@
-"""Talk to the tuned model, in the terminal or in a browser.
+"""Talk to the tuned model, or let the pretrained one continue text (--base), in the terminal or in a browser.
 
 In the terminal:
   /reset            forget the conversation
   /set KEY VALUE    change a sampling option of generation.json, e.g. /set temperature 0.7; alone: show them
   /quit, Ctrl-D     end; Ctrl-C stops an answer
 
-Run:  .venv/bin/python fine-tuning/chat.py --recipe tiny [--web [--port 7860]]
+Run:  .venv/bin/python fine-tuning/chat.py --recipe tiny [--base] [--web [--port 7860]]
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from recipe.config.recipe import load_recipe
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import no_pairs
 from recipe.project import RecipeError, Refused, stage_folder
 
+if TYPE_CHECKING:  # it imports torch, and a refusal should not wait for that
+    from recipe.evaluation.talking import Talker
+
 
 def main() -> None:
-    """Check that there is a model to talk to, load it, talk."""
+    """Read the options, check that the model exists, load it, and talk."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -32,24 +39,29 @@ def main() -> None:
         dest="overrides",
         help="override one key, e.g. generation.temperature=0.5",
     )
-    parser.add_argument("--web", action="store_true", help="a page for the browser, on this machine only")
-    parser.add_argument("--port", type=int, default=7860, help="of the page (default: 7860)")
+    parser.add_argument(
+        "--base",
+        action="store_true",
+        help="continue text with the pretrained model of stage 05, without tuning",
+    )
+    parser.add_argument("--web", action="store_true", help="serve a page for a browser on this machine")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     arguments = parser.parse_args()
+    recipe, base = arguments.recipe, arguments.base
     try:
-        config = load_recipe(arguments.recipe, arguments.overrides)
-        folder = stage_folder(arguments.recipe, tuned_stage(config))
+        config = load_recipe(recipe, arguments.overrides)
+        stage = "05_pretrain" if base else tuned_stage(config)
+        folder = stage_folder(recipe, stage)
         if not (folder / "stage.json").exists():
-            why = no_pairs(config)
-            if why:
-                raise Refused(f"this recipe does without tuning ({why}), and only a tuned model can chat")
-            raise Refused(f"there is no tuned model yet. Run `bash run_all.sh --recipe {arguments.recipe}`")
+            raise Refused(no_model(recipe, str(folder), base, no_pairs(config)))
         from recipe.evaluation.talking import Talker
 
-        talker = Talker(folder, config)
+        talker = Talker(folder, config, base)
         if arguments.web:
-            serve(talker, arguments.recipe, arguments.port)
+            serve(talker, recipe, stage, arguments.port)
         else:
-            talk(talker, arguments.recipe, arguments.overrides)
+            print(f"({recipe}, stage {stage}, {talker.parameters:,} parameters; /quit to end)")
+            talk(talker, recipe, arguments.overrides)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -57,52 +69,69 @@ def main() -> None:
         print()
 
 
-def talk(talker, recipe: str, overrides: list[str]) -> None:
-    """Read a line, answer it as it is generated, until the input ends."""
+def no_model(recipe: str, folder: str, base: bool, untuned: str) -> str:
+    """The error message for a model that does not exist; untuned: why the recipe does not tune, or empty."""
+    if base:
+        return f"{folder}: there is no pretrained model yet. Run `bash run_all.sh --recipe {recipe} --to 05`"
+    continue_text = f"`chat.py --recipe {recipe} --base` continues text with the pretrained model"
+    if untuned:
+        return f"the recipe {recipe} has no tuned model: {untuned}. {continue_text}"
+    return (
+        f"{folder}: there is no tuned model yet. Run `bash run_all.sh --recipe {recipe}`. Without tuning, "
+        f"{continue_text}"
+    )
+
+
+def talk(talker: Talker, recipe: str, overrides: list[str]) -> None:
+    """Read a line, show the model's text as it is generated, and repeat until the input ends."""
     messages: list[dict[str, str]] = []
+    commands = "/set KEY VALUE, /quit" if talker.base else "/reset, /set KEY VALUE, /quit"
     while True:
-        line = input("User: ").strip()
+        line = input("Text: " if talker.base else "User: ").strip()
         command, _, rest = line.partition(" ")
         try:
             if command == "/quit":
                 return
-            if command == "/reset":
+            if command == "/reset" and not talker.base:
                 messages.clear()
-                print("(forgotten)")
+                print("(conversation forgotten)")
             elif command == "/set":
                 overrides = set_option(talker, recipe, overrides, rest.strip())
             elif command.startswith("/"):
-                print(f"(no command {command}: /reset, /set KEY VALUE, /quit)")
+                print(f"(unknown command {command}. Commands: {commands})")
+            elif line and talker.base:
+                say(line, talker.continue_text(line))
             elif line:
-                asked = [*messages, {"role": "user", "content": line}]
-                messages = [*asked, {"role": "assistant", "content": say(talker.answer(asked))}]
+                question = [*messages, {"role": "user", "content": line}]
+                answer = say("Assistant: ", talker.answer(question))
+                messages = [*question, {"role": "assistant", "content": answer}]
         except RecipeError as error:
             print(f"({error})")
 
 
-def say(pieces) -> str:
-    """Print an answer as it comes; what there is of it when Ctrl-C stops it."""
-    answer = ""
-    print("Assistant: ", end="", flush=True)
+def say(before: str, parts: Iterator[str]) -> str:
+    """Print `before` and then the parts as they are generated, up to Ctrl-C; returns the parts joined."""
+    text = ""
+    print(before, end="", flush=True)
     try:
-        for piece in pieces:
-            answer += piece
-            print(piece, end="", flush=True)
+        for part in parts:
+            text += part
+            print(part, end="", flush=True)
     except KeyboardInterrupt:
-        pieces.close()
+        parts.close()
         print(" (stopped)", end="")
     print()
-    return answer
+    return text
 
 
-def set_option(talker, recipe: str, overrides: list[str], text: str) -> list[str]:
-    """`/set KEY VALUE`: checked as ``--set generation.KEY=VALUE`` is; returns the overrides now in force."""
+def set_option(talker: Talker, recipe: str, overrides: list[str], text: str) -> list[str]:
+    """Carry out `/set KEY VALUE`, checked as ``--set generation.KEY=VALUE``; returns the new overrides."""
     from recipe.evaluation.generation import generation_config
 
     key, _, value = text.partition(" ")
     if key:
         if not value:
-            raise Refused("wanted /set KEY VALUE, e.g. /set temperature 0.7")
+            raise Refused("/set needs a key and a value, e.g. /set temperature 0.7")
         overrides = [*overrides, f"generation.{key}={value.strip()}"]
         config = load_recipe(recipe, overrides)
         generation_config(config["generation"], talker.tokenizer)
@@ -112,15 +141,18 @@ def set_option(talker, recipe: str, overrides: list[str], text: str) -> list[str
     return overrides
 
 
-def serve(talker, recipe: str, port: int) -> None:
-    """The page on the loopback address, until Ctrl-C."""
+def serve(talker: Talker, recipe: str, stage: str, port: int) -> None:
+    """Serve the page on the loopback address, print the address, and wait for Ctrl-C."""
     from recipe.evaluation.talking import web_page
 
-    page = web_page(talker, f"{recipe}: ask in Japanese")
+    page = web_page(talker, recipe, stage).queue()
+    options = {"quiet": True, "footer_links": [], "prevent_thread_lock": True}
     try:
-        page.queue().launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True)
+        _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, share=False, **options)
     except OSError as error:
         raise Refused(f"port {port} is not free ({error}). Choose another one with --port") from error
+    print(f"{address.rstrip('/')} (open it in a browser; Ctrl-C ends)", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

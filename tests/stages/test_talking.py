@@ -1,12 +1,13 @@
-"""Talking to the tuned model: in the terminal, through the page's server, in a browser."""
+"""Talking to the tuned model and to the pretrained one: in the terminal, by the page's server, in a browser."""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -17,9 +18,18 @@ QUESTION = "山は高いですか?"
 NOT_EMPTY = ("--set", "generation.min_new_tokens=8")
 
 
-def chat(project, text, *options):
+@pytest.fixture(scope="module")
+def untuned(project):
+    """A recipe without tuning, run to stage 05."""
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/untuned")
+    project.edit("untuned", "instruction", pairs={})
+    project.run("run_all.sh", "--recipe", "untuned", "--to", "05")
+    return "untuned"
+
+
+def chat(project, text, *options, recipe="mini"):
     """What chat.py prints for lines of input."""
-    command = [sys.executable, str(project.folder / "fine-tuning/chat.py"), "--recipe", "mini", *options]
+    command = [sys.executable, str(project.folder / "fine-tuning/chat.py"), "--recipe", recipe, *options]
     return subprocess.run(command, input=text, env=project.environment, capture_output=True, text=True)
 
 
@@ -43,7 +53,8 @@ def test_the_terminal_answers_and_obeys(project):
     assert "temprature: unknown key (value 1). Did you mean 'temperature'?" in result.stdout
     assert "`temperature` (=-1.0) has to be a strictly positive float" in result.stdout
     assert "the model has 256 positions" in result.stdout
-    assert "no command /bye" in result.stdout
+    assert "unknown command /bye" in result.stdout
+    assert re.search(r"mini, stage 12_finetune, [\d,]+ parameters", result.stdout)
 
 
 def test_greedy_answers_repeat_and_history_counts(project):
@@ -56,28 +67,108 @@ def test_greedy_answers_repeat_and_history_counts(project):
     assert first == again != later
 
 
+def test_the_pretrained_model_continues_text(project, untuned):
+    """Without tuning: text goes on from a line, alike each time, and commands of a conversation are unknown."""
+    lines = f"今日は\n/reset\n今日は\n{'長' * 400}\n"
+    result = chat(project, lines, "--base", "--set", "generation.do_sample=false", *NOT_EMPTY, recipe=untuned)
+    assert result.returncode == 0, result.stderr
+    assert "untuned, stage 05_pretrain" in result.stdout
+    first, again = re.findall(r"Text: 今日は(.+?)(?=\nText:)", result.stdout, re.DOTALL)
+    assert first == again
+    assert "unknown command /reset" in result.stdout
+    assert "the model has 256 positions" in result.stdout
+
+
+def test_a_missing_model_is_named_and_base_is_offered(project, untuned):
+    project.add_recipe("new", {})
+    for file in (project.folder / "configs/mini").glob("*.json"):
+        shutil.copy(file, project.folder / "configs/new")
+    for recipe, options, expected in (
+        (
+            untuned,
+            (),
+            "the recipe untuned has no tuned model: instruction.json names no pairs. `chat.py --rec",
+        ),
+        (untuned, (), "`chat.py --recipe untuned --base` continues text with the pretrained model"),
+        ("new", (), "12_finetune: there is no tuned model yet. Run `bash run_all.sh --recipe new`"),
+        ("new", (), "`chat.py --recipe new --base` continues text"),
+        (
+            "new",
+            ("--base",),
+            "05_pretrain: there is no pretrained model yet. Run `bash run_all.sh --recipe new",
+        ),
+    ):
+        result = chat(project, "", *options, recipe=recipe)
+        assert result.returncode == 2 and expected in result.stderr, result.stderr
+
+
 @contextlib.contextmanager
-def page(project, *options):
-    """The address of a running ``chat.py --web``."""
+def page(project, *options, recipe="mini"):
+    """The address that a running ``chat.py --web`` prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = project.start("fine-tuning/chat.py", "--recipe", "mini", "--web", "--port", str(port), *options)
-    address = f"http://127.0.0.1:{port}"
+    server = project.start("fine-tuning/chat.py", "--recipe", recipe, "--web", "--port", str(port), *options)
     try:
-        for _ in range(240):
-            with contextlib.suppress(OSError), urllib.request.urlopen(address):
-                break
-            assert server.poll() is None, server.communicate()[0]
-            time.sleep(0.5)
+        printed = iter(server.stdout.readline, "")
+        address = next((line.split()[0] for line in printed if line.startswith("http://")), None)
+        assert address == f"http://127.0.0.1:{port}"
         yield address
     finally:
         server.terminate()
         server.communicate(timeout=60)
 
 
+def shown(address):
+    """What Gradio's server tells a browser to draw: the components' types and properties, and the title."""
+    with urllib.request.urlopen(f"{address}/config") as answer:
+        config = json.load(answer)
+    return [(part["type"], part["props"]) for part in config["components"]], config["title"]
+
+
+def check_japanese(parts):
+    """Every label, placeholder and button that is shown is in Japanese (or is the name of an option)."""
+    for kind, props in parts:
+        if props.get("visible", True) is True and kind not in ("state", "browserstate", "markdown"):
+            keys = ["label", "placeholder", "submit_btn", "stop_btn"] + ["value"] * (kind == "button")
+            texts = [props[key] for key in keys if isinstance(props.get(key), str)]
+            assert all(re.search("[ぁ-ん一-龠]", text) for text in texts), (kind, texts)
+
+
+def test_the_page_speaks_japanese_and_says_which_model_it_is(project):
+    with page(project) as address:
+        parts, title = shown(address)
+    assert title == "mini と話す"
+    check_japanese(parts)
+    facts = [props["value"] for kind, props in parts if kind == "markdown"][-1]
+    assert re.fullmatch(r"レシピ: mini、パラメータ数: [\d,]+、段階: 12_finetune \(指示チューニング\)", facts)
+    (chatbot,) = [props for kind, props in parts if kind == "chatbot"]
+    assert [example["text"] for example in chatbot["examples"]] == [QUESTION]
+    assert "share" not in chatbot["buttons"]
+
+
+def test_the_page_of_the_pretrained_model_continues_text(project, untuned):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    options = ("--base", "--set", "generation.do_sample=false", *NOT_EMPTY)
+    with page(project, *options, recipe=untuned) as address:
+        parts, title = shown(address)
+        assert title == "untuned に続きを書かせる"
+        check_japanese(parts)
+        assert [props["samples"] for kind, props in parts if kind == "dataset"] == [[["今日は"]]]
+        assert "05_pretrain (事前学習)" in parts[0][1]["value"]
+        client = Client(address, verbose=False)
+        job = client.submit("今日は", 0, 1, 48, api_name="/continue")
+        result = job.result()
+        assert result.startswith("今日は") and len(result) > len("今日は")
+        assert len(job.outputs()) > 3
+        with pytest.raises(AppError, match="the model has 256 positions"):
+            client.predict("長" * 400, 0, 1, 48, api_name="/continue")
+
+
 def test_the_page_answers_through_its_server(project):
-    """The real server and Gradio's own client: answers stream, history counts, what cannot be is said."""
+    """The real server with Gradio's own client: answers stream, history counts, errors are shown."""
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 
@@ -104,7 +195,7 @@ def test_the_page_listens_on_loopback_only(project):
         assert [line.split()[3] for line in listening.stdout.splitlines()] == [f"127.0.0.1:{port}"]
 
 
-# Every text that the answer's bubble shows; and whether it has stood still for two seconds.
+# Every text that the answer's bubble shows, and whether it has not changed for two seconds.
 WATCH = """() => {
   window.seen = [];
   new MutationObserver(() => {
@@ -118,7 +209,7 @@ STILL = "window.seen.some(text => text) && Date.now() - window.changed > 2000"
 @pytest.mark.browser
 @pytest.mark.extra("browser")
 def test_the_page_in_a_browser(project, tmp_path):
-    """Chromium types a Japanese question, sees the answer grow, and a picture of it is kept."""
+    """A click on the example asks it, the answer grows, a typed question follows; a picture is kept."""
     from playwright import sync_api as playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -133,13 +224,16 @@ def test_the_page_in_a_browser(project, tmp_path):
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto(address)
         tab.evaluate(WATCH)
-        box = tab.get_by_role("textbox").first
-        box.fill(QUESTION)
-        box.press("Enter")
+        tab.get_by_text(QUESTION, exact=True).click()
         tab.wait_for_function(STILL, timeout=120_000)
         seen = tab.evaluate("window.seen")
         assert len(set(seen) - {""}) >= 4, f"the answer came at once: seen {seen}"
         assert tab.get_by_test_id("user").inner_text().strip() == QUESTION
+        box = tab.get_by_role("textbox").first
+        box.fill("海は?")
+        tab.get_by_role("button", name="送信").click()
+        tab.wait_for_function("document.querySelectorAll('[data-testid=bot]')[1]?.innerText.trim()")
+        assert tab.get_by_test_id("user").last.inner_text().strip() == "海は?"
         tab.screenshot(path=picture)
         browser.close()
     assert Path(picture).read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Talking to a tuned model: what the terminal and the web page of chat.py share, and the page itself."""
+"""Talking to a model: what the terminal and the web page of chat.py share, and the page itself."""
 
 from __future__ import annotations
 
@@ -15,35 +15,46 @@ from recipe.conversations.read_rows import Message
 from recipe.evaluation.generation import check_room, clean_prompt, generation_config, stream
 from recipe.model.build import for_inference, load_model
 from recipe.project import RecipeError
+from recipe.tokenization.encode_text import prompt_ids
 
 
 class Talker:
-    """A tuned model that answers conversations.
+    """A tuned model that answers conversations, or a pretrained (base) model that continues text.
 
-    folder: a tuned model with its chat template. config: the whole recipe; `config["generation"]` holds the
-    sampling options, and may be replaced between two answers. Raises RecipeError for a model that was never
-    tuned to answer (see `check_template`).
+    folder: the model with its tokenizer. config: the whole recipe; `config["generation"]` holds the sampling
+    options and may be replaced between two answers. base: the model was not tuned. Raises RecipeError unless
+    a tuned model has a chat template (see `check_template`). What users write is normalised as the training
+    text was.
     """
 
-    def __init__(self, folder: Path, config: dict[str, dict[str, Any]]) -> None:
-        self.config = config
+    def __init__(self, folder: Path, config: dict[str, dict[str, Any]], base: bool = False) -> None:
+        self.config, self.base = config, base
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        check_template(self.tokenizer)
+        if not base:
+            check_template(self.tokenizer)
         self.model = for_inference(load_model(folder))
+        self.parameters: int = self.model.num_parameters()
         torch.manual_seed(config["generation"].get("seed", 42))
 
     def answer(self, messages: list[Message], **options: Any) -> Iterator[str]:
-        """The answer to a conversation that ends with a user's message, piece by piece.
+        """The answer to a conversation that ends with a user's message, in parts of about one token.
 
-        options: sampling options that differ from generation.json. What users wrote is normalised as the
-        training text was. The oldest turns are forgotten when the context is full. Raises Refused, before the
-        first piece, when the last message alone does not fit or is empty, or an option is out of range.
+        options: sampling options that differ from generation.json. The oldest turns are left out when the
+        context is full. Raises Refused, before the first part, when the last message is empty or too long for
+        the model, or when an option is out of range.
         """
         sampling = generation_config(self.config["generation"] | options, self.tokenizer)
         return stream(self.model, self.tokenizer, self._prompt(messages, sampling), sampling)
 
+    def continue_text(self, text: str, **options: Any) -> Iterator[str]:
+        """What follows the beginning of a document, in parts as `answer`, with its options and errors."""
+        sampling = generation_config(self.config["generation"] | options, self.tokenizer)
+        ids = prompt_ids(self.tokenizer, clean_prompt(self.config, text))
+        check_room(self.model, ids, sampling, text)
+        return stream(self.model, self.tokenizer, ids, sampling)
+
     def _prompt(self, messages: list[Message], sampling: GenerationConfig) -> list[int]:
-        """Ids of as many of the last turns as fit beside an answer."""
+        """The ids of as many of the last turns as leave room for an answer."""
         messages = [
             m | {"content": clean_prompt(self.config, m["content"])} if m["role"] == "user" else m
             for m in messages
@@ -57,47 +68,100 @@ class Talker:
         return ids
 
 
-def web_page(talker: Talker, title: str) -> Any:
-    """A chat page (gradio.Blocks) whose answers stream, with the sampling options below; nothing is sent out.
+# What tuning or training made the model, for the title of the page.
+STAGES = {"05_pretrain": "事前学習", "12_finetune": "指示チューニング", "13_preference": "DPO"}
 
-    The history is the page's own: a talker serves any number of pages, one answer at a time.
+
+def web_page(talker: Talker, recipe: str, stage: str) -> Any:
+    """A page in Japanese (gradio.Blocks): a chat, or for a base model a field whose text is continued.
+
+    recipe, stage: named on the page, with the number of parameters. The questions (or prompts) of
+    generation.json are examples to click. Text streams; the sampling options are sliders. Nothing is sent to
+    other machines. The history is the page's own: a talker serves several pages, one answer at a time.
     """
-    # Set before the import: no usage statistics, no look for a newer version.
+    # Set before the import: no usage statistics, no check for a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio
 
     values = talker.config["generation"]
+    longest = max(1, talker.model.config.max_position_embeddings // 2)
+    temperature = values.get("temperature", 1.0) if values.get("do_sample", False) else 0
+    length = min(values["max_new_tokens"], longest)
+    sliders = [
+        gradio.Slider(0, 2, temperature, label="温度 (temperature): 0 は最も確率の高いトークンだけを選ぶ"),
+        gradio.Slider(0.05, 1, values.get("top_p", 1.0), label="top_p: 候補にする確率の合計"),
+        gradio.Slider(1, longest, length, step=1, label="生成する最大トークン数 (max_new_tokens)"),
+    ]
+    facts = f"レシピ: {recipe}、パラメータ数: {talker.parameters:,}、段階: {stage} ({STAGES[stage]})"
+
+    def streamed(parts: Iterator[str], text: str = "") -> Iterator[str]:
+        try:
+            for part in parts:
+                text += part
+                yield text
+        except RecipeError as error:
+            raise gradio.Error(str(error), title="エラー", print_exception=False) from error
+        yield text
 
     def answer(
-        message: str, history: list[dict], temperature: float, top_p: float, length: int
+        message: str, history: list[dict], temperature: float, top_p: float, max_new_tokens: int
     ) -> Iterator[str]:
         messages = [{"role": turn["role"], "content": _text(turn["content"])} for turn in history]
         messages.append({"role": "user", "content": message})
-        options = {"do_sample": temperature > 0, "top_p": top_p, "max_new_tokens": int(length)}
-        if temperature > 0:
-            options["temperature"] = temperature
-        text = ""
-        try:
-            for piece in talker.answer(messages, **options):
-                text += piece
-                yield text
-        except RecipeError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+        yield from streamed(talker.answer(messages, **_options(temperature, top_p, max_new_tokens)))
 
-    sampled = values.get("do_sample", False)
-    longest = max(1, talker.model.config.max_position_embeddings // 2)
-    options = [
-        gradio.Slider(
-            0, 2, values.get("temperature", 1.0) if sampled else 0, label="temperature (0: the likeliest)"
-        ),
-        gradio.Slider(0.05, 1, values.get("top_p", 1.0), label="top_p"),
-        gradio.Slider(1, longest, min(values["max_new_tokens"], longest), step=1, label="max_new_tokens"),
-    ]
-    return gradio.ChatInterface(answer, title=title, additional_inputs=options, api_name="chat")
+    def continuation(text: str, temperature: float, top_p: float, max_new_tokens: int) -> Iterator[str]:
+        options = _options(temperature, top_p, max_new_tokens)
+        yield from streamed(talker.continue_text(text, **options), text)
+
+    if not talker.base:
+        return gradio.ChatInterface(
+            answer,
+            title=f"{recipe} と話す",
+            description=facts,
+            # Without Gradio's button that would publish the conversation.
+            chatbot=gradio.Chatbot(
+                label="会話",
+                placeholder="質問を入力するか、例を選んでください",
+                buttons=["copy", "copy_all"],
+                scale=1,
+            ),
+            textbox=gradio.Textbox(
+                placeholder="質問を入力してください",
+                scale=7,
+                autofocus=True,
+                submit_btn="送信",
+                stop_btn="停止",
+            ),
+            examples=[[question] for question in values.get("questions", [])] or None,
+            examples_label="質問の例",
+            additional_inputs=sliders,
+            additional_inputs_accordion=gradio.Accordion("生成の設定", open=False, render=False),
+            api_name="chat",
+        )
+    with gradio.Blocks(title=f"{recipe} に続きを書かせる") as page:
+        gradio.Markdown(f"# {page.title}\n\n{facts}")
+        text = gradio.Textbox(label="書き出し", placeholder="文章の書き出しを入力してください", lines=3)
+        with gradio.Row():
+            write, stop = gradio.Button("続きを書く", variant="primary"), gradio.Button("停止")
+        result = gradio.Textbox(label="書き出しと続き", lines=10)
+        gradio.Examples([[prompt] for prompt in values["prompts"]], text, label="書き出しの例")
+        with gradio.Accordion("生成の設定", open=False):
+            for slider in sliders:
+                slider.render()
+        writing = write.click(continuation, [text, *sliders], result, api_name="continue")
+        stop.click(None, cancels=writing, api_visibility="private")
+    return page
+
+
+def _options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
+    """The positions of the page's sliders as sampling options."""
+    options = {"do_sample": temperature > 0, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
+    return options | ({"temperature": temperature} if temperature > 0 else {})
 
 
 def _text(content: Any) -> str:
-    """A turn's text: Gradio hands back what was said as a list of parts."""
+    """The text of a turn, which Gradio gives back as a list of parts."""
     parts = content if isinstance(content, list) else [content]
     return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
