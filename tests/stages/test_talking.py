@@ -1,4 +1,4 @@
-"""Talking to the tuned model and to the pretrained one: in the terminal, by the page's server, in a browser."""
+"""Talking to the tuned and the pretrained model: in the terminal, by the page's server, in a browser."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def test_greedy_answers_repeat_and_history_counts(project):
 
 
 def test_the_pretrained_model_continues_text(project, untuned):
-    """Without tuning: text goes on from a line, alike each time, and commands of a conversation are unknown."""
+    """It needs no tuned model; the same line gets the same text again; /reset does not exist."""
     lines = f"今日は\n/reset\n今日は\n{'長' * 400}\n"
     result = chat(project, lines, "--base", "--set", "generation.do_sample=false", *NOT_EMPTY, recipe=untuned)
     assert result.returncode == 0, result.stderr
