@@ -1,10 +1,10 @@
-"""Bulk tokenisation: stage 04 on one core and on two, against `datasets.map` with the fast tokenizer.
+"""Encoding a corpus: stage 04 on one core and on two, against `datasets.map` with the fast tokenizer.
 
-The training side of a recipe's stage 02, repeated to COPIES shards, goes through stage 04's own code in a
-process that is bound to one core or two: everything counts, from the start of the interpreter to the joined
-and flushed files. The peer is bound to one core, encodes the same text once with the same tokenizer by
-`Dataset.map(batched=True)`, writing its table; only the map is timed. `warm` leaves out what does not grow
-with the text: stage 04 on a single shard of one document.
+The code of stage 04 encodes COPIES shards, each with the training side of a recipe's stage 02, in a process
+that is bound to one core or to two. ``whole`` is the time from the start of the interpreter to the joined and
+flushed files. ``warm`` subtracts the time that stage 04 needs for a single document. The peer is bound to one
+core and encodes the same text once, with the same tokenizer, by `Dataset.map(batched=True)`, which also
+writes its table; only the map is timed.
 
 Run (about a minute and 1 GB in the temporary folder, nothing else running):
     .venv/bin/python tests/bench/encoding.py [OUTPUTS/RECIPE] [COPIES]
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "pretrain"))
 
 
 def make(outputs: Path, folder: Path, copies: int) -> int:
-    """Shards of stage 02: `copies` times the training side, and next to nothing; bytes of the text."""
+    """Write shards of stage 02: `copies` times the training side, and one document; the bytes of text."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -44,7 +44,7 @@ def make(outputs: Path, folder: Path, copies: int) -> int:
 
 
 def stage(dataset: Path, tokenizer: Path, folder: Path) -> None:
-    """Stage 04's main function on a folder of shards."""
+    """Run the main function of stage 04 on a folder of shards."""
     import runpy
 
     from recipe.project import fsync_tree
@@ -55,11 +55,11 @@ def stage(dataset: Path, tokenizer: Path, folder: Path) -> None:
     folder.mkdir()
     main = runpy.run_path(str(ROOT / "pretrain/04_tokenize.py"))["main"]
     main(Stage("04_tokenize", "bench", config, inputs, folder, None, 0))
-    fsync_tree(folder)  # as at the publication of a stage
+    fsync_tree(folder)  # as a stage does before it renames its folder
 
 
 def peer(dataset: Path, tokenizer: Path, folder: Path) -> float:
-    """Seconds of datasets.map over one shard, writing included."""
+    """Seconds of datasets.map for one shard; it also writes its result."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -79,7 +79,7 @@ def peer(dataset: Path, tokenizer: Path, folder: Path) -> float:
 
 
 def run(cores: str, *arguments: str) -> tuple[float, str]:
-    """Wall seconds and output of this script in a process bound to some cores."""
+    """Seconds and output of this script in a process that is bound to the given cores."""
     line = ["taskset", "-c", cores, sys.executable, "-W", "ignore", __file__, *arguments]
     started = time.perf_counter()
     done = subprocess.run(line, check=True, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def run(cores: str, *arguments: str) -> tuple[float, str]:
 
 
 def main() -> None:
-    """Print the table; ratios are of MB/s, the peer = 1."""
+    """Print the table; the ratio is MB/s relative to the peer."""
     outputs = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "outputs/tiny").resolve()
     copies = int(sys.argv[2]) if len(sys.argv) > 2 else 24
     tokenizer = str(outputs / "03_tokenizer")
@@ -102,7 +102,7 @@ def main() -> None:
                 shutil.rmtree(out)
         _, printed = run("0", "peer", str(folder / "large"), tokenizer, name)
         theirs = size / copies / json.loads(printed.split()[-1])
-    rows = [("datasets.map, fast tokenizer, 1 core (map alone)", theirs)]
+    rows = [("datasets.map, fast tokenizer, 1 core (only the map)", theirs)]
     for cores, said in (("0", "1 core"), ("0,1", "2 cores")):
         rows.append((f"stage 04, {said}, whole", size / seconds["large", cores]))
         rows.append((f"stage 04, {said}, warm", size / (seconds["large", cores] - seconds["small", cores])))

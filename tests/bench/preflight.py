@@ -1,9 +1,9 @@
-"""How near the preflight's peak memory comes to the measured one, over models and modes, on a CPU.
+"""How near the preflight's peak memory is to the measured one, for several models and modes, on a CPU.
 
-Each row is a real training of a few steps through run_clm.py, in a process of its own, as `--probe` starts
-it; compiled rows start from an empty cache. Wanted: within 15 %. Name some rows to run only those.
+Each row is a real training of a few steps by run_clm.py, in a process of its own, started as `--probe` starts
+it. Compiled rows start from an empty cache. The aim is to stay within 15 %. Name rows to run only those.
 
-Run:  PYTHONPATH=pretrain .venv/bin/python tests/bench/preflight.py [ROW]...
+Run:  .venv/bin/python tests/bench/preflight.py [ROW]...
 """
 
 import json
@@ -62,7 +62,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
 
 
 def inputs(folder: Path, vocabulary: int) -> dict[str, Path]:
-    """Stages 03 and 04 in small: a tokenizer with so many words, and random tokens."""
+    """What stages 03 and 04 would give: a tokenizer of `vocabulary` words, and random tokens."""
     words = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w1")),
@@ -99,10 +99,10 @@ def run(name: str) -> tuple[float, dict[str, Any], int]:
         "pretrain": values,
         "generation": {"prompts": []},
     }
-    wished = values | {"activation_checkpointing": checkpointing, "torch_compile": compiled}
+    chosen = values | {"activation_checkpointing": checkpointing, "torch_compile": compiled}
     here, _ = preflight.this_machine(launch)
     shape = shape_of(model, vocabulary)
-    computed = memory(shape, preflight.setting_of(wished, here, launch))
+    computed = memory(shape, preflight.setting_of(chosen, here, launch))
     with tempfile.TemporaryDirectory() as folder:
         probe.OUTPUTS = Path(folder)
         (probe.OUTPUTS / "bench").mkdir()

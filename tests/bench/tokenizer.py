@@ -1,11 +1,12 @@
-"""How fast a tokenizer trains, how well it compresses, how much memory it takes.
+"""How fast a tokenizer trains, how well it compresses, and how much memory it needs.
 
-Three tables, each training in a process of its own so that its memory can be read:
+It prints three tables. Each training runs in its own process, so that its memory can be measured:
 
-1. 10 MB and a vocabulary of 8,000: SentencePiece with its defaults, then ours, then ours with one setting put
-   back to show what each is worth, then the other kinds. Bytes per token are of held-out text.
-2. Memory, beside what the stage says beforehand, also with a corpus of 1 GB made from the lines of the first.
-3. Encoding: SentencePiece and the fast tokenizer.
+1. ``training``: 10 MB and a vocabulary of 8,000. SentencePiece with its defaults, then ours, then ours with
+   one setting changed back to show its effect, then the other kinds. Bytes per token are of held-out text.
+2. ``memory``: the measured memory and the bound that stage 03 prints, also for a corpus of 1 GB that is made
+   from the lines of the first.
+3. ``encoding``: SentencePiece and the fast tokenizer.
 
 Run (about 8 minutes, nothing else running):
 .venv/bin/python tests/bench/tokenizer.py [outputs/tiny/02_dataset [training] [memory] [encoding]]
@@ -48,7 +49,7 @@ TRAININGS = {
 
 
 def train_one(job: dict) -> dict:
-    """Train once in this process: seconds, peak memory, bytes per token of the held-out text."""
+    """Train once in this process: seconds, peak memory, bytes per token of held-out text."""
     import sentencepiece as spm
     from recipe.corpus.shards import read_texts, side_sources
     from recipe.tokenization import train as training
@@ -59,7 +60,7 @@ def train_one(job: dict) -> dict:
     sample = functools.partial(draw_sample, dataset, {}, job.get("bytes", TEN), 0)
     if "trainer" in job:
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            # Lines as they stand in the corpus: what a user would hand to SentencePiece.
+            # Whole lines of the corpus, as a user would give them to SentencePiece.
             file.writelines(line + "\n" for line in whole_lines(dataset, job.get("bytes", TEN)))
             file.flush()
             model = io.BytesIO()
@@ -109,7 +110,7 @@ def _train_with(train, options, **arguments):
 
 
 def whole_lines(dataset: Path, most_bytes: int) -> list[str]:
-    """Lines of the training side, drawn as the sample is, but not cut."""
+    """Lines of the training side, drawn like the sample, but not cut."""
     from recipe.corpus.shards import document_bytes, read_texts
 
     draw, share = random.Random(0).random, most_bytes / document_bytes(dataset, "train")
@@ -119,7 +120,7 @@ def whole_lines(dataset: Path, most_bytes: int) -> list[str]:
 
 
 def in_process(job: dict) -> dict:
-    """Run `train_one` in a fresh process."""
+    """Run `train_one` in a new process."""
     done = subprocess.run(
         [sys.executable, __file__, "--one", json.dumps(job)], check=True, capture_output=True, text=True
     )
@@ -127,7 +128,7 @@ def in_process(job: dict) -> dict:
 
 
 def write_corpus(source: Path, folder: Path, size: int) -> None:
-    """A training side of `size` bytes: documents of 50 lines each, drawn from the lines of a corpus."""
+    """Write a training side of `size` bytes: documents of 50 lines that are drawn from a corpus."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from recipe.corpus.shards import read_texts
@@ -144,7 +145,7 @@ def write_corpus(source: Path, folder: Path, size: int) -> None:
 
 
 def bench_training(dataset: Path) -> None:
-    """Table 1."""
+    """Print the table of training."""
     print("| 10 MB, vocabulary 8,000 | seconds | x | CPU seconds | x | bytes/token | x | peak MiB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     base = None
@@ -161,14 +162,14 @@ def bench_training(dataset: Path) -> None:
 
 
 def bench_memory(dataset: Path) -> None:
-    """Table 2."""
+    """Print the table of memory."""
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(dataset, Path(folder), 1_000_000_000)
-        print("| kind | corpus MB | sample MB | seconds | peak MiB | said beforehand MiB |")
+        print("| kind | corpus MB | sample MB | seconds | peak MiB | bound by stage 03, MiB |")
         print("|---|---:|---:|---:|---:|---:|", flush=True)
         for kind in ("unigram", "bpe", "byte-level-bpe"):
-            for place, corpus, megabytes in ((dataset, 25, 10), (folder, 1000, 10), (folder, 1000, 50)):
-                row = in_process({"kind": kind, "dataset": str(place), "bytes": megabytes * 1_000_000})
+            for where, corpus, megabytes in ((dataset, 25, 10), (folder, 1000, 10), (folder, 1000, 50)):
+                row = in_process({"kind": kind, "dataset": str(where), "bytes": megabytes * 1_000_000})
                 print(
                     f"| {kind} | {corpus:,} | {megabytes} | {row['seconds']:.1f} | "
                     f"{row['peak'] / 2**20:,.0f} | {row['expected'] / 2**20:,.0f} |",
@@ -177,7 +178,7 @@ def bench_memory(dataset: Path) -> None:
 
 
 def bench_encoding(dataset: Path) -> None:
-    """Table 3."""
+    """Print the table of encoding."""
     import sentencepiece as spm
     from recipe.corpus.shards import read_texts
     from recipe.tokenization import train as training

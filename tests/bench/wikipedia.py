@@ -6,10 +6,10 @@ Peers, on the same pages in the same process, one core:
   files and categories as nodes, then `strip_code`.
 - ``parse alone``: only `mwparserfromhell.parse`, the least that any way over a full parse takes.
 
-The corpus is hand-written in the manner of Japanese Wikipedia (tests/unit/wikipedia), hard on purpose, and by
-the author of the module: expect lower recall on real articles. Recall is the share of expected paragraphs
-that come out exactly, white space at their ends aside; precision the share of lines coming out that were
-expected. Peers take turns; the median of the rounds counts.
+The corpus is hand-written like articles of Japanese Wikipedia (tests/unit/corpus/wikipedia), difficult on
+purpose, and its author also wrote the module: expect lower recall on real articles. Recall is the share of
+expected paragraphs that come out exactly, white space at their ends aside. Precision is the share of lines
+in the output that were expected. Peers take turns; the median of the rounds counts.
 
 Run (about 15 seconds, nothing else running):  .venv/bin/python tests/bench/wikipedia.py
 """
