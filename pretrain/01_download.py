@@ -1,7 +1,7 @@
-"""Stage 01: bring the text that dataset.json names to data/.
+"""Stage 01: download the sources of dataset.json to data/.
 
-Edit: configs/<recipe>/dataset.json (sources). Writes: data/<source>/ with sha256 and versions, shared by
-recipes.
+Edit: configs/<recipe>/dataset.json (sources).
+Writes: data/<source>/ with sha256 and versions, which all recipes share.
 Run:  python pretrain/01_download.py --recipe tiny
 """
 
@@ -16,7 +16,7 @@ from recipe.run.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
-    """Download every source, or find that it is there already."""
+    """Download every source that is not complete yet."""
     records, megabytes, seconds = {}, 0.0, 0.0
     sources = stage.config["dataset"]["sources"]
     with hold(DATA, stage.name):

@@ -1,8 +1,9 @@
-"""Stage 02: from raw documents to clean ones: extract, normalise, filter, drop duplicates, split.
+"""Stage 02: raw documents to clean ones: extract, normalise, filter, drop duplicates, split.
 
 Edit: configs/<recipe>/dataset.json.
-Writes: {train,valid}-<source>-<number>.parquet, funnel.json, funnel.md (with samples of what was dropped),
-funnel.png. Run:  python pretrain/02_dataset.py --recipe tiny
+Writes: {train,valid}-<source>-<number>.parquet, funnel.json, funnel.md (with samples of dropped
+documents), funnel.png.
+Run:  python pretrain/02_dataset.py --recipe tiny
 """
 
 from recipe.corpus import funnel, pipeline
@@ -13,7 +14,7 @@ from recipe.run.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
-    """Build the corpus, and account for every document and byte of every source."""
+    """Build the corpus; every document and byte of every source is counted."""
     config = stage.config["dataset"]
     require_data(read_json(stage.inputs["01_download"] / "stage.json")["figures"], config, DATA)
     funnels, leaks = pipeline.build(config, DATA, stage.folder)

@@ -191,25 +191,25 @@ def test_server_that_asks_for_hours_is_left_alone(site, tmp_path, pauses):
 
 def test_pauses_double_with_jitter_and_tries_end(site, tmp_path, pauses, capsys):
     site.faults = [{"status": 503}] * 99
-    with pytest.raises(RecipeError, match=r"does not come: HTTP 503.*run again"):
+    with pytest.raises(RecipeError, match=r"cannot be downloaded: HTTP 503.*run again"):
         fetched(site, tmp_path / "x", pause=1.0)
-    assert len(site.requests) == fetch.TRIES
-    assert len(pauses) == capsys.readouterr().err.count("HTTP 503") == fetch.TRIES - 1
+    assert len(site.requests) == fetch.ATTEMPTS
+    assert len(pauses) == capsys.readouterr().err.count("HTTP 503") == fetch.ATTEMPTS - 1
     shares = [pause / min(2**i, 60) for i, pause in enumerate(pauses)]
     assert all(0.5 <= share <= 1 for share in shares) and len(set(shares)) > 1
 
 
 def test_tries_count_only_while_nothing_more_comes(site, tmp_path):
-    site.faults = [{"cut": 100_000}] * (2 * fetch.TRIES)
+    site.faults = [{"cut": 100_000}] * (2 * fetch.ATTEMPTS)
     fetched(site, tmp_path / "x")
-    assert len(site.requests) == 2 * fetch.TRIES + 1
+    assert len(site.requests) == 2 * fetch.ATTEMPTS + 1
 
 
 def test_server_without_ranges_that_always_drops_is_given_up(site, tmp_path):
     site.ranges, site.faults = False, [{"cut": HALF}] * 99
     with pytest.raises(RecipeError, match="ended at 1,500,000 of 3,000,000 bytes"):
         fetched(site, tmp_path / "x")
-    assert len(site.requests) == fetch.TRIES
+    assert len(site.requests) == fetch.ATTEMPTS
 
 
 def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, capsys):
@@ -219,7 +219,7 @@ def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, caps
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
         with pytest.raises(RecipeError, match=r"Connection refused.*Check the network"):
             fetch.fetch(url, tmp_path / "x", pause=0.001)
-    assert capsys.readouterr().err.count("again in") == fetch.TRIES - 1
+    assert capsys.readouterr().err.count("next attempt in") == fetch.ATTEMPTS - 1
 
 
 def test_short_content_is_not_taken_for_whole(site, tmp_path):
@@ -311,7 +311,7 @@ def test_beginning_from_another_url_is_not_used(site, tmp_path):
 def test_altered_byte_is_refused_and_removed(site, tmp_path, name):
     site.content = CONTENT[:HALF] + bytes([CONTENT[HALF] ^ 1]) + CONTENT[HALF + 1 :]
     pin = hashlib.new(name, CONTENT).hexdigest()
-    with pytest.raises(RecipeError, match=f"{name} .*, wanted {pin}.*altered"):
+    with pytest.raises(RecipeError, match=f"{name} .*, expected {pin}.*changed"):
         fetched(site, tmp_path / "x", **{name: pin})
     assert not list(tmp_path.iterdir()) and len(site.requests) == 1
     site.content = CONTENT
@@ -319,7 +319,7 @@ def test_altered_byte_is_refused_and_removed(site, tmp_path, name):
 
 
 def test_damaged_beginning_is_thrown_away_once(site, tmp_path):
-    site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetch.TRIES - 1)
+    site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetch.ATTEMPTS - 1)
     with pytest.raises(RecipeError):
         fetched(site, tmp_path / "x", sha256=sha256(CONTENT))
     damaged = bytearray((tmp_path / "x.part").read_bytes())
@@ -331,16 +331,16 @@ def test_damaged_beginning_is_thrown_away_once(site, tmp_path):
     assert ranges(site) == [f"bytes={HALF}-", None]
 
 
-@pytest.mark.parametrize("wanted", [len(CONTENT) - 1, len(CONTENT) + 1])
-def test_another_size_than_pinned_is_refused_before_it_comes(site, tmp_path, wanted):
-    with pytest.raises(RecipeError, match=f"has 3,000,000 bytes, wanted {wanted:,}"):
-        fetched(site, tmp_path / "x", bytes=wanted)
+@pytest.mark.parametrize("expected", [len(CONTENT) - 1, len(CONTENT) + 1])
+def test_another_size_than_pinned_is_refused_before_it_comes(site, tmp_path, expected):
+    with pytest.raises(RecipeError, match=f"has 3,000,000 bytes, expected {expected:,}"):
+        fetched(site, tmp_path / "x", bytes=expected)
     assert not list(tmp_path.iterdir()) and len(site.requests) == 1
 
 
 def test_content_that_does_not_end_at_the_pinned_size_is_refused(site, tmp_path):
     site.tells_length = False
-    with pytest.raises(RecipeError, match="more than the wanted 2,000,000 bytes"):
+    with pytest.raises(RecipeError, match="more than the expected 2,000,000 bytes"):
         fetched(site, tmp_path / "x", bytes=2_000_000)
     assert not list(tmp_path.iterdir()) and len(site.requests) == 1
 
@@ -358,7 +358,7 @@ def test_final_answer_is_not_asked_for_again(site, tmp_path, status):
     ["file:///etc/hostname", "ftp://127.0.0.1/x", "/etc/hostname", "data:,x", "http:///x", "http://h/ x"],
 )
 def test_only_http_is_fetched(tmp_path, url):
-    with pytest.raises(Refused, match="wanted a URL that starts with http"):
+    with pytest.raises(Refused, match="expected a URL that starts with http"):
         fetch.fetch(url, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -380,7 +380,7 @@ def test_redirect_is_followed_and_the_range_goes_along(site, tmp_path):
 
 def test_redirect_from_https_to_http_is_refused():
     request = fetch.urllib.request.Request("https://example.org/x")
-    with pytest.raises(RecipeError, match="wanted https"):
+    with pytest.raises(RecipeError, match="expected https"):
         fetch._Redirects().redirect_request(request, None, 302, "Found", {}, "http://example.org/x")
 
 
@@ -441,11 +441,11 @@ def test_what_fitted_on_the_disk_is_gone_on_from(site, tmp_path):
 
 def test_killed_download_goes_on_where_it_was(site, tmp_path):
     part, reached = tmp_path / "x.part", 0
-    for wanted in (500_000, 1_200_000, 2_000_000):
+    for expected in (500_000, 1_200_000, 2_000_000):
         site.pause = 0.01
         child = start(site, tmp_path / "x")
         ends = time.monotonic() + 60
-        while not (part.exists() and part.stat().st_size >= wanted):
+        while not (part.exists() and part.stat().st_size >= expected):
             assert time.monotonic() < ends and child.poll() is None, "the download did not get there"
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
@@ -503,7 +503,7 @@ def test_source_of_several_urls_goes_on_with_the_one_that_failed(site, tmp_path)
     assert [f["url"] for f in record["files"].values()] == urls
     assert {f["sha256"] for f in record["files"].values()} == {sha256(CONTENT)}
     assert download.download("s", spec, tmp_path) == record and len(site.requests) == 4
-    # A hash that is pinned later costs no download; a file that is no longer wanted goes.
+    # A hash that is pinned later costs no download; a file that is no longer expected goes.
     pinned = {"source": "files", "url": urls[1], "md5": hashlib.md5(CONTENT).hexdigest()}
     assert list(download.download("s", pinned, tmp_path)["files"]) == ["1.txt"]
     assert len(site.requests) == 4

@@ -1,7 +1,7 @@
-"""Works of Aozora Bunko (青空文庫): raw files as the library gives them out, and the prose in them.
+"""Works of Aozora Bunko (青空文庫): its raw files, and the prose in them.
 
-`read_work` reads a ``.txt`` (Shift_JIS or UTF-8) or the ``.zip`` around one, as it stands; `prose` takes the
-notation of the library out of it: https://www.aozora.gr.jp/annotation/ describes that notation.
+`read_work` reads a ``.txt`` (Shift_JIS or UTF-8) or a ``.zip`` with one, unchanged. `prose` removes the
+notation of Aozora Bunko from it, which https://www.aozora.gr.jp/annotation/ describes.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from recipe.corpus.archives import HostileArchive, zip_members
 from recipe.corpus.readers import MAXIMUM_BYTES, Document, fault
 from recipe.project import RecipeError
 
-GETA = "〓"  # stands for a character that cannot be given, in print and here
+GETA = "〓"  # replaces a character that cannot be shown, as in print
 MAXIMUM_BAD_SHARE = 0.01  # of the characters; a file with more undecodable bytes is not Shift_JIS
 
-# What cp932 makes of bytes that Shift_JIS leaves undefined: private use, and one control character.
+# What cp932 gives for bytes that Shift_JIS leaves undefined: private use, and one control character.
 _UNDEFINED = re.compile("[\ue000-\uf8ff\x80]")
 
 # ------------------------------------------------------------------------------------------------- files
 
 
 class _Unusable(Exception):
-    """Why an archive is not read: one of `readers.FAULTS`, and what was seen."""
+    """Why an archive cannot be read: one of `readers.FAULTS`, and the details."""
 
 
 def read_work(path: Path, tolerant: bool = False) -> Iterator[Document]:
-    """The work in a .txt file, or in a .zip with exactly one .txt in it, with its notation.
+    """The work in a .txt file, or in a .zip with exactly one .txt, with its notation.
 
-    Files are UTF-8 if they are valid UTF-8, and Shift_JIS (cp932) otherwise. Archives are read in memory by
-    `archives.zip_members`, which refuses hostile ones; texts above `readers.MAXIMUM_BYTES` are refused, too.
-    Strict: raises RecipeError for what cannot be read, also a single byte that is not Shift_JIS. Tolerant: a
+    A file is read as UTF-8 if it is valid UTF-8, otherwise as Shift_JIS (cp932). Archives are read in memory
+    by `archives.zip_members`, which refuses hostile ones. Texts above `readers.MAXIMUM_BYTES` are a fault.
+    Strict: raises RecipeError for any fault, also for a single byte that is not Shift_JIS. Tolerant: gives a
     document dropped with one of `readers.FAULTS`. Single bytes that are not Shift_JIS become U+FFFD, which
-    `prose` counts; more than MAXIMUM_BAD_SHARE of them drop the work.
+    `prose` counts; if their share is above MAXIMUM_BAD_SHARE, the work is dropped.
     """
     name = str(path)
     try:
@@ -62,14 +62,14 @@ def read_work(path: Path, tolerant: bool = False) -> Iterator[Document]:
     if text.strip():
         yield Document(name, text)
     else:
-        yield fault(name, "empty file", text, "holds no text. Delete it or get it again", tolerant)
+        yield fault(name, "empty file", text, "no text in it. Delete it or get it again", tolerant)
 
 
 def _read_bytes(path: Path) -> bytes:
     """The bytes of the text. Raises _Unusable."""
     kind = path.suffix.lower()
     if kind not in (".txt", ".zip"):
-        raise RecipeError(f"{path}: unknown kind of file {path.suffix!r}; wanted .txt or .zip")
+        raise RecipeError(f"{path}: unknown kind of file {path.suffix!r}; expected .txt or .zip")
     if kind == ".zip":
         raw = _read_zip(path)
     else:
@@ -81,14 +81,14 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_zip(path: Path) -> bytes:
-    """The bytes of the one .txt in an archive; what else is in it (pictures) is never opened."""
+    """The bytes of the one .txt in an archive; other members (pictures) are never read."""
     try:
         texts = [content for _, content in zip_members(path, re.compile(r"\.txt$", re.IGNORECASE))]
     except RecipeError as error:
         reason = "unusable archive" if isinstance(error, HostileArchive) else "damaged archive"
         raise _Unusable(reason, str(error).removeprefix(f"{path}: ")) from error
     if len(texts) != 1:
-        raise _Unusable("unusable archive", f"it holds {len(texts)} .txt files, wanted one")
+        raise _Unusable("unusable archive", f"it has {len(texts)} .txt files, expected one")
     return texts[0]
 
 
@@ -105,7 +105,7 @@ _WARICHU = re.compile(r"［＃(?:ここ(?:から|で))?割り注(終わり)?］"
 _NOTE_LINE = re.compile(r"(?m)^[ 　]*(?:［＃[^［］\n]*］[ 　]*)+\n")
 _NOTE = re.compile(r"［＃[^［］\n]*］")
 _MARKED_RUBY = re.compile(r"｜([^｜《》\n]+)《[^《》\n]*》")
-# 《 》 after a character that can bear a reading. Elsewhere they are brackets of the text itself.
+# 《 》 after a character that can have a reading. Elsewhere they are brackets of the text itself.
 _RUBY = re.compile(r"(?<=[^\s、。，．・「」『』（）〈〉《》！？])《[^《》\n]*》")
 _ACCENTED = re.compile(r"〔[^〔〕\n]*[A-Za-z][`'^~:&,/_@][^〔〕\n]*〕")
 _TAG = re.compile(r"<[^>]*>")
@@ -118,27 +118,27 @@ FIGURES = (
     "notes unclosed",  # left in the text
     "gaiji",
     "gaiji unresolved",
-    "accents",  # 〔…〕 in which there were some
+    "accents",  # 〔…〕 with accented letters
     "bad bytes",  # U+FFFD
 )
-# Characters of the notation that a note gives as text wait in a plane of private use until the end.
+# Characters of the notation that are text (given by a note) are moved to private use until the end.
 _HIDDEN = {ord(character): 0xF0000 + number for number, character in enumerate("《》｜※［］＃〔〕／＼″")}
 _SHOWN = {hidden: character for character, hidden in _HIDDEN.items()}
 
 
 def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
-    """The prose of a work and how often what was resolved or left out.
+    """The prose of a work, and a count for each of FIGURES.
 
-    Left out: the heading (title, author), the legend of the notation between two lines of hyphens, the
-    colophon (from a line 底本： after an empty line to the end), readings 《…》, the ｜ before what they are
-    for, and notes ［＃…］. Without a legend the heading is the first two to six lines before an empty line,
-    provided that there is a colophon. heading: keep it, as one first line with wide spaces in it.
+    Removed: the heading (title, author), the legend of the notation between two lines of hyphens, the
+    colophon (from a line 底本： after an empty line to the end), readings 《…》, the ｜ that marks where
+    their base begins, and notes ［＃…］. Without a legend, the heading is the first two to six lines before
+    an empty line, if there is a colophon.
 
-    Resolved: ※［＃…］ to its character by code point, by JIS X 0213 code or else by description, and to 〓 if
-    none is known; 〔e'〕 to é without the brackets; ／＼ to 〳〵; notes within a line (割り注) to （…）;
-    U+FFFD to 〓; a run of empty lines one empty line.
+    Replaced: ※［＃…］ by its character (from the code point, the JIS X 0213 code or the description), or by
+    〓 if it is not known; 〔e'〕 by é; ／＼ by 〳〵; notes within a line (割り注) by （…）; U+FFFD by 〓;
+    a run of empty lines by one empty line.
 
-    The second value holds a count for each of FIGURES.
+    heading: keep the heading as one first line with wide spaces in it.
     """
     figures = dict.fromkeys(FIGURES, 0)
     head, body, colophon = _parts(text.replace("\r\n", "\n"))
@@ -153,12 +153,12 @@ def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
         figures["gaiji" if character else "gaiji unresolved"] += 1
         return (character or GETA).translate(_HIDDEN)
 
-    while (resolved := _GAIJI.sub(gaiji, body)) != body:  # a description may hold another one
+    while (resolved := _GAIJI.sub(gaiji, body)) != body:  # a description may contain another one
         body = resolved
     body = _WARICHU.sub(lambda match: "）" if match[1] else "（", body)
     figures["notes"] = body.count("［＃")
     body = _NOTE_LINE.sub("", body)
-    while (without := _NOTE.sub("", body)) != body:  # notes may stand in notes
+    while (without := _NOTE.sub("", body)) != body:  # notes may contain notes
         body = without
     figures["notes unclosed"] = body.count("［＃")
     figures["notes"] -= figures["notes unclosed"]
@@ -178,7 +178,7 @@ def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
 
 
 def _parts(text: str) -> tuple[str, str, str]:
-    """Heading, body and colophon of a work; what is not there is empty."""
+    """Heading, body and colophon of a work; "" for a part that it does not have."""
     colophon = ""
     if found := _COLOPHON.search(text):
         text, colophon = text[: found.start()], found[0]
@@ -208,11 +208,11 @@ def _character(note: str) -> str:
 
 
 def _is_text(characters: str) -> bool:
-    """Whether there are any, and none is a control character, a surrogate or a private one."""
+    """Whether there are any characters, and none of them is a control, surrogate or private one."""
     return bool(characters) and all(unicodedata.category(c) not in ("Cc", "Cs", "Co") for c in characters)
 
 
 def _accented(bracketed: str) -> str:
-    """〔Ve'rite'〕 as Vérité; unchanged, with its brackets, where nothing in it is an accent."""
+    """〔Ve'rite'〕 as Vérité; unchanged, with its brackets, if it has no accents."""
     rendered = html.unescape(_TAG.sub("", notation.Document(bracketed).to_html())).strip()
     return bracketed if rendered == bracketed else rendered.removeprefix("〔").removesuffix("〕")

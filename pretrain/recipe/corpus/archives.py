@@ -1,7 +1,7 @@
-"""Members of tar and zip archives, read in memory: nothing is ever written, so nothing lands outside.
+"""Members of tar and zip archives, read in memory: no file is ever written.
 
-What no honest archive of text holds is refused, naming the archive and the member: names that lead outside
-(``../``, absolute, with a drive letter), links, devices, fifos, encryption, and bombs.
+What a normal archive of text never holds is refused, with the names of the archive and the member: names that
+lead outside (``../``, absolute, with a drive letter), links, devices, fifos, encryption, and bombs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from recipe.project import RecipeError
 
 
 class HostileArchive(RecipeError):
-    """An archive that no honest publisher of text makes."""
+    """An archive that is made to do harm, or that no publisher of text would make."""
 
 
 MAX_MEMBERS = 100_000
 MAX_BYTES = 1 << 30  # unpacked, a whole archive
 MAX_RATIO = 200  # unpacked over packed bytes; the packaged sources have 1 to 7.4, deflate can reach 1,032
-FREE_BYTES = 16 << 20  # up to here any ratio is harmless
-# What the libraries raise for damage. ValueError: a bad name. NotImplementedError: an unknown compression.
+FREE_BYTES = 16 << 20  # up to this size, any ratio is harmless
+# What the libraries raise for a damaged archive. ValueError: a bad name. NotImplementedError: an unknown
+# compression.
 _DAMAGE = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -45,15 +46,15 @@ _DAMAGE = (
 
 
 def tar_members(
-    handle: IO[bytes], where: Path, wanted: re.Pattern[str], links: bool = False
+    handle: IO[bytes], where: Path, pattern: re.Pattern[str], links: bool = False
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of the regular files of a tar stream whose name matches.
 
     handle: the uncompressed stream. where: the archive on the disk, for messages and for the ratio.
-    links: leave links out, instead of refusing the archive: in Debian packages they are second names of a
+    links: leave links out instead of refusing the archive. In Debian packages they are second names of a
     page. They are never followed.
 
-    Raises RecipeError for a damaged or a hostile archive, at the member where it shows.
+    Raises RecipeError for a damaged or a hostile archive, at the member where it is noticed.
     """
     limit = _limit(where.stat().st_size)
     total = 0
@@ -67,10 +68,10 @@ def tar_members(
                     continue
                 if not (member.isfile() or member.isdir()):
                     raise _refused(where, member.name, "is a link, a device or a fifo")
-                total += member.size  # as it would be unpacked: holes of a sparse file are not in the stream
+                total += member.size  # unpacked; the holes of a sparse file are not in the stream
                 if total > limit:
                     raise _bomb(where, member.name, limit)
-                if member.isfile() and wanted.search(member.name):
+                if member.isfile() and pattern.search(member.name):
                     content = archive.extractfile(member)
                     assert content is not None  # isfile() has just said so
                     yield member.name, content.read()
@@ -78,10 +79,10 @@ def tar_members(
         raise RecipeError(f"{where}: damaged archive ({error}). {_REMEDY}") from error
 
 
-def zip_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+def zip_members(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
     """Name and content of the files of a zip archive whose name matches.
 
-    Raises RecipeError for a damaged or a hostile archive: a hostile one before anything of it is unpacked.
+    Raises RecipeError for a damaged or a hostile archive; for a hostile one before anything is unpacked.
     """
     limit = _limit(path.stat().st_size)
     try:
@@ -96,11 +97,11 @@ def zip_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, byte
                     raise _refused(path, member.filename, "is a link, a device or a fifo")
                 if member.flag_bits & 1:
                     raise _refused(path, member.filename, "is encrypted")
-                total += member.file_size  # reading never goes past it
+                total += member.file_size  # no more than this is read
                 if total > limit:
                     raise _bomb(path, member.filename, limit)
             for member in members:
-                if not member.is_dir() and wanted.search(member.filename):
+                if not member.is_dir() and pattern.search(member.filename):
                     yield member.filename, archive.read(member)
     except _DAMAGE as error:
         raise RecipeError(f"{path}: damaged archive ({error}). {_REMEDY}") from error
@@ -119,16 +120,16 @@ def gunzip(packed: bytes, where: Path, member: str) -> bytes:
     return content
 
 
-_REMEDY = "Remove its folder below data/ and run stage 01 with --force; a file of your own: get it again"
+_REMEDY = "Delete its folder in data/ and run stage 01 with --force; if the file is your own, get it again"
 
 
 def _limit(packed: int) -> int:
-    """The most bytes that may come out of so many packed ones."""
+    """The most unpacked bytes that are allowed for so many packed ones."""
     return min(max(packed * MAX_RATIO, FREE_BYTES), MAX_BYTES)
 
 
 def _check_name(where: Path, name: str) -> None:
-    """Refuse a member name that leads out of the folder it would be unpacked into, on any system."""
+    """Refuse a member name that would lead out of the target folder, on any system."""
     if not name:
         raise _refused(where, name, "has no name")
     parts = re.split(r"[/\\]", name)
@@ -139,7 +140,7 @@ def _check_name(where: Path, name: str) -> None:
 def _refused(where: Path, member: str, why: str) -> HostileArchive:
     shown = member[:200]  # a name can be as long as the archive
     return HostileArchive(
-        f"{where}: refused: {shown!r} {why}. No honest archive of text does that: remove it"
+        f"{where}: refused: {shown!r} {why}. A normal archive of text does not do that: remove it"
     )
 
 
@@ -148,14 +149,14 @@ def _bomb(where: Path, member: str, limit: int) -> HostileArchive:
 
 
 class _Counted:
-    """A stream that ends with an error after `limit` bytes: headers can be bombs, too."""
+    """A stream that raises an error after `limit` bytes, because headers can be bombs, too."""
 
     def __init__(self, handle: IO[bytes], limit: int, where: Path) -> None:
         self.handle, self.left, self.limit, self.where = handle, limit, limit, where
 
     def read(self, size: int) -> bytes:
-        piece = self.handle.read(size)
-        self.left -= len(piece)
+        block = self.handle.read(size)
+        self.left -= len(block)
         if self.left < 0:
             raise _bomb(self.where, "the stream", self.limit)
-        return piece
+        return block

@@ -1,4 +1,4 @@
-"""From one raw text to a clean one, or to the reason for dropping it."""
+"""Cleaning one text: normalise it, and apply the rules that may drop it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 
 
 def make_cleaner(config: dict[str, Any], source: dict[str, Any]) -> Callable[[str], tuple[str, str]]:
-    """What cleans one text of a source: gives the text as it is kept, and the reason to drop it or "".
+    """A function from a text to the clean text and the reason to drop it, or "".
 
-    config: a dataset.json; source: one of its sources. Its key ``rules`` names the set of rules, or is null
-    or missing; the thresholds of a set are changed by ``config["rules"][SET]``. minimum_characters and
-    minimum_japanese_share of the config itself hold for every source: a set can only ask for more.
+    config: a dataset.json. source: one of its sources. Its key ``rules`` names the set of rules; it may be
+    null or missing. ``config["rules"][SET]`` changes the thresholds of a set. minimum_characters and
+    minimum_japanese_share of the config apply to every source: a set can only raise them.
     """
     normalize = make_normalizer(config)
     kind = source.get("rules")

@@ -1,19 +1,19 @@
 """The data engine: phases of parallel tasks on one machine, on Slurm or on Ray, all by datatrove.
 
-A phase is a datatrove pipeline whose tasks are independent: task k does part k of the work, puts its output
-in place by a rename and is then marked as complete. A run that was killed does the missing tasks only. The
-markers lie in the stage's work folder, which the stage throws away when a setting or an input has changed, so
-that they are never stale.
+A phase is a datatrove pipeline whose tasks are independent: task k does part k of the work, renames its
+output when it is complete, and is then marked as complete. After a kill, only the missing tasks are run. The
+markers are in the stage's work folder. The stage deletes that folder when a setting or an input has changed,
+so that the markers are never stale.
 
-``engine`` in dataset.json says where tasks run:
+``engine`` in dataset.json decides where tasks run:
 
 ===========  ============================================================================================
 executor     further keys
 ===========  ============================================================================================
 local        workers (default: one per core)
-slurm        partition, time, workers (most at once), mem_per_cpu_gb, env_command, sbatch_args, all as in
+slurm        partition, time, workers (at most at once), mem_per_cpu_gb, env_command, sbatch_args, all as in
              datatrove's SlurmPipelineExecutor; the project's folder must be on a disk that all nodes share
-ray          workers, address of the cluster (default: one is started on this machine); the disk likewise
+ray          workers, address of the cluster (default: one is started on this machine); the same disk
 ===========  ============================================================================================
 """
 
@@ -47,7 +47,7 @@ POLL_SECONDS = 5.0
 def engine(config: dict[str, Any], folder: Path) -> Iterator[Engine]:
     """The engine that ``engine`` in dataset.json describes; its worker processes end with the block.
 
-    folder: where markers and logs of the phases go (the stage's work folder).
+    folder: the stage's work folder, for the markers and logs of the phases.
     """
     chosen = Engine(config, folder)
     try:
@@ -66,10 +66,9 @@ class Engine:
         self.pool: ProcessPoolExecutor | None = None
 
     def run(self, phase: str, pipeline: Sequence[Task], tasks: int) -> None:
-        """Run the tasks of a phase that are not complete yet, and return when all are.
+        """Run the tasks of a phase that are not complete yet; return when all are.
 
-        Raises the RecipeError of the first task that fails, or one that names the phase, the task and its
-        log.
+        Raises the RecipeError of the first task that fails, or one with the phase, the task and its log.
         """
         if not tasks:
             return
@@ -77,7 +76,7 @@ class Engine:
         run[self.config["executor"]](phase, list(pipeline), tasks)
 
     def close(self) -> None:
-        """Stop the workers at once; tasks that are under way are done again by the next run."""
+        """Kill the workers; the next run repeats the tasks that are not complete."""
         if self.pool:
             for worker in multiprocessing.active_children():
                 worker.kill()
@@ -87,17 +86,17 @@ class Engine:
     def _run_local(self, phase: str, pipeline: list[Task], tasks: int) -> None:
         from datatrove.executor.local import LocalPipelineExecutor
 
-        # datatrove's own pool waits for ever for a worker that the system has killed (out of memory); this
-        # one notices.
+        # datatrove's own pool waits for ever when the system has killed a worker (out of memory). This pool
+        # raises BrokenProcessPool.
         executor = LocalPipelineExecutor(pipeline, tasks, logging_dir=str(self.logs / phase))
         ranks = executor.get_incomplete_ranks()
         if not ranks:
             return
         if len(ranks) < tasks:
-            print(f"{phase}: continues, {tasks - len(ranks)} of {tasks} tasks are done", flush=True)
+            print(f"{phase}: continues, {tasks - len(ranks)} of {tasks} tasks are complete", flush=True)
         if self.pool is None:
             self.logs.mkdir(parents=True, exist_ok=True)
-            # Not forkserver: it outlives a killed parent, and its workers with it.
+            # Not forkserver: it and its workers would survive a killed parent.
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (str(self.logs),))
         futures = {self.pool.submit(_run_rank, executor, rank): rank for rank in ranks}
@@ -134,13 +133,12 @@ class Engine:
         )
         executor.run()
         while missing := executor.get_incomplete_ranks(skip_completed=True):
-            # The queue is read before the markers: a task that ends between the two is not taken for a lost
-            # one.
+            # The queue is read before the markers: a task that ends between the two is then not lost.
             queued = _slurm_queue(executor.job_id)
             missing = executor.get_incomplete_ranks(skip_completed=True)
             if missing and not queued:
                 raise RecipeError(
-                    f"{phase}: {len(missing)} of {tasks} tasks have ended without a result, the first is "
+                    f"{phase}: {len(missing)} of {tasks} tasks ended without a result, the first is "
                     f"{missing[0]}. Run again to continue.\n{self._log_tail(phase, missing[0])}"
                 )
             time.sleep(POLL_SECONDS if missing else 0)
@@ -162,7 +160,7 @@ class Engine:
             mem_per_cpu_gb=self.config.get("mem_per_cpu_gb", 1),
         )
         executor.run()
-        # A task that raises is only logged by it.
+        # datatrove only logs a task that raises.
         missing = executor.get_incomplete_ranks(skip_completed=True)
         if missing:
             raise RecipeError(
@@ -171,18 +169,18 @@ class Engine:
             )
 
     def _log_tail(self, phase: str, rank: int) -> str:
-        """The end of a task's log, and where the whole of it is."""
+        """The last lines of a task's log, and the path of the log."""
         path = self.logs / phase / "logs" / f"task_{rank:05d}.log"
         lines = path.read_text("utf-8", errors="replace").splitlines()[-8:] if path.exists() else []
         return "\n".join([f"  {path}:", *(f"  {line}" for line in lines)])
 
 
 def _start_worker(logs: str) -> None:
-    """Settle a worker: it dies with its parent and leaves Ctrl-C to it; what datatrove prints goes to a
-    file.
-    """
+    """Set up a worker: it ends with its parent and ignores Ctrl-C; what datatrove prints goes to a file."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan writes beside the next run
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: no orphan may write during the next run
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(Path(logs) / "workers.log", "a", buffering=1)  # noqa: SIM115
 
@@ -192,6 +190,6 @@ def _run_rank(executor: Any, rank: int) -> None:
 
 
 def _slurm_queue(job: str | None) -> str:
-    """What squeue still knows of a job: nothing once it has ended."""
+    """What squeue shows of a job: nothing once it has ended."""
     done = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True, text=True)
     return done.stdout.strip()

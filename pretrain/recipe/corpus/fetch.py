@@ -1,8 +1,8 @@
-"""Fetch a file by http: resumed, tried again, checked, written aside and renamed; in memory of a megabyte.
+"""Download a file by http: it is resumed, retried and checked; memory is about a megabyte.
 
-A download lies in ``<target>.part``, and what the server said of it in ``.<target>.json``, until it is whole
-and its hash or size is right. Killed at any moment, the next call goes on from there, if the server still has
-the same file.
+Until it is complete and its hash or size is right, a download is in ``<target>.part``, and what the server
+told about it in ``.<target>.json``. After a kill at any moment, the next call resumes it, if the server still
+has the same file.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from typing import Any
 from recipe.progress import byte_progress
 from recipe.project import RecipeError, Refused, write_json
 
-HASHES = {"sha256": 64, "sha1": 40, "md5": 32}  # key of a source or of `fetch`: hexadecimal digits
-TRIES = 8  # in a row without getting further; the pauses between them add up to one or two minutes
-LONGEST_PAUSE = 60.0  # seconds between two tries
-LONGEST_RETRY_AFTER = 600.0  # seconds; a server that wants more is left alone
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or file size limit reached
+# Key of a source, or parameter of `fetch`: the number of hexadecimal digits.
+HASHES = {"sha256": 64, "sha1": 40, "md5": 32}
+# Attempts in a row without any new byte; the pauses between them add up to one or two minutes.
+ATTEMPTS = 8
+LONGEST_PAUSE = 60.0  # seconds between two attempts
+LONGEST_RETRY_AFTER = 600.0  # seconds; if the server asks for more, the download fails
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or limit of the file size reached
 
 
 def digest_of(path: Path, algorithm: str = "sha256") -> str:
-    """The hash of a file, in hex, read in pieces."""
+    """The hexadecimal hash of a file, which is read in blocks."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, algorithm).hexdigest()
 
@@ -50,8 +52,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = free_bytes(folder)
     if needed > free:
         raise Refused(
-            f"{folder}: {what} needs {needed:,} bytes, and {free:,} bytes are free. Make room, or put a link "
-            "to a larger disk in its place, and run again"
+            f"{folder}: {what} needs {needed:,} bytes, and {free:,} bytes are free. Free some space, or "
+            "replace the folder by a link to a larger disk, and run again"
         )
 
 
@@ -62,10 +64,10 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-class _Passing(Exception):
-    """The network or the server failed in a way that may pass.
+class _Temporary(Exception):
+    """A failure of the network or the server that may be temporary.
 
-    wait: the seconds that the server asks for. stale: what is here belongs to another version of the file.
+    wait: the seconds that the server asks to wait. stale: the .part belongs to another version of the file.
     """
 
     def __init__(self, reason: object, wait: float = 0.0, stale: bool = False) -> None:
@@ -82,11 +84,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         to = urllib.parse.urlsplit(newurl).scheme
         if to not in ("http", "https") or (req.type, to) == ("https", "http"):
-            raise RecipeError(f"{req.full_url}: redirects to {newurl}: refused, wanted {req.type}")
+            raise RecipeError(f"{req.full_url}: redirects to {newurl}: refused, expected {req.type}")
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
         if new is not None:
             new.method = req.get_method()  # HEAD stays HEAD
-        fp.close()  # what stands beside the redirect is of no use, and might have no end
+        fp.close()  # the body of a redirect is not needed, and it may never end
         return new
 
 
@@ -103,20 +105,20 @@ def fetch(
     timeout: float = 60.0,
     pause: float = 1.0,
 ) -> dict[str, Any]:
-    """Bring one file by http or https to `target` and return its url, bytes, sha256 and version (the ETag or
-    Last-Modified of the server, or an empty string).
+    """Download one file by http or https to `target`; return its url, bytes, sha256 and version.
 
-    The content goes to ``<target>.part``, is checked as it lies on the disk, flushed and renamed. Checked are
-    the given hashes and size in `bytes`; without them, the size that the server announced. What the server
-    said of the file stays beside it in ``.<target>.json``: after a kill at any moment the same call asks only
-    for the missing range, and only of the same version (If-Range), or checks what is there already.
+    The version is the server's ETag or Last-Modified, or an empty string. The content is written to
+    ``<target>.part``, checked on the disk, flushed and renamed. The given hashes and the size in `bytes` are
+    checked; without them, the size that the server announced. What the server told about the file is kept in
+    ``.<target>.json``: after a kill at any moment, the same call requests only the missing range, and only of
+    the same version (If-Range), or checks the file that is complete already.
 
-    Refused connections, drops, stalls of `timeout` seconds, short content, HTTP 408, 425, 429 and 5xx are
-    tried again, TRIES times in a row without getting further. The first pause is about `pause` seconds, each
-    next one twice as long with jitter, or what Retry-After asks for. Memory is constant.
+    A refused or lost connection, a stall of `timeout` seconds, incomplete content, and HTTP 408, 425, 429 and
+    5xx are retried, up to ATTEMPTS times in a row without any new byte. The first pause is about `pause`
+    seconds and each next one twice as long (with jitter), or what Retry-After asks for. Memory is constant.
 
-    Raises RecipeError: another HTTP status, a redirect to another scheme, too many tries, no room (the .part
-    stays), another size or hash than wanted (the .part goes).
+    Raises RecipeError for another HTTP status, a redirect to another scheme, too many attempts or a full disk
+    (the .part is kept), and for another size or hash than expected (the .part is deleted).
     """
     _require_http(url)
     pins = {key: value.lower() for key, value in (("sha256", sha256), ("sha1", sha1), ("md5", md5)) if value}
@@ -134,10 +136,10 @@ def fetch(
         _forget(target)
         if last or not resumed:
             raise RecipeError(
-                f"{target}: {url} brought {difference}. It was altered on the way, or the publisher has "
+                f"{target}: {url} sent {difference}. It was changed on the way, or the publisher has "
                 "replaced the file: compare with the publisher's list, correct dataset.json, and run again"
             )
-        _warn(f"{target.name}: {difference}; a part of it was from an earlier try: starts over")
+        _warn(f"{target.name}: {difference}; a part of it was from an earlier attempt: starts again")
     state = _read_state(target, url)
     facts = _facts(url, part, digest, state)
     _write_state(target, state | facts)
@@ -151,16 +153,16 @@ def _require_http(url: str) -> None:
     """Raise Refused unless `url` is plain http or https."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s\x00-\x1f]", url):
-        raise Refused(f"{url!r}: wanted a URL that starts with http:// or https:// and has no white space")
+        raise Refused(f"{url!r}: expected a URL that starts with http:// or https:// and has no white space")
     if "@" in parts.netloc:
         raise Refused(
             f"{parts.scheme}://…@{parts.hostname}: a password in a URL would be written into records. "
-            "Download the file in another way and give `paths`"
+            "Download the file yourself and give its path in `paths`"
         )
 
 
 def url_name(url: str) -> str:
-    """The file name at the end of a URL. Raises Refused where there is none that is safe to write."""
+    """The file name at the end of a URL. Raises Refused if it is empty or not safe to write."""
     _require_http(url)
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
     safe = re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,79}", name)  # 80 letters: at most 240 bytes
@@ -170,17 +172,17 @@ def url_name(url: str) -> str:
 
 
 def part_of(target: Path) -> Path:
-    """Where a file is written until it is whole."""
+    """The path to which a file is written until it is complete."""
     return target.with_name(f"{target.name}.part")
 
 
 def _state_path(target: Path) -> Path:
-    """Where it is written down what the server said of a file."""
+    """The path of the record of what the server told about a file."""
     return target.with_name(f".{target.name}.json")
 
 
 def _read_state(target: Path, url: str) -> dict[str, Any]:
-    """What the server said of the file when it began to come from this URL; empty when that is not known."""
+    """What the server told about the file when its download from this URL began; empty if not known."""
     try:
         state = json.loads(_state_path(target).read_text("utf-8"))
     except (FileNotFoundError, ValueError):  # ValueError: cut off by a power failure
@@ -195,7 +197,7 @@ def _write_state(target: Path, state: dict[str, Any]) -> None:
 
 
 def _forget(target: Path) -> None:
-    """Remove the beginning of a file that is of no use."""
+    """Remove the .part and its record."""
     part_of(target).unlink(missing_ok=True)
     _state_path(target).unlink(missing_ok=True)
 
@@ -207,96 +209,94 @@ def _facts(url: str, path: Path, digest: str, state: dict[str, Any]) -> dict[str
 
 
 def _check(path: Path, pins: dict[str, str], size: int | None) -> tuple[str, str]:
-    """The sha256 of a file and, in words, how it differs from the wanted size and hashes; empty when it does
-    not.
-    """
+    """The sha256 of a file, and in words how its size and hashes differ from the expected ones, or ""."""
     found = path.stat().st_size
     digests = {algorithm: digest_of(path, algorithm) for algorithm in {"sha256", *pins}}
-    difference = f"{found:,} bytes, wanted {size:,}" if size not in (None, found) else ""
-    for algorithm, wanted in pins.items():
-        if digests[algorithm] != wanted:
-            difference = f"{found:,} bytes that have {algorithm} {digests[algorithm]}, wanted {wanted}"
+    difference = f"{found:,} bytes, expected {size:,}" if size not in (None, found) else ""
+    for algorithm, expected in pins.items():
+        if digests[algorithm] != expected:
+            difference = f"{found:,} bytes that have {algorithm} {digests[algorithm]}, expected {expected}"
     return digests["sha256"], difference
 
 
 def _receive_all(
     url: str, target: Path, pins: dict[str, str], size: int | None, timeout: float, pause: float
 ) -> bool:
-    """Fill the .part, trying again where that can help. True when a part of it is from an earlier try."""
+    """Fill the .part, with retries. True when a part of it is from an earlier attempt."""
     part = part_of(target)
     state = _read_state(target, url)
     furthest = part.stat().st_size if part.exists() else 0
     if state and state["bytes"] == furthest and part.exists():
-        return True  # killed between the last byte and the check
+        return True  # the earlier attempt was killed between the last byte and the check
     failures = 0
     while True:
         try:
             return _receive(url, target, pins, size, timeout)
-        except _Passing as error:
+        except _Temporary as error:
             if error.stale:
                 _forget(target)
             have = part.stat().st_size if part.exists() else 0
             failures = 1 if have > furthest else failures + 1
             furthest = max(furthest, have)
-            if failures == TRIES or error.wait > LONGEST_RETRY_AFTER:
+            if failures == ATTEMPTS or error.wait > LONGEST_RETRY_AFTER:
                 asked = f"; the server asks to wait {error.wait:,.0f} s" if error.wait else ""
                 raise RecipeError(
-                    f"{target}: {url} does not come: {error}{asked}. {have:,} bytes are kept. Check the "
-                    "network (proxy, DNS) and run again: it goes on from there. To do without: remove the "
+                    f"{target}: {url} cannot be downloaded: {error}{asked}. {have:,} bytes are kept. "
+                    "Check the network (proxy, DNS) and run again: it continues from there. Or remove the "
                     "source from dataset.json and its pairs from instruction.json"
                 ) from error
             backoff = min(pause * 2 ** (failures - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
             seconds = max(error.wait, backoff)
-            _warn(f"{target.name}: {error}; {have:,} bytes are here; again in {seconds:.1f} s")
+            _warn(f"{target.name}: {error}; {have:,} bytes are kept; next attempt in {seconds:.1f} s")
             time.sleep(seconds)
 
 
 def _receive(url: str, target: Path, pins: dict[str, str], size: int | None, timeout: float) -> bool:
-    """Ask once, and write what comes to the .part. True when it goes on where an earlier try ended.
+    """Send one request and write the answer to the .part. True when it continues an earlier attempt.
 
-    Raises _Passing, RecipeError as `fetch` does, and OSError of the disk.
+    Raises _Temporary, RecipeError as `fetch` does, and OSError of the disk.
     """
     part, state = part_of(target), _read_state(target, url)
     headers = _range_headers(part, state, pins)
     with _open(url, timeout, headers) as response:
         resumed = response.status == 206
         have = part.stat().st_size if resumed else 0
-        if resumed and not (headers and _goes_on(response.headers, have, state)):
-            raise _Passing("the server has another version of the file now", stale=True)
+        if resumed and not (headers and _continues(response.headers, have, state)):
+            raise _Temporary("the server has another version of the file now", stale=True)
         total = _total(response, have)
         if size is not None and total not in (None, size):
             _forget(target)
-            raise RecipeError(f"{target}: {url} has {total:,} bytes, wanted {size:,}: another version")
+            raise RecipeError(f"{target}: {url} has {total:,} bytes, expected {size:,}: another version")
         if total is None:
             total = state.get("bytes") if resumed else size
         if total is None and not pins and not response.chunked:
             raise RecipeError(
-                f"{target}: {url}: the server does not tell the size, so that a cut cannot be noticed. "
-                "Give the `sha256` of the file"
+                f"{target}: {url}: the server does not tell the size, so that an incomplete download "
+                "cannot be noticed. Give the `sha256` of the file"
             )
         with _room_for(target, total), part.open("ab" if resumed else "wb") as out:
             if not resumed:
                 state = {"url": url, "bytes": total, "etag": response.headers.get("ETag", "")}
                 state["last_modified"] = response.headers.get("Last-Modified", "")
-                _write_state(target, state)  # after the old beginning is gone, before the new one is written
+                _write_state(target, state)  # after the old part is emptied, before a new byte is written
             require_space(part.parent, (total or have) - have, target.name)
-            for piece in byte_progress(_pieces(response), target.name, total, have):
-                out.write(piece)
-                have += len(piece)
+            for block in byte_progress(_blocks(response), target.name, total, have):
+                out.write(block)
+                have += len(block)
                 if size is not None and have > size:
                     _forget(target)
-                    raise RecipeError(f"{target}: {url} has more than the wanted {size:,} bytes")
+                    raise RecipeError(f"{target}: {url} has more than the expected {size:,} bytes")
     if total is not None and have < total:
-        raise _Passing(f"the connection ended at {have:,} of {total:,} bytes")
+        raise _Temporary(f"the connection ended at {have:,} of {total:,} bytes")
     _write_state(target, state | {"bytes": have})
     return resumed
 
 
 def _range_headers(part: Path, state: dict[str, Any], pins: dict[str, str]) -> dict[str, str]:
-    """Headers that ask for what the .part lacks; none where it cannot be told whether that would fit.
+    """Headers that request the rest of a file; none if it is unknown whether the .part is of this version.
 
-    A strong ETag or a date guards against another version (RFC 9110, 13.1.5); where the server gives neither,
-    a hash of the whole must do.
+    A strong ETag or a date protects against another version (RFC 9110, 13.1.5). If the server gives neither,
+    a hash of the complete file is needed.
     """
     have = part.stat().st_size if part.exists() else 0
     if not have or not state:
@@ -308,9 +308,10 @@ def _range_headers(part: Path, state: dict[str, Any], pins: dict[str, str]) -> d
     return {"Range": f"bytes={have}-", "If-Range": version}
 
 
-def _goes_on(headers: Any, have: int, state: dict[str, Any]) -> bool:
-    """True when a partial answer begins where the .part ends and is of the same version. Not every server
-    heeds If-Range.
+def _continues(headers: Any, have: int, state: dict[str, Any]) -> bool:
+    """True when a partial answer begins where the .part ends and is of the same version.
+
+    This is checked because not every server respects If-Range.
     """
     span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
     if not span or int(span[1]) != have:
@@ -322,14 +323,14 @@ def _goes_on(headers: Any, have: int, state: dict[str, Any]) -> bool:
 
 
 def _total(response: http.client.HTTPResponse, have: int) -> int | None:
-    """The size of the whole file, where the answer tells it."""
+    """The size of the complete file, or None if the answer does not tell it."""
     length = response.headers.get("Content-Length", "")
     return have + int(length) if length.isdecimal() else None
 
 
 @contextlib.contextmanager
 def _room_for(target: Path, total: int | None) -> Iterator[None]:
-    """Turn a full disk, quota or file size limit into a message with path, needed and free bytes."""
+    """Turn a full disk, quota or limit of the file size into a RecipeError with the bytes needed and free."""
     try:
         yield
     except OSError as error:
@@ -339,15 +340,15 @@ def _room_for(target: Path, total: int | None) -> Iterator[None]:
         have = part.stat().st_size if part.exists() else 0
         needed = f"{total - have:,}" if total is not None else "an unknown number of"
         raise RecipeError(
-            f"{part}: {error.strerror}: {needed} bytes are still to come, {free_bytes(part.parent):,} are "
-            f"free. {have:,} bytes are kept: make room and run again, and it goes on from there"
+            f"{part}: {error.strerror}: {needed} bytes are still missing, {free_bytes(part.parent):,} "
+            f"are free. {have:,} bytes are kept: free some space and run again, and it continues from there"
         ) from error
 
 
 def _open(
     url: str, timeout: float, headers: dict[str, str] | None = None, method: str = "GET"
 ) -> http.client.HTTPResponse:
-    """The server's answer, 200 or 206. Raises _Passing for what may pass, else RecipeError."""
+    """The server's answer, 200 or 206. Raises _Temporary for what may be temporary, otherwise RecipeError."""
     request = urllib.request.Request(
         urllib.parse.quote(url, safe=string.punctuation),  # a URL may hold Japanese letters
         headers={"User-Agent": "recipe/0.1 (urllib)", "Accept-Encoding": "identity"} | (headers or {}),
@@ -358,13 +359,13 @@ def _open(
     except urllib.error.HTTPError as error:
         error.close()
         reason = f"HTTP {error.code} {error.reason}"
-        if error.code == 416:  # range not satisfiable: the file has become shorter than what is here
-            raise _Passing(reason, stale=True) from error
+        if error.code == 416:  # range not satisfiable: the file is shorter than the .part
+            raise _Temporary(reason, stale=True) from error
         if error.code in (408, 425, 429) or error.code >= 500:
-            raise _Passing(reason, _retry_after(error.headers)) from error
+            raise _Temporary(reason, _retry_after(error.headers)) from error
         raise RecipeError(
-            f"{url}: {reason}. Trying again does not help: look whether the address is still right "
-            "(dataset.json), and whether it wants a login. Or download it in another way and give `paths`"
+            f"{url}: {reason}. A retry does not help: check that the address in dataset.json is still "
+            "right and that it needs no login. Or download the file yourself and give its path in `paths`"
         ) from error
     except http.client.InvalidURL as error:
         raise Refused(f"{url}: not a valid URL ({error})") from error
@@ -375,15 +376,15 @@ def _open(
                 f"{url}: the server's certificate is not trusted ({reason.verify_message}). Set the clock, "
                 "install the system's ca-certificates, or set SSL_CERT_FILE to your proxy's"
             ) from error
-        raise _Passing(reason) from error
+        raise _Temporary(reason) from error
     if response.status not in (200, 206):
         response.close()
-        raise RecipeError(f"{url}: HTTP {response.status} {response.reason}, wanted 200 OK")
+        raise RecipeError(f"{url}: HTTP {response.status} {response.reason}, expected 200 OK")
     return response
 
 
 def _retry_after(headers: Any) -> float:
-    """The seconds that Retry-After asks for, given as a number or as a date; 0 without one."""
+    """The seconds that Retry-After asks for, given as a number or as a date; 0 without that header."""
     value = headers.get("Retry-After", "")
     if value.isdecimal():
         return float(value)
@@ -394,24 +395,25 @@ def _retry_after(headers: Any) -> float:
         return 0.0
 
 
-def _pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The content as it arrives, at most 256 KiB at a time. Raises _Passing when the connection fails."""
+def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The content as it arrives, in blocks of at most 256 KiB. Raises _Temporary if the connection fails."""
     while True:
         try:
-            piece = response.read1(1 << 18)  # not read(): it would lose what came before a drop
+            # read() would lose what came before the connection was lost.
+            block = response.read1(1 << 18)
         except (OSError, http.client.HTTPException) as error:
-            raise _Passing(error) from error
-        if not piece:
+            raise _Temporary(error) from error
+        if not block:
             return
-        yield piece
+        yield block
 
 
 def announced_size(url: str) -> int:
-    """The size in bytes that the server tells before a download; 0 when it does not."""
+    """The size in bytes that the server announces before a download; 0 if it does not."""
     try:
         with _open(url, 20.0, method="HEAD") as response:
             return _total(response, 0) or 0
-    except (_Passing, RecipeError):
+    except (_Temporary, RecipeError):
         return 0
 
 

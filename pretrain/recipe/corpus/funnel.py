@@ -1,4 +1,4 @@
-"""What went into each source and what became of it: counted, sampled, as a table and as a picture."""
+"""What stage 02 kept and dropped of each source: counts, samples, a table and a picture."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SAMPLE_CHARACTERS = 300
 class Funnel:
     """Documents and UTF-8 bytes of one source, or of one shard of it.
 
-    documents in = out + sum(dropped), and bytes in = out + sum(dropped) + trimmed, hold exactly; `trimmed` is
-    what extraction and normalising took from kept documents. `extraction` counts what
-    was resolved or left out of Aozora Bunko's notation; `capped` names the cap at which reading ended.
-    `samples` holds, per reason, a few of the documents that were dropped for it: those with the smallest hash
-    of their name, so that the choice does not depend on the shards.
+    documents in = out + sum(dropped) and bytes in = out + sum(dropped) + trimmed are exact; `trimmed` is what
+    extraction and normalising removed from kept documents. `extraction` has the counts of the source's
+    extractor, such as the readings removed from Aozora Bunko's works. `capped` names the limit at which
+    reading ended. `samples` has, for each reason, a few of the dropped documents: those with the smallest
+    hash of their name, so that the choice does not depend on the shards.
     """
 
     documents_in: int = 0
@@ -67,7 +67,7 @@ class Funnel:
             self._sample(reason, *samples)
 
     def check(self, source: str) -> None:
-        """Raise AssertionError unless every document and byte is accounted for."""
+        """Raise AssertionError unless every document and byte is counted."""
         documents = self.documents_out + sum(self.documents_dropped.values())
         size = self.bytes_out + sum(self.bytes_dropped.values()) + self.bytes_trimmed
         assert (documents, size) == (self.documents_in, self.bytes_in), (
@@ -75,7 +75,7 @@ class Funnel:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The form in which ``funnel.json`` holds it."""
+        """Its form in ``funnel.json``."""
         return {
             "documents": {
                 "in": self.documents_in,
@@ -106,14 +106,14 @@ def from_record(record: dict[str, Any]) -> Funnel:
 
 
 def _reasons(funnels: dict[str, Funnel]) -> list[str]:
-    """All reasons, the one that took most bytes first; an empty document takes none."""
+    """All reasons, the one with the most bytes first; an empty document has none."""
     names = {reason for funnel in funnels.values() for reason in funnel.documents_dropped}
     size = {reason: sum(funnel.bytes_dropped[reason] for funnel in funnels.values()) for reason in names}
     return sorted(names, key=lambda reason: (-size[reason], reason))
 
 
 def funnel_table(funnels: dict[str, Funnel]) -> str:
-    """The funnel as a table, and samples of what was dropped, so that a bad rule can be seen."""
+    """The funnel as a Markdown table, and samples of dropped documents, which show a bad rule."""
     reasons = _reasons(funnels)
     head = [
         "source",
@@ -130,7 +130,7 @@ def funnel_table(funnels: dict[str, Funnel]) -> str:
         sizes = [f.bytes_in, f.bytes_trimmed, f.bytes_out]
         cells = [name, *(f"{count:,}" for count in counts), *(f"{size / 1e6:.2f}" for size in sizes)]
         lines.append("| " + " | ".join(cells) + " |")
-    cut = [f"{name} ends at its {funnel.capped}." for name, funnel in funnels.items() if funnel.capped]
+    cut = [f"{name} ends at its limit {funnel.capped}." for name, funnel in funnels.items() if funnel.capped]
     lines += ["", *cut] if cut else []
     for name, funnel in funnels.items():
         for reason in sorted(funnel.samples):
@@ -147,7 +147,7 @@ def _code(text: str) -> str:
 
 
 def picture(funnels: dict[str, Funnel], path: Path) -> None:
-    """A bar per source: the share of its bytes that was kept, trimmed, and dropped by each reason."""
+    """A bar for each source: the shares of its bytes that were kept, trimmed, and dropped by each reason."""
     import matplotlib
 
     matplotlib.use("Agg")

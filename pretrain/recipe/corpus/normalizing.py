@@ -1,11 +1,12 @@
-"""Normalising text: what neologdn does line by line, done for a whole text at once in numpy.
+"""Normalising text: neologdn's rules, applied to a whole text at once in numpy.
 
-What neologdn does with a character depends on that character and on its neighbours only: half-width kana and
-full-width letters are mapped, spaces beside Japanese go, hyphens, length marks and tildes are unified, runs
-of them shortened, a voicing mark is joined to its kana. So neologdn itself is asked once what becomes of each
-of the 63,488 characters of the Basic Multilingual Plane, and of a space before and after it. With the answers
-as tables, a text takes a dozen array operations in place of a loop over its characters. The result is
-identical (tests/unit/test_normalizing.py), the speed is measured by tests/bench/cleaning.py.
+neologdn works line by line, and what it does with a character depends only on that character and its
+neighbours: half-width kana and full-width letters are mapped, spaces next to Japanese are removed, hyphens,
+length marks and tildes are unified and runs of them shortened, a voicing mark is combined with its kana. So
+neologdn is run once on each of the 63,488 characters of the Basic Multilingual Plane, and on a space before
+and after it. The results are kept in tables; a text then needs a dozen array operations instead of a loop
+over its characters. The output is identical (tests/unit/corpus/test_normalizing.py); tests/bench/cleaning.py
+measures the speed.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from recipe.project import RecipeError
 
 TILDES = ("remove", "ignore", "normalize", "normalize_zenkaku")
 
-_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines ends a line
+_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines splits
 _SPACE, _NEWLINE = 0x20, 0x0A
-_SHORT = 64  # characters; below it, the fixed cost of the array operations is more than neologdn's loop
+# Characters. For shorter texts, neologdn's own loop is faster than the array operations.
+_SHORT = 64
 
 
 class _Tables(NamedTuple):
-    """Arrays of 65,536: what neologdn makes of each UTF-16 unit. Surrogates are left as they are."""
+    """Arrays of 65,536: what neologdn does with each UTF-16 unit. Surrogates are not changed."""
 
     mapped: np.ndarray  # uint16: the unit it becomes
-    removed: np.ndarray  # bool: it is deleted wherever it stands
-    merged: np.ndarray  # bool: it is deleted after what it would itself become
-    space_before: np.ndarray  # bool: a space before it can stay
-    space_after: np.ndarray  # bool: a space after it can stay
+    removed: np.ndarray  # bool: it is always deleted
+    merged: np.ndarray  # bool: it is deleted after a unit that becomes the same
+    space_before: np.ndarray  # bool: a space before it may stay
+    space_after: np.ndarray  # bool: a space after it may stay
 
 
 @functools.cache
 def _tables(tilde: str) -> _Tables:
-    """Ask neologdn about every character, in the middle of a line of Latin letters."""
+    """Run neologdn on every character, in the middle of a line of Latin letters."""
     ask = functools.partial(neologdn.normalize, tilde=tilde)
     mapped = np.arange(0x10000, dtype=np.uint16)
     removed, merged, before, after = (np.zeros(0x10000, dtype=bool) for _ in range(4))
@@ -54,26 +56,27 @@ def _tables(tilde: str) -> _Tables:
         before[code] = ask(f"a {character}a")[1] == " "
         after[code] = ask(f"a{character} a")[-2] == " "
         merged[code] = became in "-ー" and ask(f"a{became}{character}a") == f"a{became}a"
-    before[0xD800:0xE000] = ask("a 😀a")[1] == " "  # what lies beyond the plane, as two surrogates
+    before[0xD800:0xE000] = ask("a 😀a")[1] == " "  # characters outside the plane, as two surrogates
     after[0xD800:0xE000] = ask("a😀 a")[-2] == " "
-    for code in map(ord, _BREAKS):  # lines are lines, and an empty one is left out
+    for code in map(ord, _BREAKS):  # the ends of lines; empty lines are removed
         mapped[code], merged[code], before[code], after[code] = _NEWLINE, True, False, False
     return _Tables(mapped, removed, merged, before, after)
 
 
 @functools.cache
 def _voiced() -> tuple[re.Pattern[str], dict[str, str]]:
-    """The pattern of all kana with a voicing mark behind it that neologdn joins, and what each becomes."""
+    """A pattern of all kana with a voicing mark that neologdn combines, and what each becomes."""
     pairs = (chr(kana) + mark for kana in range(0x3041, 0x30FF) for mark in "ﾞﾟ")
     joined = {pair: neologdn.normalize(pair) for pair in pairs if len(neologdn.normalize(pair)) == 1}
     return re.compile("|".join(joined)), joined
 
 
 def make_normalizer(config: dict[str, Any]) -> Callable[[str], str]:
-    """The normaliser that a dataset.json describes: neologdn line by line, lines that become empty left out.
+    """The normaliser that a dataset.json describes: neologdn line by line, without the empty lines.
 
     ``keep_wave_dash`` (on by default): 〜 (U+301C) and its look-alike ～ (U+FF5E) stay, as 〜. neologdn
-    alone deletes both, which turns 10〜20時 into 1020時. An ASCII ``~`` is left alone, it stands in paths.
+    alone deletes both, which turns 10〜20時 into 1020時. An ASCII ``~`` is never changed, because
+    paths contain it.
     ``neologdn``: its own options repeat, remove_space, max_repeat_substr_length and tilde (which decides
     before keep_wave_dash). ``nfkc`` (off by default): Unicode's NFKC first, which also turns ～ into ``~``,
     ① into 1 and ㍿ into 株式会社.
@@ -83,7 +86,7 @@ def make_normalizer(config: dict[str, Any]) -> Callable[[str], str]:
     options = {"tilde": "ignore" if config.get("keep_wave_dash", True) else "remove"}
     options |= config.get("neologdn", {})
     if options["tilde"] not in TILDES:
-        raise RecipeError(f"neologdn.tilde: {options['tilde']!r}, wanted one of {', '.join(TILDES)}")
+        raise RecipeError(f"neologdn.tilde: {options['tilde']!r}, expected one of {', '.join(TILDES)}")
     repeat, longest = options.get("repeat", 0), options.get("max_repeat_substr_length", 8)
     remove_space = options.get("remove_space", True)
     tables = _tables(options["tilde"])
@@ -102,7 +105,7 @@ def make_normalizer(config: dict[str, Any]) -> Callable[[str], str]:
 
 
 def _normalize(text: str, tables: _Tables, remove_space: bool) -> str:
-    """All of neologdn but the shortening of repeats, on all lines of a text."""
+    """All of neologdn except the shortening of repeats, on all lines of a text."""
     units = np.frombuffer(f"\n{text}\n".encode("utf-16-le"), dtype=np.uint16)
     removed = tables.removed[units]
     if removed.any():
@@ -111,13 +114,13 @@ def _normalize(text: str, tables: _Tables, remove_space: bool) -> str:
     keep = np.ones(len(units), dtype=bool)
     spaces = np.flatnonzero(mapped == _SPACE)
     if len(spaces) and remove_space:
-        # A run of spaces becomes one space, where both of its neighbours let a space stay.
+        # A run of spaces becomes one space if both of its neighbours allow a space.
         first = spaces[mapped[spaces - 1] != _SPACE]
         last = spaces[mapped[spaces + 1] != _SPACE]
         keep[spaces] = False
         keep[first] = tables.space_after[units[first - 1]] & tables.space_before[units[last + 1]]
     elif len(spaces):
-        keep[spaces] = mapped[spaces + 1] != _NEWLINE  # neologdn takes one space from the end of a line
+        keep[spaces] = mapped[spaces + 1] != _NEWLINE  # neologdn removes one space at the end of a line
     if not keep.all():
         units, mapped = units[keep], mapped[keep]
     same = np.flatnonzero(mapped[1:] == mapped[:-1]) + 1
@@ -128,14 +131,14 @@ def _normalize(text: str, tables: _Tables, remove_space: bool) -> str:
     if "ﾞ" in result or "ﾟ" in result:
         pattern, joined = _voiced()
         result = pattern.sub(lambda match: joined[match[0]], result)
-    if "\ufeff" in result:  # neologdn takes it for a byte order mark where a line begins with it
+    if "\ufeff" in result:  # neologdn removes it at the begin of a line, as a byte order mark
         lines = (line.removeprefix("\ufeff") for line in result.split("\n"))
         result = "\n".join(line for line in lines if line)
     return result
 
 
 def _shorten_repeats(text: str, repeat: int, longest: int) -> str:
-    """neologdn's shorten_repeat on each line that holds a repeat of at most `longest` characters (0: any)."""
+    """neologdn's shorten_repeat on each line with a repeat of at most `longest` characters (0: any)."""
     found = re.compile(rf"(.{{1,{longest or ''}}})\1{{{repeat}}}")
     lines = text.split("\n")
     return "\n".join(

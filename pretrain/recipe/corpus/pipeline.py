@@ -1,16 +1,17 @@
 """The phases of stage 02: read, clean, find duplicates, write.
 
-Every phase is a set of tasks for `recipe.corpus.engine`. A task writes aside and renames, so that
-what is there is whole.
+Every phase is a set of tasks for `recipe.corpus.engine`. A task writes its files under another name and
+renames them, so that every file is complete.
 
 1. `Read`, a task per source: its documents as they are, in Parquet shards of SHARD_BYTES.
-2. `Clean`, a task per shard: extraction, normalising, rules; and the hash of every text that is left.
-3. `recipe.corpus.dedup`: exact and near duplicates over all shards. Sources that stand
-   earlier in dataset.json have priority.
-4. `Write`, a task per shard: what is no duplicate goes to the training or the validation side by its hash.
+2. `Clean`, a task per shard: extraction, normalising, rules; and the hash of every text that remains.
+3. `recipe.corpus.dedup`: exact and near duplicates over all shards. A source that comes earlier in
+   dataset.json has priority.
+4. `Write`, a task per shard: all but the duplicates, to the training or the validation side by their hash.
+5. `recipe.corpus.leakage`: validation documents that also occur in the training side are removed.
 
-Memory is that of a few batches per worker, whatever the size of the corpus; only deduplication remembers
-documents.
+Memory is that of a few batches per worker, for any size of the corpus; deduplication keeps its records on
+disk.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from recipe.corpus.sources import KINDS, read
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import RecipeError, write_json
 
-SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: some ten seconds of cleaning
+SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: about ten seconds of cleaning
 RAW = pa.schema([("name", pa.string()), ("text", pa.large_string()), ("dropped", pa.string())])
 CLEAN = pa.schema(
     [
@@ -55,13 +56,13 @@ CLEAN = pa.schema(
 DATASET = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.large_string())])
 
 
-# A clean shard's rows to leave out, by reason.
+# The rows to remove from a clean shard, by reason.
 Removed = Callable[[int], dict[str, np.ndarray]]
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; it takes the place of `path` when the block ends well."""
+    """A new folder to fill, which replaces `path` when the block ends without an error."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -100,7 +101,7 @@ class Read:
 def raw_row(document: Any) -> dict[str, str]:
     """A document as a row of a raw shard.
 
-    Halves of surrogate pairs, which JSON can spell, are no text in any file.
+    JSON can contain halves of surrogate pairs, which are not text: such a document is dropped.
     """
     text, dropped = document.text, document.dropped
     try:
@@ -113,7 +114,7 @@ def raw_row(document: Any) -> dict[str, str]:
 def capped(documents: Iterable[Any], spec: dict[str, Any], reached: list[str]) -> Iterator[Any]:
     """The documents of a source up to its ``maximum_documents`` or ``maximum_megabytes`` of usable text.
 
-    The cap that ends it, if one does, is added to `reached`.
+    The name of a limit that is reached is added to `reached`.
     """
     most = spec.get("maximum_documents") or float("inf")
     room = (spec.get("maximum_megabytes") or float("inf")) * 1e6
@@ -129,8 +130,9 @@ def capped(documents: Iterable[Any], spec: dict[str, Any], reached: list[str]) -
 
 @dataclass
 class Clean:
-    """Task k: clean raw shard k into ``<folder>/<k>.parquet``, ``<k>.npy`` (hashes) and ``<k>.json``
-    (counts).
+    """Task k: clean raw shard k.
+
+    Writes ``<folder>/<k>.parquet``, ``<k>.npy`` (hashes) and ``<k>.json`` (counts).
     """
 
     config: dict[str, Any]
@@ -199,8 +201,9 @@ def make_extractor(
 
 @dataclass
 class Write:
-    """Task k: the rows of clean shard k that are no duplicates, into
-    ``{train,valid}-<source>-<number>.parquet``.
+    """Task k: write the rows of clean shard k that are not duplicates.
+
+    Writes ``<folder>/{train,valid}-<source>-<number>.parquet``.
     """
 
     config: dict[str, Any]
@@ -240,9 +243,10 @@ class Write:
 
 
 def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, Funnel], dict[str, int]]:
-    """Run all phases: the shards of the dataset go to `folder`; return each source's funnel, and what leaked.
+    """Run all phases; return each source's funnel and the figures of leakage.
 
-    config: dataset.json. data: where stage 01 put the sources. A run that was killed is continued.
+    config: dataset.json. data: the folder that stage 01 downloaded to. folder: where the shards of the
+    dataset go. A run that was killed is continued.
     """
     sources, raw, clean = config["sources"], folder / "raw", folder / "clean"
     clean.mkdir(exist_ok=True)
@@ -266,13 +270,13 @@ def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, F
 
 
 def remove_scaffold(folder: Path) -> None:
-    """Remove what only the phases needed. The markers go first: without what they mark they would lie."""
+    """Remove the files that only the phases need. The markers (logs) go first: they must never be wrong."""
     for name in ("logs", "raw", "clean"):
         shutil.rmtree(folder / name)
 
 
 def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards: int) -> Removed:
-    """Run the phases of `recipe.corpus.dedup`; the result gives a shard's rows to leave out, by reason."""
+    """Run the phases of `recipe.corpus.dedup`; the result gives the rows to remove from a shard."""
     files = [clean / f"{rank:05d}.parquet" for rank in range(shards)]
     folder = clean / "duplicates"
     folder.mkdir(exist_ok=True)
@@ -286,7 +290,7 @@ def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards
 
 
 def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable[str]) -> dict[str, Funnel]:
-    """The funnel of every source from those that `Write` left for its shards."""
+    """The funnel of every source, from those that `Write` wrote for its shards."""
     funnels = {source: Funnel() for source in sources}
     for rank, (source, _) in enumerate(shards):
         path = clean / f"{rank:05d}.funnel.json"
@@ -295,18 +299,18 @@ def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable
 
 
 def check_size(name: str, spec: dict[str, Any], funnel: Funnel) -> None:
-    """Stop when a source is suspiciously small: a half-empty mirror must not become a half-trained model."""
+    """Raise RecipeError when too little of a source is left, for example after an incomplete download."""
     least = spec.get("minimum_megabytes", 0)
     if not funnel.documents_out:
         raise RecipeError(
             f"sources.{name}: nothing is left of {funnel.documents_in} documents, dropped "
-            f"{dict(funnel.documents_dropped)}. Look at data/{name}/, its rules and caps, or remove the "
-            f"source"
+            f"{dict(funnel.documents_dropped)}. Check data/{name}/, its rules and limits, or remove the "
+            "source from dataset.json"
         )
     if funnel.bytes_out < least * 1e6:
         raise RecipeError(
-            f"sources.{name}: only {funnel.bytes_out / 1e6:.2f} MB are left, dataset.json wants "
+            f"sources.{name}: only {funnel.bytes_out / 1e6:.2f} MB are left, expected at least "
             f"minimum_megabytes {least}: {funnel.documents_in} documents in, dropped "
-            f"{dict(funnel.documents_dropped)}. Look at data/{name}/, lower the minimum, or remove the "
-            "source"
+            f"{dict(funnel.documents_dropped)}. Check data/{name}/, lower the minimum, or remove "
+            "the source from dataset.json"
         )

@@ -1,24 +1,24 @@
-"""Strict readers of text files and data sets: every document is either read or named as a fault.
+"""Readers of text files and data sets: every document is read or reported as a fault.
 
 =============================  ===========================================================================
 form                           a document is
 =============================  ===========================================================================
-``.txt``                       the lines between empty lines (as in CC-100); a line of white space is empty
+``.txt``                       the lines between empty lines (as in CC-100); white space counts as empty
 ``.jsonl`` ``.json``           a line: one JSON object with the text in a column
 ``.parquet``                   a row: the text in a string column
 a folder of ``datasets``       a row, as `datasets.load_from_disk` opens it
 a data set on the hub          a row, streamed
 =============================  ===========================================================================
 
-The text forms may be compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``; the name decides (``ja.txt.xz``). Text
-is UTF-8. A byte order mark and carriage returns before line feeds are not text. Control characters are passed
-on: cleaning drops them.
+The text forms may be compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``, by their name (``ja.txt.xz``). Text is
+UTF-8. A byte order mark, and carriage returns before line feeds, are removed. Control characters are kept;
+cleaning drops such documents.
 
-Faults. Strict (the default): the first one raises RecipeError with file and line or row. Tolerant: a fault
-becomes a document whose `dropped` is one of `FAULTS` and whose text is its readable form, so that it can be
-counted; `cap_bad` then stops a source with too many of them.
+Faults: strict reading (the default) raises RecipeError at the first one, with file and line or row. Tolerant
+reading turns it into a document whose `dropped` is one of `FAULTS` and whose text is its readable form, so
+that it is counted; `cap_bad` then stops a source with too many of them.
 
-Memory is bounded: no more than MAXIMUM_BYTES of one document are held.
+Memory is bounded: at most MAXIMUM_BYTES of one document are held.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ FAULTS = frozenset(
         "empty file",
     ]
 )
-_CHUNK = 2**20  # bytes read, or decompressed, at once
-_FEED = 2**10  # compressed bytes handed on at once: they become 32 MB (zstd) at the very most
-_ROWS = 256  # of a Parquet file or a data set, held at once
+_CHUNK = 2**20  # bytes that are read or decompressed at once
+_FEED = 2**10  # compressed bytes decompressed at once: at most 32 MB come out (zstd)
+_ROWS = 256  # of a Parquet file or a data set, in memory at once
 _BOM = b"\xef\xbb\xbf"
 _WHITE = b" \t\r\f\v\n\xe3\x80"
 _BLANK = rb"(?:[ \t\r\f\v]|\xe3\x80\x80)*\n"  # the rest of a line of white space; E3 80 80 is U+3000
@@ -72,9 +72,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
-    """One document as it was read: ``name`` is unique in its source, ``dropped`` why it is unusable.
+    """One document as it was read. ``dropped`` is the reason why it cannot be used, or "".
 
-    Only the parts of a document that is too long share a name.
+    ``name`` is unique in its source; only the parts of a document that is too long have the same name.
     """
 
     name: str
@@ -83,21 +83,21 @@ class Document(NamedTuple):
 
 
 class _Damage(Exception):
-    """A compressed file cannot be read on: one of `FAULTS`, and what the library says."""
+    """The rest of a compressed file cannot be read: one of `FAULTS`, and what the library says."""
 
 
 def fault(name: str, reason: str, text: str, advice: str, tolerant: bool) -> Document:
-    """The document that stands for a fault, with its readable form. Strict: raises RecipeError instead."""
+    """The document for a fault, with its readable form as text. Strict: raises RecipeError instead."""
     if not tolerant:
         raise RecipeError(f"{name}: {reason}: {advice}")
     return Document(name, text, reason)
 
 
 def cap_bad(documents: Iterable[Document], where: str, share: float) -> Iterator[Document]:
-    """Pass documents on, and stop a source of which more than `share` (0.001 is 0.1 %) could not be read.
+    """Pass documents on; stop when more than `share` of them (0.001 is 0.1 %) could not be read.
 
-    Only `FAULTS` count, not what a source leaves out on purpose ("redirect", "empty"). The share is looked at
-    for every document once 1,000 were read, and at the end.
+    Only `FAULTS` count, not what a source leaves out on purpose ("redirect", "empty"). The share is checked
+    from document 1,000 on, and at the end.
 
     Raises RecipeError with the share, the reasons and the first faults.
     """
@@ -120,7 +120,7 @@ def _check_share(where: str, total: int, reasons: Counter[str], first: list[str]
         counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
         raise RecipeError(
             f"{where}: {bad:,} of {total:,} documents cannot be read ({bad / total:.2%}, maximum_bad_share "
-            f"allows {share:.2%}): {counts}. The first: {'; '.join(first)}. Mend or leave out the files, or "
+            f"allows {share:.2%}): {counts}. The first: {'; '.join(first)}. Fix or leave out the files, or "
             "raise maximum_bad_share"
         )
 
@@ -131,9 +131,9 @@ def _check_share(where: str, total: int, reasons: Counter[str], first: list[str]
 def read_file(path: Path, column: str = "text", tolerant: bool = False) -> Iterator[Document]:
     """Documents of one file, named ``path:line`` (from 1) or ``path:row`` (from 0), in the file's order.
 
-    column: where the text stands in .jsonl and .parquet. An empty text is dropped as "empty", which is no
+    column: the name of the text in .jsonl and .parquet. An empty text is dropped as "empty", which is not a
     fault; a file without any document is one.
-    Strict: raises RecipeError at the first fault. Always raises it for a kind of file that is not known.
+    Strict: raises RecipeError at the first fault. An unknown kind of file always raises it.
     """
     compression = path.suffix if path.suffix in _DECOMPRESSORS else ""
     kind = Path(path.name.removesuffix(compression)).suffix
@@ -143,19 +143,19 @@ def read_file(path: Path, column: str = "text", tolerant: bool = False) -> Itera
         documents = _read_text(str(path), kind, compression, column, tolerant)
     else:
         raise RecipeError(
-            f"{path}: unknown kind of file {kind + compression!r}; wanted .txt, .jsonl or .json (plain or "
+            f"{path}: unknown kind of file {kind + compression!r}; expected .txt, .jsonl or .json (plain or "
             f"with {', '.join(_DECOMPRESSORS)}) or .parquet"
         )
     document = None
     for document in documents:
         yield document
     if document is None:
-        yield fault(str(path), "empty file", "", "holds no document. Delete it or get it again", tolerant)
+        yield fault(str(path), "empty file", "", "no document in it. Delete it or get it again", tolerant)
 
 
 def _read_text(path: str, kind: str, compression: str, column: str, tolerant: bool) -> Iterator[Document]:
     separators = _empty_lines if kind == ".txt" else _line_ends
-    for line, raw, reason, advice in _units(_joined(_decompress(path, compression)), separators):
+    for line, raw, reason, advice in _units(_merged(_decompress(path, compression)), separators):
         if b"\r" in raw:
             raw = raw.replace(b"\r\n", b"\n").removesuffix(b"\r")
         try:
@@ -163,7 +163,9 @@ def _read_text(path: str, kind: str, compression: str, column: str, tolerant: bo
         except UnicodeDecodeError as error:
             line += raw.count(b"\n", 0, error.start)
             text, reason = raw.decode("utf-8", errors="replace"), "bad UTF-8"
-            advice = f"byte {raw[error.start]:#04x} ({error.reason}). Convert the file, say with iconv"
+            advice = (
+                f"byte {raw[error.start]:#04x} ({error.reason}). Convert the file, for example with iconv"
+            )
         if reason:
             yield fault(f"{path}:{line}", reason, text, advice, tolerant)
         elif kind == ".txt":
@@ -174,23 +176,23 @@ def _read_text(path: str, kind: str, compression: str, column: str, tolerant: bo
 
 def _json_document(name: str, line: str, column: str, tolerant: bool) -> Document:
     """The document of one line of JSON."""
-    wanted = f"wanted a JSON object with a text in {column!r}"
+    expected = f"expected a JSON object with a text in {column!r}"
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return fault(name, "bad JSON", line, f"{error}; {wanted}. Mend or delete it", tolerant)
+        return fault(name, "bad JSON", line, f"{error}; {expected}. Fix or delete it", tolerant)
     if not isinstance(row, dict):
         found = f"found a {type(row).__name__}"
     elif column not in row:
         found = f"it has {sorted(row)}"
     elif not isinstance(row[column], str):
-        found = f"{column!r} is {type(row[column]).__name__}, wanted a string"
+        found = f"{column!r} is {type(row[column]).__name__}, expected a string"
     elif "\\u" in line and _SURROGATE.search(row[column]):
-        advice = "half of a surrogate pair, which is no text. Mend or delete the line"
+        advice = "half of a surrogate pair, which is not text. Fix or delete the line"
         return fault(name, "bad UTF-8", _SURROGATE.sub("\ufffd", row[column]), advice, tolerant)
     else:
         return Document(name, row[column], "" if row[column] else "empty")
-    return fault(name, "no text", line, f"{found}; {wanted}. Mend it or set `column`", tolerant)
+    return fault(name, "no text", line, f"{found}; {expected}. Fix it or set `column`", tolerant)
 
 
 _Separators = Callable[[bytes, int], Iterator[tuple[int, int]]]  # see `_units`
@@ -207,9 +209,9 @@ def _line_ends(data: bytes, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _units(chunks: Iterable[bytes], separators: _Separators) -> Iterator[tuple[int, bytes, str, str]]:
-    """Cut a stream at its separators: (number of the first line, bytes, fault, what to do about it).
+    """Split a stream at its separators: (number of the first line, bytes, fault, what to do about it).
 
-    separators: gives begin and end of each separator in some bytes, from a place on.
+    separators: gives begin and end of each separator in some bytes, from an offset on.
 
     A unit above MAXIMUM_BYTES comes in parts, each with the fault "too long". Where `chunks` raises _Damage,
     the incomplete rest is the last unit and has that fault. Other units have the fault "".
@@ -223,7 +225,7 @@ def _units(chunks: Iterable[bytes], separators: _Separators) -> Iterator[tuple[i
             if line == 1 and len(rest) < len(_BOM):
                 rest, chunk = b"", (rest + chunk).removeprefix(_BOM)
             data, start = rest + chunk, 0
-            # A separator holds something new; what was searched before is not searched again.
+            # A new separator ends in the new bytes; what was searched before is not searched again.
             search = len(rest.rstrip(_WHITE))
             if not in_long and (blanks := _BLANK_LINES.match(data)):
                 start = blanks.end()
@@ -237,7 +239,7 @@ def _units(chunks: Iterable[bytes], separators: _Separators) -> Iterator[tuple[i
                 start, in_long = after, False
             rest = data[start:]
             if len(rest) > MAXIMUM_BYTES:
-                cut = len(rest.rstrip(_WHITE)) or len(rest)  # the white space may begin a separator
+                cut = len(rest.rstrip(_WHITE)) or len(rest)  # the white space may be the begin of a separator
                 yield line, rest[:cut], *too_long
                 line += rest.count(b"\n", 0, cut)
                 rest, in_long = rest[cut:], True
@@ -251,10 +253,10 @@ def _units(chunks: Iterable[bytes], separators: _Separators) -> Iterator[tuple[i
 
 
 def _decompress(path: str, compression: str) -> Iterator[bytes]:
-    """The bytes of a plain or compressed file in chunks. Raises _Damage after the last that can be had.
+    """The bytes of a plain or compressed file in chunks. Raises _Damage after the last one available.
 
-    Every stream of the file is read, and nothing after one is passed over but padding with zeros.
-    (`bz2.open` and `lzma.open` ignore what they do not know there, zstandard's reader a truncated end.)
+    All streams of the file are read, and only zeros are skipped between them. (`bz2.open` and `lzma.open`
+    ignore unknown bytes there, and zstandard's reader ignores a truncated end.)
     """
     with open(path, "rb") as handle:
         if not compression:
@@ -280,14 +282,14 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
         raise _Damage("truncated archive", "it ends too early. Get the file again")
 
 
-def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of at least _CHUNK, but for the last."""
+def _merged(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in chunks of at least _CHUNK, except the last."""
     held: list[bytes] = []
     size = 0
     try:
-        for piece in pieces:
-            held.append(piece)
-            size += len(piece)
+        for chunk in chunks:
+            held.append(chunk)
+            size += len(chunk)
             if size >= _CHUNK:
                 yield b"".join(held)
                 held, size = [], 0
@@ -298,7 +300,7 @@ def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _decoded(decoder: Any, data: bytes) -> Iterator[bytes]:
-    """What a decompressor makes of some bytes. Those of bz2 and lzma can be asked for parts of it."""
+    """Decompress some bytes. The decompressors of bz2 and lzma can give the result in parts."""
     if not hasattr(decoder, "needs_input"):
         yield decoder.decompress(data)
         return
@@ -308,7 +310,7 @@ def _decoded(decoder: Any, data: bytes) -> Iterator[bytes]:
 
 
 def _read_parquet(path: Path, column: str, tolerant: bool) -> Iterator[Document]:
-    """A document a row. A column that is missing or holds no strings makes every row a fault."""
+    """A document for each row. If the column is missing or not of strings, every row is a fault."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -354,7 +356,7 @@ def _column_documents(
         name = f"{path}:{row}"
         if value is None or not is_text:
             readable, seen = ("", "null") if value is None else (str(value), type(value).__name__)
-            advice = f"{column!r} is {seen}, wanted a string. Leave the row out or set `column`"
+            advice = f"{column!r} is {seen}, expected a string. Remove the row or set `column`"
             yield fault(name, "no text", readable, advice, tolerant)
         elif len(value) > MAXIMUM_BYTES:
             advice = f"{len(value):,} bytes, at most {MAXIMUM_BYTES:,} are read"
@@ -363,7 +365,7 @@ def _column_documents(
             try:
                 yield Document(name, value.decode("utf-8"), "" if value else "empty")
             except UnicodeDecodeError as error:
-                advice = f"byte {error.start} of the value ({error.reason}). Mend or leave out the row"
+                advice = f"byte {error.start} of the value ({error.reason}). Fix or remove the row"
                 yield fault(name, "bad UTF-8", value.decode("utf-8", "replace"), advice, tolerant)
 
 
@@ -371,9 +373,9 @@ def _column_documents(
 
 
 def read_folder(path: Path, column: str = "text", tolerant: bool = False) -> Iterator[Document]:
-    """Documents of a folder written by `save_to_disk` of ``datasets``, memory-mapped, named ``path:row``.
+    """Documents of a folder that `save_to_disk` of ``datasets`` wrote, named ``path:row``; memory-mapped.
 
-    A folder with splits is read split by split in its own order; their rows are named ``path/split:row``.
+    The splits of a folder are read in its own order, and their rows are named ``path/split:row``.
     Raises RecipeError for a folder that cannot be opened or lacks the column.
     """
     import datasets
@@ -388,11 +390,11 @@ def read_folder(path: Path, column: str = "text", tolerant: bool = False) -> Ite
 
 
 def read_hub(name: str, spec: dict[str, Any]) -> Iterator[Document]:
-    """Documents of a data set on the Hugging Face hub, or in a local folder of one, streamed, named by row.
+    """Documents of a data set on the Hugging Face hub, or in a local copy of one, streamed, named by row.
 
-    spec: ``dataset``, and if wanted ``configuration``, ``split`` (train), ``revision``, ``column`` (text) and
-    ``maximum_bad_share`` (above 0: tolerant). A local folder without a card (README.md) is a bare copy of
-    data files: there a configuration is a sub-folder, as wikimedia/wikipedia has one for each dump.
+    spec: ``dataset``, and optionally ``configuration``, ``split`` (train), ``revision``, ``column`` (text)
+    and ``maximum_bad_share`` (above 0: tolerant). A local folder without a card (README.md) is a plain copy
+    of data files: there a configuration is a subfolder (wikimedia/wikipedia has one for each dump).
     Raises RecipeError for a data set that cannot be read or lacks the column.
     """
     import datasets

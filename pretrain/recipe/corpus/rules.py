@@ -1,13 +1,13 @@
-"""Which documents are good enough: rules with thresholds, in sets for the kinds of sources.
+"""Rules with thresholds that drop documents of low quality, in sets for the kinds of sources.
 
-The set ``web`` is Swallow v1's (Okazaki et al. 2024, Building a Large Japanese Web Corpus for Large Language
-Models, arXiv:2404.17733; its rules against repetition go back to Rae et al. 2021, arXiv:2112.11446), and then
-LLM-jp's (LLM-jp 2024, arXiv:2407.03963): unwanted words counted, and the ratio of compression. These rules
-reject literature and articles, so ``encyclopaedia`` and ``books`` ask for a length and for Japanese only;
-those two figures are ours. Every rule is in every set: `dataset.json` gives any of them another threshold,
-and null switches it off.
+The set ``web`` has the rules of Swallow v1 (Okazaki et al. 2024, Building a Large Japanese Web Corpus for
+Large Language Models, arXiv:2404.17733; its rules against repetition are from Rae et al. 2021,
+arXiv:2112.11446), and then those of LLM-jp (LLM-jp 2024, arXiv:2407.03963): counts of words from lists, and
+the ratio of compression. These rules reject literature and articles. The sets ``encyclopaedia`` and ``books``
+therefore require only a length and a share of Japanese, with thresholds of our own. Every set has every rule:
+`dataset.json` changes a threshold, and null switches a rule off.
 
-Checking a configuration needs `RULES` and `check_rules` only; numpy is imported when a text is measured.
+The check of a configuration uses `RULES` and `check_rules` only; numpy is imported when a text is measured.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ RULES: dict[str, dict[str, int | float | None]] = {
 HIRAGANA, KATAKANA, KANJI = "\u3041-\u309f", "\u30a1-\u30ff", "\u3400-\u4dbf\u4e00-\u9fff々〆〇"
 _SENTENCE = re.compile(r"[^。．！？!?\n]+[。．！？!?]?")
 _WORD_LISTS = {"advertisement": 1, "adult": 2, "discrimination": 4, "violence": 8}  # a bit for each
-# Odd numbers with mixed bits: 2**64 over the golden ratio, and over the square root of 2. The other must be
-# no power of the first: else sums of two overlapping 5-grams would often be equal.
+# Odd numbers with mixed bits: 2**64 over the golden ratio, and over the square root of 2. The second must not
+# be a power of the first, because sums of two overlapping 5-grams would often be equal then.
 _MULTIPLIER, _OTHER = 0x9E3779B97F4A7C15, 0xB504F333F9DE6485
 
 
 class Statistics:
-    """What the rules ask about one text; each figure is computed when it is first asked for.
+    """The figures of one text that the rules need; each is computed when it is first used.
 
     The text is normalised: its lines are its paragraphs. Shares lie between 0 and 1, and are 0 where there is
     nothing to count. An n-gram is of characters.
@@ -84,21 +84,21 @@ class Statistics:
 
     @functools.cached_property
     def codes(self) -> np.ndarray:
-        """Code points, uint32, one a character."""
+        """The code points, ``(characters,)`` uint32."""
         import numpy as np
 
         return np.frombuffer(self.text.encode("utf-32-le"), dtype=np.uint32)
 
     @functools.cached_property
     def kinds(self) -> list[int]:
-        """How many characters are: something else, white space, hiragana, katakana, kanji."""
+        """The numbers of characters: other, white space, hiragana, katakana, kanji."""
         import numpy as np
 
         return np.bincount(_kinds()[np.minimum(self.codes, 0xFFFF)], minlength=5).tolist()
 
     @property
     def japanese(self) -> int:
-        """How many characters are Japanese letters."""
+        """The number of Japanese letters."""
         return sum(self.kinds[2:])
 
     @property
@@ -123,7 +123,7 @@ class Statistics:
 
     @functools.cached_property
     def sentences(self) -> list[str]:
-        """Pieces of lines that end with 。 or another full stop, question mark or exclamation mark."""
+        """The lines, split after 。 and other full stops, question marks and exclamation marks."""
         return _SENTENCE.findall(self.text)
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class Statistics:
 
     @functools.cached_property
     def _top_character(self) -> int:
-        """An upper bound of how often the most frequent character occurs: characters in 1,024 buckets."""
+        """An upper bound of the count of the most frequent character: characters in 1,024 buckets."""
         import numpy as np
 
         return int(np.bincount(self.codes & 0x3FF).max())
@@ -154,7 +154,9 @@ class Statistics:
         import numpy as np
 
         total = len(self.text) - n + 1
-        if total < 1 or self._top_character / total <= share:  # no n-gram is more frequent than its letters
+        if (
+            total < 1 or self._top_character / total <= share
+        ):  # no n-gram is more frequent than its characters
             return False
         hashes = np.sort(self._hashes(n))
         starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
@@ -184,7 +186,7 @@ class Statistics:
         if n not in self._repeats:
             if n == 5:
                 places, hashes = np.arange(len(self._fives)), self._fives
-            else:  # two 5-grams, from its first and to its last character, are the whole n-gram
+            else:  # its first and its last 5-gram identify the n-gram
                 places = self._repeated(n - 1).longer
                 hashes = self._fives[places] * np.uint64(_OTHER) + self._fives[places + n - 5]
             order = np.argsort(hashes)
@@ -201,9 +203,9 @@ class Statistics:
         return self._hashes(5)
 
     def _hashes(self, n: int) -> np.ndarray:
-        """The n-gram at each place as one uint64, for n of at most the length of the text.
+        """The n-gram at each position as one uint64; n is at most the length of the text.
 
-        A polynomial of the code points modulo 2**64: two n-grams are taken for the same with chance 2**-64.
+        A polynomial of the code points modulo 2**64: two different n-grams are equal with probability 2**-64.
         """
         import numpy as np
 
@@ -214,8 +216,8 @@ class Statistics:
         return hashes
 
     @functools.cached_property
-    def _word_places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where words of the lists may begin, and the bits of those lists."""
+    def _word_positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """The positions where words of the lists may begin, and the bits of those lists."""
         import numpy as np
 
         lists = np.zeros(len(self.codes), dtype=np.uint8)
@@ -228,11 +230,11 @@ class Statistics:
         return places, lists[places]
 
     def words_exceed(self, name: str, count: int) -> bool:
-        """Whether more than `count` words of one of HojiChar's lists occur, each occurrence counted.
+        """Whether words of one of HojiChar's lists occur more than `count` times in all.
 
-        Words do not overlap, and one in katakana counts only where no other katakana touches it.
+        Words do not overlap. A word in katakana counts only if there is no katakana directly before or after.
         """
-        places, lists = self._word_places
+        places, lists = self._word_positions
         places = places[(lists & _WORD_LISTS[name]) > 0]
         if len(places) <= count:
             return False
@@ -253,10 +255,10 @@ class Statistics:
 
 
 class _Repeats(NamedTuple):
-    """n-grams that occur more than once: in how many places, and how many distinct ones.
+    """The n-grams that occur more than once: the number of their positions, and of distinct ones.
 
-    longer: the places where an (n+1)-gram may occur more than once, since here and at the next place an
-    n-gram does; sorted.
+    longer: the sorted positions where an (n+1)-gram may occur more than once, because the n-grams at this
+    position and at the next one do.
     """
 
     places: int
@@ -268,15 +270,15 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _duplicates(pieces: list[str]) -> float:
-    """Pieces that stood there before, over all pieces."""
-    return _share(len(pieces) - len(set(pieces)), len(pieces))
+def _duplicates(parts: list[str]) -> float:
+    """Parts that occurred before, over all parts."""
+    return _share(len(parts) - len(set(parts)), len(parts))
 
 
-def _duplicate_characters(pieces: list[str]) -> float:
-    """Characters of pieces that stood there before, over those of all pieces."""
-    total = sum(map(len, pieces))
-    return _share(total - sum(map(len, set(pieces))), total)
+def _duplicate_characters(parts: list[str]) -> float:
+    """Characters of parts that occurred before, over the characters of all parts."""
+    total = sum(map(len, parts))
+    return _share(total - sum(map(len, set(parts))), total)
 
 
 @functools.cache
@@ -292,13 +294,13 @@ def _kinds() -> np.ndarray:
 
 
 def _longer(hashes: Any, codes: Any) -> Any:
-    """Hashes of some characters and the code points of the next ones: the hashes of all (also of arrays)."""
+    """The hash of some characters and the next one, from the hash of the former (also for arrays)."""
     return hashes * 31 ^ codes
 
 
 @functools.cache
 def _word_lists() -> tuple[np.ndarray, dict[str, dict[str, re.Pattern[str]]]]:
-    """The word lists that lie in the package hojichar.
+    """The word lists of the package hojichar.
 
     Returns a uint8 table (3, 65536): which lists have a word of one character, a word of two, a longer one
     beginning with three, whose hash ends in these 16 bits; and, by list and first character, the pattern of
@@ -323,7 +325,7 @@ def _word_lists() -> tuple[np.ndarray, dict[str, dict[str, re.Pattern[str]]]]:
     return begins, patterns
 
 
-# Rule: the reason it gives, and whether a text fails it. In the order in which they are tried: cheap first.
+# Rule: the reason it gives, and whether a text fails it. They are applied in this order: cheap ones first.
 _CHECKS: dict[str, tuple[str, Callable[[Statistics, Any], bool]]] = {
     "minimum_characters": ("short", lambda text, least: len(text.text) < least),
     "minimum_japanese_characters": ("few Japanese characters", lambda text, least: text.japanese < least),
@@ -376,10 +378,10 @@ def japanese_share(text: str) -> float:
 
 
 def make_rules(kind: str | None, changes: dict[str, Any]) -> Callable[[str], str]:
-    """The filter of a set of rules: gives the reason of the first rule that a text fails, or "".
+    """The filter of a set of rules: a function that gives the reason of the first rule a text fails, or "".
 
-    kind: a key of `RULES`, or None to start with every rule off. changes: other thresholds by rule, None
-    switches a rule off; `check_rules` has checked both. The text is normalised already.
+    kind: a key of `RULES`, or None, where every rule is off. changes: other thresholds by rule; None switches
+    a rule off. `check_rules` has checked both. The text is normalised already.
     """
     values = (RULES[kind] if kind else {}) | changes
     active = [
@@ -398,8 +400,8 @@ def make_rules(kind: str | None, changes: dict[str, Any]) -> Callable[[str], str
 def check_rules(kind: Any, changes: Any, where: str) -> None:
     """Check a set's name and the thresholds a user gives for it.
 
-    where: the place for messages, such as ``configs/web/dataset.json: rules.web``. Raises Refused, with the
-    nearest known name, for an unknown set or rule, a wrong type, or a threshold out of its range.
+    where: the begin of messages, such as ``configs/web/dataset.json: rules.web``. Raises Refused, with the
+    nearest known name, for an unknown set or rule, a wrong type, or a threshold out of range.
     """
     if not isinstance(kind, str) or kind not in RULES:
         raise Refused(
@@ -407,7 +409,7 @@ def check_rules(kind: Any, changes: Any, where: str) -> None:
             f"Known: {', '.join(RULES)}"
         )
     if not isinstance(changes, dict):
-        raise Refused(f"{where}: {json.dumps(changes)}, wanted an object {{RULE: threshold or null}}")
+        raise Refused(f"{where}: {json.dumps(changes)}, expected an object {{RULE: threshold or null}}")
     for rule, value in changes.items():
         if rule not in _WEB:
             raise Refused(f"{where}: {rule}: unknown rule (value {json.dumps(value)}).{_nearest(rule, _WEB)}")
@@ -416,9 +418,9 @@ def check_rules(kind: Any, changes: Any, where: str) -> None:
             isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and value >= 0
         ):
             continue
-        wanted = "a whole number" if whole else "a number"
+        expected = "a whole number" if whole else "a number"
         raise Refused(
-            f"{where}: {rule}: {json.dumps(value, ensure_ascii=False)}, wanted {wanted} of 0 or more, "
+            f"{where}: {rule}: {json.dumps(value, ensure_ascii=False)}, expected {expected} of 0 or more, "
             "or null to switch the rule off"
         )
 

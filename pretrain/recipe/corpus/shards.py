@@ -64,7 +64,7 @@ class Shard(NamedTuple):
 
 
 def list_shards(folder: Path, side: str | None = None, source: str | None = None) -> list[Shard]:
-    """The shards in stage 02's folder, of one side or both, of one source or all, in their fixed order."""
+    """The shards in stage 02's folder, of one side or both and of one source or all, sorted."""
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.parquet")]
     shards = sorted(Shard(match[1], match[2], int(match[3]), path) for path, match in matches if match)
     return [s for s in shards if side in (None, s.side) and source in (None, s.source)]
@@ -93,7 +93,7 @@ def count_rows(path: Path) -> int:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the shard when pyarrow cannot read it."""
+    """Raise a RecipeError with the path when pyarrow cannot read a shard."""
     try:
         yield
     except (OSError, KeyError, pa.ArrowException) as error:
@@ -108,7 +108,7 @@ def side_sources(folder: Path, side: str) -> list[str]:
 def read_texts(
     folder: Path, side: str, source: str | None = None, most_bytes: int | None = None
 ) -> Iterator[str]:
-    """Texts of a side, of one source or of all, until `most_bytes` of UTF-8 are passed."""
+    """Texts of a side, of one source or of all, until `most_bytes` of UTF-8 are exceeded."""
     size = 0
     for shard in list_shards(folder, side, source):
         for batch in read_shard(shard.path, 512):

@@ -1,4 +1,4 @@
-"""The identity of a text, and the side of the split that follows from it."""
+"""The identity of a text, and the side of the split that it decides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def text_hash(text: str) -> bytes:
 
 
 def is_valid_side(identity: bytes, share: float) -> bool:
-    """Whether a document belongs to the validation side: its hash decides, so that adding data moves
-    nothing.
+    """Whether a document belongs to the validation side.
+
+    Its hash decides, so that adding data moves no other document.
     """
     return int.from_bytes(identity[:8], "big") < share * 2**64

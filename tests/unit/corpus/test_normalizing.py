@@ -27,9 +27,9 @@ def assert_same(lines, options, config):
     """The lines as one text come out as neologdn makes them; a difference is shown by its first line."""
     text = "\n".join(lines)
     assert len(text) > 1000  # long enough for the array operations
-    wanted, seen = reference(text, options), make_normalizer(config)(text)
-    if seen != wanted:
-        pairs = zip(seen.split("\n"), wanted.split("\n"), strict=False)
+    expected, seen = reference(text, options), make_normalizer(config)(text)
+    if seen != expected:
+        pairs = zip(seen.split("\n"), expected.split("\n"), strict=False)
         pytest.fail(f"{next((pair for pair in pairs if pair[0] != pair[1]), 'another number of lines')}")
 
 
@@ -106,5 +106,5 @@ def test_nothing_is_left_of_nothing(text):
 
 
 def test_unknown_tilde_is_refused():
-    with pytest.raises(RecipeError, match="tilde: 'keep', wanted one of remove, ignore"):
+    with pytest.raises(RecipeError, match="tilde: 'keep', expected one of remove, ignore"):
         make_normalizer({"neologdn": {"tilde": "keep"}})

@@ -191,7 +191,7 @@ def test_a_source_that_is_too_small_stops(tmp_path):
 def test_a_killed_run_is_continued_and_counts_the_same(tmp_path, monkeypatch):
     source = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(50)] * 2)
     (tmp_path / "whole").mkdir()
-    wanted, rows, _ = build(tmp_path / "whole", {"a": source})
+    expected, rows, _ = build(tmp_path / "whole", {"a": source})
     real = pipeline._merge_funnels
     monkeypatch.setattr(pipeline, "_merge_funnels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -200,7 +200,7 @@ def test_a_killed_run_is_continued_and_counts_the_same(tmp_path, monkeypatch):
     # Reading again would fail: what is complete is not done again.
     (tmp_path / "a.jsonl").unlink()
     funnels, again, _ = build(tmp_path, {"a": source})
-    assert funnels == wanted and again == rows
+    assert funnels == expected and again == rows
 
 
 def test_a_cap_that_ends_reading_early_does_not_hide_bad_lines(tmp_path):

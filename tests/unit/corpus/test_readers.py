@@ -67,7 +67,7 @@ def test_every_form_gives_its_documents_in_order(tmp_path, kind, compression):
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         (b"\xef\xbb\xbfa\nb\n\n\nc", [("1", "a\nb"), ("5", "c")]),  # byte order mark, no final newline
         (b"\xef\xbb\xbf\n\na\n", [("3", "a")]),
@@ -79,10 +79,10 @@ def test_every_form_gives_its_documents_in_order(tmp_path, kind, compression):
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 2, 3, 2**20])
-def test_text_documents_and_their_lines(tmp_path, monkeypatch, content, wanted, chunk):
+def test_text_documents_and_their_lines(tmp_path, monkeypatch, content, expected, chunk):
     monkeypatch.setattr(readers, "_CHUNK", chunk)  # separators and marks fall across chunks
     path = write(tmp_path, "a.txt", content)
-    assert [(d.name.rpartition(":")[2], d.text) for d in read_file(path)] == wanted
+    assert [(d.name.rpartition(":")[2], d.text) for d in read_file(path)] == expected
 
 
 def test_json_lines_with_marks_blanks_and_nul(tmp_path):
@@ -122,17 +122,17 @@ FAULTS_IN_TEXT = [
     ("a.txt", b"\xff\n", "a.txt:1", "bad UTF-8", "\ufffd", "0xff"),
     ("a.txt", b"b\n\xe3\x81\n", "a.txt:2", "bad UTF-8", "b\n\ufffd", "unexpected end"),
     ("a.txt", "一".encode("utf-16"), "a.txt:1", "bad UTF-8", "\ufffd\ufffd\x00N", "iconv"),
-    ("a.txt", b"", "a.txt", "empty file", "", "holds no document"),
-    ("a.txt", b"\n \n\xe3\x80\x80\n", "a.txt", "empty file", "", "holds no document"),
-    ("a.txt.gz", gzip.compress(b""), "a.txt.gz", "empty file", "", "holds no document"),
-    ("a.jsonl", b"", "a.jsonl", "empty file", "", "holds no document"),
+    ("a.txt", b"", "a.txt", "empty file", "", "no document in it"),
+    ("a.txt", b"\n \n\xe3\x80\x80\n", "a.txt", "empty file", "", "no document in it"),
+    ("a.txt.gz", gzip.compress(b""), "a.txt.gz", "empty file", "", "no document in it"),
+    ("a.jsonl", b"", "a.jsonl", "empty file", "", "no document in it"),
     ("a.jsonl", b'{"text": \n', "a.jsonl:1", "bad JSON", '{"text": ', "line 1 column"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl:1", "bad JSON", "[" * 100_000, "recursion"),
     ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1", "bad UTF-8", '{"text": "\ufffd"}', "0xff"),
     ("a.jsonl", b'{"text": "\\ud842"}\n', "a.jsonl:1", "bad UTF-8", "\ufffd", "surrogate"),
     ("a.jsonl", b'{"text": "a\x00"}\n', "a.jsonl:1", "bad JSON", '{"text": "a\x00"}', "control character"),
     ("a.jsonl", b'{"body": "a"}\n', "a.jsonl:1", "no text", '{"body": "a"}', r"it has \['body'\]"),
-    ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1", "no text", '{"text": 5}', "'text' is int, wanted a string"),
+    ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1", "no text", '{"text": 5}', "'text' is int, expected a string"),
     ("a.jsonl", b'{"text": null}\n', "a.jsonl:1", "no text", '{"text": null}', "'text' is NoneType"),
     ("a.json", b'[{"text": "a"}]', "a.json:1", "no text", '[{"text": "a"}]', "found a list"),
 ]
@@ -286,7 +286,7 @@ def test_memory_is_bounded(tmp_path, monkeypatch, compression):
     ("values", "kind", "place", "reason", "readable", "words"),
     [
         (["a", None, "b"], pa.string(), 1, "no text", "", "null"),
-        ([1, 2], pa.int64(), 0, "no text", "1", "'text' is int, wanted a string"),
+        ([1, 2], pa.int64(), 0, "no text", "1", "'text' is int, expected a string"),
         ([["a"]], pa.list_(pa.string()), 0, "no text", "['a']", "'text' is list"),
         ([b"a"], pa.binary(), 0, "no text", "b'a'", "'text' is bytes"),
     ],
@@ -357,7 +357,7 @@ def test_parquet_without_rows(tmp_path):
 @pytest.mark.parametrize("name", ["a.doc", "a", "a.gz", "a.parquet.gz", "a.txt.zip"])
 @pytest.mark.parametrize("tolerant", [False, True])
 def test_unknown_kind_is_always_refused(tmp_path, name, tolerant):
-    with pytest.raises(RecipeError, match=r"unknown kind of file .*wanted \.txt"):
+    with pytest.raises(RecipeError, match=r"unknown kind of file .*expected \.txt"):
         list(read_file(write(tmp_path, name, b"x"), tolerant=tolerant))
 
 

@@ -295,12 +295,12 @@ def test_sentences():
     [
         ("wep", {}, "unknown set of rules \"wep\". Did you mean 'web'?"),
         (["web"], {}, "unknown set of rules"),
-        ("web", [], "wanted an object"),
+        ("web", [], "expected an object"),
         ("web", {"minimum_charcters": 3}, "unknown rule (value 3). Did you mean 'minimum_characters'?"),
-        ("books", {"minimum_characters": 2.5}, "minimum_characters: 2.5, wanted a whole number"),
-        ("web", {"minimum_characters": True}, "minimum_characters: true, wanted a whole number"),
-        ("web", {"minimum_zlib_ratio": "0.3"}, 'minimum_zlib_ratio: "0.3", wanted a number'),
-        ("web", {"minimum_zlib_ratio": -0.1}, "-0.1, wanted a number of 0 or more, or null"),
+        ("books", {"minimum_characters": 2.5}, "minimum_characters: 2.5, expected a whole number"),
+        ("web", {"minimum_characters": True}, "minimum_characters: true, expected a whole number"),
+        ("web", {"minimum_zlib_ratio": "0.3"}, 'minimum_zlib_ratio: "0.3", expected a number'),
+        ("web", {"minimum_zlib_ratio": -0.1}, "-0.1, expected a number of 0 or more, or null"),
     ],
 )
 def test_a_wrong_configuration_is_refused(kind, changes, message):

@@ -51,7 +51,7 @@ def test_jsonl_and_parquet_give_their_column(tmp_path):
         ("a.txt", b"\xe4\xb8\x80\nbad \xff\n", r"a\.txt:2: bad UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1.*'text'"),
-        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1.*int, wanted a string"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1.*int, expected a string"),
         ("a.doc", b"x", r"unknown kind of file '\.doc'"),
     ],
 )

@@ -23,11 +23,11 @@ DROPPED = {"redirect": "redirect", "disambiguation": "disambiguation", "surname"
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_page_gives_the_expected_prose(path):
     prose, reason = extract(path.stem, path.read_text("utf-8"))
-    wanted = path.with_suffix(".txt").read_text("utf-8").splitlines()
+    expected = path.with_suffix(".txt").read_text("utf-8").splitlines()
     lines = prose.splitlines()
     assert reason == DROPPED.get(path.stem, "")
-    assert len(lines) == len(wanted)
-    assert {(path.stem, b) for a, b in zip(lines, wanted, strict=True) if a != b} <= KNOWN_MISSES
+    assert len(lines) == len(expected)
+    assert {(path.stem, b) for a, b in zip(lines, expected, strict=True) if a != b} <= KNOWN_MISSES
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -288,7 +288,7 @@ def test_truncated_bz2_is_named_with_the_last_page(tmp_path):
         (b"".join([*dump(MIXED)[:3], b"<page><title>x</page>"]), r"after '題2' \(id 2\) \(mismatched tag"),
         (b"".join([*dump(MIXED)[:2], b"<page><ns>0</ns><id>1</id></page>"]), r"after '題1'.*without <title>"),
         (b"".join(dump([page_xml(1, namespace="<ns>x</ns>")])), r"broken at the first page .*'x'"),
-        (b"<html></html>", r"not a MediaWiki export: root <html>, wanted <mediawiki>"),
+        (b"<html></html>", r"not a MediaWiki export: root <html>, expected <mediawiki>"),
         (b"", r"broken at the first page \(no element found"),
         ("<mediawiki>\n<page><title>題".encode("cp932"), r"broken at the first page \(not well-formed"),
     ],
