@@ -5,17 +5,18 @@
 #                        [--set FILE.KEY=VALUE]... [--nproc N] [--deepspeed NAME | --fsdp] [--tensor-parallel N]
 #
 #   --recipe NAME    folder below configs/ (default: tiny)
-#   --from, --to NN  first and last stage, by number
+#   --from, --to NN  number of the first and of the last stage to run
 #   --force          redo these stages even if they are done; their old output is replaced
 #   --dry-run        check the configuration and say what would be done
 #   --list           list the stages
-#   --set, --nproc, --deepspeed, --fsdp, --tensor-parallel   handed on to the stages
+#   --set FILE.KEY=VALUE   override one key of the recipe, e.g. --set pretrain.learning_rate=1e-4
+#   --nproc, --deepspeed, --fsdp, --tensor-parallel   for the training stages: bash pretrain/05_pretrain.sh --help
 #
 # Exit codes: 0 done, 1 a stage failed, 2 refused (wrong option or configuration, stale output, folder in use),
-# 130 interrupted, 143 terminated. Running the same command again continues.
+# 130 interrupted, 143 terminated. To continue after a stop, run the same command again.
 set -euo pipefail
 if ((BASH_VERSINFO[0] < 4)); then
-  echo "run_all.sh: error: this is bash $BASH_VERSION; 4.4 or newer is wanted (macOS: brew install bash)" >&2
+  echo "run_all.sh: error: this is bash $BASH_VERSION, but 4.4 or newer is needed (macOS: brew install bash)" >&2
   exit 2
 fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -25,13 +26,13 @@ usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$here/run_all.sh"; }
 refuse() { printf 'run_all.sh: error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
 stages() { printf '%s\n' "$here"/pretrain/[0-9][0-9]_* "$here"/fine-tuning/[0-9][0-9]_*; }
 
-# A function, so that bash has read the whole file before it starts: it may be edited while it runs.
+# A function, so that bash reads the whole file before it starts: the file may be edited during a run.
 main() {
   local recipe=tiny from=00 to=99 list=false talk=true common=() overrides=() launch=()
   while (($#)); do
     case $1 in
       --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel)
-        (($# > 1)) || refuse "$1 wants a value"
+        (($# > 1)) || refuse "$1 needs a value"
         case $1 in
           --recipe) recipe=$2 ;;
           --from) from=$2 ;;
@@ -50,12 +51,12 @@ main() {
     shift
   done
   for number in "$from" "$to"; do
-    [[ $number =~ ^[0-9]{1,2}$ ]] || refuse "--from and --to want the number of a stage, got '$number'"
+    [[ $number =~ ^[0-9]{1,2}$ ]] || refuse "--from and --to need the number of a stage, got '$number'"
   done
   from=$(printf %02d "$((10#$from))") to=$(printf %02d "$((10#$to))")
   for number in "$from" "$to"; do
     [[ $number == 00 || $number == 99 ]] || compgen -G "$here/*/${number}_*" >/dev/null ||
-      refuse "there is no stage $number: see --list"
+      refuse "no stage $number: see --list"
   done
 
   if $list; then
@@ -69,7 +70,7 @@ main() {
   python=$(bash "$here/setup.sh" --python)
   export PYTHONPATH=$here/pretrain${PYTHONPATH:+:$PYTHONPATH}
   ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
-  # Should this shell be killed, the running stage ends with it and can be continued.
+  # If this shell is killed, the running stage is stopped too, and can be continued.
   export RECIPE_RUN_ALL=$$
   "$python" -m recipe.run.check --recipe "$recipe" --from "$from" --to "$to" "${overrides[@]}" "${launch[@]}"
 
@@ -88,7 +89,7 @@ main() {
   printf '\n'
   "$python" -m recipe.export.summary "$recipe"
   "$python" -m recipe.export.html_report "$recipe"
-  printf '\n%d s in all.\n' $((SECONDS - started))
+  printf '\nTotal time: %d s\n' $((SECONDS - started))
   if [[ -f outputs/$recipe/12_finetune/stage.json ]]; then
     printf 'Talk to the model: %s%s fine-tuning/chat.py --recipe %s\n' \
       "${RECIPE_PYTHON:+PYTHONPATH=pretrain }" "${python#"$here"/}" "$recipe"

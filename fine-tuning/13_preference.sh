@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Stage 13: train the tuned model on preferences (DPO); skipped unless there is a preference.json.
+# Stage 13: train the fine-tuned model on preferences (DPO); skipped when the recipe has no preference.json.
 #
-# Edit: configs/<recipe>/preference.json. Writes: as stage 12, the model after preferences.
+# Edit: configs/<recipe>/preference.json. Writes: the same as stage 12.
 # Run:  bash fine-tuning/13_preference.sh --recipe tiny
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Stage 05: train the model, from scratch or a published checkpoint: plain python, torchrun (--nproc N) or deepspeed
-# (--deepspeed zero2).
+# Stage 05: pretrain the model, from scratch or from a published checkpoint.
 #
-# Several GPUs: one rank each by itself. Weights that do not fit: --deepspeed zero3, --fsdp, --tensor-parallel N.
-# Several nodes: --nnodes, --node-rank and --master-addr on each, or --deepspeed with --hostfile; slurm.sh.
+# It starts plain python, torchrun (--nproc N) or deepspeed (--deepspeed zero2). With several GPUs, each gets a rank by
+# default. When the model does not fit into one GPU: --deepspeed zero3, --fsdp or --tensor-parallel N.
+# With several nodes: --nnodes, --node-rank and --master-addr on each node, or --deepspeed with --hostfile, or slurm.sh.
 # Edit: configs/<recipe>/model.json, pretrain.json. Writes: checkpoints/, a plain Hugging Face folder, metrics.jsonl.
 # Run:  bash pretrain/05_pretrain.sh --recipe tiny
 set -euo pipefail

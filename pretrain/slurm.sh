@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train over the nodes of a Slurm job: one launcher a node, which starts the ranks of that node.
+# Train on the nodes of a Slurm job: one launcher per node, which starts the ranks of that node.
 #
-# Run from the project's folder, which all nodes must see, with the stage's script and its options:
+# Run it in the project's folder, which all nodes must share, with the stage's script and its options:
 #   sbatch --nodes 2 --gpus-per-node 8 pretrain/slurm.sh pretrain/05_pretrain.sh --recipe mistral-300m --fsdp
 #
-# Five minutes before the time limit the training saves a checkpoint, and the job is queued again to continue.
+# Five minutes before the time limit the training saves a checkpoint, and the job is queued again to continue it.
 #SBATCH --job-name=recipe
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
@@ -12,8 +12,8 @@
 #SBATCH --exclusive
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?this script is for sbatch, from the folder of the project}"
-stage=${1:?wanted the script of a stage: pretrain/05_pretrain.sh or fine-tuning/12_finetune.sh}
+cd "${SLURM_SUBMIT_DIR:?run this script with sbatch, in the folder of the project}"
+stage=${1:?the script of a stage is missing: pretrain/05_pretrain.sh or fine-tuning/12_finetune.sh}
 shift
 recipe=tiny
 for ((i = 1; i < $#; i++)); do
@@ -22,10 +22,11 @@ done
 for option; do
   if [[ $option == --recipe=* ]]; then recipe=${option#*=}; fi
 done
-bash setup.sh --python >/dev/null # once, before all nodes want it at the same time
+# Set up once, before all nodes do it at the same time.
+bash setup.sh --python >/dev/null
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# The number of the node is known on the node only; a port of its own lets two jobs share one.
+# Only the node knows its number. A port per job lets two jobs share a node.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
   bash -c 'exec bash "$0" "$@" --node-rank "$SLURM_NODEID"' "$stage" --nnodes "$SLURM_JOB_NUM_NODES" \
@@ -36,7 +37,8 @@ near_the_limit=false
 trap 'near_the_limit=true; touch "outputs/$recipe/.$(basename "$stage" .sh).work/stop" || true' USR1
 code=0
 wait "$training" || code=$?
-if $near_the_limit; then # the signal has ended `wait`, not the training
+# The signal has ended `wait`, not the training.
+if $near_the_limit; then
   code=0
   wait "$training" || code=$?
   if ((code)); then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -1,4 +1,4 @@
-"""What this machine can do and what training should therefore use. Pure choices, apart from `detect`."""
+"""What this machine has, and what a training should use on it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ GPU_COLUMNS = "uuid,name,compute_cap,memory.total,memory.free"
 
 @dataclass(frozen=True)
 class Hardware:
-    """device: ``cuda`` or ``cpu``. capability: CUDA compute capability, (0, 0) on a CPU. name: for people.
-    bitsandbytes: whether that library, which has the 8-bit optimizers, is installed.
+    """What a device and its software can do.
+
+    device: ``cuda`` or ``cpu``. name: for people. capability: CUDA compute capability, (0, 0) on a CPU.
+    fast_bf16: whether it has bf16 units. flash_attention: whether FlashAttention-2 can be used. compiler:
+    whether there is a C++ compiler for torch.compile. bitsandbytes: whether that library, which has the 8-bit
+    optimizers, is installed.
     """
 
     device: str
@@ -35,7 +39,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run uses: precision ``bf16``, ``fp16`` or ``fp32``; the attention kernel; compiled or not."""
+    """What a training uses: precision ``bf16``, ``fp16`` or ``fp32``, attention kernel, torch.compile."""
 
     precision: str
     attention: str
@@ -43,7 +47,7 @@ class Choice:
 
 
 def detect() -> Hardware:
-    """Look at this process's device."""
+    """The hardware that PyTorch finds in this process."""
     import torch
 
     if torch.cuda.is_available():
@@ -52,7 +56,7 @@ def detect() -> Hardware:
 
 
 class Gpu(NamedTuple):
-    """What nvidia-smi says of a GPU. total, free: bytes, None where it shares the machine's memory."""
+    """A GPU as nvidia-smi lists it. total, free: bytes, or None where it shares the machine's memory."""
 
     name: str
     capability: tuple[int, int]
@@ -61,13 +65,13 @@ class Gpu(NamedTuple):
 
 
 def glance() -> Hardware:
-    """What `detect` will find, without importing torch: of the first visible GPU, or of the CPU."""
+    """What `detect` would find, without importing torch: the first visible GPU, or the CPU."""
     seen = gpus()
     return _gpu(seen[0].name, seen[0].capability) if seen else _cpu()
 
 
 def count_gpus() -> int:
-    """GPUs that a training started now would see."""
+    """The number of GPUs that a training started now would see."""
     return len(gpus())
 
 
@@ -80,9 +84,10 @@ def gpus() -> list[Gpu]:
 
 
 def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves of a listing by nvidia-smi with `GPU_COLUMNS`.
+    """The GPUs of a listing by nvidia-smi (with `GPU_COLUMNS`) that CUDA_VISIBLE_DEVICES leaves visible.
 
-    As CUDA does, it reads numbers or beginnings of UUIDs, in that order, up to the first that is not there.
+    The variable is read as CUDA does: numbers or beginnings of UUIDs, in the order given, up to the first one
+    that does not exist.
     """
     present = []
     for line in listing.splitlines():
@@ -110,7 +115,7 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
 
 def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
     flash = importlib.util.find_spec("flash_attn") is not None
-    # Ampere (8.0) is the first generation with bf16 units; FlashAttention-2 needs it too.
+    # Ampere (8.0) is the first generation with bf16 units. FlashAttention-2 needs it, too.
     ampere = capability >= (8, 0)
     bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     return Hardware("cuda", name, capability, ampere, flash and ampere, _compiler(), bitsandbytes)
@@ -128,10 +133,10 @@ def _compiler() -> bool:
 def choose(
     hardware: Hardware, values: dict[str, Any], where: str = "pretrain.json", documents: bool = True
 ) -> Choice:
-    """What to use: what a training file demands, else the best that the hardware has.
+    """What to use: the values of a training file, or else the best that the hardware has.
 
-    where: the file's name, for messages. documents: see
-    `config_training.documents_suffice`. Raises Refused for a demand that the hardware cannot meet.
+    where: the file's name, for messages. documents: whether attention by documents can compute this training
+    (`recipe.config.training.documents_suffice`). Raises Refused for a value that the hardware cannot meet.
     """
     if values.get("bf16"):
         if not hardware.fast_bf16:
@@ -144,11 +149,12 @@ def choose(
     elif values.get("fp16"):
         if hardware.device == "cpu":
             raise Refused(
-                f"{where}: fp16: true, but fp16 training needs a GPU. Leave the key out, and the CPU's best "
-                "is chosen"
+                f"{where}: fp16: true, but fp16 training needs a GPU. Leave the key out, and the best for "
+                "this CPU is chosen"
             )
         precision = "fp16"
-    elif "bf16" in values or "fp16" in values:  # explicitly false
+    elif "bf16" in values or "fp16" in values:
+        # Both are false.
         precision = "fp32"
     else:
         precision = "bf16" if hardware.fast_bf16 else "fp16" if hardware.device == "cuda" else "fp32"
@@ -190,8 +196,8 @@ def choose(
 
     if values.get("torch_compile") and not hardware.compiler:
         raise Refused(
-            f"{where}: torch_compile: true, but there is no g++ on this machine. Install it or leave the key "
-            f"out"
+            f"{where}: torch_compile: true, but there is no g++ on this machine. Install it, or leave the "
+            "key out"
         )
     if values.get("tf32") and hardware.capability < (8, 0):
         raise Refused(
@@ -202,7 +208,10 @@ def choose(
 
 
 def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -> None:
-    """Refuse an adapter over 4-bit weights without a GPU or without bitsandbytes. where: the file."""
+    """Raise Refused for an adapter over 4-bit weights without a GPU or without bitsandbytes.
+
+    where: the name of the training file.
+    """
     if not (values.get("lora") or {}).get("quantization"):
         return
     missing = "no NVIDIA GPU is visible" if hardware.device != "cuda" else ""
@@ -210,14 +219,14 @@ def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -
         missing = "it is not installed (bash setup.sh --extra bitsandbytes)"
     if missing:
         raise Refused(
-            f"{where}: lora.quantization: nf4 weights are unpacked by CUDA kernels of bitsandbytes, and "
+            f"{where}: lora.quantization: nf4 weights need the CUDA kernels of bitsandbytes, but "
             f"{missing}. To tune LoRA over unquantised weights: --set "
             f"{where.removesuffix('.json')}.lora.quantization=null"
         )
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes of this machine's memory: all, and what is available. Without /proc (no Linux) both are all."""
+    """Bytes of this machine's memory: (total, available). Without /proc (not on Linux) both are the total."""
     try:
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     except FileNotFoundError:
@@ -228,7 +237,7 @@ def host_memory() -> tuple[int, int]:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes this process has held so far: of the GPU, reserved by PyTorch; of a CPU, resident."""
+    """The peak memory of this process in bytes: reserved by PyTorch on a GPU, resident on a CPU."""
     if device == "cuda":
         import torch
 
@@ -237,7 +246,10 @@ def peak_memory(device: str) -> int:
 
 
 def gemm_peak(device: str, precision: str, seconds: float = 0.3) -> float:
-    """FLOP/s of a 2048-cubed matrix product on this device, in the precision of training; the base of MFU."""
+    """Measured FLOP/s of a 2048 x 2048 x 2048 matrix product in the training's precision, the base of MFU.
+
+    seconds: how long to measure.
+    """
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

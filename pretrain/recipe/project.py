@@ -90,7 +90,7 @@ def glob_files(pattern: str) -> list[Path]:
 
 
 def stage_folder(recipe: str, stage: str) -> Path:
-    """Where a finished stage lies."""
+    """The folder of a finished stage."""
     return OUTPUTS / recipe / stage
 
 

@@ -1,7 +1,8 @@
-"""Kills, signals, two runs at once, changed files: nothing is lost, nothing half-written is read."""
+"""Kills, signals, two runs at once, changed files: nothing is lost, no incomplete file is read."""
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -27,8 +28,6 @@ def prepared(make_project):
 
 
 def copy_recipe(project, name):
-    import shutil
-
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
 
@@ -59,7 +58,7 @@ def weights(project, name):
 
 @pytest.fixture(scope="module")
 def straight(prepared):
-    """The training that nothing disturbs: its curve and its weights."""
+    """The curve and the weights of a training without interruption."""
     copy_recipe(prepared, "straight")
     prepared.run("pretrain/05_pretrain.sh", "--recipe", "straight", *SLOW_STEPS)
     assert len(curve(prepared, "straight")) == 60
@@ -73,7 +72,8 @@ def checkpoints(project):
 
 
 def test_terminated_training_continues_bit_identically(make_project, straight):
-    project = make_project()  # of its own: beside `straight`, the finished stage would be taken from there
+    # A project of its own: next to `straight`, the finished stage would be taken from there.
+    project = make_project()
     project.run("run_all.sh", "--recipe", "mini", "--to", "04")
     run = project.start("pretrain/05_pretrain.sh", "--recipe", "mini", *SLOW_STEPS)
     wait_for(lambda: steps_done(project, "mini") >= 13)
@@ -82,7 +82,7 @@ def test_terminated_training_continues_bit_identically(make_project, straight):
     assert run.returncode == 143, output
     assert not project.output("mini", "05_pretrain").exists()
     newest = checkpoints(project)[0]
-    assert int(newest.name.split("-")[1]) % 10, "wanted the checkpoint of the signal, not a periodic one"
+    assert int(newest.name.split("-")[1]) % 10, "expected the checkpoint of the signal, not a periodic one"
     result = project.run("pretrain/05_pretrain.sh", "--recipe", "mini", *SLOW_STEPS)
     assert f"continues from {newest.name}" in result.stdout
     assert (curve(project, "mini"), weights(project, "mini")) == straight
@@ -99,7 +99,8 @@ def test_killed_training_with_a_damaged_checkpoint_continues_bit_identically(mak
     run.communicate()
     newest = checkpoints(project)[0]
     path = newest / "optimizer.pt"
-    if path.exists():  # else the kill came in the middle of saving, which is damage enough
+    # Without the file, the kill came while the checkpoint was saved, which is damage enough.
+    if path.exists():
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
@@ -117,7 +118,7 @@ def children(pid):
     return found
 
 
-def test_settings_changed_in_the_middle_are_refused_not_overwritten(prepared):
+def test_changed_settings_do_not_overwrite_checkpoints(prepared):
     project = prepared
     copy_recipe(project, "changed")
     project.edit("changed", "pretrain", seed=7)
@@ -147,13 +148,13 @@ def test_second_run_on_the_same_folder_is_refused(prepared):
     assert "is in use by process" in result.stderr and "05_pretrain" in result.stderr
     run.kill()
     run.communicate()
-    # The training dies with its parent, and the lock with both.
+    # The training ends with its parent, and the lock is released.
     wait_for(
         lambda: project.run("pretrain/02_dataset.py", "--recipe", "busy", check=False).returncode == 0, 60
     )
 
 
-def test_killed_stage_leaves_nothing_that_is_read(make_project):
+def test_output_of_a_killed_stage_is_not_read(make_project):
     project = make_project()
     project.run("pretrain/01_download.py", "--recipe", "mini")
     work = project.folder / "outputs/mini/.02_dataset.work"
@@ -197,7 +198,7 @@ def test_stage_that_fails_stops_the_chain(make_project):
         (["--recipe", "mini", "--from", "8"], "no stage 08"),
         (["--recipe", "mini", "--from", "6", "--to", "5"], "no stage between"),
         (["--recipe", "mini", "--set", "pretrain.max_step=3"], "'max_steps'"),
-        (["--recipe", "mini", "--set"], "--set wants a value"),
+        (["--recipe", "mini", "--set"], "--set needs a value"),
     ],
 )
 def test_wrong_options_are_refused(prepared, options, words):
@@ -214,14 +215,15 @@ def test_unknown_deepspeed_file_and_muon_under_zero_are_refused(prepared):
     assert result.returncode == 2 and "pretrain.muon_learning_rate=null" in result.stderr
 
 
-def test_killed_run_all_takes_its_stage_along(make_project):
+def test_killed_run_all_stops_its_stage(make_project):
     project = make_project()
     project.run("run_all.sh", "--recipe", "mini", "--to", "04")
     run = project.start("run_all.sh", "--recipe", "mini", "--to", "05", *SLOW_STEPS)
     wait_for(lambda: steps_done(project, "mini") >= 3)
     run.terminate()
     assert run.wait(60) in (143, -signal.SIGTERM)
-    wait_for(lambda: checkpoints(project), 60)  # the training saved, and let go of the folder
+    # The training has saved a checkpoint and released the folder.
+    wait_for(lambda: checkpoints(project), 60)
     wait_for(
         lambda: project.run("pretrain/02_dataset.py", "--recipe", "mini", check=False).returncode == 0, 60
     )

@@ -1,4 +1,4 @@
-"""A rank that dies or stands still, other ranks after a stop, pickles in a checkpoint: really tried."""
+"""A rank that dies or freezes, another number of ranks after a stop, pickles in a checkpoint."""
 
 import http.server
 import json
@@ -46,12 +46,12 @@ def wait_for(condition, process, seconds=300):
     ends = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < ends, "it did not happen in time"
+        assert time.monotonic() < ends, "the condition was not met in time"
         time.sleep(0.1)
 
 
 def ranks(work):
-    """The processes of the ranks, once all have done steps at a known pace."""
+    """The processes of the ranks, once all have done steps at a known speed."""
     signs = [json.loads(path.read_text()) for path in sorted(work.glob("ranks/rank[0-9]"))]
     return [sign["process"] for sign in signs if sign["limit"] == 90.0]
 
@@ -67,7 +67,7 @@ def curve(project, name):
 
 @pytest.fixture
 def webhook():
-    """What somebody is told, and the address."""
+    """The messages that a webhook receives, and its address."""
     received = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -101,7 +101,7 @@ def test_frozen_rank_ends_the_training_within_the_limit(project, monkeypatch, we
     assert 80 < time.monotonic() - started < 150
     assert f"rank{number - 1} (process" in output and "is frozen (SIGSTOP)" in output
     if number > 1:
-        # The stacks of the rank that waits, in a step or for the other's part of a checkpoint.
+        # The stacks of the rank that waits, in a step or for the other rank's part of a checkpoint.
         assert "Current thread" in output and "in _inner_training_loop" in output
     assert "run the same command again to continue" in output
     assert len(received) == 1 and f"05_pretrain of recipe {name}: rank" in received[0]["text"]
@@ -131,13 +131,14 @@ def test_killed_rank_ends_the_training_and_it_continues(project, sharding):
 
 @pytest.mark.parametrize(("before", "after"), [("1", "2"), ("2", "1")])
 def test_other_number_of_ranks_continues_with_the_same_samples(project, before, after):
-    """DDP's losses are those of one process, so that the curve shows the order of the samples."""
+    """DDP's losses equal those of one process, so the curve shows the order of the samples."""
     if not (project.folder / "outputs/straight/05_pretrain").exists():
         copy(project, "straight")
         project.run("pretrain/05_pretrain.sh", "--recipe", "straight", *ADAMW, *STEPS)
     name = f"from{before}to{after}"
     work = copy(project, name)
-    options = ("--recipe", name, *ADAMW, *STEPS, "--force")  # else the finished twin is taken
+    # With --force, so that the finished twin is not taken over.
+    options = ("--recipe", name, *ADAMW, *STEPS, "--force")
     run = project.start("pretrain/05_pretrain.sh", *options, "--nproc", before)
     wait_for(lambda: list(work.glob("checkpoints/*/manifest.json")), run)
     run.send_signal(signal.SIGTERM)
@@ -151,7 +152,7 @@ def test_other_number_of_ranks_continues_with_the_same_samples(project, before, 
     assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-4)
 
 
-def test_changed_global_batch_is_refused_in_the_middle(project):
+def test_changed_global_batch_is_refused_before_continuing(project):
     work = copy(project, "batch")
     run = project.start("pretrain/05_pretrain.sh", "--recipe", "batch", *LONG)
     wait_for(lambda: list(work.glob("checkpoints/*/manifest.json")), run)
@@ -167,7 +168,7 @@ def test_changed_global_batch_is_refused_in_the_middle(project):
 
 
 class Payload:
-    """What a pickle can do when it is loaded."""
+    """A pickle that writes a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -178,7 +179,7 @@ class Payload:
 
 @pytest.mark.parametrize("sharding", [(), (*ADAMW, "--nproc", "2", "--deepspeed", "zero2")])
 def test_code_in_a_checkpoint_is_never_run(project, tmp_path, sharding):
-    """Every pickle in it replaced, and its manifest rewritten to agree: somebody else's checkpoint."""
+    """A foreign checkpoint: every pickle in it is replaced, and its manifest agrees with them."""
     name = f"pickled{len(sharding)}"
     work = copy(project, name)
     line = ("pretrain/05_pretrain.sh", "--recipe", name, *sharding, *LONG)
@@ -223,7 +224,7 @@ for step, bad in enumerate((1.0, 1.0, float(sys.argv[2]), 1.0)):
 
 
 @pytest.mark.parametrize("loss", ["nan", "inf", "100"])
-def test_all_ranks_leave_out_what_one_of_them_finds(tmp_path, loss):
+def test_all_ranks_skip_a_step_that_is_bad_on_one(tmp_path, loss):
     (tmp_path / "one_bad_rank.py").write_text(ONE_BAD_RANK)
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

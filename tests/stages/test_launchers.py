@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 COMMON = ("--set", "pretrain.muon_learning_rate=null", "--set", "pretrain.logging_steps=1")
 PRECISION = {"fp32": ("--set", "pretrain.bf16=false"), "bf16": ("--set", "pretrain.bf16=true")}
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-# Each way to join ranks: its options, and what the proof must find.
+# Each kind of parallelism: its options, and what must be active.
 WAYS = {
     "ddp": (("--nproc", "2"), "DDP 2"),
     "zero1": (("--nproc", "2", "--deepspeed", "zero1"), "ZeRO-1"),
@@ -40,7 +40,7 @@ def prepared(make_project):
 def train(project, name, *options, stage="05_pretrain", file="pretrain/05_pretrain.sh"):
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
-    # --force: train, do not take the finished twin of another launcher
+    # --force, so that the finished twin of another launcher is not taken over.
     result = project.run(file, "--recipe", name, "--force", *COMMON, *options, timeout=900)
     return losses_of(project, name, stage), project.figures(name, stage), result
 
@@ -50,9 +50,9 @@ def losses_of(project, name, stage="05_pretrain"):
     return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
 
 
-def close(losses, wanted, kind):
-    assert len(losses) == len(wanted) == 20 and losses[-1] < losses[0]
-    worst = max(abs(a - b) / b for a, b in zip(losses, wanted, strict=True))
+def close(losses, expected, kind):
+    assert len(losses) == len(expected) == 20 and losses[-1] < losses[0]
+    worst = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
     print(f"{kind}: largest relative difference {worst:.1e}")
     return worst <= TOLERANCE[kind]
 
@@ -72,7 +72,7 @@ def alone(prepared):
 
 @pytest.fixture(scope="module")
 def together(prepared):
-    """Training in one of the WAYS, once for all tests: losses, figures, and what was printed."""
+    """A training by each of the WAYS, once for all tests: losses, figures, and the finished process."""
     return functools.cache(
         lambda way, kind: train(prepared, f"{way}-{kind}", *WAYS[way][0], *PRECISION[kind])
     )
@@ -116,7 +116,7 @@ def test_tuning_runs_on_two_ranks(prepared, way):
 
 
 def test_compiled_training_on_two_ranks_is_still_parallel(prepared):
-    """What `run_all.sh --nproc 2` runs where a compiler is found: torch.compile around DDP."""
+    """What `run_all.sh --nproc 2` runs on a machine with a compiler: torch.compile around DDP."""
     losses, figures, _ = train(prepared, "compiled", "--nproc", "2", "--set", "pretrain.torch_compile=true")
     active = figures["active"]
     assert active["compiled"] and active["ranks"] == 2 and active["parallel"] == "DDP 2"
@@ -124,7 +124,7 @@ def test_compiled_training_on_two_ranks_is_still_parallel(prepared):
 
 
 def stubs(folder, **scripts):
-    """Executables that stand in for a cluster's; they run what they are given on this machine."""
+    """Executables in place of a cluster's; they run their commands on this machine."""
     folder.mkdir()
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -133,7 +133,7 @@ def stubs(folder, **scripts):
 
 
 def test_two_nodes_by_hand(prepared, alone):
-    """The same command on both nodes, each with its number; here both are this machine."""
+    """The same command on both nodes, each with its own rank; here both are this machine."""
     name = "two-nodes"
     shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
     prepared.run("run_all.sh", "--recipe", name, "--to", "04")
@@ -165,7 +165,8 @@ def test_slurm_job_over_two_nodes_stops_at_its_limit_and_continues(prepared, alo
     for name, value in (cluster | job).items():
         monkeypatch.setitem(prepared.environment, name, value)
     line = ("pretrain/slurm.sh", "pretrain/05_pretrain.sh", "--recipe", "slurm", *COMMON, *PRECISION["fp32"])
-    process = prepared.start(*line, "--force")  # train: there is a finished twin
+    # --force, so that the finished twin is not taken over.
+    process = prepared.start(*line, "--force")
     work = prepared.output("slurm", ".05_pretrain.work", "")
     wait_for(lambda: (work / "metrics.jsonl").exists(), process)
     process.send_signal(signal.SIGUSR1)
@@ -180,7 +181,7 @@ def test_slurm_job_over_two_nodes_stops_at_its_limit_and_continues(prepared, alo
     assert active["parallel"] == "DDP 2" and active["global_batch"] == 8
     assert close(losses_of(prepared, "slurm"), alone["fp32"], "fp32")
 
-    # Node 0 takes a finished twin and trains nothing: node 1 must not wait for it.
+    # Node 0 takes over a finished twin without training: node 1 must not wait for it.
     shutil.rmtree(prepared.output("slurm", "05_pretrain", ""))
     output = prepared.run(*line).stdout
     assert "taken from outputs/alone-fp32" in output and "node 0 has the result without training" in output
@@ -207,13 +208,14 @@ def test_deepspeed_over_a_hostfile(prepared, alone, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("way", ["fsdp", "tp"])
 def test_sharded_training_continues_where_it_was_stopped(prepared, together, way):
-    """The same losses as without the stop, weights and optimizer sharded; and a whole model at the end."""
+    """Weights and optimizer are sharded; the losses are those without a stop, the model is complete."""
     options, parallel = WAYS[way]
     name = f"stopped-{way}"
     shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
     prepared.run("run_all.sh", "--recipe", name, "--to", "04")
     line = ("pretrain/05_pretrain.sh", "--recipe", name, *COMMON, *options, *PRECISION["fp32"])
-    process = prepared.start(*line, "--force")  # not the finished twin
+    # --force, so that the finished twin is not taken over.
+    process = prepared.start(*line, "--force")
     work = prepared.output(name, ".05_pretrain.work", "")
     wait_for(lambda: (work / "metrics.jsonl").exists(), process)
     (work / "stop").touch()
@@ -259,7 +261,7 @@ torch.distributed.barrier()
 
 
 def test_proof_finds_that_stock_fsdp_is_ddp_on_cpus(prepared, tmp_path):
-    """What the Trainer does with `fsdp=True` there, without a word."""
+    """The Trainer silently ignores `fsdp=True` there."""
     (tmp_path / "stock.py").write_text(STOCK_FSDP)
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -278,7 +280,8 @@ def gpt2(prepared):
     folder = prepared.folder / "configs/gpt2"
     shutil.copytree(prepared.folder / "configs/mini", folder)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
-    dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # other ranks draw others
+    # Each rank would draw its own dropout.
+    dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     (folder / "model.json").write_text(json.dumps({"model_type": "gpt2"} | shape | dropout))
     prepared.run("run_all.sh", "--recipe", "gpt2", "--to", "04")
     return prepared
@@ -292,7 +295,7 @@ def test_architecture_without_a_plan_is_refused(gpt2):
 
 
 def test_fsdp_gathers_gpt2_layer_by_layer(gpt2):
-    """Its layers are called otherwise than transformers' plan says; without ours the training is refused."""
+    """Its layers have other names than in transformers' plan; without our plan the training is refused."""
     line = ("pretrain/05_pretrain.sh", "--recipe", "gpt2", "--force", *COMMON, *PRECISION["fp32"])
     gpt2.run(*line)
     alone = losses_of(gpt2, "gpt2")

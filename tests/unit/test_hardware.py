@@ -1,4 +1,4 @@
-"""The choice of precision, attention and compilation, with the hardware faked at the edge."""
+"""The choice of precision, attention and compilation for given hardware."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
 
 
 @pytest.mark.parametrize(
-    ("hardware", "values", "wanted"),
+    ("hardware", "values", "expected"),
     [
         (A100, {}, Choice("bf16", "flash_attention_2", True)),
         (A100_WITHOUT_FLASH, {}, Choice("bf16", "sdpa", True)),
@@ -40,12 +40,12 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
         (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
     ],
 )
-def test_choice(hardware, values, wanted):
-    assert choose(hardware, values) == wanted
+def test_choice(hardware, values, expected):
+    assert choose(hardware, values) == expected
 
 
-def test_attention_by_documents_is_not_named_where_another_would_compute():
-    """Dropout in attention, a window, padded preferences: there PyTorch's own computes."""
+def test_attention_by_documents_is_chosen_only_where_it_can_compute():
+    """For dropout in attention, a sliding window and padded preferences PyTorch's attention is used."""
     assert choose(ZEN4, {}, documents=False).attention == "sdpa"
     with pytest.raises(Refused, match="attn_implementation: documents computes neither"):
         choose(ZEN4, {"attn_implementation": "documents"}, documents=False)
@@ -53,7 +53,7 @@ def test_attention_by_documents_is_not_named_where_another_would_compute():
 
 
 @pytest.mark.parametrize(
-    ("model", "file", "wanted"),
+    ("model", "file", "expected"),
     [
         ({"model_type": "qwen3"}, "pretrain", True),
         ({"model_type": "mistral", "sliding_window": 64}, "pretrain", True),
@@ -65,12 +65,12 @@ def test_attention_by_documents_is_not_named_where_another_would_compute():
         ({"model_type": "qwen3"}, "preference", False),
     ],
 )
-def test_what_attention_by_documents_can_compute(model, file, wanted):
+def test_what_attention_by_documents_can_compute(model, file, expected):
     config = dict.fromkeys(("pretrain", "finetune", "preference"), {"block_size": 64}) | {"model": model}
-    assert documents_suffice(config, file) is wanted
+    assert documents_suffice(config, file) is expected
 
 
-def test_nf4_wants_a_gpu_and_bitsandbytes():
+def test_nf4_needs_a_gpu_and_bitsandbytes():
     values = {"lora": {"quantization": "nf4"}}
     check_quantization(A100_WITH_BITSANDBYTES, values, "finetune.json")
     check_quantization(ZEN4, {"lora": None}, "finetune.json")
@@ -82,8 +82,8 @@ def test_nf4_wants_a_gpu_and_bitsandbytes():
 def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
     hopper = replace(A100_WITHOUT_FLASH, capability=(9, 0))
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
-    wanted = {"attn_implementation": "flash_attention_3"}
-    assert choose(hopper, wanted) == Choice("bf16", "flash_attention_3", True)
+    values = {"attn_implementation": "flash_attention_3"}
+    assert choose(hopper, values) == Choice("bf16", "flash_attention_3", True)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
         (A100, {"attn_implementation": "flash_attention_3"}, "capability 9.0"),
     ],
 )
-def test_impossible_demand_is_refused(hardware, values, words):
+def test_impossible_value_is_refused(hardware, values, words):
     with pytest.raises(Refused, match=words) as caught:
         choose(hardware, values, "finetune.json")
     assert str(caught.value).startswith(f"finetune.json: {next(iter(values))}: ")
@@ -117,7 +117,7 @@ SHARED = Gpu("NVIDIA GB10", (12, 1), None, None)
 
 
 @pytest.mark.parametrize(
-    ("environment", "wanted"),
+    ("environment", "expected"),
     [
         ({}, [BIG, SHARED]),
         ({"CUDA_VISIBLE_DEVICES": "1"}, [SHARED]),
@@ -128,8 +128,8 @@ SHARED = Gpu("NVIDIA GB10", (12, 1), None, None)
         ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
     ],
 )
-def test_visible_gpus(environment, wanted):
-    assert visible_gpus(environment, LISTING) == wanted
+def test_visible_gpus(environment, expected):
+    assert visible_gpus(environment, LISTING) == expected
     assert visible_gpus(environment, "") == []
     assert visible_gpus(environment, "NVIDIA-SMI has failed because of the driver\n") == []
 

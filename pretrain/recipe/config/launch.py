@@ -1,4 +1,4 @@
-"""What a training file, a DeepSpeed file and a launcher ask of each other."""
+"""Checks between a training file, a DeepSpeed file and the options of a launch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from recipe.project import CONFIGS, Refused
 
 
 def check_deepspeed(name: str) -> Path:
-    """The path of a DeepSpeed file by its short name (``zero2``), checked.
+    """Check a DeepSpeed file by its short name (``zero2``), and return its path.
 
-    Refuses an optimizer or a scheduler in it, because DeepSpeed would silently use it instead of the
-    Trainer's.
+    Raises Refused for unknown keys, for an optimizer or a scheduler (DeepSpeed would silently use it instead
+    of the Trainer's), and for a ZeRO-3 file whose training could not save the model.
     """
     path = CONFIGS / "deepspeed" / f"{name}.json"
     if not path.is_file():
@@ -50,18 +50,19 @@ def check_deepspeed(name: str) -> Path:
 
 
 def check_deepspeed_facts(path: Path, facts: dict[str, Any]) -> None:
-    """Refuse a DeepSpeed file that says other than the training file, or nothing, where it must say the same.
+    """Check that a DeepSpeed file agrees with the training file.
 
-    facts: what must stand in it, by dotted key; ``auto`` always agrees.
+    facts: the expected values by dotted key; ``auto`` always agrees. Raises Refused for another value and for
+    a missing key.
     """
     values = read_config(path)
-    for key, wanted in facts.items():
+    for key, expected in facts.items():
         section, _, name = key.rpartition(".")
         seen = (values.get(section, {}) if section else values).get(name)
-        if seen != "auto" and seen != wanted:
+        if seen != "auto" and seen != expected:
             raise Refused(
                 f"{short(path)}: {key}: {show(seen)}, but the training file and the ranks make it "
-                f'{show(wanted)}. Write "auto"'
+                f'{show(expected)}. Write "auto"'
             )
 
 
@@ -72,11 +73,10 @@ def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
 
 
 def batch_layout(global_batch: int, most: int, ranks: int, where: str = "") -> tuple[int, int]:
-    """(micro-batch, accumulation steps) of each rank; `most` is per_device_train_batch_size.
+    """The (micro-batch, accumulation steps) of each rank.
 
-    where: the file, for the message.
-
-    Raises Refused when the global batch does not divide.
+    global_batch, most: global_batch_size and per_device_train_batch_size, in sequences. where: the name of
+    their file, for the message. Raises Refused when the global batch does not divide.
     """
     share, rest = divmod(global_batch, ranks)
     micro = min(most, share)
@@ -98,23 +98,23 @@ def check_launch(
     fsdp: bool = False,
     tensor_parallel: int = 1,
 ) -> Path | None:
-    """Check what a training file and a launcher ask of each other; return the path of the DeepSpeed file.
+    """Check a training file against the options of a launch; return the path of the DeepSpeed file.
 
-    file: ``pretrain``, ``finetune`` or ``preference``. deepspeed: a short name, or None. tensor_parallel:
-    ranks that share each matrix. Raises Refused.
+    file: ``pretrain``, ``finetune`` or ``preference``. deepspeed: a short name, or None. ranks: on all
+    machines. tensor_parallel: ranks that share each matrix. Raises Refused for a contradiction.
     """
     option = "--tensor-parallel" if tensor_parallel > 1 else "--fsdp" if fsdp else ""
     option = "--deepspeed" if deepspeed else option
     if deepspeed and (fsdp or tensor_parallel > 1):
-        raise Refused("--deepspeed shards by itself. Drop it, or drop --fsdp and --tensor-parallel")
+        raise Refused("--deepspeed shards by itself. Leave it out, or leave out --fsdp and --tensor-parallel")
     if tensor_parallel < 1 or ranks % tensor_parallel:
         raise Refused(
-            f"--tensor-parallel {tensor_parallel}: wanted a number that divides the {ranks} ranks (--nproc)"
+            f"--tensor-parallel {tensor_parallel}: expected a number that divides the {ranks} ranks (--nproc)"
         )
     if fsdp and ranks // tensor_parallel < 2:
         raise Refused(
-            f"--fsdp: nothing to shard over: {ranks} ranks, {tensor_parallel} for --tensor-parallel. "
-            "Give more ranks (--nproc), or drop the option"
+            f"--fsdp: nothing to shard over: {ranks} ranks, --tensor-parallel {tensor_parallel}. "
+            "Give more ranks (--nproc), or leave --fsdp out"
         )
     micro_batch, accumulation = batch_layout(
         values["global_batch_size"],
@@ -136,9 +136,9 @@ def check_launch(
     lora = values.get("lora") or {}
     if option in ("--fsdp", "--tensor-parallel") and (lora or file == "preference"):
         raise Refused(
-            f"{file}.json: {option} shards a model whose weights are all trained, without an adapter (lora) "
-            "and without the reference model of preferences. Give this stage --nproc, with --deepspeed zero2 "
-            f"or zero3 if memory is short, and {option} to stage 05 alone (bash pretrain/05_pretrain.sh)"
+            f"{file}.json: {option} shards only a model whose weights are all trained: no adapter (lora) "
+            "and no reference model as for preferences. Run this stage with --nproc, with --deepspeed zero2 "
+            f"or zero3 if memory is short; use {option} for stage 05 alone (bash pretrain/05_pretrain.sh)"
         )
     if path and lora.get("quantization") and read_config(path)["zero_optimization"]["stage"] == 3:
         raise Refused(
@@ -159,14 +159,15 @@ def check_launch(
 
 
 def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
-    """Raise Refused when the heads of model.json do not divide among the ranks that share each matrix."""
+    """Raise Refused when the model cannot be split over the ranks that share each matrix.
+
+    model: the values of model.json. tensor_parallel: the number of these ranks.
+    """
     if tensor_parallel > 1 and model.get("model_type") == "gpt2":
-        raise Refused(
-            "--tensor-parallel: transformers has no plan for gpt2. Use --fsdp, or --deepspeed zero3"
-        )
+        raise Refused("--tensor-parallel: transformers has no plan for gpt2. Use --fsdp or --deepspeed zero3")
     heads = model.get("num_key_value_heads") or attention_heads(model)
     if heads and heads % tensor_parallel:
         raise Refused(
             f"--tensor-parallel {tensor_parallel}: the {heads} key-value heads of model.json do not divide "
-            "among so many ranks"
+            "by this number. Give a divisor of it"
         )

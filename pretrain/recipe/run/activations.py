@@ -1,9 +1,9 @@
 """Make ``activations.json``: the bytes that a layer keeps for its backward pass, by architecture and mode.
 
-`preflight` must answer without importing torch, so it reads this table. The bytes per token of one layer are
-measured on small models and solved for what they grow with: the hidden size, the widths of queries and of
-keys (or values), the intermediate size, and the length of a sequence (the attention mask). Run after
-changing a version in requirements.txt:
+`preflight` must not import torch, so it reads this table. The bytes per token of one layer are measured on
+small models and split into what they grow with: the hidden size, the widths of queries and of keys (or
+values), the intermediate size, and the length of a sequence (the attention mask). Run this after changing a
+version in requirements.txt:
 
     python -m recipe.run.activations
 """
@@ -24,7 +24,8 @@ from recipe.tokenization.packing import pack
 
 # How a layer computes. mixed: float32 weights under autocast. half: bf16 weights, as under DeepSpeed.
 MODES = ("mixed", "fp32", "half", "mixed compiled", "fp32 compiled")
-BLOCK, ROWS, VOCABULARY = 56, 3, 100  # 168 or 336 tokens: no width below is the same
+# 168 or 336 tokens: different from every width below.
+BLOCK, ROWS, VOCABULARY = 56, 3, 100
 # Hidden size, query and key widths, intermediate size.
 SHAPES = (
     (96, 128, 64, 352),
@@ -33,12 +34,15 @@ SHAPES = (
     (96, 128, 128, 352),
     (96, 128, 64, 736),
 )
-DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")  # GPT-2's; preflight adds what a CPU keeps for them
+# GPT-2's dropouts. `memory` adds what a CPU keeps for them.
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
 def small_model(kind: str, layers: int, shape: tuple[int, int, int, int]) -> Any:
-    """A model of `layers` layers with heads of 32; GPT-2 and GPT-NeoX have only a hidden and an intermediate
-    size.
+    """A model of `layers` layers with heads of width 32.
+
+    shape: hidden size, widths of queries and keys, intermediate size. GPT-2 and GPT-NeoX use only the hidden
+    and the intermediate size.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,7 +65,7 @@ def small_model(kind: str, layers: int, shape: tuple[int, int, int, int]) -> Any
 
 
 def saved_bytes(model: Any, mode: str, block: int) -> int:
-    """The bytes of all tensors kept for the backward pass of one batch, weights and their casts left out."""
+    """The bytes of all tensors kept for the backward pass of one batch, without weights and their casts."""
     precision, _, compiled = mode.partition(" ")
     if precision == "half":
         model.bfloat16()
@@ -69,12 +73,13 @@ def saved_bytes(model: Any, mode: str, block: int) -> int:
         tuple(shape) for p in model.parameters() for shape in (p.shape, p.T.shape if p.ndim == 2 else ())
     }
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    # The partitioner decides what is kept; the code that Inductor would then write changes nothing in it.
+    # The partitioner decides what is kept; the code that Inductor generates later does not change it.
     run = torch.compile(model, backend="aot_eager_decomp_partition") if compiled else model
     window = np.arange(ROWS * (block + 1)).reshape(ROWS, -1) % VOCABULARY
     samples = [pack(row, np.array([0, block // 2]), block, 0) for row in window]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
-    kept: dict[int, torch.Tensor] = {}  # by address; held, so that no address comes twice
+    # By address. Holding the tensors keeps an address from being used twice.
+    kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own and tuple(tensor.shape) not in weights:
@@ -90,16 +95,16 @@ def saved_bytes(model: Any, mode: str, block: int) -> int:
 
 
 def bytes_per_token(kind: str, mode: str, shape: tuple[int, int, int, int], block: int = BLOCK) -> float:
-    """What one more layer of this shape keeps, per token."""
+    """The bytes per token that one more layer of this shape keeps."""
     torch._dynamo.reset()
     one, two = (saved_bytes(small_model(kind, layers, shape), mode, block) for layers in (1, 2))
     return (two - one) / (ROWS * block)
 
 
 def coefficients(kind: str, mode: str) -> list[float]:
-    """Bytes per token and layer for each unit of hidden size, query and key width, intermediate size, block.
+    """Bytes per token and layer, per unit of hidden size, query and key width, intermediate size, block.
 
-    For GPT-2 and GPT-NeoX the widths follow from the hidden size and have 0 here.
+    GPT-2 and GPT-NeoX have 0 for the two widths, which follow from the hidden size.
     """
     base = SHAPES[0]
     start = bytes_per_token(kind, mode, base)
@@ -113,7 +118,7 @@ def coefficients(kind: str, mode: str) -> list[float]:
 
 
 def main() -> None:
-    """Measure all and write the table (some minutes)."""
+    """Measure all architectures and modes, and write the table (takes some minutes)."""
     transformers.logging.set_verbosity_error()
     table = {kind: {mode: coefficients(kind, mode) for mode in MODES} for kind in MODEL_TYPES}
     rows = [f'  "{kind}": ' + json.dumps(modes) for kind, modes in table.items()]

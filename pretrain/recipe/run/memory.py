@@ -1,7 +1,7 @@
-"""What one step of a training holds in memory, computed from model.json and the settings, without torch.
+"""The memory of a training step, computed from model.json and the settings, without torch.
 
-The sums are checked against measured peaks on a CPU by ``tests/bench/preflight.py``; for GPUs they are the
-same, untried.
+``tests/bench/preflight.py`` compares the results with peaks measured on a CPU. For GPUs the formulas are the
+same, but they have not been compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from recipe.config.model import DEFAULTS
 from recipe.config.optimizers import OPTIMIZERS
 
-# GPT-2's names for what the others call otherwise.
+# GPT-2's names for the keys of the other architectures.
 GPT2_NAMES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -26,9 +26,10 @@ GPT2_NAMES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model. query, key: widths of all heads together. The counts are parameters.
+    """The sizes of a model.
 
-    matrices: of the layers, two-dimensional. vectors: norms and biases. embeddings: tokens and learned
+    query, key: widths of all heads together. The last four are numbers of parameters. matrices: the
+    two-dimensional weights of the layers. vectors: norms and biases. embeddings: of tokens and of learned
     positions. output: the output matrix, 0 where it is tied to the embeddings.
     """
 
@@ -48,7 +49,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters, tied ones once."""
+        """The number of parameters; tied ones count once."""
         return self.matrices + self.vectors + self.embeddings + self.output
 
     def groups_of_rank(self, tensor_parallel: int) -> tuple[float, float, float, float]:
@@ -63,13 +64,16 @@ class Shape:
         return sum(self.groups_of_rank(tensor_parallel))
 
     def flops_per_token(self, block_size: int) -> float:
-        """As `modeling.flops_per_token` counts them."""
+        """FLOPs of a training step per token, as `recipe.model.build.flops_per_token` counts them."""
         attention = 6 * self.layers * self.query * block_size
         return 6 * (self.matrices + self.vocabulary * self.hidden) + attention
 
 
 def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
-    """The sizes of the model that model.json describes, of a type named in `DEFAULTS`."""
+    """The sizes of the model that model.json describes.
+
+    model: its values; ``model_type`` is a key of `DEFAULTS`. vocabulary: the number of tokens.
+    """
     kind = model["model_type"]
     values = DEFAULTS[kind] | {key: value for key, value in model.items() if value is not None}
 
@@ -82,7 +86,8 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
     query, key = heads * head, size("num_key_value_heads", heads) * head
     tied = values.get("tie_word_embeddings", False)
     embeddings = vocabulary * hidden
-    if kind in ("gpt2", "gpt_neox"):  # a fused matrix of queries, keys and values; layer norms with a bias
+    if kind in ("gpt2", "gpt_neox"):
+        # One fused matrix for queries, keys and values; layer norms with a bias.
         query = key = hidden
         matrices = 4 * hidden * hidden + 2 * hidden * intermediate
         attention_bias = 4 * hidden if values.get("attention_bias", True) else 0
@@ -119,9 +124,10 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
 class Setting:
     """How a training runs.
 
-    precision: ``bf16``, ``fp16`` or ``fp32``. optimizer: a name in `OPTIMIZERS`. zero: DeepSpeed's stage, 0
-    without DeepSpeed. offload: optimizer or also parameters on the host. bucket_elements: gradients that
-    DeepSpeed reduces at once. tensor_parallel: ranks that share each matrix.
+    block_size: tokens of a sequence. micro_batch: sequences of a rank at once. accumulation: micro-batches of
+    a step. precision: ``bf16``, ``fp16`` or ``fp32``. optimizer: a name in `OPTIMIZERS`. zero: DeepSpeed's
+    stage, 0 without DeepSpeed. offload_optimizer, offload_parameters: kept in the host's memory.
+    bucket_elements: gradients that DeepSpeed reduces at once. tensor_parallel: ranks that share each matrix.
     """
 
     device: str
@@ -142,7 +148,7 @@ class Setting:
 
     @property
     def mode(self) -> str:
-        """The row of activations.json. Under ZeRO and FSDP2 the weights that compute are of 16 bits."""
+        """The row of activations.json. Under ZeRO and FSDP2 the layers compute with 16-bit weights."""
         if self.precision == "fp32":
             return "fp32 compiled" if self.compiled else "fp32"
         if self.zero or self.fsdp:
@@ -150,20 +156,20 @@ class Setting:
         return "mixed compiled" if self.compiled else "mixed"
 
 
-# Bytes for each logit at the peak of the loss: what the bench leaves on a CPU when all else is subtracted.
-# Uncompiled: four float32 copies (logits, log-probabilities, two gradients). Compiled and fused: the 16-bit
-# logits and their gradient. To be measured again (tests/bench/preflight.py) when
-# recipe/model/losses.py changes.
+# Bytes per logit at the peak of the loss, measured on a CPU: what remains when all else is subtracted.
+# Without torch.compile: four float32 copies (logits, log-probabilities, two gradients). With it: the 16-bit
+# logits and their gradient. Measure again (tests/bench/preflight.py) when recipe/model/losses.py changes.
 LOGIT_BYTES = {"mixed": 16, "fp32": 16, "half": 16, "mixed compiled": 4, "fp32 compiled": 6}
-# What a process holds before it has a model: libraries (CPU, measured); a GPU's context and its allocator's
-# slack (assumed).
+# What a process holds without a model: libraries on a CPU (measured); the context and the allocator's reserve
+# on a GPU (assumed).
 PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
-COMPILER_BYTES = 0.13e9  # on a CPU, measured
-# What joins ranks on CPUs, measured; for ZeRO-1 and 2 their buckets' sum has room for it.
+# What torch.compile adds on a CPU, measured.
+COMPILER_BYTES = 0.13e9
+# What communication over gloo takes on CPUs, measured. For ZeRO-1 and 2 it is part of the buckets.
 GLOO_BYTES = 0.2e9
-# Added to the peak on a CPU, as a share of it: the heap does not give back what gathered weights leave free
-# between activations (ZeRO-3, FSDP2). Measured; nearly all of it comes back with
-# MALLOC_MMAP_THRESHOLD_=1048576, at a cost in speed.
+# Share of the peak that is added on a CPU under ZeRO-3 and FSDP2, measured: freed weights leave gaps between
+# activations, which the heap does not return. MALLOC_MMAP_THRESHOLD_=1048576 avoids nearly all of it, but
+# training is slower then.
 FRAGMENTATION = 0.15
 
 
@@ -174,11 +180,11 @@ def activation_table() -> dict[str, dict[str, list[float]]]:
 
 
 def activation_bytes(shape: Shape, setting: Setting) -> float:
-    """What all layers keep for the backward pass of one micro-batch.
+    """Bytes that all layers keep for the backward pass of one micro-batch.
 
     With checkpointing only each layer's input is kept, and one layer at a time is computed again. Tensor
-    parallelism splits what is as wide as heads or as the intermediate size, nothing else. On a CPU attention
-    is that of `recipe.model.attention`, whose layers share one mask, small beside the logits.
+    parallelism splits only what is as wide as the heads or as the intermediate size. On a CPU attention is
+    that of `recipe.model.attention`; its layers share one mask, which is small compared with the logits.
     """
     tokens = setting.micro_batch * setting.block_size
     split = setting.tensor_parallel
@@ -188,8 +194,8 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
     if setting.device != "cpu" or shape.attention_dropout:
         layer += mask * setting.block_size
     if setting.device == "cpu" and shape.attention_dropout:
-        # PyTorch's CPU kernel knows no dropout: the plain one keeps three float32 scores of each pair, and
-        # queries, keys and values in float32.
+        # PyTorch's fast CPU kernel has no dropout. The plain one keeps three float32 scores per pair of
+        # tokens, and queries, keys and values in float32.
         layer += 12 * shape.heads * setting.block_size + 6 * shape.hidden
     if setting.checkpointing:
         residual = 2 if setting.mode == "half" else 4
@@ -198,12 +204,12 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
 
 
 def memory(shape: Shape, setting: Setting) -> dict[str, float]:
-    """Bytes per device at the peak of a step, by what they hold; ``peak`` is the most held at once.
+    """Bytes per device in a training step, by purpose; ``peak`` is the largest sum at one moment.
 
-    AdamW's 16 bytes a parameter are 4 + 12/N, 2 + 14/N and 16/N on N ranks under ZeRO-1, 2 and 3
+    AdamW's 16 bytes per parameter are 4 + 12/N, 2 + 14/N and 16/N on N ranks under ZeRO-1, 2 and 3
     (Rajbhandari et al., 2020). Without DeepSpeed weights, gradients and both moments are float32: 16, and
     16/N under FSDP2. Other optimizers have other states (`recipe.config.optimizers`). ``host`` is what
-    offloading puts into the memory of the machine, per rank.
+    offloading keeps in the machine's memory, per rank.
     """
     count, replicas = shape.of_rank(setting.tensor_parallel), setting.ranks // setting.tensor_parallel
     matrices = (shape.matrices + shape.vocabulary * shape.hidden) / setting.tensor_parallel
@@ -220,7 +226,7 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
         "gradients": element * count / (replicas if stage >= 2 else 1),
         "optimizer": states / (replicas if stage >= 1 else 1),
         "buckets": _bucket_bytes(shape, setting, count),
-        # Autocast keeps a 16-bit copy of the matrices, the output among them.
+        # Autocast keeps a 16-bit copy of the matrices, including the output matrix.
         "casts": 2 * matrices if half and not stage else 0,
         "activations": activation_bytes(shape, setting),
         "logits": LOGIT_BYTES[setting.mode] * setting.micro_batch * setting.block_size * shape.vocabulary,
@@ -235,8 +241,8 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
         host, parts["optimizer"] = host + parts["optimizer"], 0
     if setting.offload_parameters:
         host, parts["weights"] = host + parts["weights"], 0
-    # The gradients grow while the activations go, unless those of an earlier micro-batch or a launcher's
-    # buckets are there from the start.
+    # Gradients grow while activations are freed. With accumulation or several ranks, all gradients (or their
+    # buckets) exist from the start.
     forward = parts["casts"] + parts["activations"] + parts["logits"]
     kept = parts["process"] + parts["weights"] + parts["optimizer"] + parts["buckets"]
     early = setting.accumulation > 1 or setting.ranks > 1
@@ -246,18 +252,19 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
 
 
 def _bucket_bytes(shape: Shape, setting: Setting, count: float) -> float:
-    """What the ranks hold to send and receive: gradients, and gathered weights."""
+    """Bytes of the buffers in which ranks exchange gradients, and of gathered weights."""
     half = setting.precision != "fp32"
-    layers = 2 * shape.matrices / shape.layers / setting.tensor_parallel  # at work, and the next
+    # The layer that computes, and the next one.
+    layers = 2 * shape.matrices / shape.layers / setting.tensor_parallel
     if setting.zero:
         # 4.5 times the buckets of gradients with overlap (transformers' DeepSpeed guide).
         element = 2 if half else 4
         gathered = element * layers if setting.zero == 3 else 0
         return 4.5 * element * min(setting.bucket_elements, count) + gathered
     if setting.fsdp:
-        # Embeddings and output stay gathered; their gradients, and a layer's, are reduced in float32.
+        # Embeddings and output stay gathered. Their gradients and those of a layer are reduced in float32.
         outer = (shape.embeddings + shape.output) / setting.tensor_parallel
-        # While micro-batches accumulate, the Trainer keeps all gradients whole, and splits the sum.
+        # With accumulation, the Trainer keeps all gradients whole and splits their sum.
         reduced = max(layers / 2, outer) + (count if setting.accumulation > 1 else 0)
         return (2 if half else 4) * (layers + outer) + 4 * reduced
     # DistributedDataParallel's buckets are a second copy of the gradients.

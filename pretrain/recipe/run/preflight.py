@@ -1,7 +1,7 @@
-"""What a training will take, before it starts: memory, steps, disk and time, without torch.
+"""What a training will need, before it starts: memory, steps, disk and time, without torch.
 
-`report` is what ``05_pretrain.sh --dry-run`` prints. Figures are computed; only a rate taken from an earlier
-training on this machine is measured, and each line says which it is.
+``05_pretrain.sh --dry-run`` prints `report`. The figures are computed. Only the speed of an earlier training
+on this machine is measured; each line says which it is.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from recipe.run.stage import Stage
 
 GIB = 2**30
 ASSUMED_VOCABULARY = 32_000
-EIGHT_BIT = "adamw_bnb_8bit"  # the optimizer that takes less memory on a GPU
+# The optimizer that is suggested where memory is short on a GPU.
+EIGHT_BIT = "adamw_bnb_8bit"
 
 
 def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, str]:
-    """The size of the vocabulary, and in words what it rests on where tokenizer.json does not say it."""
+    """The size of the vocabulary, and in words where it comes from if not from tokenizer.json."""
     size = vocabulary_size(config["tokenizer"])
     if size:
         return size, ""
@@ -40,7 +41,7 @@ def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, 
     model = model_values(config)
     if "vocab_size" in model:
         return model["vocab_size"], " (model.json or the published checkpoint)"
-    return ASSUMED_VOCABULARY, " (assumed; a published tokenizer's is known after stage 03)"
+    return ASSUMED_VOCABULARY, " (assumed; the size of a published tokenizer is known after stage 03)"
 
 
 # -------------------------------------------------------------------------------------------------- devices
@@ -48,7 +49,10 @@ def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Device:
-    """A device to train on. flops: its peak in 16-bit products with float32 sums, dense, by its maker."""
+    """A device to train on.
+
+    flops: the maker's peak FLOP/s for dense 16-bit matrix products with float32 sums.
+    """
 
     name: str
     gigabytes: float
@@ -65,16 +69,17 @@ PROFILES = (
     Device("40 GB A100", 40, 312e12, True),
     Device("80 GB A100", 80, 312e12, True),
 )
-# An assumption. System A's published 98 hours on an RTX 4090 (10.7e9 tokens) are 39 %.
+# An assumption. The published 98 hours of `mistral-300m` on an RTX 4090 (10.7e9 tokens) are 39 %.
 ASSUMED_MFU = 0.4
-USABLE = 0.94  # of a GPU's memory: the driver and fragmentation take the rest
+# The usable share of a GPU's memory. The driver and fragmentation take the rest.
+USABLE = 0.94
 
 
 def this_machine(launch: Launch) -> tuple[Device, float]:
-    """The device a training here would use, and the bytes free for each rank; found without torch.
+    """The device a training here would use, and the free bytes for each rank, found without torch.
 
-    The ranks of a machine share its memory, also where a GPU has none of its own; of several GPUs the first
-    stands for all.
+    Ranks on a CPU share the machine's memory, and so do GPUs without memory of their own. With several GPUs,
+    the first one represents all.
     """
     here, seen = glance(), gpus()
     if seen and seen[0].total and seen[0].free is not None:
@@ -89,16 +94,17 @@ def this_machine(launch: Launch) -> tuple[Device, float]:
 
 
 def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Setting:
-    """The setting that the keys of a training and the launch ask for on a device."""
+    """The setting that a training file and a launch lead to on a device. values: of the training file."""
     ranks, split = launch.ranks, launch.tensor_parallel
     micro, accumulation = batch_layout(
         values["global_batch_size"], values["per_device_train_batch_size"], ranks // split
     )
     half = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
-    wanted = [name for name in ("bf16", "fp16") if name in values]
-    if wanted:
-        half = next((name for name in wanted if values[name]), "fp32")
-    sharded = launch.deepspeed or launch.fsdp or split > 1  # torch.compile is off then
+    given = [name for name in ("bf16", "fp16") if name in values]
+    if given:
+        half = next((name for name in given if values[name]), "fp32")
+    # With sharding, torch.compile is off.
+    sharded = launch.deepspeed or launch.fsdp or split > 1
     setting = Setting(
         device.kind,
         ranks,
@@ -137,11 +143,11 @@ def _choose_optimizer(values: dict[str, Any], name: str) -> list[str]:
 
 
 def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting, list[str]]]:
-    """Ever costlier changes by which a training takes less memory, each with the options that make it.
+    """Changes that save memory, the cheapest first, each with the options that a user can give.
 
-    The global batch stays. First smaller micro-batches, which cost little; then checkpointing (a third more
-    computing), ZeRO where there are ranks to share with, an 8-bit optimizer (GPUs only), offloading at last.
-    What --fsdp and --tensor-parallel split stays as it is.
+    The global batch stays the same. First come smaller micro-batches, which cost little; then checkpointing
+    (a third more computation), ZeRO where there are several ranks, an 8-bit optimizer (GPUs only), and at
+    last offloading. A sharding by --fsdp or --tensor-parallel stays as it is.
     """
     now = OPTIMIZERS[setting.optimizer]
     changes: dict[str, Any] = {}
@@ -178,8 +184,9 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
 def fit(
     shape: Shape, values: dict[str, Any], setting: Setting, limit: float
 ) -> tuple[Setting, list[str]] | None:
-    """The cheapest way to stay below `limit` bytes per device, no options where nothing need change; None
-    where nothing helps.
+    """The cheapest way to stay within `limit` bytes per device: the setting and the options for it.
+
+    The options are empty where the training already fits. None: no change helps.
     """
     for changed, options in ways_out(values, setting):
         if memory(shape, changed)["peak"] <= limit:
@@ -191,21 +198,21 @@ def fit(
 
 
 def training_tokens(recipe: str, dataset: dict[str, Any]) -> int | None:
-    """Tokens of an epoch: those that stage 04 has counted, each source by its weight; None before it has run.
+    """Tokens of an epoch: the counts of stage 04 times the weights of their sources.
 
-    A source of weight 2 is read twice, as `packing.epoch_tokens` has it.
+    A source of weight 2 is read twice, as in `recipe.tokenization.packing`. None: stage 04 has not run.
     """
     record = stage_folder(recipe, "04_tokenize") / "stage.json"
     if not record.exists():
         return None
     counts = read_json(record)["figures"]["sources"]["train"]
     weights = {name: source.get("weight", 1) for name, source in dataset["sources"].items()}
-    # A source that dataset.json has no more: stage 04 is stale, and says so itself.
+    # A source that dataset.json no longer names makes stage 04 stale; that is reported elsewhere.
     return round(sum(count["tokens"] * weights.get(name, 1) for name, count in counts.items()))
 
 
 def step_count(values: dict[str, Any], tokens: int | None) -> int | None:
-    """Optimizer steps: max_steps, or by num_train_epochs over `tokens`; None while they are unknown."""
+    """Optimizer steps, from max_steps or from num_train_epochs over `tokens`; None if unknown."""
     if values.get("max_steps", 0) > 0:
         return values["max_steps"]
     if tokens is None:
@@ -215,7 +222,7 @@ def step_count(values: dict[str, Any], tokens: int | None) -> int | None:
 
 
 def checkpoint_bytes(shape: Shape, setting: Setting) -> int:
-    """One checkpoint: the weights, and what the optimizer holds; of all ranks where they share."""
+    """Bytes of one checkpoint: the weights and the optimizer's states, of all ranks together."""
     one = replace(
         setting, ranks=1, tensor_parallel=1, fsdp=False, offload_optimizer=False, offload_parameters=False
     )
@@ -224,9 +231,10 @@ def checkpoint_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps: int | None) -> int | None:
-    """Bytes of stage 05: the checkpoints kept, one more while it replaces the oldest, and the model.
+    """Bytes of a training stage: the checkpoints that are kept, one more, and the model.
 
-    None when their number is unknown: all are kept (no save_total_limit) and the steps are not known yet.
+    The oldest checkpoint is deleted only after the newest is written. None: the number of checkpoints is
+    unknown, because all are kept (no save_total_limit) and the steps are not known yet.
     """
     saved = None
     if values.get("save_strategy") == "no":
@@ -242,10 +250,10 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
 
 
 def require_data_space(recipe: str, dataset: dict[str, Any]) -> None:
-    """Raise Refused, before anything is downloaded, unless the disk has room for stages 01 to 04.
+    """Raise Refused, before the download, unless the disk has room for stages 01 to 04.
 
-    What they need is an estimate of the recipe's author, `disk_gigabytes` in dataset.json. What this recipe's
-    sources and outputs take already counts towards it. Without the key only the download itself is checked.
+    The need is the estimate of the recipe's author, `disk_gigabytes` in dataset.json, minus what this
+    recipe's sources and outputs already occupy. Without the key only the download itself is checked.
     """
     folders = [*(DATA / name for name in dataset["sources"]), OUTPUTS / recipe]
     there = sum(_size(folder) for folder in folders)
@@ -260,20 +268,24 @@ def _size(folder: Path) -> int:
 def on_this_machine(
     recipe: str, config: dict[str, dict[str, Any]], launch: Launch, file: str = "pretrain"
 ) -> tuple[Shape, Setting, float]:
-    """The model, the setting by FILE.json that it would train with here, and the bytes free for each rank."""
+    """The model, its setting for a training on this machine, and the free bytes for each rank.
+
+    file: ``pretrain``, ``finetune`` or ``preference``.
+    """
     here, free = this_machine(launch)
     shape = shape_of(model_values(config), vocabulary_of(recipe, config)[0])
     return shape, setting_of(config[file], here, launch), free
 
 
 def check_room(stage: Stage, launch: Launch, file: str) -> None:
-    """Say what the training that starts now will take; raise Refused when its checkpoints cannot fit on the
-    disk.
+    """Say what the training that starts now will need.
 
-    file: pretrain, or finetune or preference, for which the sums of memory are not made.
+    file: ``pretrain``, ``finetune`` or ``preference``; the memory is computed for ``pretrain`` only. Raises
+    Refused when the disk has no room for its checkpoints.
     """
     values = stage.config[file]
-    if values.get("lora"):  # an adapter's checkpoints are small beside the merged model
+    if values.get("lora"):
+        # An adapter's checkpoints are small compared with the merged model.
         values = values | {"save_strategy": "no"}
     shape, setting, free = on_this_machine(stage.recipe, stage.config, launch, file)
     tokens = training_tokens(stage.recipe, stage.config["dataset"]) if file == "pretrain" else None
@@ -289,10 +301,10 @@ def check_room(stage: Stage, launch: Launch, file: str) -> None:
 
 
 def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] | None:
-    """FLOP/s of `ranks` together by an earlier training on such a device, and where it was measured.
+    """FLOP/s of `ranks` together, from an earlier training on such a device, and its origin in words.
 
-    This recipe's own record first, then the newest of the others. Each GPU is taken to compute as fast as
-    one did then; ranks on a CPU share its cores, and are as fast together as others were.
+    This recipe's own record comes first, then the newest of the others. Each GPU is expected to be as fast as
+    one was then. Ranks on a CPU share its cores, so together they are as fast as the ranks were then.
     """
     records = sorted(
         OUTPUTS.glob("*/05_pretrain/stage.json"), key=lambda p: (p.parts[-3] == recipe, p.stat().st_mtime)
@@ -310,7 +322,7 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
 
 
 def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> Iterator[str]:
-    """The lines of a preflight: what training this recipe takes, here and on the usual GPUs."""
+    """The lines of a preflight report: what pretraining this recipe needs, here and on common GPUs."""
     values = config["pretrain"]
     vocabulary, origin = vocabulary_of(recipe, config)
     shape = shape_of(model_values(config), vocabulary)
@@ -333,14 +345,14 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
         epochs = f" = {steps * per_step / tokens:.2f} epochs of {tokens:,}" if tokens else ""
         yield f"training     {steps:,} steps, {steps * per_step:,} tokens{epochs}"
     else:
-        yield "training     steps are known after stage 04 (num_train_epochs)"
+        yield "training     the steps are known after stage 04 (num_train_epochs)"
     yield from _disk_lines(config["dataset"], training_disk(shape, setting, values, steps))
     yield from _memory_lines(shape, setting)
     work = shape.flops_per_token(values["block_size"]) * (steps * per_step if steps else 1e9)
     unit = "" if steps else " per 1e9 tokens"
     yield (
-        "devices      with the settings asked for, or with what must change to fit. GPUs: computed, none was "
-        f"measured; time by the maker's TFLOP/s x {ASSUMED_MFU:.0%}, an assumption"
+        "devices      with these settings, or with the changes that make it fit. GPUs: computed, not "
+        f"measured; time from the maker's TFLOP/s and an assumed MFU of {ASSUMED_MFU:.0%}"
     )
     measured = measured_rate(recipe, here, launch.ranks)
     yield from _device_lines(here, limit, values, shape, launch, work, measured, unit)
@@ -369,11 +381,11 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
     )
     counts = (1, 2, 4, 8)
     names = "".join(f"{count:>8}" for count in counts)
-    yield f"             weights, gradients, AdamW: GiB per device of{names}  bytes a parameter"
+    yield f"             weights, gradients, AdamW: GiB per device of{names}  bytes per parameter"
     plain = replace(setting, optimizer=DEFAULT, precision="bf16", zero=0, fsdp=False, tensor_parallel=1)
     plain = replace(plain, offload_optimizer=False, offload_parameters=False)
     for name, formula, fields in (
-        ("one copy on each", "16", {}),
+        ("a full copy on each", "16", {}),
         ("--deepspeed zero1", "4 + 12/N", {"zero": 1}),
         ("--deepspeed zero2", "2 + 14/N", {"zero": 2}),
         ("--deepspeed zero3", "16/N", {"zero": 3}),
@@ -396,9 +408,9 @@ def _device_lines(
     rate: tuple[float, str] | None,
     unit: str,
 ) -> Iterator[str]:
-    """Whether the training fits into `limit` bytes of a device, what to change when not, and its time.
+    """Whether the training fits into `limit` bytes of a device, what to change if not, and its time.
 
-    work: FLOPs, of all or of the `unit` named. rate: FLOP/s, and where they are from.
+    work: FLOPs of the whole training, or of the `unit` named. rate: FLOP/s and their origin in words.
     """
     setting = setting_of(values, device, launch)
     name = f"this machine, {device.name}" if device.kind == "cpu" else device.name

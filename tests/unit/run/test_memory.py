@@ -1,4 +1,4 @@
-"""What a step holds in memory, computed: against transformers' models, published figures, ZeRO's formulas."""
+"""The computed memory of a step, against transformers' models, published figures and ZeRO's formulas."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from recipe.config.model import DEFAULTS
 from recipe.run.memory import activation_bytes, activation_table, memory, shape_of
 from shapes import PLAIN, SHIPPED, SMALL, read
 
-# Parameters as the authors of the systems have them, and the vocabulary that each is for.
+# Numbers of parameters that the authors have published, each with the vocabulary it belongs to.
 PUBLISHED = {
     "mistral-300m": (354_894_848, 50_000),
     "mistral-39m": (48_503_296, 32_000),
@@ -19,7 +19,7 @@ PUBLISHED = {
 
 
 def on_meta(model, vocabulary):
-    """The model that transformers builds, without memory."""
+    """The model that transformers builds, without memory for its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,7 +83,7 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize("kind", ["mistral", "qwen3", "gpt2"])
 @pytest.mark.parametrize("mode", ["mixed", "fp32", "half"])
 def test_activations_are_what_a_model_keeps(kind, mode):
-    """The table (made from other shapes) against the tensors that PyTorch keeps for the backward pass."""
+    """The table, made from other shapes, against the tensors that PyTorch keeps for the backward pass."""
     from recipe.run.activations import ROWS, bytes_per_token
 
     hidden, query, key, intermediate, block = 160, 256 if kind != "gpt2" else 160, 64, 480, 80
@@ -104,7 +104,7 @@ def test_activations_are_what_a_model_keeps(kind, mode):
 @pytest.mark.parametrize("kind", ["mistral", "qwen3"])
 @pytest.mark.parametrize("mode", ["mixed", "fp32"])
 def test_a_cpu_keeps_no_attention_mask(kind, mode, monkeypatch):
-    """The attention that a CPU trains with, against its sum; as many keys as queries, which it keeps once."""
+    """The attention that a CPU trains with, against its formula. Keys are as wide as queries here."""
     from recipe.run import activations
 
     def with_documents(*arguments):
@@ -132,7 +132,7 @@ def states(shape, **changes):
     return parts["weights"] + parts["gradients"] + parts["optimizer"]
 
 
-def test_bytes_a_parameter_by_zero_stage():
+def test_bytes_per_parameter_by_zero_stage():
     shape = shape_of(SMALL, 1000)
     for ranks in (1, 2, 8, 64):
         count = shape.parameters
@@ -155,7 +155,7 @@ def test_bytes_a_parameter_by_zero_stage():
 
 
 def test_only_gathered_weights_fragment_the_heap():
-    """On CPUs, under ZeRO-3 and FSDP2; a GPU's allocator is in what a process holds."""
+    """On CPUs under ZeRO-3 and FSDP2. For a GPU, the allocator's reserve is part of the process."""
     shape = shape_of(SMALL, 1000)
     for zero, fsdp, device, share in (
         (0, False, "cpu", 0),
@@ -177,12 +177,12 @@ def test_offloading_moves_to_the_host():
     assert kept["peak"] - moved["peak"] == pytest.approx(moved["host"])
 
 
-def test_peak_falls_with_every_way_out():
+def test_every_saving_lowers_the_peak():
     shape = shape_of(read("mistral-300m", "model"), 50_000)
     whole = memory(shape, PLAIN)["peak"]
     for changes in ({"micro_batch": 2}, {"checkpointing": True}, {"compiled": True}, {"block_size": 512}):
         assert memory(shape, dataclasses.replace(PLAIN, **changes))["peak"] < whole
-    # The gradients of the first micro-batch are there while the second goes forward.
+    # The gradients of the first micro-batch exist during the forward pass of the second one.
     assert memory(shape, dataclasses.replace(PLAIN, accumulation=2))["peak"] - whole == pytest.approx(
         4 * shape.parameters
     )

@@ -1,4 +1,4 @@
-"""What a training takes on the usual devices and here, and what to change where it does not fit."""
+"""What a training needs on common devices and on this machine, and what to change if it does not fit."""
 
 import dataclasses
 import json
@@ -20,11 +20,12 @@ from recipe.run.memory import memory, shape_of
 from recipe.run.preflight import PROFILES, Device, fit, setting_of
 from shapes import PLAIN, SHIPPED, SMALL, read
 
-UNEVEN = ("mistral-39m", "mistral-300m-v2", "gpt2-small")  # global batches that do not divide into 8 ranks
+# Their global batches do not divide into 8 ranks.
+UNEVEN = ("mistral-39m", "mistral-300m-v2", "gpt2-small")
 
 
 def apply(options, values):
-    """What the options printed for a user make of pretrain.json, and the DeepSpeed file they name."""
+    """pretrain.json after the options printed for a user, and the DeepSpeed file that they name."""
     config = {"pretrain": dict(values)}
     words = " ".join(options).split()
     for option, value in zip(words[::2], words[1::2], strict=True):
@@ -37,7 +38,7 @@ def apply(options, values):
 @pytest.mark.parametrize("recipe", [recipe for recipe in SHIPPED if not recipe.endswith("qlora")])
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_suggested_options_are_accepted_and_fit(recipe, ranks):
-    """The options as a user would paste them, read back by the project's own checks, fit by the same sum."""
+    """The options as a user would paste them: the project accepts them, and by its formula they fit."""
     values, shape = read(recipe, "pretrain"), shape_of(read(recipe, "model"), 50_000)
     if recipe in UNEVEN and ranks == 8:
         pytest.skip("its global batch does not divide by 8 ranks")
@@ -94,7 +95,7 @@ def test_system_a_takes_the_hours_its_author_measured():
 
 def test_steps():
     values = {"block_size": 100, "global_batch_size": 4, "num_train_epochs": 2}
-    assert preflight.step_count(values, 1001) == 6  # 11 blocks, twice, by fours
+    assert preflight.step_count(values, 1001) == 6  # 11 blocks, twice, in batches of 4
     assert preflight.step_count(values, None) is None
     assert preflight.step_count(values | {"max_steps": 7}, None) == 7
 
@@ -111,8 +112,8 @@ def test_tokens_of_an_epoch_follow_the_weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["pretrain", "finetune", "preference"])
-def test_no_training_starts_where_its_checkpoints_have_no_room(tmp_path, monkeypatch, file):
-    """Three checkpoints of 12 bytes a parameter and the model; of an adapter the merged model alone."""
+def test_training_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypatch, file):
+    """Three checkpoints of 12 bytes per parameter and the model; for an adapter only the merged model."""
     config = {name: read("mistral-300m", name) for name in ("dataset", "model", "tokenizer", "pretrain")}
     config[file] = config["pretrain"] | {"save_total_limit": 2}
     stage = SimpleNamespace(recipe="mine", config=config, folder=tmp_path, say=print)
@@ -144,7 +145,7 @@ def test_disk_holds_the_checkpoints_kept_and_one_more():
     assert disk({"save_strategy": "no"}) == model
     assert disk({"save_steps": 10}, None) is None
     assert disk({"save_total_limit": 1}, None) == 2 * checkpoint + model
-    # Under ZeRO: weights of 16 bits beside the optimizer's of 32, whatever the ranks.
+    # Under ZeRO: 16-bit weights and the optimizer's 32-bit weights, for any number of ranks.
     assert disk({"save_steps": 100}, ranks=8, zero=2) == 14 * shape.parameters + model
 
 
@@ -155,7 +156,7 @@ def test_data_without_room_is_refused_before_the_download(tmp_path, monkeypatch)
     dataset = {"sources": {"wiki": {"source": "wikipedia"}}, "disk_gigabytes": free / 1e9 + 1}
     with pytest.raises(Refused, match="disk_gigabytes"):
         preflight.require_data_space("a", dataset)
-    # What is there already is not needed once more: 2 GB of a file with a hole.
+    # What is already there is not needed again: a sparse file of 2 GB.
     (tmp_path / "data/wiki").mkdir(parents=True)
     with (tmp_path / "data/wiki/dump").open("wb") as handle:
         handle.truncate(2 * 10**9)
@@ -163,7 +164,7 @@ def test_data_without_room_is_refused_before_the_download(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("recipe", SHIPPED)
-def test_recipes_that_download_say_how_much_disk_they_take(recipe):
+def test_recipes_that_download_say_how_much_disk_they_need(recipe):
     dataset = read(recipe, "dataset")
     downloads = any("url" in source for source in dataset["sources"].values())
     assert not downloads or dataset["disk_gigabytes"] >= 1
@@ -186,7 +187,7 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
     assert preflight.measured_rate("a", cpu, 2) == (1e12, "measured, recipe a")
     assert preflight.measured_rate("new", cpu, 2) == (5e11, "measured, recipe b")
     assert preflight.measured_rate("a", dataclasses.replace(gpu, name="H100"), 2) is None
-    # Twice the GPUs are twice as fast; ranks on a CPU share it.
+    # Twice the GPUs are twice as fast; ranks on a CPU share its cores.
     assert preflight.measured_rate("a", gpu, 4) == (2e12, "measured, recipe c")
     assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")
 
@@ -215,13 +216,13 @@ def test_report_of_every_recipe(recipe, launch):
     vocabulary, _ = preflight.vocabulary_of(recipe, config)
     assert f"{shape_of(config['model'], vocabulary).parameters:,}" in text
     for device in PROFILES:
-        place = next(number for number, line in enumerate(lines) if device.name in line)
-        verdict = " ".join(lines[place : place + 2])
+        position = next(number for number, line in enumerate(lines) if device.name in line)
+        verdict = " ".join(lines[position : position + 2])
         assert "tabulated" in verdict or "no change of settings helps" in verdict
 
 
 def test_vocabulary_of_a_published_tokenizer(tmp_path, monkeypatch):
-    """Known from stage 03, from model.json, or assumed and called so."""
+    """It is known from stage 03 or from model.json, or it is assumed, and the text says which."""
     monkeypatch.setattr(project, "OUTPUTS", tmp_path)
     config = {
         "model": {},
@@ -248,7 +249,7 @@ def test_this_machine_is_found_and_shared_by_its_ranks():
 
 
 def test_the_gpu_is_the_one_that_is_visible(tmp_path, monkeypatch):
-    """nvidia-smi lists all GPUs, whatever CUDA_VISIBLE_DEVICES says, and no memory where it is the CPU's."""
+    """nvidia-smi lists all GPUs, also invisible ones, and no memory for a GPU that shares the CPU's."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         "#!/bin/sh\necho GPU-a, NVIDIA A100, 8.0, 40960, 30720\necho GPU-b, Tesla T4, 7.5, 15360, 10240\n"
@@ -267,7 +268,7 @@ def test_the_gpu_is_the_one_that_is_visible(tmp_path, monkeypatch):
     assert preflight.this_machine(Launch())[0].kind == "cpu"
 
 
-def test_a_preflight_does_without_torch():
+def test_a_preflight_does_not_import_torch():
     code = (
         "import json, sys\nfrom recipe.run import launch_options, preflight\n"
         "from recipe.project import CONFIGS\n"
