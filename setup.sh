@@ -96,7 +96,7 @@ expected() { printf '%s %s gpu=%s' "$(cat "$here"/{requirements.txt,pyproject.to
 ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$(expected)" ]]; }
 
 install() {
-  local base=${PYTHON:-python3} gpu
+  local base=${PYTHON:-python3} gpu packages pins
   command -v "$base" >/dev/null ||
     die "$base: not found. Install Python 3.11 or newer (apt-get install python3 python3-venv python3-dev)"
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -115,7 +115,9 @@ install() {
   fi
   mapfile -t pins < <(packages "$venv/bin/python" pins tests)
   pip_install -r "$here/requirements.txt" "${pins[@]}"
-  printf '%s\n' "$here/pretrain" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/recipe.pth"
+  # The scripts of fine-tuning/ find the package recipe by it.
+  packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  printf '%s\n' "$here/pretrain" >"$packages/recipe.pth"
   install_flash_attention "$gpu"
   import_all
   expected >"$stamp"
@@ -123,24 +125,35 @@ install() {
 
 pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --retries 5 "$@"; }
 
+has_flash_attention() { "$venv/bin/python" -c 'import flash_attn' 2>/dev/null; }
+
 install_flash_attention() {
-  local gpu=$1 without="attention uses PyTorch's own kernels, with equal results"
+  local gpu=$1 instead="PyTorch's SDPA computes attention instead"
+  local package=(-c "$here/requirements.txt" "flash-attn>=2.8,<3")
   if [[ -z $gpu ]]; then
     say "flash-attn: not installed, no NVIDIA GPU found"
+    return
   elif ((gpu < 80)); then
-    say "flash-attn: not installed, it needs compute capability 8.0 and this GPU has ${gpu%?}.${gpu: -1}; $without"
-  elif pip_install --only-binary flash-attn "flash-attn>=2.8,<3" 2>/dev/null &&
-    "$venv/bin/python" -c 'import flash_attn' 2>/dev/null; then
+    say "flash-attn: not installed, it needs compute capability 8.0 and this GPU has ${gpu%?}.${gpu: -1}; $instead"
+    return
+  elif has_flash_attention; then
+    return
+  fi
+  "$venv/bin/python" -m pip uninstall -qq -y flash-attn 2>/dev/null # one for another torch
+  if pip_install --only-binary flash-attn "${package[@]}" 2>/dev/null && has_flash_attention; then
     say "flash-attn: installed from a ready wheel, for compute capability ${gpu%?}.${gpu: -1}"
-  elif [[ ${FLASH_ATTN:-} != build ]]; then
-    "$venv/bin/python" -m pip uninstall -qq -y flash-attn 2>/dev/null || true
-    say "flash-attn: not installed, no ready wheel fits (FLASH_ATTN=build compiles it); $without"
+    return
+  fi
+  "$venv/bin/python" -m pip uninstall -qq -y flash-attn 2>/dev/null
+  if [[ ${FLASH_ATTN:-} != build ]]; then
+    say "flash-attn: not installed, no ready wheel fits (FLASH_ATTN=build compiles it); $instead"
   elif ! command -v nvcc >/dev/null; then
-    say "flash-attn: not installed, nvcc of the CUDA toolkit not found; $without"
-  elif pip_install setuptools wheel && MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation --no-binary flash-attn "flash-attn>=2.8,<3"; then
+    say "flash-attn: not installed, nvcc of the CUDA toolkit not found; $instead"
+  elif pip_install setuptools wheel &&
+    MAX_JOBS=${MAX_JOBS:-4} pip_install --no-build-isolation --no-binary flash-attn "${package[@]}"; then
     say "flash-attn: compiled for compute capability ${gpu%?}.${gpu: -1}"
   else
-    say "flash-attn: compiling failed (see above); $without"
+    say "flash-attn: compiling failed (see above); $instead"
   fi
 }
 
@@ -177,7 +190,11 @@ done
 if [[ -n ${RECIPE_PYTHON:-} ]]; then
   use_as_it_is
 else
-  ready || install
+  if ! ready; then
+    install
+  elif [[ ${FLASH_ATTN:-} == build ]]; then
+    install_flash_attention "$(capability)"
+  fi
   python=$venv/bin/python
   ((${#extras[@]} == 0)) || install_extras
 fi

@@ -140,14 +140,17 @@ class Installer:
     def __init__(self, folder: Path, has_wheel: bool = True) -> None:
         self.log = folder / "log"
         bare = Environment(folder / "bare").python
-        wheel = 0 if has_wheel else 1
+        flash = folder / "flash_attn"  # is there while it is installed
+        wheel = "touch" if has_wheel else "false"
         executable(
             folder / "venv/bin/python",
             f"""case "$*" in
-              *"pip --version" | *uninstall* | -) ;;
-              *"--only-binary flash-attn"*) echo "$@" >>{self.log}; exit {wheel} ;;
+              *"pip --version" | -) ;;
+              *uninstall*) rm -f {flash} ;;
+              *"--only-binary flash-attn"*) echo "$@" >>{self.log}; {wheel} {flash} ;;
+              *"--no-binary flash-attn"*) echo "$@" >>{self.log}; touch {flash} ;;
               *" install "*) echo "$@" >>{self.log} ;;
-              *flash_attn) exit {wheel} ;;
+              *flash_attn) test -e {flash} ;;
               *sysconfig*) echo {folder} ;;
               *) exec {bare} "$@" ;;
             esac\n""",
@@ -190,6 +193,15 @@ def test_flash_attention_is_compiled_only_on_request(tmp_path, capability, has_w
     calls, text = installer.run(gpu=gpu(tmp_path / "gpu", capability), FLASH_ATTN=option)
     assert f"flash-attn: {said}" in text
     assert any("--no-binary flash-attn" in call for call in calls) == compiles
+
+
+def test_flash_attention_is_compiled_later_and_then_kept(tmp_path):
+    installer, path = Installer(tmp_path, has_wheel=False), gpu(tmp_path / "gpu", "9.0")
+    installer.run(gpu=path)
+    assert installer.run(gpu=path) == ([], "")  # not searched for again
+    calls, said = installer.run(gpu=path, FLASH_ATTN="build")
+    assert "--no-binary flash-attn" in calls[-1] and said.endswith("compiled for compute capability 9.0\n")
+    assert installer.run(gpu=path, FLASH_ATTN="build") == installer.run(gpu=path) == ([], "")
 
 
 def test_extras_are_installed_by_name_at_the_pinned_version(tmp_path):
