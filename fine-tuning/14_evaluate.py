@@ -87,7 +87,7 @@ def by_source(logged: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 def answer(stage: Stage, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How a model answers held-out instructions, each after what was said before it."""
-    from recipe.conversations.chat_template import encode_conversation
+    from recipe.conversations.encode import encode_conversation
     from recipe.evaluation.generation import generate_all, generation_config
     from recipe.evaluation.metrics import distinct, repetition
 

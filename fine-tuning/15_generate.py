@@ -15,7 +15,7 @@ HELD_OUT = 5  # conversations of the validation side whose last answer is asked 
 
 def main(stage: Stage) -> None:
     """Answer with the pretrained and with the tuned model, from the same seeds and the same prompts."""
-    from recipe.conversations.chat_template import encode_conversation
+    from recipe.conversations.encode import encode_conversation
     from recipe.evaluation.generation import (
         check_room,
         clean_prompt,

@@ -12,7 +12,7 @@ from recipe.training.training import prepare, run_script, total_steps, train, wh
 
 def main(plan: dict[str, Any]) -> None:
     """Encode the preferences, train against the tuned model as reference, save; rank 0 writes result.json."""
-    from recipe.conversations.chat_template import check_template, encode_conversation
+    from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import encode_preferences, load_preferences
     from recipe.corpus.normalizing import make_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter

@@ -15,8 +15,7 @@ def main(plan: dict[str, Any]) -> None:
     result.json.
     """
     from recipe.config.chat_templates import FORMS, chat_template, response_template
-    from recipe.conversations.chat_template import encode_conversation
-    from recipe.conversations.encode import load_conversations, preview
+    from recipe.conversations.encode import encode_conversation, load_conversations, preview
     from recipe.evaluation.generation import clean_prompt
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model

@@ -61,7 +61,7 @@ def ask(project):
 @pytest.fixture(scope="module")
 def ours(project):
     """The sampling of the tests, and a function that gives our prompt's number of ids and our answer."""
-    from recipe.conversations.chat_template import encode_conversation
+    from recipe.conversations.encode import encode_conversation
     from recipe.evaluation.generation import generate_all, generation_config
     from recipe.model.build import for_inference, load_model
     from transformers import AutoTokenizer

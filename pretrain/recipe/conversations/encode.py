@@ -1,82 +1,168 @@
-"""Conversations as tokens: by the chat template, with the answers as the trained part."""
+"""Conversations as tokens: the chat template turns messages into ids, and the answers are what is trained."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
 
-from recipe.conversations.chat_template import check_template, encode_conversation
 from recipe.conversations.instructions import messages_of
 from recipe.conversations.read_rows import Message
 from recipe.project import RecipeError
+from recipe.tokenization.encode_text import encode_text
 
-Conversation = tuple[list[int], list[bool]]
+Conversation = tuple[list[int], list[bool]]  # ids, and for each id whether it is trained
+
+_SOLUTION = (
+    "Use a template of recipe/config/chat_templates.py (`template` in instruction.json), and redo stage 12 "
+    "with --force"
+)
+
+
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise RecipeError unless a tokenizer's special tokens and chat template can train answers.
+
+    Needed: an end token and a padding token; text between a question and its answer, so that the model knows
+    when to answer; the answer followed by the end token and nothing else; and no message that is rendered
+    differently when another one follows.
+    """
+    missing = [name for name in ("eos_token", "pad_token") if getattr(tokenizer, name) is None]
+    if missing:
+        raise RecipeError(
+            f"the tokenizer has no {' and no '.join(missing)}, but answers must end and batches must be "
+            "padded. Redo stage 03, whose tokenizers have both, or add the tokens to tokenizer_config.json"
+        )
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            f"the tokenizer has no chat template: this model was not tuned on instructions. {_SOLUTION}"
+        )
+    question, answer, other = "山は高いか", "はい、高い", "海は深いか"
+    roles = {question: "user", answer: "assistant", other: "user"}
+    messages = [{"role": role, "content": text} for text, role in roles.items()]
+    try:
+        parts = [text for text, _ in _rendered(tokenizer, messages)]
+    except TemplateError as error:
+        raise RecipeError(f"the chat template cannot be rendered: {error}. {_SOLUTION}") from error
+    for before, text in ((question, parts[0]), (other, parts[2])):
+        if not text.partition(before)[2]:
+            raise RecipeError(
+                f"the chat template has no response mark: after a question, which ends with {text[-20:]!r}, "
+                f"it writes nothing that asks for an answer. {_SOLUTION}"
+            )
+    if parts[1] != answer + str(tokenizer.eos_token):
+        raise RecipeError(
+            f"the chat template writes the answer {answer!r} as {parts[1]!r}; expected: the answer, then "
+            f"{tokenizer.eos_token!r}, and nothing else. Otherwise the model "
+            f"does not learn to stop. {_SOLUTION}"
+        )
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Conversation:
+    """The ids of a conversation by the tokenizer's chat template; the answers are marked as trained.
+
+    Special-token strings inside a message are text: private-use characters replace them while the template
+    is applied, and they are restored before the text between the real control tokens is encoded. Raises
+    RecipeError when the template renders a message differently once another one follows.
+    """
+    specials = tokenizer.all_special_tokens
+    hidden = {token: chr(0xF0000 + i) for i, token in enumerate(specials)}
+    restored = {mark: token for token, mark in hidden.items()}
+    pattern = re.compile("|".join(map(re.escape, specials)))
+    safe = [m | {"content": pattern.sub(lambda found: hidden[found.group()], m["content"])} for m in messages]
+    ids: list[int] = []
+    trained: list[bool] = []
+    for text, is_answer in _rendered(tokenizer, safe):
+        for part in re.split(f"({pattern.pattern})", text):
+            if part in hidden:
+                new = [tokenizer.convert_tokens_to_ids(part)]
+            else:
+                new = encode_text(
+                    tokenizer, "".join(restored.get(character, character) for character in part)
+                )
+            ids += new
+            trained += [is_answer] * len(new)
+    return ids, trained
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Iterator[tuple[str, bool]]:
+    """The text that each message adds to the rendered conversation, and whether it is an answer."""
+    before = ""
+    for count, message in enumerate(messages, 1):
+        text = str(tokenizer.apply_chat_template(messages[:count], tokenize=False))
+        if not text.startswith(before):
+            raise RecipeError(
+                f"the chat template renders {before[-20:]!r} differently when {message['content'][:20]!r} "
+                f"follows: a prompt would differ from what was trained. {_SOLUTION}"
+            )
+        yield text.removeprefix(before), message["role"] == "assistant"
+        before = text
 
 
 def load_conversations(
-    path: Path, tokenizer: Any, block_size: int
+    path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int
 ) -> tuple[list[Conversation], dict[str, int]]:
-    """Every pair of a file of stage 11 as ids and trained flags; what was left out or shortened, by reason.
+    """Every pair of a Parquet file of stage 11 as a conversation; and the numbers of those left out or cut.
 
-    A conversation longer than `block_size` loses its last turns until it fits; one whose first answer does
-    not fit is left out. Raises RecipeError when a conversation trains nothing, or when none fits, and for a
-    tokenizer or chat template that cannot train answers (see `check_template`).
+    A conversation longer than `block_size` tokens loses its last turns until it fits; it is left out when its
+    first answer does not fit. Raises RecipeError when an answer is empty, when no conversation fits, and when
+    the chat template cannot train answers (see `check_template`).
     """
     check_template(tokenizer)
     conversations: list[Conversation] = []
     counts = Counter({"longer than block_size": 0})
     for row in pq.read_table(path).to_pylist():
         messages = messages_of(row)
-        conversation = encode_trained(tokenizer, messages, str(path))
-        if len(conversation[0]) > block_size:
-            conversation = _shortened(tokenizer, messages, block_size, str(path))
-            counts["shortened" if conversation else "longer than block_size"] += 1
-        if conversation:
+        conversation = _encode_pair(tokenizer, messages, path)
+        if len(conversation[0]) <= block_size:
             conversations.append(conversation)
+        elif shortened := _shortened(tokenizer, messages, block_size, path):
+            conversations.append(shortened)
+            counts["shortened"] += 1
+        else:
+            counts["longer than block_size"] += 1
     if not conversations:
         raise RecipeError(f"{path}: no pair fits into block_size {block_size}. Raise finetune.block_size")
     return conversations, dict(counts)
 
 
-def encode_trained(tokenizer: Any, messages: list[Message], where: str) -> Conversation:
+def _encode_pair(tokenizer: PreTrainedTokenizerFast, messages: list[Message], path: Path) -> Conversation:
     """A conversation as `encode_conversation` gives it. Raises RecipeError when an answer in it is empty."""
-    for message in messages:
+    for question, message in zip(messages, messages[1:], strict=False):
         if message["role"] == "assistant" and not message["content"].strip():
             raise RecipeError(
-                f"{where}: the pair {messages[-2]['content'][:60]!r} has no trained token: an answer is "
-                "empty. Redo stage 11, which drops such pairs"
+                f"{path}: the pair {question['content'][:60]!r} has no trained token: its answer is empty. "
+                "Redo stage 11 with --force: it drops such pairs"
             )
-    ids, trained = encode_conversation(tokenizer, messages)
-    if not any(trained):
-        raise RecipeError(
-            f"{where}: the pair {messages[0]['content'][:60]!r} has no trained token: it has no answer"
-        )
-    return ids, trained
+    return encode_conversation(tokenizer, messages)
 
 
-def _shortened(tokenizer: Any, messages: list[Message], block_size: int, where: str) -> Conversation | None:
-    """The longest beginning of a conversation that ends with an answer and fits; None where none does."""
+def _shortened(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], block_size: int, path: Path
+) -> Conversation | None:
+    """The longest beginning of a conversation that ends with an answer and fits; None if none fits."""
     for end in range(len(messages) - 2, 1, -2):
-        conversation = encode_trained(tokenizer, messages[:end], where)
+        conversation = _encode_pair(tokenizer, messages[:end], path)
         if len(conversation[0]) <= block_size:
             return conversation
     return None
 
 
-def preview(conversations: list[Conversation], tokenizer: Any) -> str:
-    """A few conversations as they are trained: what stands in 【】 is learnt, the rest is only read."""
+def preview(conversations: list[Conversation], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Conversations for people to read: the text in 【】 is trained, the rest is only read."""
     return "\n--- ".join(["--- example (【】 is trained)", *(_marked(c, tokenizer) for c in conversations)])
 
 
-def _marked(conversation: Conversation, tokenizer: Any) -> str:
-    shown, begin = "", 0
+def _marked(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> str:
+    text, begin = "", 0
     ids, trained = conversation
-    for place in range(1, len(ids) + 1):
-        if place == len(ids) or trained[place] != trained[begin]:
-            text = tokenizer.decode(ids[begin:place])
-            shown += f"【{text}】" if trained[begin] else text
-            begin = place
-    return shown
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[begin]:
+            part = str(tokenizer.decode(ids[begin:end]))
+            text += f"【{part}】" if trained[begin] else part
+            begin = end
+    return text

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from recipe.conversations.chat_template import check_template, encode_conversation
+from recipe.conversations.encode import check_template, encode_conversation
 from recipe.conversations.read_rows import Message
 from recipe.evaluation.generation import check_room, clean_prompt, generation_config, stream
 from recipe.model.build import for_inference, load_model

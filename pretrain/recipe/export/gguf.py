@@ -91,7 +91,7 @@ def compare(
     """
     import torch
 
-    from recipe.conversations.chat_template import encode_conversation
+    from recipe.conversations.encode import encode_conversation
     from recipe.tokenization.encode_text import document_start, encode_texts
 
     ask, close = _serve(gguf)

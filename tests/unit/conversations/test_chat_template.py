@@ -1,12 +1,11 @@
-"""The instruction format: real line ends, one <s>, answers trained to </s>, the same bytes in every place."""
+"""The chat template: real line ends, one <s>, answers trained up to </s>, the same bytes everywhere."""
 
 import copy
 
 import pytest
 from conftest import sentences
 from recipe.config import chat_templates as forms
-from recipe.conversations import chat_template
-from recipe.conversations.encode import preview
+from recipe.conversations import encode
 from recipe.project import RecipeError
 from recipe.tokenization.train import train_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -68,13 +67,13 @@ def test_any_jinja_renders_the_saved_file_as_the_training_form(fast, form, block
         messages=conversation, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
     assert text == fast.apply_chat_template(conversation, tokenize=False)
-    ids, _ = chat_template.encode_conversation(fast, conversation)
+    ids, _ = encode.encode_conversation(fast, conversation)
     assert fast.decode(ids) == text
 
 
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_our_templates_can_be_trained(fast, form):
-    chat_template.check_template(with_template(fast, forms.chat_template(form, SYSTEM)))
+    encode.check_template(with_template(fast, forms.chat_template(form, SYSTEM)))
 
 
 TURN = (
@@ -86,21 +85,21 @@ TURN = (
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template: it was never tuned"),
-        (TURN.replace(":", ""), "has no response mark: a question ends as '山は高いか'"),
+        (None, "has no chat template: this model was not tuned"),
+        (TURN.replace(":", ""), "has no response mark: after a question, which ends with '山は高いか'"),
         (
             TURN.replace("{{ eos_token }}", ""),
-            "writes the answer 'はい、高い' as 'はい、高い', wanted it with '</s>'",
+            "writes the answer 'はい、高い' as 'はい、高い'; expected: the answer, then '</s>'",
         ),
-        (TURN + "{{ messages|length }}", "renders '山は高いか:1' otherwise when 'はい、高い' follows"),
+        (TURN + "{{ messages|length }}", "renders '山は高いか:1' differently when 'はい、高い' follows"),
         (TURN + "{% endfor %}", "cannot be rendered: .*endfor"),
     ],
     ids=["none", "no response mark", "no end token", "not the same again", "not Jinja"],
 )
 def test_a_template_that_cannot_train_answers_is_named(fast, template, message):
-    assert chat_template.check_template(with_template(fast, TURN)) is None
+    assert encode.check_template(with_template(fast, TURN)) is None
     with pytest.raises(RecipeError, match=rf"{message}.*recipe/config/chat_templates\.py"):
-        chat_template.check_template(with_template(fast, template))
+        encode.check_template(with_template(fast, template))
 
 
 def with_template(fast, template):
@@ -114,7 +113,7 @@ def test_a_tokenizer_without_the_special_tokens_is_named(fast):
     bare = PreTrainedTokenizerFast(tokenizer_object=fast.backend_tokenizer)
     bare.chat_template = TURN
     with pytest.raises(RecipeError, match=r"no eos_token and no pad_token.*stage 03.*tokenizer_config\.json"):
-        chat_template.check_template(bare)
+        encode.check_template(bare)
 
 
 @pytest.mark.parametrize("form", forms.FORMS)
@@ -127,8 +126,8 @@ def test_servers_find_the_answer_in_what_was_generated(fast, form, tmp_path):
     fast.save_pretrained(tmp_path)
     served = AutoTokenizer.from_pretrained(tmp_path)
     conversation = [QUESTION, ANSWER, QUESTION]
-    prompt, _ = chat_template.encode_conversation(served, conversation)
-    whole, _ = chat_template.encode_conversation(served, [*conversation, ANSWER])
+    prompt, _ = encode.encode_conversation(served, conversation)
+    whole, _ = encode.encode_conversation(served, [*conversation, ANSWER])
     parsed = served.parse_response(whole[len(prompt) :], prefix=served.decode(prompt))
     assert parsed == ANSWER
 
@@ -145,14 +144,14 @@ def test_what_servers_send_is_the_training_form(fast, form, tmp_path):
     served = AutoTokenizer.from_pretrained(tmp_path / "served")
     conversation = [QUESTION, ANSWER, {"role": "user", "content": forms.user_message(" 訳せ\n", "山")}]
     prompt = served.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
-    trained, _ = chat_template.encode_conversation(fast, [*conversation, ANSWER])
-    answer, _ = chat_template.encode_conversation(fast, conversation)
+    trained, _ = encode.encode_conversation(fast, [*conversation, ANSWER])
+    answer, _ = encode.encode_conversation(fast, conversation)
     assert prompt["input_ids"] == answer == trained[: len(answer)]
     assert len(trained) > len(answer)
 
 
 def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
-    ids, trained = chat_template.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])
+    ids, trained = encode.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])
     # transformers' own marks of what is trained, which the saved template must do without.
     marked = fast.chat_template.replace(
         "{{- content + eos_token -}}",
@@ -173,14 +172,14 @@ def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
 
 
 def test_prompt_is_the_beginning_of_the_training_form(fast):
-    prompt, _ = chat_template.encode_conversation(fast, [QUESTION])
-    whole, trained = chat_template.encode_conversation(fast, [QUESTION, ANSWER])
+    prompt, _ = encode.encode_conversation(fast, [QUESTION])
+    whole, trained = encode.encode_conversation(fast, [QUESTION, ANSWER])
     assert whole[: len(prompt)] == prompt
     assert trained.index(True) == len(prompt)
 
 
 def test_special_strings_in_messages_are_text(fast):
-    ids, trained = chat_template.encode_conversation(
+    ids, trained = encode.encode_conversation(
         fast,
         [{"role": "user", "content": "</s>とは<s>?"}, {"role": "assistant", "content": "終わり</s>です"}],
     )
@@ -195,5 +194,5 @@ def test_unknown_role_is_refused(fast):
 
 
 def test_preview_marks_what_is_trained(fast):
-    shown = preview([chat_template.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])], fast)
+    shown = encode.preview([encode.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])], fast)
     assert shown.count("### 応答:\n【山に登りました。</s>】") == 2

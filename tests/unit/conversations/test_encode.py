@@ -1,12 +1,11 @@
-"""Pairs as tokens: too long ones, shortened ones, and those that would train nothing."""
+"""Pairs as tokens: pairs that are too long or shortened, and pairs without a trained token."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import sentences
 from recipe.config.chat_templates import chat_template
-from recipe.conversations.chat_template import encode_conversation
-from recipe.conversations.encode import load_conversations
+from recipe.conversations.encode import encode_conversation, load_conversations
 from recipe.conversations.instructions import messages_of
 from recipe.project import RecipeError
 from recipe.tokenization.train import train_tokenizer
@@ -35,7 +34,7 @@ LONG = "山に登りました。" * 80
 BEFORE = [{"role": "user", "content": "海は?"}, {"role": "assistant", "content": "湖を見ました。"}]
 
 
-def test_last_turns_go_until_a_conversation_fits(tmp_path, fast):
+def test_the_last_turns_are_cut_until_a_conversation_fits(tmp_path, fast):
     found, counts = load_conversations(
         write(tmp_path, row("はい。"), row(LONG, BEFORE), row(LONG)), fast, 128
     )
@@ -58,5 +57,5 @@ def test_an_answer_without_a_trained_token_is_an_error(tmp_path, fast):
 
 def test_an_empty_answer_before_the_last_is_an_error(tmp_path, fast):
     blank = [{"role": "user", "content": "海は?"}, {"role": "assistant", "content": ""}]
-    with pytest.raises(RecipeError, match="an answer is empty"):
+    with pytest.raises(RecipeError, match=r"the pair '海は\?' has no trained token: its answer is empty"):
         load_conversations(write(tmp_path, row("はい。", blank)), fast, 128)

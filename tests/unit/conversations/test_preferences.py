@@ -6,7 +6,7 @@ import pytest
 from conftest import sentences
 from recipe.config.chat_templates import chat_template
 from recipe.conversations import preferences
-from recipe.conversations.chat_template import encode_conversation
+from recipe.conversations.encode import encode_conversation
 from recipe.project import RecipeError
 from recipe.tokenization.train import train_tokenizer
 

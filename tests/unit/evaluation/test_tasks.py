@@ -208,7 +208,7 @@ def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
 
 def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
     """With the history of a conversation, through the chat template, as stage 12 encodes it."""
-    from recipe.conversations.chat_template import encode_conversation
+    from recipe.conversations.encode import encode_conversation
     from recipe.conversations.instructions import messages_of
     from recipe.evaluation.tasks.harness import as_context, run_tasks
     from recipe.tokenization.encode_text import encode_text

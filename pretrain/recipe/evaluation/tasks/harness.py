@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from recipe.conversations.chat_template import encode_conversation
+from recipe.conversations.encode import encode_conversation
 from recipe.conversations.read_rows import Message
 from recipe.tokenization.encode_text import encode_text, prompt_ids
 
