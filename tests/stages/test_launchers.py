@@ -1,4 +1,4 @@
-"""Every launcher and every way to join ranks really trains, on CPU, and reaches the losses of one process."""
+"""Every launcher and every kind of parallelism trains on a CPU and reaches the losses of one process."""
 
 import functools
 import json

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from recipe import project
 from recipe.config.launch import check_launch
-from recipe.config.recipe import _apply
+from recipe.config.recipe import load_recipe
 from recipe.corpus import fetch
 from recipe.project import Refused
 from recipe.run import preflight
@@ -24,15 +24,12 @@ from shapes import PLAIN, SHIPPED, SMALL, read
 UNEVEN = ("mistral-39m", "mistral-300m-v2", "gpt2-small")
 
 
-def apply(options, values):
+def apply(options, recipe):
     """pretrain.json after the options printed for a user, and the DeepSpeed file that they name."""
-    config = {"pretrain": dict(values)}
     words = " ".join(options).split()
-    for option, value in zip(words[::2], words[1::2], strict=True):
-        if option == "--set":
-            _apply(config, value)
-    deepspeed = words[words.index("--deepspeed") + 1] if "--deepspeed" in words else None
-    return config["pretrain"], deepspeed
+    given = list(zip(words[::2], words[1::2], strict=True))
+    config = load_recipe(recipe, [value for option, value in given if option == "--set"])
+    return config["pretrain"], dict(given).get("--deepspeed")
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in SHIPPED if not recipe.endswith("qlora")])
@@ -50,7 +47,7 @@ def test_suggested_options_are_accepted_and_fit(recipe, ranks):
             continue
         changed, options = found
         assert bool(options) == (memory(shape, setting)["peak"] > limit)
-        pasted, deepspeed = apply(options, values)
+        pasted, deepspeed = apply(options, recipe)
         check_launch(pasted, "pretrain", deepspeed, ranks)
         again = setting_of(pasted, device, Launch(processes=ranks, deepspeed=deepspeed))
         assert again == changed and memory(shape, again)["peak"] <= limit
