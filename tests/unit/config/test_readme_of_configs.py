@@ -1,5 +1,6 @@
 """configs/README.md: it lists every key that the checks accept, with its type, and no other."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from recipe.config import dataset, evaluation, generation, instruction, tokenize
 from recipe.config.keys import ELSEWHERE, known_keys
 from recipe.config.model import model_values
 from recipe.config.optimizers import OPTIMIZERS
-from recipe.config.recipe import load_recipe, recipes
+from recipe.config.recipe import check_recipe, load_recipe, recipes
 from recipe.corpus.rules import RULES
 from recipe.project import CONFIGS
 from recipe.run import preflight
@@ -115,3 +116,11 @@ def test_links_lead_to_headings_and_files():
         assert target in anchors, target
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", TEXT):
         assert target.startswith("../") or (CONFIGS / target).exists(), target
+
+
+def test_the_examples_are_accepted():
+    pretrain, sources, preference = map(json.loads, re.findall(r"```json\n(.*?)```", TEXT, re.S))
+    config = load_recipe(pretrain.pop("extends"), re.findall(r"--set (\w+\.\S+=\S+)$", TEXT, re.M))
+    config["pretrain"] |= pretrain
+    config |= {"dataset": sources, "preference": preference}
+    check_recipe(config, "configs/x")

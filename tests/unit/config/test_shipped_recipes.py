@@ -260,7 +260,7 @@ def test_gpt2_small_has_a_variant_with_sentencepiece():
         load_recipe("gpt2-small", changes[:1])
 
 
-@pytest.mark.parametrize("recipe", REFERENCES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_a_readme_names_only_what_is_there(recipe):
     """Its commands are for this recipe, its overrides are known keys, its DeepSpeed files exist."""
     text = (CONFIGS / recipe / "README.md").read_text("utf-8")
