@@ -430,7 +430,7 @@ def start(site, target, limit=0):
 
 def test_what_fitted_on_the_disk_is_gone_on_from(site, tmp_path):
     _, said = start(site, tmp_path / "x", limit=HALF).communicate(timeout=60)
-    assert "refused:" in said and f"{HALF:,} bytes are still to come" in said
+    assert "refused:" in said and f"{HALF:,} bytes are still missing" in said
     assert (tmp_path / "x.part").stat().st_size == HALF
     fetched(site, tmp_path / "x")
     assert ranges(site) == [None, f"bytes={HALF}-"]

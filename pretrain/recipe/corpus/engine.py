@@ -93,7 +93,7 @@ class Engine:
         if not ranks:
             return
         if len(ranks) < tasks:
-            print(f"{phase}: continues, {tasks - len(ranks)} of {tasks} tasks are complete", flush=True)
+            print(f"{phase}: continues, {tasks - len(ranks)} of {tasks} tasks are done", flush=True)
         if self.pool is None:
             self.logs.mkdir(parents=True, exist_ok=True)
             # Not forkserver: it and its workers would survive a killed parent.
