@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from recipe.run import probe
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 from recipe.run.preflight import check_room, report
 from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
-from recipe.run.stage import Stage, run_stage, stage_arguments
+from recipe.run.stage import Stage, errors_in_one_line, run_stage, stage_arguments
 from recipe.training.watchdog import Watchdog, call_webhook, dump_stacks
 
 # Why a recipe does without a training stage, by the stage's name.
@@ -109,7 +109,7 @@ def join(name: str, doc: str, script: Path) -> None:
     parser = stage_arguments(doc)
     add_options(parser)
     arguments = parser.parse_args()
-    with _ends_in_one_line(name):
+    with errors_in_one_line(name):
         config = load_recipe(arguments.recipe, arguments.overrides)
         reason = SKIP[name](config) if name in SKIP else ""
         if reason:
@@ -205,19 +205,6 @@ def _wait(
     return code
 
 
-@contextlib.contextmanager
-def _ends_in_one_line(name: str) -> Iterator[None]:
-    """Let errors and Ctrl-C end the process with one line, as those of a stage do."""
-    try:
-        yield
-    except RecipeError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-
-
 def _probe(name: str, script: Path, dry_run: bool) -> None:
     """Measure settings instead of training."""
 
@@ -225,7 +212,7 @@ def _probe(name: str, script: Path, dry_run: bool) -> None:
         raise Interrupted("terminated (SIGTERM)", EXIT_TERMINATED)
 
     signal.signal(signal.SIGTERM, end)
-    with _ends_in_one_line(name):
+    with errors_in_one_line(name):
         if name != "05_pretrain":
             raise Refused("--probe measures the settings of stage 05 only. Leave --probe out")
         if dry_run:
@@ -257,7 +244,7 @@ def _preview_tuning(file: str) -> Callable[[dict[str, Any], argparse.Namespace],
 def main() -> None:
     """Run the stage of the training script that the command line names first."""
     script = Path(sys.argv.pop(1))
-    with _ends_in_one_line("recipe.run.launch"):
+    with errors_in_one_line("recipe.run.launch"):
         if script.name not in TRAINING_STAGES:
             raise Refused(f"{script}: expected one of {', '.join(TRAINING_STAGES)}")
     name, sections, inputs = TRAINING_STAGES[script.name]

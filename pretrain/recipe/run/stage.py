@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -219,8 +219,18 @@ def run_stage(
     if sys.platform == "linux" and os.environ.get("RECIPE_RUN_ALL") == str(os.getppid()):
         # PR_SET_PDEATHSIG: when run_all.sh is killed, this process is terminated as well.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    try:
+    with errors_in_one_line(name):
         _run(definition, arguments)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(name: str) -> Iterator[None]:
+    """Turn errors that a user can fix, and Ctrl-C, into one line on stderr and the right exit code.
+
+    name: of the stage, to begin the line with.
+    """
+    try:
+        yield
     except RecipeError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
