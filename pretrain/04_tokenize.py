@@ -1,9 +1,9 @@
-"""Stage 04: turn the documents into token files in Megatron-LM's indexed format, each ended by one EOS.
+"""Stage 04: encode the documents into token files in Megatron-LM's indexed format; each ends with one EOS.
 
-Every core encodes shards of stage 02; the parts are then joined in the shards' order. Stopped, it continues
-with the shards that are not done.
+Every core encodes shards of stage 02. Then the parts are joined in the order of the shards. When it was
+stopped, the same command continues with the shards that are not done.
 
-Edit: nothing. Writes: train.bin, train.idx, valid.bin, valid.idx (held-out sources stay out of valid).
+Edit: nothing. Writes: train.bin, train.idx, valid.bin, valid.idx (without the held-out sources).
 Run:  python pretrain/04_tokenize.py --recipe tiny
 """
 
@@ -18,7 +18,7 @@ KEYS = ("documents", "bytes", "tokens")
 
 
 def main(stage: Stage) -> None:
-    """Encode each shard into a part, join the parts by side, count by source."""
+    """Encode each shard into a part, join the parts of each side, count by source."""
     from recipe.corpus.engine import engine
     from recipe.tokenization.encode_corpus import ShardEncoder, document_frame, vocab_size
 
@@ -41,8 +41,9 @@ def main(stage: Stage) -> None:
     totals, counts = {}, {}
     for side in SIDES:
         of_side = [shard for shard in shards if shard.side == side]
-        totals[side], counts[side] = join(of_side, parts, stage.folder / side)
-    shutil.rmtree(stage.folder / "logs")  # first: a mark without its part would be believed
+        totals[side], counts[side] = join_side(of_side, parts, stage.folder / side)
+    # The logs first: they say which parts are done.
+    shutil.rmtree(stage.folder / "logs")
     shutil.rmtree(parts)
     stage.figures = {"sources": counts, "totals": totals}
     stage.headline = (
@@ -50,10 +51,13 @@ def main(stage: Stage) -> None:
     )
 
 
-def join(shards: list[Shard], parts: Path, prefix: Path) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Join the parts of a side's shards into one token file; its figures in all and by source.
+def join_side(
+    shards: list[Shard], parts: Path, prefix: Path
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Join the parts of one side into one token file; its figures in total and by source.
 
-    A source's documents lie together; `first_document` and `first_token` say where they begin.
+    The documents of a source are next to each other; ``first_document`` and ``first_token`` say where they
+    begin. Raises RecipeError when the file does not contain what was encoded.
     """
     from recipe.tokenization.token_files import TokenFile, join_token_files
 
@@ -71,8 +75,8 @@ def join(shards: list[Shard], parts: Path, prefix: Path) -> tuple[dict[str, int]
     file = TokenFile(prefix)
     if not written == (file.documents, len(file.tokens)) == (total["documents"], total["tokens"]):
         raise RecipeError(
-            f"{prefix}: {total['documents']} documents and {total['tokens']} tokens were encoded, {written} "
-            f"written. Disk fault? Remove {parts} and run again"
+            f"{prefix}: {total['documents']} documents and {total['tokens']} tokens were encoded, but "
+            f"{written} were written. Check the disk, remove {parts} and run again"
         )
     return total, sources
 

@@ -30,9 +30,9 @@ def rss() -> float:
 
 def make(prefix: Path) -> None:
     """Write the index and a sparse file of zeros."""
-    from recipe.tokenization.token_files import _write_index
+    from recipe.tokenization.token_files import write_index
 
-    _write_index(prefix.with_suffix(".idx"), np.dtype("<u2"), [np.full(TOKENS // DOCUMENT, DOCUMENT, "<i4")])
+    write_index(prefix.with_suffix(".idx"), np.dtype("<u2"), [np.full(TOKENS // DOCUMENT, DOCUMENT, "<i4")])
     with prefix.with_suffix(".bin").open("wb") as handle:
         handle.truncate(2 * TOKENS)
 

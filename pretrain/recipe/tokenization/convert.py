@@ -1,4 +1,4 @@
-"""Every kind of tokenizer as a fast Hugging Face tokenizer that AutoTokenizer loads alone."""
+"""Converts every kind of tokenizer into a fast Hugging Face tokenizer that AutoTokenizer loads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from transformers import PreTrainedTokenizerFast
 from recipe.project import RecipeError
 from recipe.tokenization.encode_text import BYTE_TOKEN
 
-# A score that no way of spelling a token's name can reach: SentencePiece never finds control and byte pieces
-# in a text, the fast class finds every piece of its vocabulary.
+# The score of control and byte tokens. SentencePiece never finds them in a text, but the fast class finds
+# every token of its vocabulary. With this score, any other way to spell the text is better.
 NEVER = -1000.0
 
 
 def as_fast(
     tokenizer: Tokenizer, tokens: dict[str, str | None], segmenter: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Wrap a tokenizer with its control tokens; ``bos_token``, if there is one, is put before every text.
+    """A fast tokenizer with these control tokens; ``bos_token``, if there is one, is put before every text.
 
-    tokens: ``pad_token``, ``unk_token``, ``bos_token``, ``eos_token``. Padding falls to the end token where
-    it has no token of its own: packing masks padding by place, not by id. Left to transformers as it is
-    saved: a ``tokenizer_class`` of a model family would be rebuilt by that family's rules.
+    tokens: ``pad_token``, ``unk_token``, ``bos_token`` and ``eos_token``. Without a padding token, the end
+    token is used: packing masks padding by position, not by id. The class is the general one, because
+    AutoTokenizer would rebuild the class of a model family by other rules. Raises RecipeError for a token
+    that is not in the vocabulary.
     """
     named = {key: token for key, token in tokens.items() if token is not None}
     for key, token in named.items():
@@ -51,9 +52,8 @@ def as_fast(
 def from_sentencepiece(model: bytes) -> Tokenizer:
     """A SentencePiece Unigram or BPE model as a `Tokenizer` with the same ids, without control tokens.
 
-    A space is U+2581 inside, so U+2581 in a text reads as a space, here as in SentencePiece. Normalisation
-    that the model asks for (NFKC, extra spaces, the space in front) is taken over. Raises RecipeError for the
-    kinds `word` and `char`.
+    As in SentencePiece, U+2581 in a text reads as a space. The normalisation of the model is kept (NFKC,
+    extra spaces, the space in front of the text). Raises RecipeError for the types WORD and CHAR.
     """
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     spec, rules = proto.trainer_spec, proto.normalizer_spec
@@ -64,7 +64,8 @@ def from_sentencepiece(model: bytes) -> Tokenizer:
         core = _bpe(proto)
     else:
         raise RecipeError(
-            f"SentencePiece model of type {kinds.ModelType.Name(spec.model_type)}, wanted UNIGRAM or BPE"
+            f"SentencePiece model: type {kinds.ModelType.Name(spec.model_type)}, expected UNIGRAM or "
+            "BPE. Use another tokenizer"
         )
     tokenizer = Tokenizer(core)
     steps: list[Any] = []
@@ -95,7 +96,7 @@ def _unigram(proto: Any) -> models.Unigram:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """The merges are rebuilt: every way to join two pieces into a third, that with the best score first."""
+    """The merges are rebuilt: every way to join two tokens into a third, the best score first."""
     normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
     scores = {p.piece: p.score for p in proto.pieces if p.type == normal}
     merges = [
@@ -119,16 +120,16 @@ def _unknown(proto: Any) -> int:
 
 
 def sentencepiece_tokens(processor: spm.SentencePieceProcessor) -> dict[str, str | None]:
-    """The control tokens of a SentencePiece model: ``pad_token`` and so on, None for one it has not got."""
+    """The control tokens of a SentencePiece model, ``pad_token`` and so on; None for an absent one."""
     ids = {"pad_token": processor.pad_id(), "unk_token": processor.unk_id()}
     ids |= {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
     return {key: processor.id_to_piece(i) if i >= 0 else None for key, i in ids.items()}
 
 
 def hide_control_pieces(tokenizer: Tokenizer, names: set[str]) -> Tokenizer:
-    """A Unigram tokenizer in which a text that spells a control or byte piece never becomes that piece.
+    """A Unigram tokenizer that never encodes a text as a control or byte token, even if it spells its name.
 
-    Other kinds are returned as they are: they reach such a piece by no merge.
+    names: the control tokens. Other types are returned unchanged, because no merge gives such a token.
     """
     state = json.loads(tokenizer.to_str())
     if state["model"]["type"] != "Unigram":

@@ -1,7 +1,7 @@
-"""Bulk tokenisation: the shards of stage 02 to token files, a task per shard, a worker per core.
+"""Encodes the shards of stage 02 into token files: one task per shard, one worker per core.
 
-Workers import neither torch nor transformers: a tokenizer folder is read with the libraries that encode,
-sentencepiece and tokenizers.
+Workers do not import torch or transformers. They read a tokenizer folder with sentencepiece or tokenizers,
+the libraries that encode.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from recipe.project import RecipeError, read_json, write_json
 from recipe.tokenization.encode_text import segmenter, without_control_tokens
 from recipe.tokenization.token_files import write_token_file
 
-BATCH = 128  # documents encoded at once: what a worker holds in memory
+BATCH = 128  # documents that a worker encodes at once and holds in memory
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
 
 
 @functools.cache
 def make_encoder(folder: Path) -> Encoder:
-    """The fastest exact encoder of a tokenizer folder: texts to ids, one thread, no control tokens added.
+    """The fastest exact encoder of a tokenizer folder: from texts to int32 ids, on one thread.
 
-    SentencePiece itself where there is an ``spm.model``: stage 03 has proved its ids identical. Else the
-    tokenizers library, after the word segmenter that the folder names, if it names one. Strings that spell a
-    special token are text in both.
+    If the folder has an ``spm.model``, SentencePiece encodes: stage 03 has checked that its ids are
+    identical. Otherwise the tokenizers library encodes, after the word segmenter if the folder names one.
+    Neither adds control tokens, and both read the name of a control token as text.
     """
     model = folder / "spm.model"
     if model.is_file():
@@ -57,10 +57,10 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
 
 
 def document_frame(folder: Path) -> tuple[list[int], list[int]]:
-    """(ids before, ids after) each document: the document-start token, if there is one, and the EOS.
+    """(ids before, ids after) each document: the document-start token or nothing, and the EOS.
 
-    A document-start token is one that the saved tokenizer itself puts before a text: a ``bos_token`` that its
-    post-processor does not add is for other uses. Raises RecipeError without an EOS.
+    The document-start token is the ``bos_token``, if the saved tokenizer itself puts it before a text.
+    Raises RecipeError when there is no EOS.
     """
     tokenizer, config = _load(folder), read_json(folder / "tokenizer_config.json")
 
@@ -71,25 +71,25 @@ def document_frame(folder: Path) -> tuple[list[int], list[int]]:
     bos, eos = id_of("bos_token"), id_of("eos_token")
     if eos is None:
         raise RecipeError(
-            f"{folder}/tokenizer_config.json: eos_token: {config.get('eos_token')!r} is no token of "
-            "tokenizer.json. Every document must end with one: make the tokenizer with an EOS (stage 03)"
+            f"{folder}/tokenizer_config.json: eos_token: {config.get('eos_token')!r} is not a token of "
+            "tokenizer.json, but every document must end with one. Make the tokenizer with an EOS (stage 03)"
         )
     starts = bos is not None and tokenizer.encode("あ").ids[0] == bos
     return [bos] if starts else [], [eos]
 
 
 def vocab_size(folder: Path) -> int:
-    """One more than the largest id of a saved tokenizer, added tokens included."""
+    """The largest id of a saved tokenizer plus one; added tokens count, too."""
     return max(_load(folder).get_vocab(with_added_tokens=True).values()) + 1
 
 
 @dataclass
 class ShardEncoder:
-    """A pipeline step: task `rank` encodes shard `rank` into a token file of the shard's name in `parts`.
+    """A pipeline step: task `rank` encodes shard `rank` into a token file in the folder `parts`.
 
-    shards: paths of Parquet shards. tokenizer: folder of stage 03. before, after, vocab_size: see
-    `document_frame` and `vocab_size`. Beside each token file lies a ``.json``, written last, with its
-    documents, bytes (UTF-8, of the text alone), tokens and largest_id.
+    shards: paths of Parquet shards. tokenizer: the folder of stage 03. before, after: see `document_frame`.
+    vocab_size: see `vocab_size`. The token file has the name of its shard. Next to it, a ``.json`` is written
+    last: documents, bytes (UTF-8, only the text), tokens and largest_id.
     """
 
     shards: list[str]
@@ -100,7 +100,7 @@ class ShardEncoder:
     parts: str
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """Encode one shard; called by the data engine in a worker."""
+        """Encode one shard; the data engine calls this in a worker."""
         shard = Path(self.shards[rank])
         prefix = Path(self.parts) / shard.stem
         counts = {"documents": 0, "bytes": 0, "tokens": 0, "largest_id": 0}
@@ -110,7 +110,10 @@ class ShardEncoder:
         counts["documents"], counts["tokens"], counts["largest_id"] = written
         rows = count_rows(shard)
         if counts["documents"] != rows:
-            raise RecipeError(f"{shard}: {rows} rows, but {counts['documents']} documents were encoded")
+            raise RecipeError(
+                f"{shard}: {rows} rows, but {counts['documents']} documents were encoded. "
+                "Run stage 02 with --force"
+            )
         record = prefix.with_suffix(".json.part")
         write_json(record, counts)
         record.rename(prefix.with_suffix(".json"))
@@ -119,9 +122,9 @@ class ShardEncoder:
 def encode_shard(
     shard: Path, encode: Encoder, before: list[int], after: list[int], counts: dict[str, int]
 ) -> Iterator[np.ndarray]:
-    """The documents of a shard as int32 ids, framed by `before` and `after`; adds to ``counts["bytes"]``.
+    """The documents of a shard as int32 ids, between `before` and `after`; adds to ``counts["bytes"]``.
 
-    Raises RecipeError for a shard that cannot be read and for a document that has no tokens of its own.
+    Raises RecipeError for a shard that cannot be read, and for a document whose text has no tokens.
     """
     head, tail = np.array(before, np.int32), np.array(after, np.int32)
     for rows in read_shard(shard, BATCH):

@@ -1,8 +1,8 @@
-"""Text to ids: what every stage that uses a saved tokenizer shares.
+"""Turns text into ids, in the same way in every stage that uses a saved tokenizer.
 
-A tokenizer folder of stage 03 says everything by itself: AutoTokenizer loads it, its ``bos_token`` is the
-token that stands before every document (None where nothing does), and ``segmenter`` in its configuration
-names the word segmenter that text passes first, if there is one.
+The folder of stage 03 contains everything that is needed: AutoTokenizer loads it; its ``bos_token`` is the
+token before every document, or None; ``segmenter`` in its configuration names the word segmenter that text
+passes through first, if there is one.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from tokenizers import Tokenizer
 
 from recipe.project import DATA, RecipeError
 
-if TYPE_CHECKING:  # workers that only encode do without its weight
+# Workers that only encode do not load transformers.
+if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells the 256 bytes
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # the names of SentencePiece's tokens for the 256 bytes
 _encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Tokenizer] = weakref.WeakKeyDictionary()
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The same tokenizer without its control tokens, see `without_control_tokens`."""
+    """The tokenizer without its control tokens: see `without_control_tokens`."""
     if tokenizer not in _encoders:
         _encoders[tokenizer] = without_control_tokens(tokenizer.backend_tokenizer.to_str())
     return _encoders[tokenizer]
 
 
 def without_control_tokens(tokenizer_json: str) -> Tokenizer:
-    """A tokenizer to which everything in a text is text: it never finds ``</s>`` and its like.
+    """A tokenizer that reads ``</s>`` and other control tokens in a text as plain text.
 
-    tokenizer_json: the content of a ``tokenizer.json``. Ids are the same; symbols of the user's stay what
-    they are.
+    tokenizer_json: the content of a ``tokenizer.json``. The ids stay the same; user symbols stay tokens.
     """
     state = json.loads(tokenizer_json)
     state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
@@ -44,10 +44,10 @@ def without_control_tokens(tokenizer_json: str) -> Tokenizer:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """Ids of texts that are only text, with nothing before or behind them, on all cores.
+    """Ids of texts, without control tokens before or after them; uses all cores.
 
-    Texts go through the tokenizer's word segmenter, if it has one. Raises RecipeError for a text that is not
-    valid Unicode.
+    Text first passes through the word segmenter of the tokenizer, if it has one. Raises RecipeError for a
+    text that is not valid Unicode.
     """
     for text in texts:
         check_unicode(text)
@@ -58,7 +58,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of one text, as `encode_texts`."""
+    """Ids of one text: see `encode_texts`."""
     return encode_texts(tokenizer, [text])[0]
 
 
@@ -73,25 +73,25 @@ def document_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What stands before every document: the one id of ``bos_token``, or nothing."""
+    """The ids before every document: that of ``bos_token``, or none."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def check_unicode(text: str) -> None:
-    """Raise RecipeError for a lone surrogate, half of a UTF-16 pair, which no UTF-8 text can hold."""
+    """Raise RecipeError for a lone surrogate, which is half of a UTF-16 pair and not valid in UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         before = text[max(0, error.start - 20) : error.start]
         raise RecipeError(
             f"not valid Unicode: a lone surrogate {text[error.start]!r} at character {error.start}, after "
-            f"{before!r}. Mend the text: write the character itself, not half of its UTF-16 form"
+            f"{before!r}. Fix the text: write the character itself, not half of its UTF-16 form"
         ) from error
 
 
 @functools.cache
 def segmenter(name: str) -> Any:
-    """The word segmenter of that name (`recipe.tokenization.word_segmenter`), started once in a process."""
+    """The word segmenter of that name (recipe.tokenization.word_segmenter), started once per process."""
     from recipe.tokenization.word_segmenter import make_segmenter
 
     return make_segmenter(name, DATA)

@@ -1,4 +1,4 @@
-"""Blocks of tokens that training and evaluation read: documents end to end, kept apart by position."""
+"""Blocks of tokens for training and evaluation: documents end to end, separated by their positions."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch.utils.data import Dataset
 from recipe.project import RecipeError
 from recipe.tokenization.token_files import TokenFile
 
-IGNORED = -100  # torch's cross entropy leaves such labels out
+IGNORED = -100  # the label that torch's cross entropy leaves out
 
-# (first document, document after the last, weight) of a source in a token file
+# A source in a token file: (first document, document after the last, weight).
 Source = tuple[int, int, float]
 
 
 class PackedBlocks(Dataset):
-    """A token file as blocks of equal size, documents end to end, nothing left out and nothing twice in an
-    epoch.
+    """A token file as blocks of equal size; in an epoch, each token occurs in exactly one block.
 
-    Item k is block ``shuffle(k - items before)`` of its epoch: a pure function of (seed, k), so that a
-    resumed run, or one on another number of ranks, sees the same samples in the same order. Without a seed
-    the blocks come in file order.
+    Item k is a random block of its epoch, chosen by (seed, k) alone. So a continued run, or a run on another
+    number of ranks, sees the same samples in the same order. Without a seed, blocks come in file order.
 
-    sources: what an epoch holds, where it is not each document once: a source of weight 2 is read twice, of
-    weight 0.5 its first half in one epoch and its second half in the next (see `epoch_segments`).
-    at_least: items wanted; the dataset offers as many whole epochs as that takes.
+    sources: what an epoch contains, if not every document once. A source of weight 2 is read twice; of a
+    source of weight 0.5, one epoch reads the first half, the next one the second half (`epoch_segments`).
+    at_least: the number of items that are needed; the dataset has as many whole epochs as that takes.
 
-    An item holds, each int64 [block_size]: ``input_ids``; ``position_ids`` that restart at 0 with each
-    document, by which attention keeps documents apart; ``labels`` and ``shift_labels`` (the same tensor), the
-    label of each place being the next token, and -100 where the next token starts another document or lies
-    past the end of the epoch. The one short block at an epoch's end is padded.
+    An item has four tensors, each int64 [block_size]. ``input_ids``. ``position_ids``: they restart at 0 with
+    each document, and attention separates documents by them. ``labels`` and ``shift_labels``, the same
+    tensor: the label of a position is the next token; it is IGNORED when the next token starts another
+    document or is after the end of the epoch. The last block of an epoch may be short; then it is padded.
+
+    Raises RecipeError when there is no document.
     """
 
     def __init__(
@@ -51,19 +51,21 @@ class PackedBlocks(Dataset):
         sources = sources or [(0, file.documents, 1.0)]
         if not any(begin < end for begin, end, _ in sources):
             raise RecipeError(
-                f"{file.prefix}.bin: no tokens: the dataset of stage 02 is empty on this side of the split"
+                f"{file.prefix}.bin: no tokens: the dataset of stage 02 is empty on this side of the split. "
+                "Add text, or change dataset.valid_share"
             )
-        # Per epoch: the token where each segment begins in the file; where it begins in the epoch, and the
-        # epoch's end; items of this and all earlier epochs. Lists: bisect is far quicker on them than numpy.
+        # For each epoch: the position in the file where each segment begins; its position in the epoch, and
+        # the end of the epoch; the number of items up to its end. Lists, because bisect is much faster on
+        # them than on arrays.
         self.segments: list[list[int]] = []
-        self.places: list[list[int]] = []
+        self.offsets: list[list[int]] = []
         self.ends: list[int] = []
         while not self.ends or self.ends[-1] < at_least:
             segments = epoch_segments(file, sources, len(self.ends))
-            places = [0, *itertools.accumulate(end - begin for begin, end in segments)]
+            offsets = [0, *itertools.accumulate(end - begin for begin, end in segments)]
             self.segments.append([begin for begin, _ in segments])
-            self.places.append(places)
-            self.ends.append((self.ends[-1] if self.ends else 0) + -(-places[-1] // block_size))
+            self.offsets.append(offsets)
+            self.ends.append((self.ends[-1] if self.ends else 0) + -(-offsets[-1] // block_size))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -74,34 +76,34 @@ class PackedBlocks(Dataset):
         index = item - before
         if self.seed is not None:
             index = permuted(index, self.ends[epoch] - before, self.seed * 1_000_003 + epoch)
-        # One token more than the block: the last label, so that every token but a document's first is
-        # predicted.
+        # One more token than the block has: it is the last label. So every token is predicted, except the
+        # first of a document.
         window, starts = self._read(epoch, index * self.block_size, self.block_size + 1)
         return pack(window, starts, self.block_size, self.pad)
 
     def _read(self, epoch: int, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Up to `count` tokens of an epoch from `begin` on, and where in them documents start."""
-        segments, places = self.segments[epoch], self.places[epoch]
-        end = min(begin + count, places[-1])
-        tokens, starts, place = [], [], begin
-        segment = bisect_right(places, begin) - 1
-        while place < end:
-            stop = min(end, places[segment + 1])
-            shift = segments[segment] - places[segment]
-            tokens.append(self.file.tokens[place + shift : stop + shift])
-            starts.append(self.file.document_starts(place + shift, stop + shift) - (shift + begin))
-            place, segment = stop, segment + 1
+        segments, offsets = self.segments[epoch], self.offsets[epoch]
+        end = min(begin + count, offsets[-1])
+        tokens, starts, position = [], [], begin
+        segment = bisect_right(offsets, begin) - 1
+        while position < end:
+            stop = min(end, offsets[segment + 1])
+            shift = segments[segment] - offsets[segment]
+            tokens.append(self.file.tokens[position + shift : stop + shift])
+            starts.append(self.file.document_starts(position + shift, stop + shift) - (shift + begin))
+            position, segment = stop, segment + 1
         if len(tokens) == 1:
             return tokens[0], starts[0]
         return np.concatenate(tokens), np.concatenate(starts)
 
 
 def epoch_segments(file: TokenFile, sources: Sequence[Source], epoch: int) -> list[tuple[int, int]]:
-    """The token ranges [begin, end) that make up an epoch, cut at document bounds; none is empty.
+    """The token ranges [begin, end) of an epoch, each of whole documents and not empty.
 
-    A source of weight w and n documents is read round and round: epoch e takes the documents from e*w*n on,
-    up to (e+1)*w*n. So after e epochs each of its documents was read e*w times, rounded up or down. A
-    function of the arguments only.
+    The documents of a source are read again and again: with weight w and n documents, epoch e reads those
+    from e*w*n to (e+1)*w*n, counted modulo n. So after e epochs each document was read e*w times, rounded up
+    or down. The result depends on the arguments only.
     """
     segments = []
     for first, end, weight in sources:
@@ -117,28 +119,31 @@ def epoch_segments(file: TokenFile, sources: Sequence[Source], epoch: int) -> li
 
 
 def epoch_tokens(file: TokenFile, sources: Sequence[Source] | None) -> int:
-    """Tokens of an epoch by the weights; where a source is read in part, the mean over its epochs."""
+    """The tokens of an epoch, by weight; if a source is read in part, the mean over the epochs."""
     if not sources:
         return len(file.tokens)
     return round(sum(w * (file.first_token(end) - file.first_token(first)) for first, end, w in sources))
 
 
 def check_vocabulary(file: TokenFile, largest_id: int, vocab_size: int) -> None:
-    """Refuse a token file whose largest id, as stage 04 counted it, is no row of the model's embeddings."""
+    """Raise RecipeError if the largest id of a token file has no row in the model's embeddings.
+
+    largest_id: as stage 04 counted it.
+    """
     if largest_id >= vocab_size:
         raise RecipeError(
-            f"{file.prefix}.bin: holds the id {largest_id}, but the model's vocabulary has {vocab_size} "
-            "entries: it was made with a larger tokenizer. Use the tokenizer of this model, or give the "
-            "model the tokenizer's size (leave vocab_size out of model.json)"
+            f"{file.prefix}.bin: contains the id {largest_id}, but the model's vocabulary has {vocab_size} "
+            "entries: the file was made with a larger tokenizer. Use the tokenizer of this model, or leave "
+            "vocab_size out of model.json, so that the model takes it from the tokenizer"
         )
 
 
 def weighted_sources(
     counts: dict[str, dict[str, int]], config: dict[str, dict[str, object]]
 ) -> list[Source] | None:
-    """What `PackedBlocks` takes as sources; None where every source has the weight 1.
+    """The argument `sources` of `PackedBlocks`; None when every source has the weight 1.
 
-    counts: stage 04's figures of a side by source. config: the sources in dataset.json, with their `weight`.
+    counts: figures of stage 04 for a side, by source. config: the sources of dataset.json with their weight.
     """
     weights = {name: float(config[name].get("weight", 1)) for name in counts}
     if set(weights.values()) == {1.0}:
@@ -150,7 +155,10 @@ def weighted_sources(
 
 
 def pack(window: np.ndarray, starts: np.ndarray, block_size: int, pad: int) -> dict[str, torch.Tensor]:
-    """One training sample from up to ``block_size + 1`` tokens and where documents start in them."""
+    """A sample from up to ``block_size + 1`` tokens and the positions in them where documents start.
+
+    The tensors are those of `PackedBlocks`.
+    """
     ids = np.full(block_size, pad, np.int64)
     real = min(len(window), block_size)
     ids[:real] = window[:real]
@@ -160,11 +168,12 @@ def pack(window: np.ndarray, starts: np.ndarray, block_size: int, pad: int) -> d
     labels[starts - 1] = IGNORED
     positions = np.arange(block_size)
     if real < block_size:
-        starts = np.append(starts, real)  # padding is a document of its own
+        # Padding is like a document of its own.
+        starts = np.append(starts, real)
     for begin, end in itertools.pairwise([*starts.tolist(), block_size]):
         positions[begin:end] -= begin
     targets = torch.from_numpy(labels)
-    # transformers computes a loss when there are `labels`, and by `shift_labels` where they are given.
+    # transformers computes a loss when there are `labels`, and uses `shift_labels` for it if given.
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
@@ -174,10 +183,9 @@ def pack(window: np.ndarray, starts: np.ndarray, block_size: int, pad: int) -> d
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Where a keyed random permutation of ``range(size)`` puts `index`: a four-round Feistel network, in O(1)
-    memory.
+    """The position of `index` in a random permutation of ``range(size)`` chosen by `key`, in O(1) memory.
 
-    Cycle walking (Black and Rogaway, 2002) keeps the result below `size`.
+    A Feistel network of four rounds; cycle walking (Black and Rogaway, 2002) keeps the result below `size`.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -199,10 +207,10 @@ def _mix(value: int) -> int:
 
 
 class PackedConversations(Dataset):
-    """Whole conversations laid into blocks by first fit; labels only where an answer is trained.
+    """Whole conversations, packed into blocks by first fit; only the trained tokens have labels.
 
-    conversations: (ids, trained) pairs, `trained` telling for each id whether it is a target. None is cut:
-    whoever calls has dropped those longer than a block. Items are as those of `PackedBlocks`.
+    conversations: pairs (ids, trained) of equal length; `trained` says for each id whether it is a target.
+    None may be longer than a block, and none is cut. Items are like those of `PackedBlocks`.
     """
 
     def __init__(
@@ -218,16 +226,17 @@ class PackedConversations(Dataset):
         if seed is not None:
             order = [permuted(i, len(conversations), seed) for i in order]
         self.bins: list[list[tuple[list[int], list[bool]]]] = []
-        open_bins: list[tuple[int, int]] = []  # (room left, bin), the newest few: first fit needs no more
-        for place in order:
-            length = len(conversations[place][0])
+        # (room left, index of the bin) of the newest 64 bins: older ones have hardly any room left.
+        open_bins: list[tuple[int, int]] = []
+        for number in order:
+            length = len(conversations[number][0])
             for slot, (room, target) in enumerate(open_bins):
                 if length <= room:
-                    self.bins[target].append(conversations[place])
+                    self.bins[target].append(conversations[number])
                     open_bins[slot] = (room - length, target)
                     break
             else:
-                self.bins.append([conversations[place]])
+                self.bins.append([conversations[number]])
                 open_bins = [*open_bins[-63:], (block_size - length, len(self.bins) - 1)]
 
     def __len__(self) -> int:

@@ -5,8 +5,8 @@ megatron/core/datasets/indexed_dataset.py: ``MMIDIDX\\0\\0``, version uint64 = 1
 sequences uint64, number of document bounds uint64, lengths int32[sequences], byte offsets int64[sequences],
 document bounds int64[documents + 1]. Here every document is one sequence.
 
-A file is written under another name, flushed to disk, then renamed, the index last: what can be opened is
-whole. Nothing here imports torch, so that a worker that tokenises starts at once.
+A file is written under another name, flushed to disk and then renamed, the index last. So a file that can be
+opened is complete. Nothing here imports torch, so that a worker that encodes starts quickly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INDEX_BATCH = 2**20  # documents whose index entries are in memory at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id of the vocabulary fits, else int32."""
+    """uint16 if every id of the vocabulary fits, else int32."""
     return _DTYPE_CODES[8 if vocab_size <= 2**16 else 4]
 
 
@@ -43,54 +43,60 @@ def write_token_file(
 ) -> tuple[int, int, int]:
     """Write ``<prefix>.bin`` and ``<prefix>.idx``, one sequence per document.
 
-    Returns (documents, tokens, largest id; 0 without documents). Memory grows by 4 bytes a document only.
-    Raises RecipeError for a document without tokens and for an id outside the vocabulary; the files then do
-    not appear.
+    Returns (documents, tokens, largest id); the largest id is 0 when there are no documents. Memory grows by
+    4 bytes per document. Raises RecipeError for a document without tokens and for an id outside the
+    vocabulary; then no file is written.
     """
     dtype, documents = token_dtype(vocab_size), iter(documents)
     lengths, largest = bytearray(), 0
-    with _aside(prefix.with_suffix(".bin")) as handle:
+    with _written(prefix.with_suffix(".bin")) as handle:
         while batch := list(itertools.islice(documents, _BATCH)):
             sizes = np.fromiter(map(len, batch), "<i4", len(batch))
             first = len(lengths) // 4
             if not sizes.all():
-                raise RecipeError(f"{prefix}: document {first + int(sizes.argmin())} has no tokens")
+                raise RecipeError(
+                    f"{prefix}: document {first + int(sizes.argmin())} has no tokens. "
+                    "Run stage 02 with --force"
+                )
             tokens = np.concatenate(batch)
             if tokens.min() < 0 or tokens.max() >= vocab_size:
                 wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
                 raise RecipeError(
                     f"{prefix}: id {wrong} in documents {first} to {first + len(batch) - 1}, but the "
-                    f"vocabulary has {vocab_size} entries. Make the tokenizer again: stage 03 with --force"
+                    f"vocabulary has {vocab_size} entries. Run stage 03 with --force"
                 )
             largest = max(largest, int(tokens.max()))
             handle.write(tokens.astype(dtype))
             lengths += sizes.tobytes()
     sizes = np.frombuffer(lengths, "<i4")
-    _write_index(prefix.with_suffix(".idx"), dtype, [sizes])
+    write_index(prefix.with_suffix(".idx"), dtype, [sizes])
     return len(sizes), int(sizes.sum(dtype=np.int64)), largest
 
 
 def join_token_files(parts: Sequence[Path], prefix: Path) -> tuple[int, int]:
-    """Write the documents of several token files, in their order, as one; return (documents, tokens).
+    """Join token files, in the order of `parts`, into one; return (documents, tokens).
 
-    Constant memory. Raises RecipeError when a part is not whole or the parts have different dtypes.
+    Memory is constant. Raises RecipeError when a part is incomplete or the parts have different dtypes.
     """
     files = [TokenFile(part) for part in parts]
     dtypes = {file.dtype for file in files}
     if len(dtypes) != 1:
-        raise RecipeError(f"{prefix}: its {len(files)} parts hold {len(dtypes)} dtypes, wanted 1")
-    with _aside(prefix.with_suffix(".bin")) as handle:
+        raise RecipeError(
+            f"{prefix}: its {len(files)} parts have {len(dtypes)} dtypes, expected 1. "
+            "Run stage 04 with --force"
+        )
+    with _written(prefix.with_suffix(".bin")) as handle:
         for part in parts:
             with part.with_suffix(".bin").open("rb") as source:
                 shutil.copyfileobj(source, handle, 2**22)
     lengths = [file.lengths for file in files]
-    _write_index(prefix.with_suffix(".idx"), dtypes.pop(), lengths)
+    write_index(prefix.with_suffix(".idx"), dtypes.pop(), lengths)
     return sum(map(len, lengths)), sum(len(file.tokens) for file in files)
 
 
 @contextlib.contextmanager
-def _aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` only when all is written and on the disk."""
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write. It gets the name `path` only when everything is written and flushed to disk."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as handle:
         yield handle
@@ -99,31 +105,31 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
     part.rename(path)
 
 
-def _write_index(path: Path, dtype: np.dtype, parts: list[np.ndarray]) -> None:
+def write_index(path: Path, dtype: np.dtype, parts: list[np.ndarray]) -> None:
     """Write an ``.idx`` for documents of the given lengths (int32, one array per part)."""
     documents = sum(map(len, parts))
     code = next(code for code, known in _DTYPE_CODES.items() if known == dtype)
     batches = [part[i : i + _INDEX_BATCH] for part in parts for i in range(0, len(part), _INDEX_BATCH)]
-    with _aside(path) as handle:
+    with _written(path) as handle:
         handle.write(_HEADER.pack(_MAGIC, 1, code, documents, documents + 1))
         for lengths in batches:
             handle.write(lengths.tobytes())
-        place = 0
+        position = 0
         for lengths in batches:
-            ends = place + np.cumsum(lengths, dtype=np.int64)
+            ends = position + np.cumsum(lengths, dtype=np.int64)
             handle.write(((ends - lengths) * dtype.itemsize).astype("<i8").tobytes())
-            place = int(ends[-1])
+            position = int(ends[-1])
         for begin in range(0, documents + 1, _INDEX_BATCH):
             handle.write(np.arange(begin, min(begin + _INDEX_BATCH, documents + 1), dtype="<i8").tobytes())
 
 
 class TokenFile:
-    """A token file opened by memory map, in O(1) time and memory.
+    """A token file, opened as a memory map in O(1) time and memory.
 
     tokens: [tokens] uint16 or int32. lengths: [documents] int32, tokens of each document. starts:
-    [documents] int64, byte offset of each document. documents: their number. dtype: that of the tokens.
+    [documents] int64, byte offset of each document. documents: their number. dtype: that of `tokens`.
 
-    Raises RecipeError when a file is missing or truncated, or the two do not belong together.
+    Raises RecipeError when ``.idx`` or ``.bin`` is missing or damaged, or when they do not belong together.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -142,17 +148,18 @@ class TokenFile:
         _, version, code, documents, bounds = _HEADER.unpack(header)
         if version != 1 or code not in _DTYPE_CODES:
             raise RecipeError(
-                f"{index}: version {version} and dtype code {code}, wanted version 1 and 4 (int32) or "
+                f"{index}: version {version} and dtype code {code}, expected version 1 and code 4 (int32) or "
                 "8 (uint16). Run stage 04 with --force"
             )
         if bounds != documents + 1:
             raise RecipeError(
-                f"{index}: {bounds - 1} documents in {documents} sequences, wanted one sequence each"
+                f"{index}: {bounds - 1} documents in {documents} sequences, expected one sequence per "
+                "document. Run stage 04 with --force"
             )
-        wanted = _HEADER.size + 12 * documents + 8 * bounds
-        if size != wanted:
+        expected = _HEADER.size + 12 * documents + 8 * bounds
+        if size != expected:
             raise RecipeError(
-                f"{index}: truncated or damaged: {size} bytes, wanted {wanted}. Run stage 04 with --force"
+                f"{index}: truncated or damaged: {size} bytes, expected {expected}. Run stage 04 with --force"
             )
         self.dtype, self.documents = _DTYPE_CODES[code], documents
         self.lengths = _map(index, "<i4", _HEADER.size, documents)
@@ -160,34 +167,35 @@ class TokenFile:
         end = int(self.starts[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if documents else 0
         if data.stat().st_size != end:
             raise RecipeError(
-                f"{data}: {data.stat().st_size} bytes, but its index wants {end}. Run stage 04 with --force"
+                f"{data}: {data.stat().st_size} bytes, expected {end} by its index. Run stage 04 with --force"
             )
         self.tokens = _map(data, self.dtype, 0, end // self.dtype.itemsize)
 
     def __reduce__(self) -> tuple:
-        return TokenFile, (self.prefix,)  # for a loader's process: opened again instead of copied whole
+        # A process of a data loader opens the file again; the tokens are not copied to it.
+        return TokenFile, (self.prefix,)
 
     def first_token(self, document: int) -> int:
-        """The place of a document's first token; that of the file's end for ``document == documents``."""
+        """The position of a document's first token; the end of the file for ``document == documents``."""
         if document == self.documents:
             return len(self.tokens)
         return int(self.starts[document]) // self.dtype.itemsize
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
-        """The places in [begin, end) where a document starts, int64, by bisection in O(log documents)."""
+        """The positions in [begin, end) where a document starts: int64, found in O(log documents)."""
         size = self.dtype.itemsize
-        # bisect: the format leaves the offsets unaligned, and searchsorted would first copy them all.
+        # Not searchsorted: the offsets are not aligned in the file, and it would copy all of them first.
         first = bisect_left(self.starts, begin * size)
         starts = self.starts[first : first + end - begin] // size
         return starts[: starts.searchsorted(end)]
 
 
 def _map(path: Path, dtype: str | np.dtype, offset: int, count: int) -> np.ndarray:
-    """Part of a file as a read-only array, nothing read before it is used."""
+    """A part of a file as a read-only array; it is read when it is used."""
     if not count:
         return np.zeros(0, dtype)
     with path.open("rb") as handle:
         pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    # Blocks are read in random order: without this, each first touch reads 128 KB around a block of 2 KB.
+    # Blocks are read in random order. Without this, reading a block of 2 KB also reads 128 KB around it.
     pages.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(pages, dtype, count, offset)

@@ -92,7 +92,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["eos_token"] = "<eos>"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match="eos_token: '<eos>' is no token"):
+    with pytest.raises(RecipeError, match="eos_token: '<eos>' is not a token"):
         document_frame(folder)
 
 

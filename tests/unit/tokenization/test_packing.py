@@ -220,7 +220,7 @@ def test_a_file_without_tokens_is_refused(tmp_path):
 
 def test_ids_past_the_models_vocabulary_are_refused(token_file):
     check_vocabulary(token_file, 99, 100)
-    with pytest.raises(RecipeError, match=r"train\.bin: holds the id 99.*vocabulary has 99 entries"):
+    with pytest.raises(RecipeError, match=r"train\.bin: contains the id 99.*vocabulary has 99 entries"):
         check_vocabulary(token_file, 99, 99)
 
 

@@ -86,7 +86,7 @@ def test_a_truncated_or_grown_file_is_refused(tmp_path, token_file, suffix, chan
 def test_files_that_do_not_belong_together_are_refused(tmp_path, token_file):
     write_token_file(tmp_path / "other", iter(DOCUMENTS[:-1]), 8000)
     (tmp_path / "other.idx").replace(tmp_path / "train.idx")
-    with pytest.raises(RecipeError, match=r"train\.bin: \d+ bytes, but its index wants"):
+    with pytest.raises(RecipeError, match=r"train\.bin: \d+ bytes, expected \d+ by its index"):
         TokenFile(tmp_path / "train")
 
 
