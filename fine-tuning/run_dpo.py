@@ -1,5 +1,6 @@
-"""Direct preference optimisation of the tuned model: the script that stage 13 starts on every rank, with a
-plan of paths.
+"""Stage 13: direct preference optimisation of the tuned model.
+
+The launcher starts this script on every rank, with a plan of settings and paths.
 
 Run:  bash fine-tuning/13_preference.sh --recipe tiny
 """
@@ -7,29 +8,29 @@ Run:  bash fine-tuning/13_preference.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training.training import prepare, run_script, total_steps, train, whole_model
+from recipe.training.training import prepare, run_script, run_training, total_steps, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
-    """Encode the preferences, train against the tuned model as reference, save; rank 0 writes result.json."""
+    """Encode the preferences, train with the tuned model as reference, save; rank 0 writes result.json."""
     from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import encode_preferences, load_preferences
     from recipe.corpus.normalizing import make_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
     from recipe.project import RecipeError, write_json
-    from recipe.training.curves import learning_curve
+    from recipe.training.curves import write_curves
     from recipe.training.preference_trainer import PreferenceTrainer, in_order
     from transformers import AutoTokenizer
     from trl import DPOConfig
 
-    # Ids come ready and short enough. The lengths of batches differ, so nothing is compiled.
-    always = {"max_length": None, "torch_compile": False}
+    # The ids are ready and short enough. The lengths of batches differ, so nothing is compiled.
+    fixed = {"max_length": None, "torch_compile": False}
     own = {"pairs", "valid_share"}
     values = {key: value for key, value in plan["config"]["preference"].items() if key not in own}
-    always |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
+    fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
     tuning = plan | {"config": plan["config"] | {"preference": values}}
-    run = prepare(tuning, "preference", DPOConfig, always)
+    run = prepare(tuning, "preference", DPOConfig, fixed)
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base = Path(plan["inputs"]["12_finetune"])
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -58,13 +59,12 @@ def main(plan: dict[str, Any]) -> None:
     lengths = [sum(map(len, row.values())) + len(row["prompt_ids"]) for row in rows["train"]]
     if run.is_main:
         print(f"{len(rows['train']):,} preferences, {arguments.max_steps:,} steps; {funnel}", flush=True)
-    figures = train(
+    figures = run_training(
+        run,
         model,
         tokenizer,
         in_order(rows["train"], arguments.seed, epochs),
         in_order(rows["valid"], 0, 1),
-        run,
-        None,
         trainer_class=PreferenceTrainer,
         tokens_per_step=round(settings.global_batch_size * sum(lengths) / len(lengths)),
         ref_model=reference,
@@ -75,9 +75,7 @@ def main(plan: dict[str, Any]) -> None:
             with whole_model(arguments):
                 finish_adapter(base, folder)
             figures["trained_parameters"] = model.num_parameters(only_trainable=True)
-        learning_curve(
-            folder / "metrics.jsonl", folder / "learning_curve.png", f"preferences, recipe {plan['recipe']}"
-        )
+        write_curves(folder, f"preferences, recipe {plan['recipe']}", with_perplexity=False)
         figures |= {"pairs": funnel, "left_out": left_out}
         headline = f"{figures['steps']:,} steps, valid preference loss {figures['eval_loss']:.4f}"
         write_json(folder / "result.json", figures | {"headline": headline})

@@ -1,5 +1,6 @@
-"""Instruction tuning with a loss on answers only: the script that stage 12 starts on every rank, with a plan
-of paths.
+"""Stage 12: instruction tuning with a loss on answers only.
+
+The launcher starts this script on every rank, with a plan of settings and paths.
 
 Run:  bash fine-tuning/12_finetune.sh --recipe tiny
 """
@@ -7,13 +8,19 @@ Run:  bash fine-tuning/12_finetune.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
+from recipe.training.training import (
+    place,
+    prepare,
+    run_script,
+    run_training,
+    speed_of,
+    total_steps,
+    whole_model,
+)
 
 
 def main(plan: dict[str, Any]) -> None:
-    """Put the chat template into the tokenizer, pack the conversations, train, save; rank 0 writes
-    result.json.
-    """
+    """Add the chat template, pack the conversations, train and save; rank 0 writes result.json."""
     from recipe.config.chat_templates import FORMS, chat_template, response_template
     from recipe.conversations.encode import encode_conversation, load_conversations, preview
     from recipe.evaluation.generation import clean_prompt
@@ -21,7 +28,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.model.build import load_model
     from recipe.project import write_json
     from recipe.tokenization.packing import PackedConversations
-    from recipe.training.curves import learning_curve
+    from recipe.training.curves import write_curves
     from recipe.training.sample_prompts import Samples
     from torch.utils.data import Subset
     from transformers import AutoTokenizer
@@ -61,15 +68,13 @@ def main(plan: dict[str, Any]) -> None:
         text: encode_conversation(tokenizer, [{"role": "user", "content": text}])[0] for text in texts
     }
     sampling = Samples(settings.sample_steps, questions, generation, tokenizer, folder)
-    figures = train(model, tokenizer, samples, valid, run, None, sampling)
+    figures = run_training(run, model, tokenizer, samples, valid, sampling=sampling)
     if run.is_main:
         if settings.lora:
             with whole_model(arguments):
                 finish_adapter(base, folder)
             figures["trained_parameters"] = model.num_parameters(only_trainable=True)
-        learning_curve(
-            folder / "metrics.jsonl", folder / "learning_curve.png", f"tuning, recipe {plan['recipe']}"
-        )
+        write_curves(folder, f"tuning, recipe {plan['recipe']}")
         figures["left_out"] = {"train": counts, "valid": valid_counts}
         headline = f"{figures['steps']:,} steps, response loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         write_json(folder / "result.json", figures | {"headline": headline})

@@ -1,5 +1,6 @@
-"""Causal language modelling, from scratch or from a published checkpoint: the script that stage 05 starts on
-every rank, with a plan of paths.
+"""Stage 05: causal language modelling, from scratch or from a published checkpoint.
+
+The launcher starts this script on every rank, with a plan of settings and paths.
 
 Run:  bash pretrain/05_pretrain.sh --recipe tiny
 """
@@ -7,13 +8,19 @@ Run:  bash pretrain/05_pretrain.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training.training import place, prepare, run_script, speed_of, total_steps, train, whole_model
+from recipe.training.training import (
+    place,
+    prepare,
+    run_script,
+    run_training,
+    speed_of,
+    total_steps,
+    whole_model,
+)
 
 
 def main(plan: dict[str, Any]) -> None:
-    """Build or load the model, build the packed dataset, train, save; rank 0 writes result.json for the
-    stage.
-    """
+    """Build or load the model, pack the data, train and save; rank 0 writes result.json for the stage."""
     from recipe.config.initial_model import check_rows, describe_initial, find_initial, read_new_pieces
     from recipe.evaluation.generation import clean_prompt
     from recipe.model.build import build_model, continued_model, parameter_count
@@ -21,7 +28,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.tokenization.encode_text import prompt_ids
     from recipe.tokenization.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
     from recipe.tokenization.token_files import TokenFile
-    from recipe.training.curves import learning_curve
+    from recipe.training.curves import write_curves
     from recipe.training.sample_prompts import Samples
     from torch.utils.data import Subset
     from transformers import AutoConfig, AutoTokenizer
@@ -38,9 +45,9 @@ def main(plan: dict[str, Any]) -> None:
     epoch = epoch_tokens(train_file, sources)
     blocks = -(-epoch // settings.block_size)
     arguments.max_steps, _ = total_steps(arguments, blocks, settings.global_batch_size)
-    wanted = arguments.max_steps * settings.global_batch_size
+    count = arguments.max_steps * settings.global_batch_size
     samples = PackedBlocks(
-        train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, wanted, sources
+        train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, count, sources
     )
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
@@ -59,26 +66,26 @@ def main(plan: dict[str, Any]) -> None:
     for file in (train_file, valid_file):
         check_vocabulary(file, totals[file.prefix.name]["largest_id"], model.config.vocab_size)
     if run.is_main:
-        share = wanted / blocks
+        share = count / blocks
         print(
             f"{parameter_count(model):,} parameters, {arguments.max_steps:,} steps x "
             f"{settings.global_batch_size} x {settings.block_size} tokens = {share:.2f} epochs of {epoch:,} "
             "tokens",
             flush=True,
         )
-    # Of a document's tokens all but <s> are predicted, and only they have a loss.
+    # Every token of a document but <s> is predicted and has a loss.
     bytes_per_token = totals["valid"]["bytes"] / (totals["valid"]["tokens"] - totals["valid"]["documents"])
     generation = plan["config"]["generation"]
     texts = [clean_prompt(plan["config"], prompt) for prompt in generation["prompts"]]
     prompts = {text: prompt_ids(tokenizer, text) for text in texts}
     sampling = Samples(settings.sample_steps, prompts, generation, tokenizer, folder)
-    figures = train(model, tokenizer, samples, valid, run, bytes_per_token, sampling)
+    figures = run_training(
+        run, model, tokenizer, samples, valid, bytes_per_token=bytes_per_token, sampling=sampling
+    )
     if run.probe and run.is_main:
         write_json(folder / "result.json", figures)
     elif run.is_main:
-        learning_curve(
-            folder / "metrics.jsonl", folder / "learning_curve.png", f"pretraining, recipe {plan['recipe']}"
-        )
+        write_curves(folder, f"pretraining, recipe {plan['recipe']}")
         headline = f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         if initial:
             before, rows = AutoConfig.from_pretrained(initial).vocab_size, model.config.vocab_size

@@ -238,7 +238,7 @@ from recipe.config.optimizers import DEFAULT, OPTIMIZERS
 from recipe.config.settings import Settings
 from recipe.hardware import Choice
 from recipe.project import Refused
-from recipe.training.proof import Proof, parallel_wish
+from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from transformers import AutoModelForCausalLM, Qwen3Config, Trainer, TrainingArguments
 
 arguments = TrainingArguments(output_dir=sys.argv[1], fsdp=True, use_cpu=True, max_steps=1, report_to=[],
@@ -246,11 +246,11 @@ arguments = TrainingArguments(output_dir=sys.argv[1], fsdp=True, use_cpu=True, m
 small = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 model = AutoModelForCausalLM.from_config(Qwen3Config(num_key_value_heads=2, head_dim=8, **small))
 settings = Settings(2, 8)
-parallel = parallel_wish(2, None, True, 1)
-proof = Proof(Choice("fp32", "sdpa", False), OPTIMIZERS[DEFAULT], parallel, 2, settings, 16)
+parallel = expected_parallelism(2, None, True, 1)
+check = ActiveCheck(Asked(settings, Choice("fp32", "sdpa", False), OPTIMIZERS[DEFAULT], parallel, 2), 16)
 samples = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
-trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[proof])
-trainer.settings, proof.trainer = settings, trainer
+trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[check])
+trainer.settings, check.trainer = settings, trainer
 trainer.z_losses, trainer.sequences, trainer.clipped_at = [], 1, 1.0
 try:
     trainer.train()
@@ -271,7 +271,8 @@ def test_proof_finds_that_stock_fsdp_is_ddp_on_cpus(prepared, tmp_path):
         text=True,
         timeout=120,
     )
-    refusal = "refused: not what was asked for is active. parallel: asked for FSDP2 2, active is DDP 2"
+    refusal = "refused: the training does not use what the settings ask for. "
+    refusal += "parallel: asked for FSDP2 2, active is DDP 2"
     assert result.stdout.count(refusal) == 2, result.stdout + result.stderr
 
 

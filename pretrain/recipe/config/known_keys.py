@@ -1,6 +1,6 @@
-"""Make ``known_keys.json``: the keys and JSON types that the installed libraries accept in native files.
+"""JSON types of a dataclass's fields, and ``known_keys.json``, the keys that the installed libraries accept.
 
-Run after changing a version in requirements.txt:  python -m recipe.config.known_keys
+Run this after changing a version in requirements.txt:  python -m recipe.config.known_keys
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL_TYPES = ("mistral", "llama", "qwen3", "gpt2", "gpt_neox")
-# Keys that transformers writes into a config.json beside those of the config class.
+# Keys that transformers writes into a config.json in addition to those of the config class.
 WRITTEN_MODEL_KEYS = {
     "model_type": "str",
     "architectures": "list|null",
@@ -51,7 +51,10 @@ DEEPSPEED_TOP = {
 
 
 def json_types(annotation: Any) -> str:
-    """The JSON types, joined by ``|``, that a Python annotation accepts; ``any`` where unclear."""
+    """The JSON types that a Python annotation accepts, separated by ``|``; ``any`` where they are unclear.
+
+    ``Annotated[Any, TYPE]`` accepts what TYPE accepts.
+    """
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         found = {part for a in typing.get_args(annotation) for part in json_types(a).split("|")}
@@ -59,7 +62,8 @@ def json_types(annotation: Any) -> str:
     if origin is typing.Literal:
         return "|".join(sorted({json_types(type(a)) for a in typing.get_args(annotation)}))
     if origin is typing.Annotated:
-        return json_types(typing.get_args(annotation)[0])
+        first, *more = typing.get_args(annotation)
+        return json_types(more[0] if first is Any else first)
     if origin in (list, tuple):
         return "list"
     if origin is dict:
@@ -81,9 +85,9 @@ def json_types(annotation: Any) -> str:
 
 
 def fields_of(cls: type) -> dict[str, str]:
-    """JSON types of a dataclass's fields, private ones left out."""
+    """JSON types of a dataclass's fields, without private ones."""
     try:
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
     except NameError:  # an annotation that only type checkers can resolve
         hints = {field.name: field.type for field in dataclasses.fields(cls)}
     return {
@@ -92,8 +96,9 @@ def fields_of(cls: type) -> dict[str, str]:
 
 
 def scheduler_options() -> dict[str, list[str]]:
-    """The keys that each learning rate schedule takes as ``lr_scheduler_kwargs``; those that take any are
-    left out.
+    """The keys that each learning rate schedule accepts in ``lr_scheduler_kwargs``.
+
+    Schedules that accept any key are not in it.
     """
     import inspect
 

@@ -10,24 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show, type_name
+from recipe.config.known_keys import fields_of
 from recipe.config.model import DEFAULTS, model_values
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
+from recipe.config.settings import Settings
 from recipe.project import Refused
 
-TRAINING = {
-    "global_batch_size": "int",
-    "block_size": "int",
-    "muon_learning_rate": "float|null",
-    "attn_implementation": "str",
-    "eval_blocks": "int",
-    "z_loss": "float",
-    "sample_steps": "int|list|null",
-}
-# Beside TRAINING in pretrain.json: a published checkpoint to start from.
-INITIAL = {"initial_model": "str|null", "initial_revision": "str|null"}
-# Beside TRAINING in finetune.json and preference.json: an adapter in place of all weights, by LoraConfig's
-# names.
-TUNING = {"lora": "dict|null"}
+# The keys of ours with their JSON types: those of every training file; in pretrain.json also a published
+# checkpoint to start from; in finetune.json and preference.json also an adapter.
+SETTINGS = fields_of(Settings)
+INITIAL = {key: SETTINGS[key] for key in ("initial_model", "initial_revision")}
+TUNING = {"lora": SETTINGS["lora"]}
+TRAINING = {key: types for key, types in SETTINGS.items() if key not in INITIAL | TUNING}
+# The keys of `lora`, by LoraConfig's names.
 LORA = {
     "r": "int",
     "lora_alpha": "int|float",

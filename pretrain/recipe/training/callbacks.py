@@ -1,4 +1,4 @@
-"""What happens beside the training loop: signals, the progress line, the proof of what is active."""
+"""Callbacks of the training loop: signals, signs of life, measured speed, the progress line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from recipe.hardware import peak_memory
 from recipe.training.watchdog import SignsOfLife
 
+METRICS = "metrics.jsonl"  # one row for each log and each evaluation
+
+
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows that `Progress` has written for the training in a folder."""
+    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+
 
 class StopOnSignal(TrainerCallback):
-    """Finish the step, save, end: on a signal, on the launcher's stop file, or when the launcher is gone.
+    """Finish the step, save and end: on a signal, on the launcher's stop file, or when the launcher ended.
 
-    All ranks agree, so that none is left waiting.
+    All ranks decide together, so that no rank waits for another.
     """
 
     def __init__(self, stop_file: Path, parent: int) -> None:
@@ -35,7 +42,7 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask the Trainer to save and stop when any rank was told to."""
+        """Ask the Trainer to save and stop when any rank has a reason to."""
         stop = self.received or self.stop_file.exists() or not _is_running(self.parent)
         if dist.is_initialized() and dist.get_world_size() > 1:
             flag = torch.tensor([int(stop)], device=args.device)
@@ -50,33 +57,33 @@ class StopOnSignal(TrainerCallback):
 
 
 class Heartbeat(TrainerCallback):
-    """Tell the launcher's watchdog that this rank is alive. To be the last callback."""
+    """Tell the launcher's watchdog that this rank is alive. It must be the last callback."""
 
     def __init__(self, life: SignsOfLife) -> None:
         self.life, self.compiled = life, False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The first step compiles, for as long as it takes."""
+        """The first step compiles the model, which may take long."""
         self.life.unpaced(state.global_step)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """After something unpaced, the clock starts again."""
+        """Start the clock again after something whose time is not known."""
         if self.compiled and self.life.started is None:
             self.life.step(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One more step; what may follow it has no pace."""
+        """Report a step. The time of an evaluation or a checkpoint after it is not known."""
         self.life.step(state.global_step)
         if not self.compiled or control.should_evaluate or control.should_save:
             self.life.unpaced(state.global_step)
         self.compiled = True
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An evaluation goes on."""
+        """Report that an evaluation goes on."""
         self.life.alive(state.global_step)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The model is saved."""
+        """The model is saved now, which may take long."""
         self.life.unpaced(state.global_step)
 
 
@@ -91,9 +98,7 @@ def _is_running(process: int) -> bool:
 
 
 class Meter(TrainerCallback):
-    """Measure speed and memory on every rank; `complete` adds them to what is logged, for all boards
-    alike.
-    """
+    """Measure speed and memory on every rank; `complete` adds them to what is logged."""
 
     def __init__(
         self, tokens_per_step: int, flops: float, peak: float, bytes_per_token: float | None
@@ -108,27 +113,28 @@ class Meter(TrainerCallback):
         self._restart(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the first step, which compiles, out of the speed."""
+        """Do not count the first step, which compiles the model."""
         if not self.compiled:
             self.compiled = True
             self._restart(state)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Evaluation is not training time: the speed starts afresh after it."""
+        """Measure the speed anew after an evaluation, which is not training time."""
         self._restart(state)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Nor is saving."""
+        """Measure the speed anew after a checkpoint was saved."""
         self._restart(state)
 
     def _restart(self, state: TrainerState) -> None:
         self.mark, self.mark_step = time.perf_counter(), state.global_step
 
     def complete(self, logs: dict[str, float], state: TrainerState, device: torch.device) -> None:
-        """Add to a training log tokens/s, MFU, seconds left, and each rank's tokens/s and memory (all ranks
-        must call); to every loss its bits per byte.
+        """Add figures to a log: to every loss its bits per byte; to a training log tokens/s, MFU, seconds
+        left, and each rank's tokens/s and memory.
 
-        Memory is the peak so far: of the GPU's allocator, or resident in the process on a CPU.
+        All ranks must call it. Memory is the peak so far in GiB: of the GPU's allocator, or on a CPU what is
+        resident in the process.
         """
         for key in ("loss", "eval_loss"):
             if key in logs and self.bytes_per_token:
@@ -150,7 +156,7 @@ class Meter(TrainerCallback):
 
 
 def gather(values: list[float], device: torch.device) -> list[list[float]]:
-    """The values of every rank, by rank. All ranks must call."""
+    """The values of every rank, by rank. All ranks must call it."""
     row = torch.tensor(values, dtype=torch.float32, device=device)
     if not dist.is_initialized():
         return [row.tolist()]
@@ -160,15 +166,15 @@ def gather(values: list[float], device: torch.device) -> list[list[float]]:
 
 
 class Progress(TrainerCallback):
-    """One line with loss, speed, MFU and time left; every logged value also goes to ``metrics.jsonl``."""
+    """One line with loss, speed, MFU and time left; it also writes every logged value to metrics.jsonl."""
 
     def __init__(self, folder: Path, tokens_per_step: int) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.tokens_per_step = tokens_per_step
         self.seconds_before = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Continue the curve where the checkpoint stands."""
+        """Continue the file at the checkpoint's step."""
         kept = keep_rows(self.path, state.global_step)
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.perf_counter()
@@ -188,7 +194,10 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Write one row, show it on the bar. Seconds count all tries, evaluation and compiling too."""
+        """Write one row and show it on the bar.
+
+        Its seconds count all runs of this training, with evaluation and compiling.
+        """
         if "loss" not in logs and "eval_loss" not in logs:
             return
         row = {
@@ -208,11 +217,11 @@ class Progress(TrainerCallback):
             self.bar.write(f"step {state.global_step}: {shown}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the finished line standing."""
+        """Keep the last line of the bar."""
         self.bar.close()
 
 
-# The Trainer's own figures of an evaluation: its speed says nothing about the model.
+# Figures of the Trainer that are not written: an evaluation's speed says nothing about the model.
 NOT_WRITTEN = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 SHOWN = {
     "loss": "loss {:.3f}",
@@ -228,9 +237,9 @@ SHOWN = {
 
 
 def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut a file of JSON lines with ``step`` off after a step, and return what is left.
+    """Remove the lines after a step from a file of JSON lines with ``step``; return the rows that are left.
 
-    Later lines belong to a try that was cut off; the last one may be half a line.
+    Later lines come from a run that was interrupted; the last one may be incomplete.
     """
     if not path.exists():
         return []

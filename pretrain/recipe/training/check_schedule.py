@@ -1,4 +1,4 @@
-"""Learning rate schedules in closed form, to check by what a running Trainer really does."""
+"""Learning rate schedules as formulas, and a check of a running Trainer against them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ WARMED += ("cosine_with_min_lr",)
 
 
 def factor(kind: str, options: dict[str, Any], step: int, warmup: int, total: int) -> float | None:
-    """The learning rate after `step` steps as a share of its peak; None for a schedule that is not known
-    here.
+    """The learning rate after `step` steps as a share of its peak; None without a formula for this schedule.
 
     options: ``lr_scheduler_kwargs``, with a floor or an end given as a share of the peak (``min_lr_rate``,
     ``min_lr_ratio``, ``lr_end``).
@@ -59,13 +58,12 @@ def factor(kind: str, options: dict[str, Any], step: int, warmup: int, total: in
     return floor + (1 - floor) * 0.5 * (1 + math.cos(2 * math.pi * cycles * done))
 
 
-def sampled(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
-    """The learning rates that a running Trainer's scheduler gives at a few steps, and what is wrong with
-    them.
+def check_rates(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
+    """The learning rates that a running Trainer's scheduler gives at a few steps, and a list of faults.
 
-    Wrong is: another rate than the schedule's closed form; a scheduler that has not moved with the steps; an
-    optimizer that has another rate than its scheduler says. Empty rates for schedulers that are no function
-    of the step.
+    Faults are: another rate than the schedule's formula gives; a scheduler that did not count the steps; an
+    optimizer with another rate than its scheduler's. The rates are empty for a scheduler that is not a
+    function of the step.
     """
     args, state = trainer.args, trainer.state
     scheduler: Any = trainer.lr_scheduler
@@ -73,11 +71,8 @@ def sampled(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
         scheduler = scheduler.scheduler
     if not hasattr(scheduler, "lr_lambdas"):
         return {}, []
-    kind, total, warmup = (
-        args.lr_scheduler_type.value,
-        state.max_steps,
-        args.get_warmup_steps(state.max_steps),
-    )
+    kind, total = args.lr_scheduler_type.value, state.max_steps
+    warmup = args.get_warmup_steps(total)
     options = dict(args.lr_scheduler_kwargs or {})
     if options.get("min_lr") is not None:
         options["min_lr_rate"] = options["min_lr"] / args.learning_rate
@@ -90,22 +85,22 @@ def sampled(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
         if step > total:  # a warm-up longer than the run: schedules say nothing about steps beyond it
             break
         rates[step] = peak * shape(step)
-        wanted = factor(kind, options, step, warmup, total)
-        if wanted is not None and not math.isclose(shape(step), wanted, rel_tol=1e-6, abs_tol=1e-9):
+        expected = factor(kind, options, step, warmup, total)
+        if expected is not None and not math.isclose(shape(step), expected, rel_tol=1e-6, abs_tol=1e-9):
             wrong.append(
-                f"learning rate at step {step}: {kind} is {peak * wanted:.4g}, active is {rates[step]:.4g}"
+                f"learning rate at step {step}: {kind} is {peak * expected:.4g}, active is {rates[step]:.4g}"
             )
-    # fp16 may leave out first steps, until its loss scale fits, and the scheduler stands still with them.
+    # fp16 may skip the first steps, until its loss scale fits, and the scheduler does not count them.
     if scheduler.last_epoch != state.global_step and not args.fp16:
         wrong.append(
-            f"the scheduler stands at step {scheduler.last_epoch}, the training at {state.global_step}"
+            f"the scheduler is at step {scheduler.last_epoch}, the training at step {state.global_step}"
         )
     active = [group["lr"] for group in trainer.optimizer.param_groups]
-    said = [
+    scheduled = [
         base * function(scheduler.last_epoch)
         for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
-    same = len(active) == len(said) and all(map(math.isclose, active, said))
+    same = len(active) == len(scheduled) and all(map(math.isclose, active, scheduled))
     if not same:
-        wrong.append(f"the optimizer's learning rates are {active}, its scheduler's {said}")
+        wrong.append(f"the optimizer's learning rates are {active}, its scheduler's {scheduled}")
     return rates, wrong

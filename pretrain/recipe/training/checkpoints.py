@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: a manifest of sha256, and the newest that matches its own."""
+"""Checkpoints with a manifest of sha256 sums, and the newest checkpoint that matches its manifest."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, empty when every file is as its manifest says."""
+    """What is wrong with a checkpoint; empty when every file matches the manifest."""
     manifest = checkpoint / MANIFEST
     if not manifest.exists():
-        return "it was never finished"
+        return "it was not completely written"
     try:
         files = json.loads(manifest.read_text("utf-8"))
     except ValueError:
-        return f"{MANIFEST} is not what was written"
+        return f"{MANIFEST} is damaged"
     for name, facts in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         with path.open("rb") as handle:
             if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
-                return f"{name} is not what was written"
+                return f"{name} is damaged"
     return ""
 
 
@@ -50,7 +50,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_good_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole. Damaged ones are named in a warning and passed over."""
+    """The newest undamaged checkpoint. Damaged ones are named in a warning and not used."""
     for checkpoint in list_checkpoints(folder):
         reason = damage(checkpoint)
         if not reason:

@@ -1,9 +1,9 @@
-"""Learning curves as pictures, of one run and of several.
+"""Learning curves as pictures and tables, of one run and of several.
 
     python -m recipe.training.curves RUN RUN ... [--output PICTURE]
 
-lays runs over each other at equal tokens and at equal time and prints both as a table. RUN: a recipe's name
-(its stage 05), a folder with metrics.jsonl, or such a file.
+draws several runs into one picture, at equal tokens and at equal time, and prints both as a table. RUN: a
+recipe's name (its stage 05), a folder with metrics.jsonl, or such a file.
 """
 
 from __future__ import annotations
@@ -12,62 +12,117 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from recipe.project import OUTPUTS, RecipeError, Refused
 
-# What runs are compared by, the first that all of them have: bits per byte also compare over tokenizers.
+# Runs are compared by the first of these that all of them have. Bits per byte compare also different
+# tokenizers.
 MEASURES = {"eval_bits_per_byte": "valid bits/byte", "eval_loss": "valid loss", "loss": "training loss"}
 AXES = {"tokens": ("million tokens", 1e6), "seconds": ("minutes", 60)}
 
 
-def learning_curve(metrics: Path, picture: Path, title: str) -> None:
-    """Draw loss and perplexity, training and validation, over tokens, from a metrics.jsonl."""
+def write_curves(folder: Path, title: str, with_perplexity: bool = True) -> None:
+    """Write ``learning_curve.png`` and ``metrics.md`` from the metrics.jsonl of a training in `folder`.
+
+    with_perplexity: False for a loss that is not a cross entropy of tokens (preferences).
+    """
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    learning_curve(rows, folder / "learning_curve.png", title, with_perplexity)
+    (folder / "metrics.md").write_text(f"# {title}\n\n{metrics_table(rows, with_perplexity)}", "utf-8")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def metrics_table(rows: list[dict[str, Any]], with_perplexity: bool = True) -> str:
+    """A Markdown table with a row for each evaluation; the last one is the end of the training.
+
+    rows: of metrics.jsonl. The training loss is the last one that was logged up to the evaluation: the mean
+    since the log before it.
+    """
+    heads = ["step", "train loss", "valid loss"]
+    heads += ["train perplexity", "valid perplexity"] if with_perplexity else []
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
+    train: float | None = None
+    evaluations: dict[int, list[float | None]] = {}
+    for row in rows:
+        train = row.get("loss", train)
+        if "eval_loss" in row:
+            evaluations[row["step"]] = [train, row["eval_loss"]]
+    for step, losses in evaluations.items():
+        cells = [f"{step:,}"] + ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        if with_perplexity:
+            cells += ["" if loss is None else f"{perplexity(loss):,.2f}" for loss in losses]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def learning_curve(
+    rows: list[dict[str, Any]], picture: Path, title: str, with_perplexity: bool = True
+) -> None:
+    """Draw loss and perplexity, both of training and validation, and the learning rate over tokens.
+
+    rows: of metrics.jsonl.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator
 
-    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, name, value in ((axes[0], "loss (nats per token)", float), (axes[1], "perplexity", math.exp)):
-        for key, label, style in (("loss", "train", "-"), ("eval_loss", "valid", "o--")):
-            points = [(row["tokens"] / 1e6, value(row[key])) for row in rows if key in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-        axis.set_xlabel("million tokens")
+    def draw(axis: Any, key: str, value: Callable[[float], float], style: str, label: str | None) -> None:
+        points = [(row["tokens"] / 1e6, value(row[key])) for row in rows if key in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+
+    count = 3 if with_perplexity else 2
+    figure, axes = pyplot.subplots(1, count, figsize=(4.5 * count, 4), layout="constrained")
+    loss = "loss (nats per token)" if with_perplexity else "loss"
+    panels: list[tuple[Any, str, Callable[[float], float]]] = [(axes[0], loss, float)]
+    if with_perplexity:
+        panels.append((axes[1], "perplexity", perplexity))
+        axes[1].set_yscale("log", subs=())
+        axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].yaxis.set_major_formatter("{x:,.0f}")
+    for axis, name, value in panels:
+        draw(axis, "loss", value, "-", "train")
+        draw(axis, "eval_loss", value, "o--", "valid")
         axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
         axis.legend()
-    axes[1].set_yscale("log", subs=())
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[1].yaxis.set_major_formatter("{x:,.0f}")
+    draw(axes[-1], "learning_rate", float, "C2-", None)
+    axes[-1].set_ylabel("learning rate")
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axis in axes:
+        axis.set_xlabel("million tokens")
+        axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 
 
 def read_run(name: str) -> list[dict[str, Any]]:
-    """The rows of a run by a recipe's name, a folder, or a metrics.jsonl.
-
-    Raises Refused where there is none.
-    """
-    places = [Path(name), Path(name) / "metrics.jsonl"]
-    places += [OUTPUTS / name / folder / "metrics.jsonl" for folder in ("05_pretrain", ".05_pretrain.work")]
-    for place in places:
-        if place.is_file():
-            lines = place.read_text("utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half written
+    """The rows of a run by a recipe's name, a folder, or a metrics.jsonl. Raises Refused without a file."""
+    paths = [Path(name), Path(name) / "metrics.jsonl"]
+    paths += [OUTPUTS / name / folder / "metrics.jsonl" for folder in ("05_pretrain", ".05_pretrain.work")]
+    for path in paths:
+        if path.is_file():
+            lines = path.read_text("utf-8").splitlines()
+            # The last line of a running training may be incomplete.
+            return [json.loads(line) for line in lines if line.endswith("}")]
     raise Refused(
-        f"{name}: no run: wanted a recipe that stage 05 has trained, or a folder with metrics.jsonl. "
-        f"Looked for {', '.join(map(str, places))}"
+        f"{name}: no run found; expected a recipe that stage 05 has trained, or a folder with metrics.jsonl. "
+        f"Looked for {', '.join(map(str, paths))}"
     )
 
 
 def short_names(names: list[str]) -> list[str]:
-    """What tells runs apart: their paths without the parts that all have in front or at the end."""
+    """Short names of runs: their paths without the parts that are the same in all of them."""
     parts = [Path(name).parts for name in names]
     for end in (0, -1):
         while all(len(p) > 1 for p in parts) and len({p[end] for p in parts}) == 1 and len(parts) > 1:
@@ -76,26 +131,26 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def common_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The first of `MEASURES` that every run has. Raises Refused when there is none."""
+    """The first of `MEASURES` that every run has. Raises Refused if they share none."""
     for measure in MEASURES:
         if all(any(measure in row for row in rows) for rows in runs.values()):
             return measure
-    raise Refused(f"{', '.join(runs)}: no figure that all of them have; wanted one of {', '.join(MEASURES)}")
+    raise Refused(
+        f"{', '.join(runs)}: no figure that all of them have; expected one of {', '.join(MEASURES)}"
+    )
 
 
-def value_at(rows: list[dict[str, Any]], measure: str, axis: str, place: float) -> float | None:
+def value_at(rows: list[dict[str, Any]], measure: str, axis: str, point: float) -> float | None:
     """A run's figure at so many tokens or seconds, by a straight line between its rows; None outside them."""
     points = [(row[axis], row[measure]) for row in rows if measure in row]
     for (left, low), (right, high) in zip(points, points[1:] or points, strict=False):
-        if left <= place <= right:
-            return low if left == right else low + (high - low) * (place - left) / (right - left)
+        if left <= point <= right:
+            return low if left == right else low + (high - low) * (point - left) / (right - left)
     return None
 
 
 def comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """A Markdown table: what each run reached, and where all stood when the shortest ended, by tokens and by
-    time.
-    """
+    """A Markdown table: each run's figure at its end and at the end of the shortest run (tokens, time)."""
     measure = common_measure(runs)
     ends = {axis: min(_end(rows, measure, axis) for rows in runs.values()) for axis in AXES}
     heads = ["run", f"{MEASURES[measure]} at the end", "million tokens", "minutes"]
@@ -119,7 +174,7 @@ def _end(rows: list[dict[str, Any]], measure: str, axis: str) -> float:
 def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     """Draw several runs into one picture: left at equal tokens, right at equal time.
 
-    A dotted line marks where the shortest ended: there the table compares them.
+    A dotted line marks the end of the shortest run, where the table compares them.
     """
     import matplotlib
 
@@ -149,7 +204,7 @@ def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
 
 
 def main() -> None:
-    """Lay the learning curves of several runs over each other, at equal tokens and at equal time."""
+    """Compare the learning curves of several runs, at equal tokens and at equal time."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a recipe, a folder or a metrics.jsonl")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="PICTURE")

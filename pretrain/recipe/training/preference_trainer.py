@@ -1,6 +1,4 @@
-"""Direct preference optimisation (Rafailov et al., 2023) by trl's trainer, with the checkpoints of the
-others.
-"""
+"""Direct preference optimisation (Rafailov et al., 2023) by trl's trainer, with our checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from recipe.training.trainer import RecipeTrainer
 
 
 class PreferenceTrainer(RecipeTrainer, DPOTrainer):
-    """trl's DPOTrainer on ids that `encode_preferences` made, with the optimizer and checkpoints of ours."""
+    """trl's DPOTrainer on ids that `encode_preferences` made, with our optimizers and checkpoints."""
 
     rows_per_sample = 2  # the chosen and the rejected answer
 
@@ -22,7 +20,7 @@ class PreferenceTrainer(RecipeTrainer, DPOTrainer):
         return dataset  # trl's encoding would take special-token strings in a text for control tokens
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Nothing: what trl writes beside each checkpoint says less than stage.json."""
+        """Write no model card: stage.json says more than the card that trl writes with each checkpoint."""
 
 
 def in_order(rows: list[dict[str, list[int]]], seed: int, epochs: int) -> Dataset:

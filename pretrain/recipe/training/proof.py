@@ -1,9 +1,10 @@
-"""What is really active after the first step, compared with what was asked for."""
+"""Check after the first step: is what the settings ask for really active?"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from recipe.config.optimizers import Optimizer
@@ -21,67 +22,122 @@ from recipe.model.build import parameter_count
 from recipe.model.sharding import sharded_over
 from recipe.project import Refused
 from recipe.training.callbacks import gather
-from recipe.training.check_schedule import sampled
+from recipe.training.check_schedule import check_rates
 
 
-class Proof(TrainerCallback):
-    """After the first step, find out what is really active; stop when it is not what was asked for."""
+@dataclass(frozen=True)
+class Active:
+    """What a training uses. None: not in use.
 
-    def __init__(
-        self,
-        choice: Choice,
-        optimizer: Optimizer,
-        parallel: str,
-        ranks: int,
-        settings: Settings,
-        tokens_per_step: int,
-    ) -> None:
-        self.choice, self.parallel, self.ranks, self.settings = choice, parallel, ranks, settings
-        self.optimizer = optimizer
-        self.tokens_per_step = tokens_per_step
+    compiled: by torch.compile. fused: whether the optimizer is one kernel. offloaded: whether it runs on the
+    CPU. scheduler: name and class. neftune: its noise alpha. parallel: see `active_parallelism`. micro_batch,
+    global_batch: sequences. boards: where figures go.
+    """
+
+    device: str
+    precision: str
+    attention: str
+    compiled: bool
+    activation_checkpointing: bool
+    optimizer: str
+    fused: bool
+    offloaded: bool
+    betas: list[float]
+    epsilon: float | None
+    weight_decay: float | str | None
+    gradient_clipping: float | None
+    scheduler: str
+    z_loss: float | None
+    neftune: float | None
+    parallel: str
+    ranks: int
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    parameters: int
+    seed: int
+    boards: list[str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the recipe and the launcher ask of a training, apart from the TrainingArguments.
+
+    parallel: in the words of `active_parallelism`.
+    """
+
+    settings: Settings
+    choice: Choice
+    optimizer: Optimizer
+    parallel: str
+    ranks: int
+
+    def expected(self, active: Active, args: TrainingArguments) -> Active:
+        """What should be active. Fields that the settings leave open are taken from `active`."""
+        expected = replace(
+            active,
+            precision=self.choice.precision,
+            attention=self.choice.attention,
+            compiled=self.choice.compile,
+            activation_checkpointing=bool(args.activation_checkpointing),
+            optimizer=self.optimizer.reported,
+            weight_decay=args.weight_decay or None,
+            gradient_clipping=args.max_grad_norm or None,
+            z_loss=self.settings.z_loss or None,
+            neftune=args.neftune_noise_alpha,
+            parallel=self.parallel,
+            ranks=self.ranks,
+            global_batch=self.settings.global_batch_size,
+            boards=sorted(args.report_to),
+        )
+        if self.optimizer.fused and not active.offloaded:
+            expected = replace(expected, fused=True)
+        if "adam_epsilon" in self.optimizer.keys:
+            expected = replace(expected, betas=[args.adam_beta1, args.adam_beta2], epsilon=args.adam_epsilon)
+        return expected
+
+
+class ActiveCheck(TrainerCallback):
+    """After the first step, compare what is active with what was asked for; raise Refused if they differ.
+
+    block: what was found, for stage.json; empty before the first step.
+    """
+
+    def __init__(self, asked: Asked, tokens_per_step: int) -> None:
+        self.asked, self.tokens_per_step = asked, tokens_per_step
         self.trainer: Trainer | None = None
         self.block: dict[str, Any] = {}
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look once, at the first step of this process."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Check once, at the first step of this process."""
         if self.block:
             return
         assert self.trainer is not None
-        self.block = active(self.trainer)
-        self.block["tokens_per_step"] = self.tokens_per_step
-        wanted = {
-            "precision": self.choice.precision,
-            "attention": self.choice.attention,
-            "compiled": self.choice.compile,
-            "ranks": self.ranks,
-            "parallel": self.parallel,
-            "global_batch": self.settings.global_batch_size,
-            "optimizer": self.optimizer.reported,
-            "weight_decay": args.weight_decay or None,
-            "gradient_clipping": args.max_grad_norm or None,
-            "activation_checkpointing": bool(args.activation_checkpointing),
-            "neftune": args.neftune_noise_alpha,
-            "z_loss": self.settings.z_loss or None,
-            "boards": sorted(args.report_to),
-        }
-        if self.optimizer.fused and not self.block["offloaded"]:
-            wanted["fused"] = True
-        if "adam_epsilon" in self.optimizer.keys:
-            wanted |= {"betas": [args.adam_beta1, args.adam_beta2], "epsilon": args.adam_epsilon}
-        self.block["learning_rates"], wrong_rates = sampled(self.trainer)
-        wrong = [
-            f"{key}: asked for {value}, active is {self.block[key]}"
-            for key, value in wanted.items()
-            if self.block[key] != value
-        ] + wrong_rates
+        active = read_active(self.trainer)
+        rates, wrong_rates = check_rates(self.trainer)
+        found = asdict(active)
+        self.block = found | {"tokens_per_step": self.tokens_per_step, "learning_rates": rates}
         if state.is_world_process_zero:
             tqdm.write("active: " + ", ".join(f"{key} {value}" for key, value in self.block.items()))
-        if wrong:
-            raise Refused("not what was asked for is active. " + "; ".join(wrong))
+        expected = asdict(self.asked.expected(active, args))
+        wrong = [
+            f"{key}: asked for {value}, active is {found[key]}"
+            for key, value in expected.items()
+            if found[key] != value
+        ]
+        if wrong or wrong_rates:
+            raise Refused(
+                "the training does not use what the settings ask for. " + "; ".join(wrong + wrong_rates)
+            )
 
 
-def parallel_wish(ranks: int, deepspeed: str | None, fsdp: bool, tensor_parallel: int) -> str:
-    """How the ranks are to be joined, in the words of `joined`. deepspeed: path of a file, or None."""
+def expected_parallelism(ranks: int, deepspeed: str | None, fsdp: bool, tensor_parallel: int) -> str:
+    """The parallelism that the launcher's options ask for, in the words of `active_parallelism`.
+
+    deepspeed: the path of a DeepSpeed file, or None.
+    """
     if deepspeed:
         zero = json.loads(Path(deepspeed).read_text("utf-8")).get("zero_optimization", {})
         devices = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
@@ -91,8 +147,8 @@ def parallel_wish(ranks: int, deepspeed: str | None, fsdp: bool, tensor_parallel
     return f"DDP {ranks}" if ranks > 1 else "one process"
 
 
-def joined(model: Any) -> str:
-    """How the ranks are really joined, read from the model that trains: ``one process``, ``DDP 4``,
+def active_parallelism(model: Any) -> str:
+    """The parallelism that is in use, read from the model that trains: ``one process``, ``DDP 4``,
     ``FSDP2 4``, ``TP 2``, ``FSDP2 2 x TP 2``, or ``ZeRO-2, optimizer on cpu``.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps around DistributedDataParallel
@@ -105,7 +161,7 @@ def joined(model: Any) -> str:
     if sharded:
         return _sharded(sharded)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return "one process" if ranks == 1 else f"nothing joins the {ranks} ranks"
+    return "one process" if ranks == 1 else f"none: each of the {ranks} ranks trains a model of its own"
 
 
 def _zero(stage: int, optimizer: Any, parameters: Any) -> str:
@@ -122,8 +178,8 @@ def _sharded(sizes: dict[str, int]) -> str:
     return " x ".join(f"{names[kind]} {sizes[kind]}" for kind in names if sizes.get(kind, 1) > 1)
 
 
-def active(trainer: Trainer) -> dict[str, Any]:
-    """What a running Trainer really uses, read from the objects that do the work, not from the wishes."""
+def read_active(trainer: Trainer) -> Active:
+    """What a running Trainer uses, read from the objects that do the work, not from the settings."""
     from torch._dynamo.utils import counters
 
     engine, model = trainer.model_wrapped, trainer.model
@@ -132,45 +188,43 @@ def active(trainer: Trainer) -> dict[str, Any]:
         optimizer = optimizer.optimizer
     groups = optimizer.param_groups
     scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    embeddings = model.get_input_embeddings()
     precision = trainer.accelerator.mixed_precision
     clipping = getattr(trainer, "clipped_at", None)
     if hasattr(engine, "zero_optimization_stage"):
         precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
         clipping = engine.gradient_clipping()
     adam = [group for group in groups if "betas" in group and "eps" in group]
-    return {
-        "device": str(trainer.args.device),
-        "precision": {"no": "fp32"}.get(precision, precision),
-        "attention": model.config._attn_implementation,
-        "compiled": counters["stats"]["unique_graphs"] > 0,
-        "activation_checkpointing": model.is_activation_checkpointing,
-        "optimizer": _optimizer_name(optimizer),
-        "fused": bool(groups[0].get("fused")),
-        "offloaded": type(optimizer).__name__.startswith("DeepSpeedCPU"),
-        "betas": list(_common(tuple(group["betas"]) for group in adam) or ()),
-        "epsilon": _common(group["eps"] for group in adam),
-        "weight_decay": _common(group["weight_decay"] for group in groups if group.get("weight_decay")),
-        "gradient_clipping": clipping or None,
-        "scheduler": f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
-        "z_loss": trainer.settings.z_loss if trainer.z_losses else None,
-        "neftune": getattr(embeddings, "neftune_noise_alpha", None),
-        "parallel": joined(engine),
-        "ranks": ranks,
-        "micro_batch": trainer.args.per_device_train_batch_size,
-        "accumulation": trainer.args.gradient_accumulation_steps,
+    sequences = round(sum(count for (count,) in gather([trainer.sequences], trainer.args.device)))
+    return Active(
+        device=str(trainer.args.device),
+        precision={"no": "fp32"}.get(precision, precision),
+        attention=model.config._attn_implementation,
+        compiled=counters["stats"]["unique_graphs"] > 0,
+        activation_checkpointing=model.is_activation_checkpointing,
+        optimizer=_optimizer_name(optimizer),
+        fused=bool(groups[0].get("fused")),
+        offloaded=type(optimizer).__name__.startswith("DeepSpeedCPU"),
+        betas=list(_common(tuple(group["betas"]) for group in adam) or ()),
+        epsilon=_common(group["eps"] for group in adam),
+        weight_decay=_common(group["weight_decay"] for group in groups if group.get("weight_decay")),
+        gradient_clipping=clipping or None,
+        scheduler=f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
+        z_loss=trainer.settings.z_loss if trainer.z_losses else None,
+        neftune=getattr(model.get_input_embeddings(), "neftune_noise_alpha", None),
+        parallel=active_parallelism(engine),
+        ranks=dist.get_world_size() if dist.is_initialized() else 1,
+        micro_batch=trainer.args.per_device_train_batch_size,
+        accumulation=trainer.args.gradient_accumulation_steps,
         # Ranks that share matrices read the same batches.
-        "global_batch": round(sum(n for (n,) in gather([trainer.sequences], trainer.args.device)))
-        // sharded_over(model).get("tp", 1),
-        "parameters": parameter_count(model),
-        "seed": trainer.args.seed,
-        "boards": sorted(
+        global_batch=sequences // sharded_over(model).get("tp", 1),
+        parameters=parameter_count(model),
+        seed=trainer.args.seed,
+        boards=sorted(
             name
             for name, board in INTEGRATION_TO_CALLBACK.items()
             if any(type(callback) is board for callback in trainer.callback_handler.callbacks)
         ),
-    }
+    )
 
 
 def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
@@ -184,6 +238,6 @@ def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _common(values: Iterable[Any]) -> Any:
-    """The value that all share; all of them, as text, where they differ; None where there is none."""
+    """The value that all share; all of them, as text, where they differ; None where there is no value."""
     found = set(values)
     return found.pop() if len(found) == 1 else str(sorted(found)) if found else None

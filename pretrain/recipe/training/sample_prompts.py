@@ -1,4 +1,4 @@
-"""What a model writes while it is trained: the same prompts at chosen steps, to be read side by side."""
+"""What a model writes during training: the same prompts at chosen steps, to be read side by side."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Samples(TrainerCallback):
     """Continue prompts before training, at chosen steps and at the end: ``samples.jsonl``, ``samples.md``.
 
     A row of samples.jsonl holds step, prompt, text, stopped (see `Answer`) and, after step 0, eval_loss:
-    sampling always goes with an evaluation. The training's random numbers are not touched. Every rank
-    generates, since under ZeRO-3 none has the whole model; rank 0 writes.
+    an evaluation goes with each of these steps. The random numbers of the training are not used. Every rank
+    generates, because under ZeRO-3 no rank has the whole model; rank 0 writes.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Samples(TrainerCallback):
         tokenizer: PreTrainedTokenizerFast,
         folder: Path,
     ) -> None:
-        """steps: every so many, or these; None: no samples. prompts: text and ids.
+        """steps: after every so many steps, or after these; None: no samples. prompts: ids by text.
 
         values: generation.json.
         """
@@ -51,7 +51,7 @@ class Samples(TrainerCallback):
         return step % self.steps == 0 if isinstance(self.steps, int) else step in self.steps
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
-        """Drop what a try that was cut off had written; sample before the first step."""
+        """Remove what an interrupted run has written after the checkpoint; sample before the first step."""
         if state.is_world_process_zero:
             keep_rows(self.folder / "samples.jsonl", state.global_step)
         if state.global_step == 0 and self._is_due(state):
@@ -87,9 +87,7 @@ class Samples(TrainerCallback):
 
 
 def by_prompt(rows: list[dict[str, Any]]) -> str:
-    """The rows of samples.jsonl as Markdown: each prompt a heading, below it what was written at each
-    step.
-    """
+    """The rows of samples.jsonl as a Markdown table: a row for each prompt, a column for each step."""
     prompts: dict[str, dict[str, str]] = {}
     for row in rows:
         loss = f", valid loss {row['eval_loss']:.3f}" if "eval_loss" in row else ""

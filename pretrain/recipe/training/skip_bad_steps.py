@@ -1,4 +1,4 @@
-"""A step whose loss or gradient cannot be true changes no weight: it is left out and written down."""
+"""A step whose loss or gradient is not plausible changes no weight: it is skipped and recorded."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from recipe.training.callbacks import gather
 if TYPE_CHECKING:
     from recipe.training.trainer import RecipeTrainer
 
-SPIKE = 20  # a loss so many times the recent ones, and as many nats, is none of a training that works
+SPIKE = 20  # a loss of so many times the recent ones, and at least so many nats, is a spike
 RECENT = 50  # steps whose losses are remembered
-TRIES = 5  # steps in a row that may be left out
+MOST_IN_A_ROW = 5  # steps that may be skipped one after the other
 
 
 class Guard(TrainerCallback):
-    """Leave a step out whose loss or gradient norm is no finite number, or whose loss is a spike.
+    """Skip a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike.
 
-    It looks after the backward pass and before the optimizer's step, so that there is nothing to roll back.
+    It checks after the backward pass and before the optimizer's step, so that nothing must be rolled back.
     PaLM restarted before a spike and skipped its batches (Chowdhery et al., 2022, section 5.1); here only the
     batch itself is skipped. ``skipped.jsonl`` lists these steps: a training that continues from an earlier
-    checkpoint leaves out the same ones. All ranks decide alike. After `TRIES` in a row it raises RecipeError.
+    checkpoint skips the same ones. All ranks decide the same. After `MOST_IN_A_ROW` skipped steps one after
+    the other it raises RecipeError.
 
-    Under DeepSpeed the optimizer's step is part of the backward pass. In bf16 and fp16 DeepSpeed leaves out
-    what is not finite itself, and it is only written down here; in float32 it does not, and the training ends
-    at once. A spike is taken there with its gradient clipped.
+    Under DeepSpeed the optimizer's step is part of the backward pass. In bf16 and fp16 DeepSpeed itself skips
+    NaN and infinity, and they are only recorded here; in float32 it does not, and the training ends at once.
+    Spikes are not skipped under DeepSpeed: their gradients are clipped.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +44,7 @@ class Guard(TrainerCallback):
         self.skipped: set[int] = set()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Read what earlier tries have left out."""
+        """Read which steps earlier runs have skipped."""
         if self.path.exists():
             lines = [line for line in self.path.read_text("utf-8").splitlines() if line.endswith("}")]
             self.skipped = {json.loads(line)["step"] for line in lines}
@@ -51,14 +52,14 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Judge the step; drop its gradients if it is to be left out, so that the optimizer does nothing."""
+        """Check the step; to skip it, remove its gradients, so that the optimizer does nothing."""
         trainer = self.trainer
         assert trainer is not None
         own = float(trainer.step_loss)
         trainer.step_loss = 0.0
         losses = [loss for (loss,) in gather([own], args.device)]
         loss = sum(losses) / len(losses)
-        # The scaler of fp16 looks for such gradients itself, and finds some while it settles.
+        # The loss scaler of fp16 checks the gradients itself, and skips some of the first steps.
         norm = None if args.fp16 or trainer.gradient_norm is None else float(trainer.gradient_norm)
         step = state.global_step + 1
         deepspeed = trainer.is_deepspeed_enabled
@@ -79,14 +80,14 @@ class Guard(TrainerCallback):
             row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
-            print(f"warning: step {step} is left out: {reason}", flush=True)
+            print(f"warning: step {step} is skipped: {reason}", flush=True)
         self.skipped.add(step)
-        if self.in_a_row >= TRIES:
-            why = reason or "as in an earlier try"
+        if self.in_a_row >= MOST_IN_A_ROW:
+            why = reason or "as in an earlier run"
             raise RecipeError(
-                f"{TRIES} steps in a row were left out, the last is {step}: {why}. "
-                "The weights are those before them, and checkpoints are kept. Start over with --force and a "
-                "lower learning_rate, or with z_loss; or look into the data of these steps"
+                f"{MOST_IN_A_ROW} steps in a row were skipped, the last is {step}: {why}. "
+                "The weights are those before these steps, and checkpoints are kept. Start again with "
+                "--force and a lower learning_rate, or with z_loss; or check the data of these steps"
             )
 
     def _reason(self, loss: float, norm: float | None, spike: float) -> str:

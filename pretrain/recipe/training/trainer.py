@@ -1,4 +1,4 @@
-"""The Trainer of all three trainings: our optimizer, verified checkpoints, a z-loss."""
+"""The Trainer of all three trainings: optimizers of our own, verified checkpoints, a z-loss."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from recipe.training.checkpoints import MANIFEST, list_checkpoints, write_manife
 
 
 class RecipeTrainer(ShardedTrainer):
-    """The Trainer with our optimizer choice and verified checkpoints."""
+    """The Trainer with optimizers of our own, verified checkpoints and a z-loss that is logged separately."""
 
-    rows_per_sample = 1  # of a batch that is trained on
+    rows_per_sample = 1  # rows of a batch that belong to one sample
 
     def __init__(self, settings: Settings, chosen: Optimizer, meter: Meter, **keywords: Any) -> None:
         """chosen: the entry of the optimizer that the training file asks for."""
@@ -27,16 +27,16 @@ class RecipeTrainer(ShardedTrainer):
         self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
         self.sequences = 0  # that this rank has trained on
         self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
-        self.gradient_norm: torch.Tensor | float | None = None  # before it was clipped
-        self.clipped_at: float | None = None  # since it was clipped once
+        self.gradient_norm: torch.Tensor | float | None = None  # before clipping
+        self.clipped_at: float | None = None  # the limit, once gradients were clipped
         super().__init__(**keywords)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """What weight decay applies to: unlike the stock Trainer's, no embeddings."""
+        """The parameters that weight decay applies to: without embeddings, unlike the stock Trainer."""
         return optimizers.decayed(model)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        """The Trainer's step over one micro-batch, whose sequences are counted for the proof."""
+        """The Trainer's step over one micro-batch, whose sequences are counted for `ActiveCheck`."""
         self.sequences += len(inputs["input_ids"]) // self.rows_per_sample
         loss = super().training_step(model, inputs, *rest)
         self.step_loss = self.step_loss + loss
@@ -57,7 +57,7 @@ class RecipeTrainer(ShardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's loss; the z-loss in it is noted beside, on the device."""
+        """The Trainer's loss; the z-loss in it is also kept, on the device, for the log."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if "z_loss" in outputs:
             # As the Trainer scales a loss that is divided by the tokens of all ranks.
@@ -65,7 +65,7 @@ class RecipeTrainer(ShardedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the loss without the z-loss, that apart, and what `Meter` measures."""
+        """Log the loss without the z-loss, the z-loss on its own, and what `Meter` measures."""
         if "loss" in logs and self.z_losses:
             mean = torch.stack(self.z_losses).mean().item() * self.args.gradient_accumulation_steps
             shares = gather([mean], self.args.device)
@@ -76,7 +76,7 @@ class RecipeTrainer(ShardedTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """Evaluate without drawing from the random numbers of the training."""
+        """Evaluate without using the random numbers of the training."""
         with torch.random.fork_rng():
             return super().evaluate(*arguments, **keywords)
 
@@ -94,7 +94,7 @@ class RecipeTrainer(ShardedTrainer):
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         try:
             if self.is_world_process_zero() and checkpoint.exists():
-                shutil.rmtree(checkpoint)  # what a kill left of an earlier try
+                shutil.rmtree(checkpoint)  # what a killed run has left
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
         finally:

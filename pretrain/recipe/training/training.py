@@ -1,8 +1,7 @@
-"""Training under the Hugging Face Trainer: settings, proof of what is active, one progress line, safe
-checkpoints.
+"""One training under the Hugging Face Trainer: prepare it, run it to its end, save the model.
 
-Used by ``run_clm.py`` and ``run_sft.py``, which differ only in the model they start from and the samples they
-read.
+``run_clm.py``, ``run_sft.py`` and ``run_dpo.py`` use it. They differ in the model they start from and in the
+samples they read.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -41,9 +43,9 @@ from recipe.model.losses import return_loss_only
 from recipe.model.sharding import load_without_code, shard
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import EXIT_TERMINATED, RecipeError
-from recipe.training.callbacks import Heartbeat, Meter, Progress, StopOnSignal
+from recipe.training.callbacks import Heartbeat, Meter, Progress, StopOnSignal, logged_rows
 from recipe.training.checkpoints import newest_good_checkpoint
-from recipe.training.proof import Proof, parallel_wish
+from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
 from recipe.training.skip_bad_steps import Guard
 from recipe.training.trainer import RecipeTrainer
@@ -52,7 +54,12 @@ from recipe.training.watchdog import STACKS, SignsOfLife
 
 @dataclass
 class Run:
-    """Everything that is settled before a model is built."""
+    """Everything that is decided before a model is built.
+
+    folder: the stage's work folder. deepspeed: path of a DeepSpeed file. tensor_parallel: ranks that share
+    each matrix. ranks: their number on all machines. parent: the process whose end stops the training.
+    probe: only speed and memory are measured, and no model is saved.
+    """
 
     settings: Settings
     arguments: TrainingArguments
@@ -69,7 +76,7 @@ class Run:
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights are to be sharded by FSDP2 or tensor parallelism."""
+        """Whether FSDP2 or tensor parallelism shards the weights."""
         return self.fsdp or self.tensor_parallel > 1
 
     @property
@@ -78,47 +85,94 @@ class Run:
         return self.arguments.process_index == 0
 
 
+# ------------------------------------------------------------------------------------------------- preparing
+
+
 def prepare(
     plan: dict[str, Any],
     file: str,
     arguments_class: type[TrainingArguments] = TrainingArguments,
-    also: dict[str, Any] | None = None,
+    fixed: dict[str, Any] | None = None,
 ) -> Run:
-    """Settle a run by the plan that `recipe.run.launch` wrote; file: ``pretrain``, ``finetune`` or
-    ``preference``.
+    """Decide everything about a training by the plan that `recipe.run.launch` wrote.
 
-    arguments_class: the TrainingArguments of the trainer. also: what that trainer always wants of them.
-    Raises Refused for what this hardware cannot do.
+    file: ``pretrain``, ``finetune`` or ``preference``. arguments_class: the TrainingArguments of the trainer.
+    fixed: values that this trainer always needs. Raises Refused for what this hardware cannot do.
     """
+    _quiet_libraries()
+    values = plan["config"][file] | (fixed or {})
+    hardware, folder = detect(), Path(plan["folder"])
+    choice, optimizer = _choose(plan, file, values, hardware)
+    native = _trainer_values(plan, file, values, hardware, choice)
+    if optimizer.builder:
+        native.pop("optim", None)  # the Trainer knows no optimizer of our own
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    os.environ.setdefault("WANDB_PROJECT", native["project"])
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
+    if plan["deepspeed"]:
+        _start_deepspeed(hardware)
+    return Run(
+        settings=settings,
+        arguments=arguments,
+        choice=choice,
+        optimizer=optimizer,
+        hardware=hardware,
+        folder=folder,
+        deepspeed=plan["deepspeed"],
+        fsdp=plan["fsdp"],
+        tensor_parallel=plan["tensor_parallel"],
+        ranks=plan["ranks"],
+        # The training stops when its launcher has ended. Ranks on other machines cannot see the launcher.
+        parent=plan["parent"] if plan["host"] == platform.node() else os.getpid(),
+        probe=plan.get("probe", False),
+    )
+
+
+def _quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # trl and peft still use the old name of a setting; nothing a user could mend.
+    # trl and peft still use the old name of a setting, which a user cannot change.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-    values, folder, deepspeed = plan["config"][file] | (also or {}), Path(plan["folder"]), plan["deepspeed"]
-    hardware = detect()
-    optimizer = OPTIMIZERS[optimizer_name(values)]
-    check_optimizer_hardware(hardware, values, f"{file}.json")
-    choice = choose(hardware, values, f"{file}.json", documents_suffice(plan["config"], file))
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _choose(
+    plan: dict[str, Any], file: str, values: dict[str, Any], hardware: Hardware
+) -> tuple[Choice, Optimizer]:
+    """Precision, attention and compiling, and the optimizer; sharded models are never compiled."""
+    where = f"{file}.json"
+    check_optimizer_hardware(hardware, values, where)
+    choice = choose(hardware, values, where, documents_suffice(plan["config"], file))
+    sharded = plan["deepspeed"] or plan["fsdp"] or plan["tensor_parallel"] > 1
+    return replace(choice, compile=choice.compile and not sharded), OPTIMIZERS[optimizer_name(values)]
+
+
+def _trainer_values(
+    plan: dict[str, Any], file: str, values: dict[str, Any], hardware: Hardware, choice: Choice
+) -> dict[str, Any]:
+    """The values for TrainingArguments and `Settings`: defaults of ours, the file's, and what is fixed."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    fsdp, tensor_parallel = plan["fsdp"], plan["tensor_parallel"]
     micro_batch, accumulation = batch_layout(
-        values["global_batch_size"], values["per_device_train_batch_size"], ranks // tensor_parallel
+        values["global_batch_size"],
+        values["per_device_train_batch_size"],
+        ranks // plan["tensor_parallel"],
     )
-    native = {
+    defaults = {
         "ddp_find_unused_parameters": False,
         "per_device_eval_batch_size": values["per_device_train_batch_size"],
         "project": plan["recipe"],
         "run_name": f"{plan['recipe']} {file}",
-    } | values
-    native |= {
-        "output_dir": str(folder / "checkpoints"),
+    }
+    fixed = {
+        "output_dir": str(Path(plan["folder"]) / "checkpoints"),
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "use_cpu": hardware.device == "cpu",
         "bf16": choice.precision == "bf16",
         "fp16": choice.precision == "fp16",
-        "torch_compile": choice.compile and not (deepspeed or fsdp or tensor_parallel > 1),
-        "deepspeed": deepspeed,
+        "torch_compile": choice.compile,
+        "deepspeed": plan["deepspeed"],
         "report_to": check_boards(values.get("report_to"), f"{file}.json"),
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
         "remove_unused_columns": False,
@@ -126,41 +180,22 @@ def prepare(
         "push_to_hub": False,  # stage 16 pushes, once, what was measured
         "dataloader_pin_memory": hardware.device == "cuda",
     }
-    if optimizer.builder:
-        native.pop("optim", None)  # the Trainer would not know the name of one of our own
-    choice = Choice(choice.precision, choice.attention, native["torch_compile"])
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    os.environ.setdefault("WANDB_PROJECT", native["project"])
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
-    if deepspeed:
-        load_without_code()
-    if deepspeed and hardware.device == "cpu":
-        import deepspeed as library
+    return defaults | values | fixed
 
-        # The Trainer does so only later, too late for from_pretrained under ZeRO-3.
-        library.init_distributed(dist_backend="gloo")
-    # The launcher whose end ends the training; ranks on other machines than its own cannot look for it.
-    parent = plan["parent"] if plan["host"] == platform.node() else os.getpid()
-    return Run(
-        settings,
-        arguments,
-        choice,
-        optimizer,
-        hardware,
-        folder,
-        deepspeed,
-        fsdp,
-        tensor_parallel,
-        plan["ranks"],
-        parent,
-        plan.get("probe", False),
-    )
+
+def _start_deepspeed(hardware: Hardware) -> None:
+    load_without_code()
+    if hardware.device == "cpu":
+        import deepspeed
+
+        # The Trainer does this only later, too late for from_pretrained under ZeRO-3.
+        deepspeed.init_distributed(dist_backend="gloo")
 
 
 def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
-    """(optimizer steps, epochs that the dataset must offer) by max_steps, or by num_train_epochs over
-    `samples`.
+    """(optimizer steps, epochs that the dataset must offer), by max_steps or by num_train_epochs.
+
+    samples: of one epoch. global_batch: samples of one step.
     """
     steps = (
         arguments.max_steps
@@ -172,10 +207,10 @@ def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -
 
 @contextlib.contextmanager
 def whole_model(arguments: TrainingArguments) -> Iterator[None]:
-    """Build a new model whole on every rank also under ZeRO-3, which partitions it later.
+    """Build a new model whole on every rank, also under ZeRO-3, which partitions it later.
 
-    Partitioned while it is made, it would draw other weights than one process does from the same seed. The
-    price is 4 bytes a parameter of host memory per rank while it is made.
+    If ZeRO-3 partitioned the model while it is built, the same seed would give other weights than in one
+    process. The price is 4 bytes a parameter of host memory per rank while it is built.
     """
     if not arguments.deepspeed:
         yield
@@ -188,45 +223,45 @@ def whole_model(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """The model of `build`, sharded over the ranks where that was asked for, else whole on every rank."""
+    """The model of `build`: sharded over the ranks if the launcher asks for it, else whole on every rank."""
     if not run.sharded:
         return build()
     bf16 = run.choice.precision == "bf16"
     return shard(build, run.folder / "unsharded", run.tensor_parallel, run.choice.attention, bf16)
 
 
-def train(
+# -------------------------------------------------------------------------------------------------- training
+
+
+def run_training(
+    run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     samples: Dataset,
     valid: Dataset,
-    run: Run,
-    bytes_per_token: float | None,
+    *,
+    bytes_per_token: float | None = None,
     sampling: Samples | None = None,
     trainer_class: type[RecipeTrainer] = RecipeTrainer,
     tokens_per_step: int | None = None,
-    **keywords: Any,
+    **trainer_keywords: Any,
 ) -> dict[str, Any]:
-    """Train to the last step, continuing from the newest good checkpoint; save a plain Hugging Face folder.
+    """Train to the last step, from the newest good checkpoint if there is one, and save the model.
 
-    A model under an adapter is saved as the adapter alone, in the folder ``adapter``. trainer_class,
-    tokens_per_step, keywords: another trainer than for packed blocks, the tokens of its steps on average, and
-    what it takes beside.
+    The model becomes a plain Hugging Face folder; of a model under an adapter only the adapter is saved, in
+    the folder ``adapter``. bytes_per_token: of the validation text, for bits per byte. tokens_per_step: the
+    mean, where a step is not global_batch_size x block_size tokens. trainer_keywords: what `trainer_class`
+    takes in addition.
 
     Returns the figures for stage.json. Ends the process with exit 143 when a signal stopped the training
     after its checkpoint was saved.
     """
-    settings, arguments, folder = run.settings, run.arguments, run.folder
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
-    parallel = parallel_wish(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel)
+    settings = run.settings
     tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
-    proof = Proof(run.choice, run.optimizer, parallel, run.ranks, settings, tokens_per_step)
-    stop, guard = StopOnSignal(folder / "stop", run.parent), Guard(folder)
-    life = SignsOfLife(folder / "ranks", arguments.process_index)
     flops = flops_per_token(model, settings.block_size)
+    peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
-    progress = Progress(folder, tokens_per_step)
+    check, guard = ActiveCheck(_asked(run), tokens_per_step), Guard(run.folder)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
         return_loss_only(model, settings.z_loss)
@@ -235,64 +270,69 @@ def train(
         run.optimizer,
         meter,
         model=model,
-        args=arguments,
+        args=run.arguments,
         train_dataset=samples,
         eval_dataset=valid,
-        callbacks=[
-            stop,
-            guard,
-            proof,
-            *([sampling] if sampling else []),
-            meter,  # behind the sampling, whose time is none of training
-            *([progress] if run.is_main else []),
-            Heartbeat(life),
-        ],
-        **keywords,
+        callbacks=_callbacks(run, guard, check, sampling, meter, tokens_per_step),
+        **trainer_keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    proof.trainer = guard.trainer = trainer
-    checkpoint = newest_good_checkpoint(Path(arguments.output_dir))
+    check.trainer = guard.trainer = trainer
+    _train_to_the_end(run, trainer)
+    eval_loss = None
+    if not run.probe:
+        eval_loss = _final_eval_loss(trainer)
+        _save(run, trainer, tokenizer)
+    return {
+        "active": check.block or None,
+        "hardware": run.hardware.name,
+        "gemm_peak_flops": peak,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * tokens_per_step,
+        "eval_loss": eval_loss,
+        "peak_memory_bytes": peak_memory(run.hardware.device),
+        "skipped_steps": sorted(guard.skipped),
+    } | (_speed(run.folder, flops / meter.peak) if run.is_main else {})
+
+
+def _asked(run: Run) -> Asked:
+    return Asked(
+        settings=run.settings,
+        choice=run.choice,
+        optimizer=run.optimizer,
+        parallel=expected_parallelism(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel),
+        ranks=run.ranks,
+    )
+
+
+def _callbacks(
+    run: Run, guard: Guard, check: ActiveCheck, sampling: Samples | None, meter: Meter, tokens_per_step: int
+) -> list[TrainerCallback]:
+    """The callbacks, in the order in which the Trainer calls them."""
+    callbacks: list[TrainerCallback] = [StopOnSignal(run.folder / "stop", run.parent), guard, check]
+    if sampling:
+        callbacks.append(sampling)
+    callbacks.append(meter)  # after the sampling, whose time does not count as training
+    if run.is_main:
+        callbacks.append(Progress(run.folder, tokens_per_step))
+    callbacks.append(Heartbeat(SignsOfLife(run.folder / "ranks", run.arguments.process_index)))
+    return callbacks
+
+
+def _train_to_the_end(run: Run, trainer: Trainer) -> None:
+    """Train, from the newest good checkpoint if there is one. Raises SystemExit if stopped before."""
+    checkpoint = newest_good_checkpoint(Path(run.arguments.output_dir))
     _agree_on(checkpoint)
     if checkpoint and run.is_main:
         print(f"continues from {checkpoint.name}", flush=True)
     if dist.is_initialized():
         dist.barrier()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < trainer.state.max_steps:
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    if step < last:
         if run.is_main:
-            print(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved", flush=True
-            )
+            print(f"stopped at step {step} of {last}; its checkpoint is saved", flush=True)
         raise SystemExit(EXIT_TERMINATED)
-    final: dict[str, Any] = {}
-    if not run.probe:  # which wants the speed and the memory, no model
-        history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
-        final = history.get(trainer.state.global_step) or trainer.evaluate()
-        model.config.use_cache = True
-        target = folder / "adapter" if settings.lora else folder
-        trainer.save_model(str(target))
-    if run.is_main and not run.probe:
-        tokenizer.save_pretrained(folder)
-        # A pickle, and what it says stands in stage.json.
-        (target / "training_args.bin").unlink(missing_ok=True)
-    rows = []
-    if run.is_main:
-        rows = [json.loads(line) for line in progress.path.read_text("utf-8").splitlines()]
-    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
-    figures = {
-        "active": proof.block or None,
-        "hardware": run.hardware.name,
-        "gemm_peak_flops": peak,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * tokens_per_step,
-        "eval_loss": final.get("eval_loss"),
-        "peak_memory_bytes": peak_memory(run.hardware.device),
-        "skipped_steps": sorted(guard.skipped),
-    }
-    if speeds:
-        speed = sorted(speeds)[len(speeds) // 2]
-        figures |= {"tokens_per_second": speed, "mfu": speed * flops / meter.peak}
-    return figures
 
 
 def _agree_on(checkpoint: Path | None) -> None:
@@ -308,18 +348,46 @@ def _agree_on(checkpoint: Path | None) -> None:
         )
 
 
+def _final_eval_loss(trainer: Trainer) -> float:
+    """The loss on the validation side after the last step; measured now, unless the last step did it."""
+    history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
+    return (history.get(trainer.state.global_step) or trainer.evaluate())["eval_loss"]
+
+
+def _save(run: Run, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer.model.config.use_cache = True
+    target = run.folder / "adapter" if run.settings.lora else run.folder
+    trainer.save_model(str(target))
+    if run.is_main:
+        tokenizer.save_pretrained(run.folder)
+        # A pickle, whose content is in stage.json.
+        (target / "training_args.bin").unlink(missing_ok=True)
+
+
+def _speed(folder: Path, flops_share: float) -> dict[str, float]:
+    """The median of the logged speeds; empty when the run was too short to log one.
+
+    flops_share: what one token costs, as a share of the hardware's peak FLOP/s.
+    """
+    speeds = [row["tokens_per_second"] for row in logged_rows(folder) if "tokens_per_second" in row]
+    if not speeds:
+        return {}
+    speed = median_high(speeds)
+    return {"tokens_per_second": speed, "mfu": speed * flops_share}
+
+
 def speed_of(figures: dict[str, Any]) -> str:
-    """The speed for a headline; nothing when the run was too short to measure one."""
+    """The speed for a headline; empty when the run was too short to measure one."""
     if "tokens_per_second" not in figures:
         return ""
     return f", {figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.0%}"
 
 
-def run_script(work: Any) -> None:
-    """Call a training script's main function with its plan; errors a user can mend end in one line."""
+def run_script(work: Callable[[dict[str, Any]], None]) -> None:
+    """Call a training script's main function with its plan; an error that a user can fix ends in one line."""
+    write_lines_without_a_terminal()
     plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     faulthandler.register(STACKS)
-    write_lines_without_a_terminal()
     code = 0
     try:
         work(plan)

@@ -131,3 +131,16 @@ def test_comparison_has_a_row_per_figure():
     figures = {"tokens": 1234, "response_loss": 1.5, "tasks": {}}
     table = metrics.comparison(figures, figures | {"response_loss": 1.25}).splitlines()
     assert table[2:] == ["| tokens | 1,234 | 1,234 |", "| response loss | 1.5 | 1.25 |"]
+
+
+def test_evaluation_weighs_tokens_not_batches():
+    from recipe.evaluation.metrics import combine
+
+    parts = [
+        {"documents": 1, "bytes": 30, "characters": 10, "tokens": 10, "loss_sum": 20.0},
+        {"documents": 2, "bytes": 60, "characters": 20, "tokens": 40, "loss_sum": 40.0},
+    ]
+    total = combine(parts)
+    assert total["loss"] == 60 / 50
+    assert total["bits_per_byte"] == pytest.approx(60 / math.log(2) / 90)
+    assert total["perplexity"] == pytest.approx(math.exp(1.2))

@@ -83,3 +83,51 @@ def test_runs_are_called_by_what_tells_them_apart():
 def test_a_run_without_a_figure_there_is_said_to_have_none():
     runs = {"short": rows(1, 0.1, steps=(5,)), "long": rows(1, 0.1)}
     assert curves.comparison(runs).splitlines()[3].endswith("| not measured yet | not measured yet |")
+
+
+METRICS = [
+    {"step": 40, "tokens": 4_000_000, "loss": 4.5, "learning_rate": 3e-4},
+    {"step": 42, "tokens": 4_200_000, "eval_loss": 4.25},
+    {"step": 80, "tokens": 8_000_000, "loss": 4.15, "learning_rate": 1e-4},
+    {"step": 85, "tokens": 8_500_000, "eval_loss": 3.98},
+]
+
+
+def test_metrics_of_the_evaluations_are_a_table():
+    """The last row reads 4.15/3.98 (63.4/53.5), as published systems write it."""
+    assert curves.metrics_table(METRICS).splitlines() == [
+        "| step | train loss | valid loss | train perplexity | valid perplexity |",
+        "|---:|---:|---:|---:|---:|",
+        "| 42 | 4.5000 | 4.2500 | 90.02 | 70.11 |",
+        "| 85 | 4.1500 | 3.9800 | 63.43 | 53.52 |",
+    ]
+    preferences = curves.metrics_table(METRICS, with_perplexity=False).splitlines()
+    assert preferences[0] == "| step | train loss | valid loss |" and preferences[-1].count("|") == 4
+
+
+def test_a_table_has_rows_without_a_training_loss_and_after_divergence():
+    rows = [{"step": 0, "eval_loss": 5.0}, {"step": 1, "loss": 1e4}, {"step": 1, "eval_loss": 1e4}]
+    lines = curves.metrics_table(rows).splitlines()
+    assert lines[2] == "| 0 |  | 5.0000 |  | 148.41 |"
+    assert lines[3] == "| 1 | 10000.0000 | 10000.0000 | inf | inf |"
+
+
+@pytest.mark.parametrize("with_perplexity", [True, False])
+def test_the_learning_curve_shows_the_learning_rate(tmp_path, monkeypatch, with_perplexity):
+    from matplotlib import pyplot
+
+    drawn = {}
+
+    def close(figure):
+        for axis in figure.axes:
+            drawn[axis.get_ylabel()] = [line.get_ydata().tolist() for line in axis.get_lines()]
+
+    monkeypatch.setattr(pyplot, "close", close)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
+    curves.write_curves(tmp_path, "a run", with_perplexity)
+    assert drawn["learning rate"] == [[3e-4, 1e-4]]
+    assert drawn["loss (nats per token)" if with_perplexity else "loss"] == [[4.5, 4.15], [4.25, 3.98]]
+    assert ("perplexity" in drawn) == with_perplexity
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+    page = (tmp_path / "metrics.md").read_text()
+    assert page == f"# a run\n\n{curves.metrics_table(METRICS, with_perplexity)}"

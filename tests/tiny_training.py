@@ -1,0 +1,124 @@
+"""A training of a tiny model in this process: what the tests of recipe.training and recipe.model share.
+
+A test module that uses the fixtures says ``pytest_plugins = ["tiny_training"]``. (PYTEST_DONT_REWRITE: the
+module is also imported as usual.)
+"""
+
+import json
+import os
+import platform
+import signal
+
+import pytest
+import torch
+from conftest import sentences
+from recipe.model.build import build_model
+from recipe.tokenization.encode_text import document_ids, prompt_ids
+from recipe.tokenization.packing import PackedBlocks
+from recipe.tokenization.token_files import TokenFile, write_token_file
+from recipe.tokenization.train import train_tokenizer
+from recipe.training import training
+from recipe.training.sample_prompts import Samples
+from torch._dynamo.utils import counters
+from torch.utils.data import Subset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+# With dropout, so that one random number more or less between two steps changes the losses.
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 64,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+}
+
+VALUES = {
+    "block_size": 32,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "bf16": False,
+    "torch_compile": False,
+}
+
+GENERATION = {"prompts": ["今日は", "彼女は"], "max_new_tokens": 5, "do_sample": True, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Folder with a tokenizer and a token file."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    tokenizer.save_pretrained(folder)
+    write_token_file(folder / "train", (document_ids(tokenizer, text) for text in sentences(200, 2)), 400)
+    return folder
+
+
+@pytest.fixture
+def train(corpus, tmp_path, monkeypatch):
+    """Train the tiny model with changed values; returns (figures, rows of metrics.jsonl, folder)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # Forget what an earlier test has compiled in this process.
+    torch._dynamo.reset()
+    counters.clear()
+
+    def run(name="run", **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"pretrain": VALUES | changes, "generation": GENERATION, "model": GPT2}
+        plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder)}
+        plan |= {
+            "ranks": 1,
+            "fsdp": False,
+            "tensor_parallel": 1,
+            "host": platform.node(),
+            "parent": os.getpid(),
+        }
+        run = training.prepare(plan, "pretrain")
+        tokenizer = AutoTokenizer.from_pretrained(corpus)
+        samples = PackedBlocks(TokenFile(corpus / "train"), 32, tokenizer.pad_token_id, run.arguments.seed)
+        model = build_model(GPT2, tokenizer, run.choice.attention, run.arguments.seed)
+        prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in GENERATION["prompts"]}
+        sampling = Samples(run.settings.sample_steps, prompts, GENERATION, tokenizer, folder)
+        valid = Subset(samples, range(4))
+        figures = training.run_training(
+            run, model, tokenizer, samples, valid, bytes_per_token=3.0, sampling=sampling
+        )
+        return figures, rows_of(folder / "metrics.jsonl"), folder
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def tiny_qwen3():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        Qwen3Config(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=True,
+        )
+    )

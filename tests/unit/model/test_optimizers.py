@@ -1,0 +1,99 @@
+"""Muon with AdamW, and what weight decay applies to."""
+
+import pytest
+import torch
+from recipe.model.build import build_model
+from recipe.model.optimizers import MuonAdamW, decayed
+from tiny_training import tiny_qwen3
+from transformers import AutoTokenizer
+
+pytest_plugins = ["tiny_training"]
+
+
+def optimizer_of(model):
+    return MuonAdamW(model, 0.02, 0.003, (0.9, 0.95), 1e-8, 0.1)
+
+
+def test_every_parameter_has_one_optimizer_and_matrices_have_muon():
+    model = tiny_qwen3()
+    optimizer = optimizer_of(model)
+    muon, adamw = (
+        [id(p) for group in part.param_groups for p in group["params"]] for part in optimizer.parts
+    )
+    assert sorted(muon + adamw) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[i].split(".")[-2] for i in muon} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert all(group["weight_decay"] == 0 for group in optimizer.parts[1].param_groups)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_scheduler_moves_both_optimizers(loaded):
+    optimizer = optimizer_of(tiny_qwen3())
+    if loaded:
+        optimizer.load_state_dict(optimizer_of(tiny_qwen3()).state_dict())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [0.01, 0.0015]
+
+
+def test_resumed_optimizer_steps_identically():
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            torch.manual_seed(number)
+            model(input_ids=torch.randint(40, (2, 8)), labels=torch.randint(40, (2, 8))).loss.backward()
+            optimizer.step()
+            model.zero_grad()
+
+    straight = tiny_qwen3()
+    steps(straight, optimizer_of(straight), range(6))
+    first = tiny_qwen3()
+    optimizer = optimizer_of(first)
+    steps(first, optimizer, range(3))
+    resumed = tiny_qwen3()
+    resumed.load_state_dict(first.state_dict())
+    again = optimizer_of(resumed)
+    again.load_state_dict(optimizer.state_dict())
+    steps(resumed, again, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "shape", "matrices"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 2}, ["attn.c_attn", "attn.c_proj", "mlp.c_fc"]),
+        ("qwen3", {}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("mistral", {}, ["q_proj", "o_proj", "down_proj"]),
+        ("gpt_neox", {}, ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h"]),
+    ],
+)
+def test_decay_leaves_norms_biases_and_embeddings_alone(corpus, kind, shape, matrices, tied):
+    llama = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    if kind in ("qwen3", "mistral"):
+        llama |= {"num_key_value_heads": 2, "head_dim": 16}
+    values = {"model_type": kind, "tie_word_embeddings": tied} | (shape or llama)
+    model = build_model(values, AutoTokenizer.from_pretrained(corpus), "eager", 0)
+    names = set(decayed(model))
+    everything = dict(model.named_parameters())
+    for name in everything:
+        alone = name.endswith("bias") or any(
+            part in name for part in ("norm", "ln_", "wte", "wpe", "embed_tokens", "embed_in")
+        )
+        assert (name in names) == (not alone), name
+    assert all(any(matrix in name for name in names) for matrix in matrices)
+    output = {"lm_head.weight", "embed_out.weight"} & set(everything)
+    assert (output <= names) and bool(output) == (not tied)

@@ -1,0 +1,23 @@
+"""Samples during a training."""
+
+import pytest
+from tiny_training import GENERATION, losses_of, rows_of
+
+pytest_plugins = ["tiny_training"]
+
+
+@pytest.mark.parametrize("steps", [2, [2, 4]])
+def test_samples_at_chosen_steps_change_nothing(train, steps):
+    plain, sampled = train("plain")[1], train("sampled", sample_steps=steps)
+    assert losses_of(sampled[1]) == losses_of(plain)
+    rows = rows_of(sampled[2] / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (0, 2, 4, 6) for prompt in GENERATION["prompts"]
+    ]
+    evaluated = {row["step"]: row["eval_loss"] for row in sampled[1] if "eval_loss" in row}
+    assert {row["step"]: row["eval_loss"] for row in rows if row["step"]} == evaluated
+    page = (sampled[2] / "samples.md").read_text()
+    head, _, *body = page.splitlines()
+    assert head.startswith("| prompt | step 0 | step 2, valid loss") and "step 6, valid loss" in head
+    assert [line.split(" | ")[0] for line in body] == [f"| {prompt}" for prompt in GENERATION["prompts"]]
+    assert not (sampled[2].parent / "plain/samples.jsonl").exists()

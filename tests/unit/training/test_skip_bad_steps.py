@@ -1,0 +1,97 @@
+"""Steps with NaN, infinity or a spike are skipped."""
+
+import json
+import math
+
+import pytest
+import torch
+from recipe.project import RecipeError
+from recipe.training import trainer
+from recipe.training.skip_bad_steps import MOST_IN_A_ROW, Guard
+from tiny_training import losses_of
+
+pytest_plugins = ["tiny_training"]
+
+STEPS = {"logging_steps": 1, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture
+def inject(monkeypatch):
+    """Multiply the loss of chosen steps by a factor: gradients follow.
+
+    Returns the weights before each step.
+    """
+    seen = {}
+
+    def start(factor, *steps):
+        stock = trainer.RecipeTrainer.compute_loss
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            step = self.state.global_step + 1
+            seen.setdefault(step, torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+            loss, outputs = stock(self, model, inputs, True, num_items_in_batch)
+            loss = loss * factor if step in steps else loss
+            return (loss, outputs) if return_outputs else loss
+
+        monkeypatch.setattr(trainer.RecipeTrainer, "compute_loss", compute_loss)
+        return seen
+
+    return start
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 100.0])
+def test_a_step_with_a_bad_loss_changes_no_weight(train, inject, factor, muon):
+    weights = inject(factor, 3)
+    figures, _, folder = train(**STEPS, muon_learning_rate=muon, weight_decay=0.1)
+    assert figures["skipped_steps"] == [3]
+    assert torch.equal(weights[3], weights[4])
+    for step in (1, 2, 4, 5):
+        assert not torch.equal(weights[step], weights[step + 1])
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    (row,) = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    assert row["step"] == 3 and row["reason"].startswith("a loss of")
+
+
+def test_a_nan_gradient_is_skipped_although_the_loss_is_finite(train, monkeypatch):
+    stock = trainer.RecipeTrainer._get_grad_norm
+
+    def broken(self, *arguments, **keywords):
+        if self.state.global_step == 1:
+            next(self.model.parameters()).grad.fill_(math.nan)
+            keywords["grad_norm"] = torch.tensor(math.nan)
+            arguments = arguments[:1]
+        return stock(self, *arguments, **keywords)
+
+    monkeypatch.setattr(trainer.RecipeTrainer, "_get_grad_norm", broken)
+    figures, rows, _ = train(**STEPS)
+    assert figures["skipped_steps"] == [2] and all(math.isfinite(loss) for loss in losses_of(rows))
+
+
+def test_the_same_steps_are_skipped_again_after_an_interruption(train, inject, monkeypatch):
+    """An earlier run has left a list; its steps are skipped although their losses are good now."""
+    weights = inject(1.0)
+    stock = Guard.on_train_begin
+
+    def with_a_list(guard, *arguments, **objects):
+        guard.path.write_text('{"step": 2}\n{"step": 4}\n{"st')
+        stock(guard, *arguments, **objects)
+
+    monkeypatch.setattr(Guard, "on_train_begin", with_a_list)
+    assert train(**STEPS)[0]["skipped_steps"] == [2, 4]
+    assert torch.equal(weights[2], weights[3]) and torch.equal(weights[4], weights[5])
+    assert not torch.equal(weights[3], weights[4])
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_training(train, inject):
+    weights = inject(math.nan, *range(2, 20))
+    with pytest.raises(
+        RecipeError, match=f"{MOST_IN_A_ROW} steps in a row were skipped, the last is {MOST_IN_A_ROW + 1}"
+    ):
+        train(**STEPS | {"max_steps": 12})
+    assert max(weights) == MOST_IN_A_ROW + 1 and torch.equal(weights[2], weights[MOST_IN_A_ROW + 1])
+
+
+def test_a_loss_that_falls_or_doubles_is_no_spike(train, inject):
+    inject(2.0, 3, 5)
+    assert train(**STEPS)[0]["skipped_steps"] == []

@@ -1,0 +1,93 @@
+"""The Trainer of all trainings: optimizers, weight decay, clipping, the seed, the z-loss, evaluation."""
+
+import math
+
+import pytest
+import torch
+from recipe.config import optimizers as table
+from recipe.config.optimizers import OPTIMIZERS, Optimizer
+from recipe.model import optimizers
+from recipe.model.build import build_model
+from recipe.training import trainer
+from tiny_training import GPT2, losses_of
+from transformers import AutoTokenizer
+
+pytest_plugins = ["tiny_training"]
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_decay_groups_reach_the_optimizer(train, monkeypatch, muon):
+    seen = {}
+    stock = trainer.RecipeTrainer.create_optimizer
+
+    def look(self, model=None):
+        optimizer = stock(self, model)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            seen.setdefault(group["weight_decay"], set()).update(names[id(p)] for p in group["params"])
+        return optimizer
+
+    monkeypatch.setattr(trainer.RecipeTrainer, "create_optimizer", look)
+    train(weight_decay=0.1, muon_learning_rate=muon, max_steps=1)
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert seen[0.1] == {f"transformer.h.0.{name}.weight" for name in matrices}
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"} <= seen[0.0]
+    assert set(seen) == {0.0, 0.1}
+
+
+def test_gradients_are_clipped(train, corpus):
+    """One step of plain gradient descent with rate 1 moves the weights by exactly the norm of the clip."""
+    tokenizer = AutoTokenizer.from_pretrained(corpus)
+    before = dict(build_model(GPT2, tokenizer, "sdpa", 42).named_parameters())
+    moved = {}
+    for norm in (0.01, 0.0):
+        _, rows, folder = train(
+            f"clip{norm}", optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", weight_decay=0.0,
+            max_steps=1, max_grad_norm=norm,
+        )  # fmt: skip
+        after = type(build_model(GPT2, tokenizer, "sdpa", 42)).from_pretrained(folder)
+        change = [(p - before[name]).norm() for name, p in after.named_parameters()]
+        moved[norm] = torch.stack(change).norm().item()
+        assert rows[0]["grad_norm"] > 0.1  # logged before it is clipped
+    assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert moved[0.0] == pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+
+
+def test_seed_decides_everything(train):
+    first, again, other = (
+        losses_of(train(name, seed=seed)[1]) for name, seed in zip("abc", (1, 1, 2), strict=True)
+    )
+    assert first == again != other
+
+
+def test_z_loss_is_logged_apart(train):
+    """A coefficient too small to matter leaves the logged loss what it was; the share is of the known
+    size.
+    """
+    plain = losses_of(train("plain")[1])
+    figures, rows, _ = train("z", z_loss=1e-6)
+    assert losses_of(rows) == pytest.approx(plain, rel=1e-4)
+    rows = [row for row in rows if "loss" in row]
+    # At the start the logits are near 0, so Z is the size of the vocabulary.
+    assert rows[0]["z_loss"] == pytest.approx(1e-6 * math.log(400) ** 2, rel=0.05)
+    assert all("z_loss" in row for row in rows) and figures["active"]["z_loss"] == 1e-6
+    large = [row for row in train("large", z_loss=1.0)[1] if "loss" in row]
+    assert large[-1]["z_loss"] < 0.85 * large[0]["z_loss"]  # it is trained away
+
+
+def test_evaluation_changes_nothing(train):
+    often = train("often", eval_strategy="steps", eval_steps=1)[1]
+    assert losses_of(often) == losses_of(train("never")[1])
+
+
+def test_an_optimizer_of_our_own_is_chosen_by_its_name(train, monkeypatch):
+    """One entry and one function that builds it; the Trainer itself never sees the name."""
+    entry = Optimizer("NAdam", table.everywhere(8), builder="build_nadam")
+    monkeypatch.setitem(OPTIMIZERS, "nadam", entry)
+
+    def build(model, settings, arguments):
+        return torch.optim.NAdam(model.parameters(), lr=arguments.learning_rate)
+
+    monkeypatch.setattr(optimizers, "build_nadam", build, raising=False)
+    figures, rows, _ = train(optim="nadam")
+    assert figures["active"]["optimizer"] == "NAdam" and losses_of(rows)[-1] < losses_of(rows)[0]
