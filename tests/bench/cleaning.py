@@ -1,18 +1,18 @@
-"""How fast a core cleans raw text: the plain loop over lines with neologdn against this recipe.
+"""The speed of cleaning on one core: a plain loop over lines with neologdn, and this recipe.
 
-All peers read the same raw documents, in turn, three rounds, best round counts:
+All peers read the same raw documents in turn, in three rounds; the best round counts:
 
-- ``plain``: neologdn.normalize on every line, as the common recipes do; nothing else.
+- ``plain``: neologdn.normalize on every line, as common recipes do; nothing else.
 - ``normalise``: `recipe.corpus.normalizing`; its output is compared with that of ``plain``, byte by byte.
 - ``clean``: normalise + filter + exact deduplication by hash, with the settings of configs/tiny, and with the
   sets of rules for books and for the web.
 
-A text with control characters is rejected before it is normalised; that share is stated, and every peer runs
-again on a corpus without such texts. The third corpus are the documents that pass all rules of the web set,
-where no filter saves any work. The last table is one worker process against two.
+A text with control characters is rejected before it is normalised. The table gives their share, and every
+peer runs again on a corpus without such texts. The third corpus has only documents that pass all rules of the
+web set, where no filter saves any work. The last table compares one worker process with two.
 
 Run (2 minutes, nothing else running):  .venv/bin/python tests/bench/cleaning.py [DATA]
-DATA is the download cache that stage 01 filled (default: data/).
+DATA is the folder that stage 01 filled (default: data/).
 """
 
 import json
@@ -34,7 +34,7 @@ ROUNDS = 3
 
 
 def write_raw(data: Path, path: Path) -> None:
-    """All documents of the packaged sources as they are read, one JSON string a line."""
+    """Write all documents of the packaged sources, as they are read: a JSON string per line."""
     with path.open("w", encoding="utf-8") as file:
         for name, source in CONFIG["sources"].items():
             for document in read(name, source, data):
@@ -49,7 +49,7 @@ def load(path: Path) -> list[str]:
 
 
 def plain(texts: list[str]) -> list[str]:
-    """neologdn on every line, empty lines left out."""
+    """neologdn on every line, without the empty lines."""
     return [
         "\n".join(
             filter(
@@ -67,7 +67,7 @@ def normalise(texts: list[str]) -> list[str]:
 
 
 def clean(texts: list[str], rules: str | None = None) -> list[str]:
-    """Normalise, filter and drop exact duplicates: the texts that are kept."""
+    """Normalise, filter and drop exact duplicates; return the texts that are kept."""
     clean_text = make_cleaner(CONFIG, {"rules": rules})
     seen, kept = set(), []
     for text in texts:
@@ -103,7 +103,7 @@ def megabytes(texts: list[str]) -> float:
 
 
 def measure(texts: list[str]) -> dict[str, tuple[float, list[str]]]:
-    """Best seconds and the output of every peer; the rounds of all peers take turns."""
+    """The best seconds and the output of every peer; the peers run in turn."""
     results: dict[str, tuple[float, list[str]]] = {}
     for _ in range(ROUNDS):
         for name, peer in PEERS.items():
@@ -115,7 +115,7 @@ def measure(texts: list[str]) -> dict[str, tuple[float, list[str]]]:
 
 
 def print_corpus(title: str, texts: list[str]) -> None:
-    """The table of one corpus."""
+    """Print the table of one corpus."""
     results = measure(texts)
     assert results["normalise"][1] == results["plain"][1], "the output differs from that of neologdn"
     size, base = megabytes(texts), results["plain"][0]
@@ -126,7 +126,7 @@ def print_corpus(title: str, texts: list[str]) -> None:
 
 
 def clean_half(path: Path, part: int, parts: int, barrier: multiprocessing.Barrier) -> None:
-    """A worker: its share of the documents, between two barriers, so that loading does not count."""
+    """A worker: cleans its share of the documents between two barriers, so that loading is not measured."""
     texts = load(path)[part::parts]
     clean_web(texts[:100])
     barrier.wait()

@@ -1,9 +1,9 @@
-"""Time and memory of stage 02 as its input grows: both must tell that the corpus is streamed.
+"""Time and memory of stage 02 as its input grows: time must be linear, and memory constant.
 
-The input is made of lines of a finished dataset, drawn at random into documents of 12 lines, so that any
-amount of it can be had without exact duplicates. A size is built from nothing in a process of its own, by all
-phases (reading, cleaning with the rules of an encyclopaedia, exact and MinHash deduplication, splitting, the
-check for leaks) and with a worker per core; memory is the peak of the largest single process.
+The input consists of random lines of a finished dataset, in documents of 12 lines, so that it can have any
+size without exact duplicates. Each size runs in a process of its own, through all phases (reading, cleaning
+with the rules of an encyclopaedia, exact and MinHash deduplication, splitting, the check for leaks), with a
+worker per core. Memory is the peak of the largest single process.
 
 Run (about 5 minutes, nothing else running; 3 GB of disk):
     .venv/bin/python tests/bench/corpus.py [outputs/tiny/02_dataset] [MEGABYTES ...]
@@ -30,7 +30,7 @@ LINES = 12
 
 
 def write_input(path: Path, megabytes: int, pool: list[str]) -> int:
-    """Documents of random lines as .jsonl, `megabytes` of text in all; their number."""
+    """Write documents of random lines as .jsonl, `megabytes` of text in all; return their number."""
     draw, size, documents = random.Random(megabytes), 0, 0
     with path.open("w", encoding="utf-8") as handle:
         while size < megabytes * 1e6:
@@ -61,7 +61,7 @@ def build(path: Path, folder: Path) -> None:
 
 
 def main(dataset: Path, sizes: list[int]) -> None:
-    """Print a row per size."""
+    """Print a row for each size."""
     pool = [line for text in read_texts(dataset, "train") for line in text.split("\n") if len(line) >= 20]
     print(f"{os.cpu_count()} cores\n")
     print(

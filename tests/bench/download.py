@@ -1,7 +1,7 @@
-"""Speed and memory of `fetch` on one large file from a server on this machine, beside curl and a bare loop.
+"""Speed and memory of `fetch` for one large file from a local server, compared with curl and a plain loop.
 
 Each runs in a process of its own against the same server, which sends from memory. `fetch` also computes the
-sha256, flushes to disk and renames; the bare loop (urllib, 1 MiB pieces) and curl only write.
+sha256, flushes to disk and renames; the plain loop (urllib, blocks of 1 MiB) and curl only write.
 
     PYTHONPATH=pretrain python tests/bench/download.py --megabytes 1000
 """
@@ -27,8 +27,8 @@ LOOP = """
 import sys, time, urllib.request
 started = time.perf_counter()
 with urllib.request.urlopen(sys.argv[1]) as response, open(sys.argv[2], "wb") as out:
-    while piece := response.read(1 << 20):
-        out.write(piece)
+    while block := response.read(1 << 20):
+        out.write(block)
 """
 REPORT = """
 import resource
@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Sends the same random MiB again and again."""
 
     def log_message(self, *arguments):
-        """Quiet."""
+        """Print nothing."""
 
     def do_GET(self):
         self.send_response(200)

@@ -1,12 +1,12 @@
-"""How fast `recipe.corpus.readers` gives documents, against the usual library's loop over lines.
+"""The speed of `recipe.corpus.readers`, compared with a loop over lines with the usual library.
 
-The text is made up: lines and documents as long as those of CC-100 ja (130 bytes a line, 1 kB a document).
+The text is generated: lines and documents as long as those of CC-100 ja (130 bytes a line, 1 kB a document).
 
 - ``lines``: open the file as text with the library of its form, and loop over the lines.
-- ``documents``: the same loop, with the lines between empty ones joined. It does what `read_file` does, but
-  checks nothing: a truncated .zst ends it silently, and no fault has a line number.
+- ``documents``: the same loop, with the lines between empty ones joined. It does the same as `read_file`, but
+  checks nothing: a truncated .zst ends silently, and no fault has a line number.
 
-Each is the best of three runs in one process. `aozora.prose` is measured by itself: no library does the same.
+Each number is the best of three runs in one process. `aozora.prose` has no peer: no library does the same.
 
 Run (two minutes, nothing else running):  PYTHONPATH=pretrain .venv/bin/python tests/bench/readers.py
 """
@@ -42,7 +42,7 @@ WORK = (
 
 
 def made_up_documents() -> Iterator[str]:
-    """Documents of 1 to 12 lines, MEGABYTES in all."""
+    """Generated documents of 1 to 12 lines, MEGABYTES in all."""
     chance, size = random.Random(0), 0
     while size < MEGABYTES * 1e6:
         lines = (
@@ -54,14 +54,14 @@ def made_up_documents() -> Iterator[str]:
 
 
 def joined(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of an iteration over lines."""
+    """Documents from an iteration over lines."""
     for empty, group in itertools.groupby(lines, lambda line: not line.strip()):
         if not empty:
             yield "".join(group)
 
 
 def megabytes_a_second(count: Callable[[], int], size: int) -> float:
-    """Best of three."""
+    """The best speed of three runs."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

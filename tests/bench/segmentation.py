@@ -1,8 +1,8 @@
-"""How fast text is segmented, by MeCab and by Sudachi, with 1 and 2 workers, and how near their words are.
+"""The speed of segmentation by MeCab and Sudachi, with 1 and 2 workers, and how similar their words are.
 
-The peer of each is itself, bare: one call over the same lines, which gives words but neither checks them nor
-keeps white space. The second table compares Sudachi's three units of words with JUMAN's, which MeCab's
-dictionary follows: F1 of the word ends.
+The peer of each is the segmenter alone: one call for the same lines, which gives words, but does not check
+them and does not keep white space. The second table compares Sudachi's three units of words with those of
+JUMAN (MeCab's dictionary): F1 of the word ends.
 
 Run (about a minute, nothing else running), after `run_all.sh --recipe tiny --to 02` or with your own files:
     .venv/bin/python tests/bench/segmentation.py [outputs/tiny/02_dataset/*.parquet]
@@ -23,7 +23,7 @@ COMPARED = 400
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of the better of two runs."""
+    """The wall time of the faster of two runs."""
     times = []
     for _ in range(2):
         start = time.perf_counter()
@@ -43,7 +43,7 @@ def bare(segmenter: word_segmenter.Segmenter, lines: list[str]) -> None:
 
 
 def word_ends(segmented: list[str]) -> set[int]:
-    """Where words end, counted in characters from the start of the first text."""
+    """The word ends, in characters from the start of the first text."""
     ends, position = set(), 0
     for word in " ".join(segmented).split():
         position += len(word)
@@ -72,7 +72,7 @@ def main() -> None:
                 f"| {times[1] / taken:.2f} | {times['bare'] / taken:.2f} |"
             )
     sample = [text for part in by_file for text in part[:COMPARED]]
-    wanted = word_ends(word_segmenter.make_segmenter("mecab", DATA).segment(sample))
+    expected = word_ends(word_segmenter.make_segmenter("mecab", DATA).segment(sample))
     print("\n| Sudachi's unit | words | F1 with JUMAN's |")
     print("|---|---|---|")
     import sudachipy
@@ -81,8 +81,8 @@ def main() -> None:
         tokenizer = sudachipy.Dictionary(dict="core").tokenizer(mode=mode)
         word_segmenter._sudachi = lambda tokenizer=tokenizer: tokenizer
         found = word_ends(word_segmenter.Segmenter("sudachi").segment(sample))
-        print(f"| {mode} | {len(found):,} | {2 * len(found & wanted) / (len(found) + len(wanted)):.3f} |")
-    print(f"| (JUMAN's) | {len(wanted):,} | |")
+        print(f"| {mode} | {len(found):,} | {2 * len(found & expected) / (len(found) + len(expected)):.3f} |")
+    print(f"| (JUMAN's) | {len(expected):,} | |")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How fast wikitext becomes prose, and how much of it comes out as it should.
+"""The speed of wikitext extraction, and the share of paragraphs that are extracted exactly.
 
 Peers, on the same pages in the same process, one core:
 
 - ``node removal``: mwparserfromhell as commonly used: parse, remove templates, tables, references, galleries,
   files and categories as nodes, then `strip_code`.
-- ``parse alone``: only `mwparserfromhell.parse`, the least that any way over a full parse takes.
+- ``parse alone``: only `mwparserfromhell.parse`, the least time for any method that parses the page.
 
-The corpus is hand-written like articles of Japanese Wikipedia (tests/unit/corpus/wikipedia), difficult on
-purpose, and its author also wrote the module: expect lower recall on real articles. Recall is the share of
-expected paragraphs that come out exactly, white space at their ends aside. Precision is the share of lines
-in the output that were expected. Peers take turns; the median of the rounds counts.
+The corpus is hand-written in the style of Japanese Wikipedia (tests/unit/corpus/wikipedia). It is difficult
+on purpose, and its author also wrote the module: expect lower recall on real articles. Recall is the share of
+expected paragraphs that are extracted exactly, except for white space at their ends. Precision is the share
+of output lines that were expected. The peers run in turn; the median of the rounds counts.
 
 Run (about 15 seconds, nothing else running):  .venv/bin/python tests/bench/wikipedia.py
 """
@@ -29,17 +29,17 @@ LINKS_OUT = ("file:", "image:", "category:", "ファイル:", "画像:", "カテ
 
 
 def remove_nodes(title: str, text: str) -> str:
-    """Prose by plain node removal."""
+    """Prose by removal of nodes."""
     code = mwparserfromhell.parse(text)
-    unwanted = [
+    removed = [
         *code.filter_templates(),
         *code.filter_tags(matches=lambda tag: str(tag.tag).lower() in TAGS_OUT),
         *code.filter_wikilinks(matches=lambda link: str(link.title).lower().startswith(LINKS_OUT)),
     ]
-    for node in unwanted:
+    for node in removed:
         try:
             code.remove(node)
-        except ValueError:  # it stood in a node that is gone already
+        except ValueError:  # it was in a node that is removed already
             continue
     return code.strip_code()
 
@@ -52,12 +52,12 @@ PEERS = {
 
 
 def lines(text: str) -> Counter[str]:
-    """The lines of a text that are not empty, with their number."""
+    """The lines of a text that are not empty, with their counts."""
     return Counter(line.strip() for line in text.splitlines() if line.strip())
 
 
 def main() -> None:
-    """Print speed, recall and precision of each peer, and what recipe.corpus.wikipedia does not get right."""
+    """Print speed, recall and precision of each peer, and the paragraphs that `extract` misses."""
     pages = [(path.stem, path.read_text("utf-8")) for path in sorted(PAGES.glob("*.wiki"))]
     expected = {title: lines((PAGES / f"{title}.txt").read_text("utf-8")) for title, _ in pages}
     megabytes = REPEATS * sum(len(text.encode()) for _, text in pages) / 1e6
@@ -70,8 +70,8 @@ def main() -> None:
                     prose(title, text)
             seconds[name].append(time.process_time() - start)
     speeds = {name: megabytes / statistics.median(times) for name, times in seconds.items()}
-    wanted = sum(count.total() for count in expected.values())
-    print(f"{len(pages)} hand-written pages, {wanted} expected paragraphs, {megabytes / REPEATS:.3f} MB\n")
+    total = sum(count.total() for count in expected.values())
+    print(f"{len(pages)} hand-written pages, {total} expected paragraphs, {megabytes / REPEATS:.3f} MB\n")
     print("| peer | MB/s per core | against node removal | recall | precision |")
     print("|---|---:|---:|---:|---:|")
     for name, prose in PEERS.items():
@@ -79,7 +79,7 @@ def main() -> None:
         right = sum((found[title] & expected[title]).total() for title in found)
         came = sum(count.total() for count in found.values())
         ratio = speeds[name] / speeds["node removal"]
-        quality = f"{right / wanted:.1%} | {right / came:.1%}" if came else "- | -"
+        quality = f"{right / total:.1%} | {right / came:.1%}" if came else "- | -"
         print(f"| {name} | {speeds[name]:.2f} | {ratio:.1f}x | {quality} |")
     for title, text in pages:
         for line in expected[title] - lines(extract(title, text)[0]):

@@ -1,5 +1,6 @@
-"""A server and a network that fail in every way that downloads meet: nothing wrong is kept, nothing that has
-come is asked for again.
+"""Downloads from a server and a network that fail in many ways.
+
+No wrong file is kept, and no byte that was received is requested again.
 """
 
 import datetime
@@ -50,7 +51,7 @@ class Site(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/text.bin"
 
     def handle_error(self, request, client_address):
-        """Clients that go away are what is tested here."""
+        """Print nothing: clients that disconnect are part of the tests."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -128,7 +129,7 @@ def sha256(content):
 
 
 def fetched(site, target, **wishes):
-    """`fetch` with short pauses; the file must be whole, and nothing else may lie beside it but its state."""
+    """`fetch` with short pauses. The file must be complete, with only its state file next to it."""
     facts = fetch.fetch(site.url, target, **{"timeout": 30, "pause": 0.001} | wishes)
     assert target.read_bytes() == site.content
     assert sorted(p.name for p in target.parent.iterdir()) == [f".{target.name}.json", target.name]
@@ -143,7 +144,7 @@ def ranges(site):
 # ------------------------------------------------------------------------------------ what is tried again
 
 
-def test_dropped_connection_goes_on_where_it_ended(site, tmp_path):
+def test_lost_connection_is_resumed(site, tmp_path):
     site.faults = [{"cut": HALF}, {"cut": 1000}]
     facts = fetched(site, tmp_path / "x")
     assert ranges(site) == [None, f"bytes={HALF}-", f"bytes={HALF + 1000}-"]
@@ -151,7 +152,7 @@ def test_dropped_connection_goes_on_where_it_ended(site, tmp_path):
     assert facts["version"] == '"one"' and facts["url"] == site.url
 
 
-def test_server_that_falls_silent_is_left_and_asked_again(site, tmp_path, capsys):
+def test_stalled_server_is_retried(site, tmp_path, capsys):
     site.faults = [{"stall": HALF}]
     fetched(site, tmp_path / "x", timeout=0.3)
     assert ranges(site) == [None, f"bytes={HALF}-"]
@@ -159,7 +160,7 @@ def test_server_that_falls_silent_is_left_and_asked_again(site, tmp_path, capsys
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_passing_trouble_of_the_server_is_waited_out(site, tmp_path, status):
+def test_temporary_status_is_retried(site, tmp_path, status):
     site.faults = [{"status": status}] * 3
     fetched(site, tmp_path / "x")
     assert [status for *_, status, _ in site.requests] == [status] * 3 + [200]
@@ -174,7 +175,7 @@ def pauses(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_heeded(site, tmp_path, form, pauses):
+def test_retry_after_is_respected(site, tmp_path, form, pauses):
     date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=500)
     value = "500" if form == "seconds" else email.utils.format_datetime(date, usegmt=True)
     site.faults = [{"status": 429, "headers": {"Retry-After": value}}]
@@ -182,14 +183,14 @@ def test_retry_after_is_heeded(site, tmp_path, form, pauses):
     assert len(pauses) == 1 and 450 < pauses[0] <= 500
 
 
-def test_server_that_asks_for_hours_is_left_alone(site, tmp_path, pauses):
+def test_too_long_retry_after_is_an_error(site, tmp_path, pauses):
     site.faults = [{"status": 503, "headers": {"Retry-After": "7200"}}]
     with pytest.raises(RecipeError, match="asks to wait 7,200 s"):
         fetched(site, tmp_path / "x")
     assert len(site.requests) == 1 and not pauses
 
 
-def test_pauses_double_with_jitter_and_tries_end(site, tmp_path, pauses, capsys):
+def test_pauses_double_with_jitter_and_attempts_are_limited(site, tmp_path, pauses, capsys):
     site.faults = [{"status": 503}] * 99
     with pytest.raises(RecipeError, match=r"cannot be downloaded: HTTP 503.*run again"):
         fetched(site, tmp_path / "x", pause=1.0)
@@ -199,20 +200,20 @@ def test_pauses_double_with_jitter_and_tries_end(site, tmp_path, pauses, capsys)
     assert all(0.5 <= share <= 1 for share in shares) and len(set(shares)) > 1
 
 
-def test_tries_count_only_while_nothing_more_comes(site, tmp_path):
+def test_attempts_count_only_without_new_bytes(site, tmp_path):
     site.faults = [{"cut": 100_000}] * (2 * fetch.ATTEMPTS)
     fetched(site, tmp_path / "x")
     assert len(site.requests) == 2 * fetch.ATTEMPTS + 1
 
 
-def test_server_without_ranges_that_always_drops_is_given_up(site, tmp_path):
+def test_server_without_ranges_that_always_fails_is_an_error(site, tmp_path):
     site.ranges, site.faults = False, [{"cut": HALF}] * 99
     with pytest.raises(RecipeError, match="ended at 1,500,000 of 3,000,000 bytes"):
         fetched(site, tmp_path / "x")
     assert len(site.requests) == fetch.ATTEMPTS
 
 
-def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, capsys):
+def test_refused_connection_is_retried_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
@@ -222,13 +223,13 @@ def test_refused_connection_is_tried_again_and_named(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err.count("next attempt in") == fetch.ATTEMPTS - 1
 
 
-def test_short_content_is_not_taken_for_whole(site, tmp_path):
+def test_short_content_is_not_complete(site, tmp_path):
     site.faults = [{"cut": len(CONTENT) - 1}]
     fetched(site, tmp_path / "x")
     assert ranges(site)[1] == f"bytes={len(CONTENT) - 1}-"
 
 
-def test_chunked_answer_is_cut_nowhere(site, tmp_path):
+def test_chunked_answer_is_complete(site, tmp_path):
     site.chunked, site.faults = True, [{"cut": HALF}]
     fetched(site, tmp_path / "x")
     assert ranges(site) == [None, f"bytes={HALF}-"]
@@ -254,35 +255,35 @@ def test_server_that_ignores_ranges_sends_all_again(site, tmp_path):
 
 
 @pytest.mark.parametrize("heeds_if_range", [True, False])
-def test_file_that_changes_midway_is_not_glued_to_its_old_half(site, tmp_path, heeds_if_range):
+def test_file_that_changes_midway_is_downloaded_again(site, tmp_path, heeds_if_range):
     site.heeds_if_range = heeds_if_range
     site.faults = [{"cut": HALF}, {"content": OTHER, "etag": '"two"'}]
     assert fetched(site, tmp_path / "x")["version"] == '"two"'
     assert ranges(site)[1] == f"bytes={HALF}-"
 
 
-def test_changed_date_counts_where_there_is_no_etag(site, tmp_path):
+def test_changed_date_is_noticed_without_an_etag(site, tmp_path):
     site.etag, site.modified = "", "Mon, 01 Jan 2024 00:00:00 GMT"
     site.faults = [{"cut": HALF}, {"content": OTHER, "modified": "Tue, 02 Jan 2024 00:00:00 GMT"}]
     fetched(site, tmp_path / "x")
     assert [status for *_, status, _ in site.requests] == [200, 200]
 
 
-def test_nothing_tells_the_version_so_a_half_is_not_continued(site, tmp_path):
+def test_part_of_an_unknown_version_is_not_resumed(site, tmp_path):
     site.etag = ""
     site.faults = [{"cut": HALF}, {"content": OTHER}]
     fetched(site, tmp_path / "x")
     assert ranges(site) == [None, None]
 
 
-def test_a_hash_makes_up_for_the_missing_version(site, tmp_path):
+def test_part_of_an_unknown_version_is_resumed_with_a_hash(site, tmp_path):
     site.etag = 'W/"weak"'
     site.faults = [{"cut": HALF}]
     fetched(site, tmp_path / "x", sha256=sha256(CONTENT))
     assert ranges(site) == [None, f"bytes={HALF}-"]
 
 
-def test_file_that_became_shorter_than_what_is_here(site, tmp_path):
+def test_file_that_became_shorter_than_the_part(site, tmp_path):
     site.heeds_if_range = False
     site.faults = [{"cut": HALF}, {"content": OTHER[:1000], "etag": '"two"'}]
     fetched(site, tmp_path / "x")
@@ -296,7 +297,7 @@ def test_answer_to_another_range_is_not_used(site, tmp_path):
     assert ranges(site) == [None, f"bytes={HALF}-", None]
 
 
-def test_beginning_from_another_url_is_not_used(site, tmp_path):
+def test_part_from_another_url_is_not_used(site, tmp_path):
     (tmp_path / "x.part").write_bytes(OTHER[:HALF])
     state = {"url": "http://127.0.0.1/else", "bytes": len(OTHER), "etag": site.etag, "last_modified": ""}
     (tmp_path / ".x.json").write_text(json.dumps(state))
@@ -318,7 +319,7 @@ def test_altered_byte_is_refused_and_removed(site, tmp_path, name):
     fetched(site, tmp_path / "x", **{name: pin.upper()})
 
 
-def test_damaged_beginning_is_thrown_away_once(site, tmp_path):
+def test_damaged_part_is_discarded_once(site, tmp_path):
     site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetch.ATTEMPTS - 1)
     with pytest.raises(RecipeError):
         fetched(site, tmp_path / "x", sha256=sha256(CONTENT))
@@ -332,7 +333,7 @@ def test_damaged_beginning_is_thrown_away_once(site, tmp_path):
 
 
 @pytest.mark.parametrize("expected", [len(CONTENT) - 1, len(CONTENT) + 1])
-def test_another_size_than_pinned_is_refused_before_it_comes(site, tmp_path, expected):
+def test_another_size_than_pinned_is_refused_before_the_download(site, tmp_path, expected):
     with pytest.raises(RecipeError, match=f"has 3,000,000 bytes, expected {expected:,}"):
         fetched(site, tmp_path / "x", bytes=expected)
     assert not list(tmp_path.iterdir()) and len(site.requests) == 1
@@ -346,7 +347,7 @@ def test_content_that_does_not_end_at_the_pinned_size_is_refused(site, tmp_path)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 204])
-def test_final_answer_is_not_asked_for_again(site, tmp_path, status):
+def test_permanent_status_is_not_retried(site, tmp_path, status):
     site.faults = [{"status": status}] * 2
     with pytest.raises(RecipeError, match=rf"{site.url}: HTTP {status}"):
         fetched(site, tmp_path / "x")
@@ -371,7 +372,7 @@ def test_redirect_to_another_scheme_is_refused(site, tmp_path, to):
     assert len(site.requests) == 1 and not list(tmp_path.iterdir())
 
 
-def test_redirect_is_followed_and_the_range_goes_along(site, tmp_path):
+def test_redirect_is_followed_with_the_range(site, tmp_path):
     site.moved["/text.bin"] = "/elsewhere"
     site.faults = [{}, {"cut": HALF}]
     fetched(site, tmp_path / "x")
@@ -394,7 +395,7 @@ def test_redirects_in_a_circle_end(site, tmp_path):
 # -------------------------------------------------------------------------------------------------- disk
 
 
-def test_file_larger_than_the_disk_is_refused_before_it_comes(site, tmp_path):
+def test_file_larger_than_the_disk_is_refused_before_the_download(site, tmp_path):
     site.claims = 10**18
     with pytest.raises(Refused, match=rf"{tmp_path}: x needs {10**18:,} bytes, and [\d,]+ bytes are free"):
         fetched(site, tmp_path / "x")
@@ -428,7 +429,7 @@ def start(site, target, limit=0):
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_what_fitted_on_the_disk_is_gone_on_from(site, tmp_path):
+def test_download_continues_after_a_full_disk(site, tmp_path):
     _, said = start(site, tmp_path / "x", limit=HALF).communicate(timeout=60)
     assert "refused:" in said and f"{HALF:,} bytes are still missing" in said
     assert (tmp_path / "x.part").stat().st_size == HALF
@@ -439,7 +440,7 @@ def test_what_fitted_on_the_disk_is_gone_on_from(site, tmp_path):
 # ------------------------------------------------------------------------------------------------- kills
 
 
-def test_killed_download_goes_on_where_it_was(site, tmp_path):
+def test_killed_download_is_resumed(site, tmp_path):
     part, reached = tmp_path / "x.part", 0
     for expected in (500_000, 1_200_000, 2_000_000):
         site.pause = 0.01
@@ -458,7 +459,7 @@ def test_killed_download_goes_on_where_it_was(site, tmp_path):
     assert site.requests[-1] == ["GET", f"bytes={reached}-", 206, len(CONTENT) - reached]
 
 
-def test_killed_before_the_last_rename_nothing_is_asked_for(site, tmp_path):
+def test_killed_before_the_rename_nothing_is_requested_again(site, tmp_path):
     fetched(site, tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / "x.part")
     site.requests.clear()
@@ -471,7 +472,7 @@ def test_killed_before_the_last_rename_nothing_is_asked_for(site, tmp_path):
     assert len(site.requests) == 1
 
 
-def test_state_cut_off_by_a_power_failure_starts_over(site, tmp_path):
+def test_damaged_state_file_starts_again(site, tmp_path):
     (tmp_path / "x.part").write_bytes(OTHER[:HALF])
     (tmp_path / ".x.json").write_text('{"url": "htt')
     fetched(site, tmp_path / "x")
@@ -491,7 +492,7 @@ def test_memory_does_not_grow_with_the_file(site, tmp_path):
 # ----------------------------------------------------------------------------------------------- sources
 
 
-def test_source_of_several_urls_goes_on_with_the_one_that_failed(site, tmp_path):
+def test_source_of_several_urls_continues_with_the_failed_one(site, tmp_path):
     urls = [site.url.replace("text.bin", f"{i}.txt") for i in range(3)]
     spec = {"source": "files", "url": urls, "sha256": [sha256(CONTENT), None, sha256(CONTENT)]}
     site.faults = [{}, {"status": 404}]
@@ -510,7 +511,7 @@ def test_source_of_several_urls_goes_on_with_the_one_that_failed(site, tmp_path)
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".1.txt.json", "1.txt", "source.json"]
 
 
-def test_space_for_all_sources_is_looked_for_before_the_first(site, tmp_path):
+def test_space_for_all_sources_is_checked_before_the_first(site, tmp_path):
     specs = {name: {"source": "files", "url": site.url.replace("text", name)} for name in ("a", "b")}
     assert sum(download.missing_bytes(n, s, tmp_path) for n, s in specs.items()) == 2 * len(CONTENT)
     site.moved["/a.bin"] = "/elsewhere"
@@ -530,7 +531,7 @@ def test_space_for_all_sources_is_looked_for_before_the_first(site, tmp_path):
     fetch.require_space(tmp_path / "b/c", 1, "all")
 
 
-def test_stopped_stage_goes_on_with_the_file_it_was_at(site, make_project):
+def test_stopped_stage_resumes_its_file(site, make_project):
     project = make_project()
     spec = {"source": "files", "url": site.url.replace(".bin", ".txt"), "sha256": sha256(CONTENT)}
     project.edit("mini", "dataset", sources={"web": spec})

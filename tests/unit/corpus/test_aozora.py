@@ -106,7 +106,7 @@ def test_work_without_a_legend():
     }
 
 
-def test_heading_can_be_the_first_line():
+def test_heading_can_be_kept_as_the_first_line():
     assert prose(FOREST, heading=True)[0] == "森の手紙　――ある秋の記録――　青空太郎\n\n" + FOREST_PROSE
     assert prose(CAFE, heading=True)[0] == "茶店　海野花子\n\n" + CAFE_PROSE
 
@@ -170,7 +170,7 @@ def test_construct(raw, expected):
         "本文\n底本：は空行の後でだけ奥付",
     ],
 )
-def test_text_that_is_no_heading_and_no_colophon_stays(raw):
+def test_text_that_is_not_heading_or_colophon_stays(raw):
     assert prose(raw)[0] == raw.strip("\n")
 
 
@@ -326,6 +326,6 @@ def test_unknown_kind_is_always_refused(tmp_path, tolerant):
         list(read_work(write(tmp_path, "a.html", b"x"), tolerant))
 
 
-def test_missing_file_is_no_damage(tmp_path):
+def test_missing_file_is_not_a_fault(tmp_path):
     with pytest.raises(FileNotFoundError):
         list(read_work(tmp_path / "a.zip", tolerant=True))

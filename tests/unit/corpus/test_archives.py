@@ -1,4 +1,4 @@
-"""Hostile archives, given where stage 01 would have put them: refused or harmless, and nothing is written."""
+"""Hostile archives in data/: they are refused or harmless, and no file is written."""
 
 import gzip
 import io
@@ -35,7 +35,7 @@ def tar(*members):
 
 
 def deb(data_tar):
-    """A Debian package of these files, as dpkg-deb --build would not make it: an `ar` archive of three."""
+    """A Debian package (an `ar` archive of three files), as dpkg-deb --build would not make it."""
     files = {"debian-binary": b"2.0\n", "control.tar.gz": gzip.compress(tar(member("./control")))}
     files["data.tar.gz"] = gzip.compress(data_tar, 1)
     packed = b"!<arch>\n"
@@ -47,7 +47,7 @@ def deb(data_tar):
 
 @pytest.fixture
 def read(tmp_path):
-    """Put one archive into data/s/ and read it as a source. Whatever happens, no file may appear."""
+    """Put one archive into data/s/ and read it as a source. No other file may appear."""
 
     def read(kind, packed):
         if kind == "html-help" and not shutil.which("dpkg-deb"):
@@ -212,7 +212,7 @@ def test_zip_bomb_of_members_that_share_their_bytes_is_refused(tmp_path):
         names(path)
 
 
-def test_zip_whose_index_lies_about_the_size_yields_nothing(tmp_path):
+def test_zip_with_a_wrong_size_in_its_index_yields_nothing(tmp_path):
     def lie(index):
         index[0].file_size = 5
 
@@ -238,7 +238,7 @@ def test_damaged_zip_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_bytes_changed_at_random_give_members_or_a_clear_refusal(tmp_path, kind):
+def test_random_damage_gives_members_or_a_clear_error(tmp_path, kind):
     path = tmp_path / "a"
     if kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:

@@ -1,4 +1,4 @@
-"""Cleaning one text: what is kept of it, or why it is dropped."""
+"""Cleaning one text: the text that is kept, or the reason to drop it."""
 
 import pytest
 from recipe.corpus.cleaning import make_cleaner
@@ -18,13 +18,13 @@ CONFIG = {"minimum_characters": 5, "minimum_japanese_share": 0.3}
         ("片方だけ\ud800のサロゲート", None, "control characters"),
     ],
 )
-def test_what_is_kept_and_why_not(raw, kept, reason):
+def test_kept_text_and_reason(raw, kept, reason):
     text, seen = make_cleaner(CONFIG, {"source": "files"})(raw)
     assert seen == reason
     assert kept is None or text == kept
 
 
-def test_a_set_of_rules_can_only_ask_for_more_than_the_whole_dataset():
+def test_a_set_of_rules_can_only_raise_the_limits_of_the_dataset():
     text = "これは日本語の文章です。" * 5
     assert make_cleaner({}, {"rules": "books"})(text)[1] == "short"
     assert make_cleaner({"rules": {"books": {"minimum_characters": 50}}}, {"rules": "books"})(text)[1] == ""
@@ -32,5 +32,5 @@ def test_a_set_of_rules_can_only_ask_for_more_than_the_whole_dataset():
     assert make_cleaner(changed, {"rules": "books"})(text)[1] == "short"
 
 
-def test_share_of_one_side():
+def test_share_of_the_validation_side():
     assert is_valid_side(text_hash("x"), 1.0) and not is_valid_side(text_hash("x"), 0.0)

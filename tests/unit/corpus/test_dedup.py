@@ -27,7 +27,7 @@ def edited(text, characters=9):
 
 
 def write_shards(folder, shards):
-    """Clean shards and their files of hashes, as the phase before leaves them."""
+    """Clean shards and their files of hashes, as `Clean` writes them."""
     folder.mkdir(exist_ok=True)
     paths = []
     for number, texts in enumerate(shards):
@@ -51,7 +51,7 @@ def run(steps, tasks):
 
 
 def deduplicate(shards, folder, config=None, tasks=(2, 14)):
-    """All phases; what is removed, per shard, as plain lists."""
+    """Run all phases; the removed rows of each shard, as lists."""
     config = config or {}
     run(dedup.exact(hash_files(shards), folder), 1)
     run(dedup.signatures(shards, folder, config), tasks[0])
@@ -65,7 +65,7 @@ def deduplicate(shards, folder, config=None, tasks=(2, 14)):
 
 @pytest.fixture
 def planted(tmp_path):
-    """Four shards, one of them empty and one of one document, with copies of every kind across them."""
+    """Four shards, one of them empty and one with a single document, with copies of every kind."""
     a = random_texts(30)
     first = [*a[:10], a[3], edited(a[4])]
     third = [*a[10:20], a[5], edited(a[6]), edited(edited(a[7]), 10)]
@@ -101,7 +101,7 @@ def test_exact_duplicates_in_many_passes(tmp_path, monkeypatch):
     assert [*first.tolist(), *(second + 400).tolist()] == expected
 
 
-def test_hashes_equal_in_one_half_only_are_different(tmp_path):
+def test_hashes_with_one_equal_half_are_different(tmp_path):
     one, other, third = bytes(16), bytes(8) + b"\1" * 8, b"\1" * 8 + bytes(8)
     np.save(tmp_path / "h.npy", np.frombuffer(one + other + third + one, "u1").reshape(-1, 16))
     assert [rows.tolist() for rows in dedup.exact_duplicates([tmp_path / "h.npy"])] == [[3]]
@@ -134,7 +134,7 @@ def test_ranges_of_keys_change_nothing(tmp_path, planted, monkeypatch):
     assert len(list((tmp_path / "work/pairs").glob("*.dups"))) == 14 * 5  # 23 signed documents
 
 
-def test_the_kept_one_is_the_first_of_its_shards_order(tmp_path):
+def test_the_first_in_the_order_of_shards_is_kept(tmp_path):
     text = random_texts(1)[0]
     shards = write_shards(tmp_path / "shards", [[edited(text)], [text]])
     assert [r["near duplicate"] for r in deduplicate(shards, tmp_path / "a")] == [[], [0]]
@@ -166,7 +166,7 @@ def test_datatroves_own_steps_find_the_same_clusters(tmp_path, planted):
 
 
 @pytest.mark.parametrize("shift", [0, 40, 100, 200, 300, 400])
-def test_rows_agree_as_often_as_texts_are_similar(shift):
+def test_share_of_equal_minima_is_the_jaccard_similarity(shift):
     """Without bias: 20,000 functions, 3 sigma, over neighbouring code points, the worst for linear hashes."""
     signer = minhash.MinHash(bands=2500, rows=8, ngram=5, seed=3)
     texts = ["".join(map(chr, range(0x4E00 + start, 0x4E00 + start + 400))) for start in (0, shift)]
@@ -176,24 +176,24 @@ def test_rows_agree_as_often_as_texts_are_similar(shift):
     assert abs(agreed - jaccard) <= 3 * (jaccard * (1 - jaccard) / 20_000) ** 0.5
 
 
-def test_unlike_documents_stay(tmp_path):
+def test_different_documents_are_kept(tmp_path):
     texts, others = random_texts(300, length=120), random_texts(300, length=120, seed=2)
     mixed = [text[:40] + other[40:] for text, other in zip(texts, others, strict=True)]
     shards = write_shards(tmp_path / "shards", [texts, mixed])
     assert [r["near duplicate"] for r in deduplicate(shards, tmp_path / "work")] == [[], []]
 
 
-@pytest.mark.parametrize(("length", "pieces"), [(400_000, 1 << 10), (3_000, 1), (3_000, 7), (3_000, 2_995)])
-def test_a_document_is_signed_in_pieces(monkeypatch, length, pieces):
+@pytest.mark.parametrize(("length", "chunk"), [(400_000, 1 << 10), (3_000, 1), (3_000, 7), (3_000, 2_995)])
+def test_signature_does_not_depend_on_the_chunk_size(monkeypatch, length, chunk):
     signer = minhash.MinHash(**minhash.MINHASH)
     text = random_texts(1, length)[0]
-    monkeypatch.setattr(minhash, "_SHINGLES_AT_ONCE", pieces)
-    in_pieces = signer.signature(text)
+    monkeypatch.setattr(minhash, "_SHINGLES_AT_ONCE", chunk)
+    in_chunks = signer.signature(text)
     monkeypatch.setattr(minhash, "_SHINGLES_AT_ONCE", 1 << 19)
-    assert in_pieces.tolist() == signer.signature(text).tolist()
+    assert in_chunks.tolist() == signer.signature(text).tolist()
 
 
-def test_dakuten_are_kept_apart_and_forms_are_not():
+def test_dakuten_stay_different_and_forms_become_equal():
     assert minhash.fold("が") != minhash.fold("か")
     assert minhash.fold("はがき、ＡＢＣ １２!") == "はがきabc12"
     assert minhash.fold("か\u3099ｶﾞ") == "がガ"
@@ -202,14 +202,14 @@ def test_dakuten_are_kept_apart_and_forms_are_not():
     assert (signer.signature("かきくけこ") != signer.signature("がぎぐげご")).all()
 
 
-def test_documents_shorter_than_an_ngram_are_left_alone(tmp_path):
+def test_documents_shorter_than_an_ngram_are_kept(tmp_path):
     shards = write_shards(
         tmp_path / "shards", [["あいうえ", "あいう、え", "…", "!!", "あいうえお", "あいうえお。"]]
     )
     assert deduplicate(shards, tmp_path / "work") == [{"duplicate": [], "near duplicate": [5]}]
 
 
-def test_the_seed_and_the_other_settings_count(tmp_path):
+def test_settings_change_the_result(tmp_path):
     text = random_texts(1)[0]
     signed = [
         minhash.MinHash(**minhash.minhash_settings(config)).signature(text)
@@ -226,7 +226,7 @@ def test_the_seed_and_the_other_settings_count(tmp_path):
 @pytest.mark.parametrize(
     "config", [{"band": 14}, {"rows": 0}, {"ngram": "5"}, {"seed": -1}, {"seed": 1 << 32}, {"bands": True}]
 )
-def test_settings_that_make_no_sense_are_refused(config):
+def test_invalid_settings_are_refused(config):
     with pytest.raises(Refused, match=f"minhash.{next(iter(config))}"):
         minhash.minhash_settings(config)
 
@@ -251,7 +251,7 @@ def execute(pipeline, tasks, logs):
     LocalPipelineExecutor(pipeline, tasks=tasks, logging_dir=str(logs)).run()
 
 
-def test_a_second_run_finds_what_is_finished(tmp_path, planted):
+def test_a_second_run_repeats_only_missing_tasks(tmp_path, planted):
     shards, removed = planted
     work, logs = tmp_path / "work", tmp_path / "logs"
     phases = {

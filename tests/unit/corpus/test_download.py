@@ -1,4 +1,4 @@
-"""Downloads: fetched once, checked, refused when altered, with the way out where they cannot be had."""
+"""Stage 01: each source is downloaded once and checked; errors tell what to do."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from recipe.corpus import download, packages, source_files, sources
 from recipe.project import RecipeError, Refused
 
 
-def test_system_without_apt_is_told_the_way_out(monkeypatch):
+def test_system_without_apt_gets_advice(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RecipeError, match='"source": "files"'):
         packages.require_apt("manpages")
@@ -171,7 +171,7 @@ URL = "https://example.org/a.xz"
         ({"url": [URL], "md5": [3]}, "3, expected 32 hexadecimal digits"),
     ],
 )
-def test_url_or_hash_that_cannot_be_right_is_refused_before_anything_starts(spec, words):
+def test_invalid_url_or_hash_is_refused_before_anything_starts(spec, words):
     values = {"dataset": {"sources": {"web": {"source": "files", **spec}}}}
     with pytest.raises(Refused, match=words) as caught:
         download.source_facts(values)

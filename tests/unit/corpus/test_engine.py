@@ -17,7 +17,7 @@ from recipe.project import RecipeError
 
 @dataclass
 class Square:
-    """Writes the square of its rank; counts how often it ran. Fails, or is killed, where it is told to."""
+    """Writes the square of its rank, and counts its runs. It fails or is killed if it is told to."""
 
     folder: Path
     fails: int = -1
@@ -37,13 +37,13 @@ def squares(folder: Path, tasks: int) -> list[str]:
     return [(folder / str(rank)).read_text() for rank in range(tasks)]
 
 
-def test_every_task_runs_once_and_knows_its_place(tmp_path):
+def test_every_task_runs_once_with_its_rank(tmp_path):
     with engine({"workers": 2}, tmp_path) as phases:
         phases.run("square", [Square(tmp_path)], 5)
     assert squares(tmp_path, 5) == [f"{k * k} of 5" for k in range(5)]
 
 
-def test_a_failed_task_stops_with_its_own_words_and_a_rerun_does_only_what_is_missing(tmp_path):
+def test_a_failed_task_raises_its_error_and_a_rerun_does_only_missing_tasks(tmp_path):
     with (
         pytest.raises(RecipeError, match="part 3 cannot be read"),
         engine({"workers": 1}, tmp_path) as phases,
@@ -56,7 +56,7 @@ def test_a_failed_task_stops_with_its_own_words_and_a_rerun_does_only_what_is_mi
     assert (tmp_path / "runs-3").read_text() == "xx"
 
 
-def test_a_killed_worker_is_noticed_and_not_waited_for(tmp_path):
+def test_a_killed_worker_is_noticed(tmp_path):
     with pytest.raises(RecipeError, match="workers=1"), engine({"workers": 2}, tmp_path) as phases:
         phases.run("square", [Square(tmp_path, killed=1)], 3)
 
@@ -88,7 +88,7 @@ SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do if [[ $1 == -n ]]; then shift; fi;
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
-    """A PATH with programs that do what sbatch, srun, squeue and scontrol are asked for."""
+    """A PATH with stand-ins for sbatch, srun, squeue and scontrol."""
     programs = tmp_path / "bin"
     programs.mkdir()
     texts = {
@@ -132,7 +132,7 @@ def test_slurm_names_a_task_that_ended_without_a_result(tmp_path, slurm):
         phases.run("square", [Square(tmp_path, fails=1)], 3)
 
 
-def test_slurm_is_refused_where_there_is_none(tmp_path, monkeypatch):
+def test_slurm_is_refused_without_sbatch(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RecipeError, match="no sbatch"), engine({"executor": "slurm"}, tmp_path) as phases:
         phases.run("square", [Square(tmp_path)], 1)
@@ -151,7 +151,7 @@ def ray_stops():
 
 
 @pytest.mark.extra("ray")
-def test_ray_runs_the_same_pipeline_and_a_failure_is_not_swallowed(tmp_path, monkeypatch, ray_stops):
+def test_ray_runs_the_same_pipeline_and_reports_a_failure(tmp_path, monkeypatch, ray_stops):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     config = {"executor": "ray", "workers": 2, "mem_per_cpu_gb": 0.2}
     with engine(config, tmp_path) as phases:

@@ -48,7 +48,7 @@ def test_leaks_are_named_and_counted(tmp_path):
     }
 
 
-def test_leaks_are_found_whatever_the_buffer_holds(tmp_path, monkeypatch):
+def test_leaks_are_found_with_any_buffer_size(tmp_path, monkeypatch):
     lines = random_texts(200, length=30)
     train = write_shards(tmp_path / "train", [lines[:50], lines[50:100]])
     valid = write_shards(tmp_path / "valid", [["\n".join(lines[i : i + 4])] for i in range(0, 200, 4)])
@@ -58,7 +58,7 @@ def test_leaks_are_found_whatever_the_buffer_holds(tmp_path, monkeypatch):
     assert found.figures["shared_lines"] == 100 and found.same_text == []
 
 
-def test_nothing_to_compare(tmp_path):
+def test_empty_sides(tmp_path):
     shards = write_shards(tmp_path / "a", [[]])
     some = write_shards(tmp_path / "b", [random_texts(2)])
     assert leakage.leakage(some, shards) == (

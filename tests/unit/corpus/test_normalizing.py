@@ -18,13 +18,13 @@ KINDS = list("  　aZ0-*~é!あうはーカハヴ漢々。、「ｱｶﾊｰﾞ�
 
 
 def reference(text, options):
-    """neologdn on every line, empty lines left out."""
+    """neologdn on every line, without the empty lines."""
     lines = (neologdn.normalize(line, **options) for line in text.replace("～", "〜").splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def assert_same(lines, options, config):
-    """The lines as one text come out as neologdn makes them; a difference is shown by its first line."""
+    """The lines as one text give neologdn's output; a difference is shown by its first line."""
     text = "\n".join(lines)
     assert len(text) > 1000  # long enough for the array operations
     expected, seen = reference(text, options), make_normalizer(config)(text)
@@ -71,8 +71,8 @@ def test_line_ends_are_those_of_splitlines():
 
 
 @pytest.mark.parametrize("size", range(130))
-def test_short_and_long_texts_meet(size):
-    """Both ways through the normaliser give the same, wherever one takes over from the other."""
+def test_short_and_long_texts_give_the_same(size):
+    """neologdn's loop for short texts and the array operations for long ones give the same."""
     text = ("ﾊﾟ～ソコン　ー ー\n \n" * 20)[:size]
     assert make_normalizer({})(text) == reference(text, {"tilde": "ignore"})
 
@@ -94,14 +94,14 @@ def test_wave_dash(length):
 
 
 @pytest.mark.parametrize("length", [1, 100])
-def test_nfkc_is_off_unless_asked_for(length):
+def test_nfkc_is_off_by_default(length):
     text = "\n".join(["①㍿が。"] * length)
     assert make_normalizer({})(text) == text
     assert make_normalizer({"nfkc": True})(text) == "\n".join(["1株式会社が。"] * length)
 
 
 @pytest.mark.parametrize("text", ["", "\n", " \n　\n", "～\n", "　" * 200, "\n" * 200])
-def test_nothing_is_left_of_nothing(text):
+def test_empty_text_stays_empty(text):
     assert make_normalizer({"keep_wave_dash": False})(text) == ""
 
 

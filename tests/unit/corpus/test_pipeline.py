@@ -1,6 +1,4 @@
-"""The phases of stage 02 on small files: what comes out, where it comes from, and that all of it is
-counted.
-"""
+"""The phases of stage 02 on small files: the documents, their order, and the counts."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ SYLLABLES = [chr(code) for code in range(0x3042, 0x3094)] + list("山川空海�
 
 
 def prose(seed: object, characters: int = 60) -> str:
-    """A text of its own: random syllables, so that no two are near duplicates."""
+    """A text of random syllables, so that no two are near duplicates."""
     draw = random.Random(str(seed))
     return "".join(draw.choices(SYLLABLES, k=characters)) + "。"
 
@@ -31,7 +29,7 @@ def write_lines(path: Path, texts: list[str]) -> dict:
 
 
 def build(folder: Path, sources: dict, **config: object):
-    """(funnels, rows by side) of a corpus made of `sources`."""
+    """The funnels, the rows by side and the figures of leakage of a corpus."""
     out = folder / "out"
     out.mkdir(exist_ok=True)
     settings = {"engine": {"workers": 1}, "valid_share": 0.1} | config
@@ -43,7 +41,7 @@ def build(folder: Path, sources: dict, **config: object):
     return funnels, rows, leaks
 
 
-def test_every_document_and_byte_is_accounted_for_by_reason_and_with_a_sample(tmp_path):
+def test_every_document_and_byte_is_counted_by_reason_with_a_sample(tmp_path):
     kept = [prose(seed) for seed in range(40)]
     near = prose(1)[:-2] + "。"
     odd = ["short", " ", "制御\x00文字を含む日本語です", "Only English words stand in this one."]
@@ -102,8 +100,8 @@ def test_a_held_out_source_is_wholly_on_the_validation_side(tmp_path):
     assert not [row for row in rows["train"] if row["source"] == "b"]
 
 
-def test_what_differs_only_in_punctuation_leaves_the_validation_side(tmp_path):
-    """Too short for MinHash, not equal for the exact hash: only the check for leaks can see it."""
+def test_copy_with_other_punctuation_is_removed_from_validation(tmp_path):
+    """Too short for MinHash, and not equal by hash: only the check for leaks finds it."""
     texts = [f"{word}、{word}。" for word in (prose(seed, 2)[:-1] for seed in range(200))]
     folded = [text.replace("、", "").replace("。", "！") for text in texts]
     source = write_lines(tmp_path / "a.jsonl", texts + folded)
@@ -116,7 +114,7 @@ def test_what_differs_only_in_punctuation_leaves_the_validation_side(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "count"), [({"maximum_documents": 7}, 7), ({"maximum_megabytes": 0.001}, 5)]
 )
-def test_caps(tmp_path, limit, count):
+def test_limits_of_a_source(tmp_path, limit, count):
     source = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(30)]) | limit  # 183 bytes each
     funnels, _, _ = build(tmp_path, {"a": source})
     assert funnels["a"].documents_in == count and funnels["a"].capped == next(iter(limit))
@@ -188,7 +186,7 @@ def test_a_source_that_is_too_small_stops(tmp_path):
         build(tmp_path, {"a": source})
 
 
-def test_a_killed_run_is_continued_and_counts_the_same(tmp_path, monkeypatch):
+def test_a_killed_run_is_continued_with_the_same_counts(tmp_path, monkeypatch):
     source = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(50)] * 2)
     (tmp_path / "whole").mkdir()
     expected, rows, _ = build(tmp_path / "whole", {"a": source})
@@ -203,7 +201,7 @@ def test_a_killed_run_is_continued_and_counts_the_same(tmp_path, monkeypatch):
     assert funnels == expected and again == rows
 
 
-def test_a_cap_that_ends_reading_early_does_not_hide_bad_lines(tmp_path):
+def test_a_limit_does_not_hide_bad_lines(tmp_path):
     lines = [json.dumps({"text": prose(seed)}) for seed in range(50)]
     broken = [line for pair in zip(lines, ["{"] * 50, strict=True) for line in pair]
     (tmp_path / "a.jsonl").write_text("\n".join(broken), "utf-8")
@@ -212,14 +210,14 @@ def test_a_cap_that_ends_reading_early_does_not_hide_bad_lines(tmp_path):
         build(tmp_path, {"a": source | {"maximum_documents": 10}})
 
 
-def test_nothing_read_from_any_source_is_named(tmp_path):
+def test_empty_sources_are_named(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [prose(1)]) | {"maximum_megabytes": 1e-6}
     with pytest.raises(RecipeError, match=r"sources\.a: nothing is left"):
         build(tmp_path, {"a": source})
 
 
-def test_a_reason_that_took_no_byte_has_its_column():
-    """Empty documents: without it the table would not sum up."""
+def test_a_reason_without_bytes_has_its_column():
+    """Empty documents: without the column, the table would not sum up."""
     part, whole = Funnel(), Funnel()
     part.drop("empty", 0, "a", "")
     whole.add(part)

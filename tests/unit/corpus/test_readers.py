@@ -1,4 +1,4 @@
-"""Readers: every form of every fault is named with file and line when strict, and counted when tolerant."""
+"""Readers: every fault is an error with file and line (strict) or a counted document (tolerant)."""
 
 import bz2
 import gzip
@@ -42,7 +42,7 @@ def texts(documents):
 
 
 def faults(documents):
-    """Name without the folder and reason of what was dropped; `cap_bad` must know each reason."""
+    """The names (without the folder) and reasons of dropped documents; `cap_bad` must know each reason."""
     documents = [d for d in documents if d.dropped]
     assert {d.dropped for d in documents} <= readers.FAULTS
     return [(d.name.rpartition("/")[2], d.dropped) for d in documents if d.dropped]
@@ -158,7 +158,7 @@ def test_fault_in_a_text_file(tmp_path, name, content, place, reason, readable, 
         (".jsonl", b'\n{"text": "\xe3\x81"}\n', "2", "bad UTF-8"),
     ],
 )
-def test_fault_takes_no_neighbour_with_it(tmp_path, kind, bad, place, reason, compression):
+def test_fault_does_not_affect_the_next_documents(tmp_path, kind, bad, place, reason, compression):
     body = BODIES[kind].rstrip()
     name = f"a{kind}{compression}"
     path = write(tmp_path, name, PACK[compression](body + bad + body))
@@ -172,7 +172,7 @@ def test_fault_takes_no_neighbour_with_it(tmp_path, kind, bad, place, reason, co
 
 @pytest.mark.parametrize("compression", ARCHIVES)
 @pytest.mark.parametrize("kind", BODIES)
-def test_truncated_archive_gives_what_is_complete(tmp_path, kind, compression):
+def test_truncated_archive_gives_its_complete_documents(tmp_path, kind, compression):
     packed = PACK[compression](BODIES[kind])
     if compression == ".bz2":  # its blocks are the least that can be had
         packed = b"".join(bz2.compress(part) for part in (BODIES[kind][:100_000], BODIES[kind][100_000:]))
@@ -199,14 +199,14 @@ def test_archive_cut_within_its_first_bytes(tmp_path, compression, length):
 
 
 @pytest.mark.parametrize("compression", ARCHIVES)
-def test_last_byte_of_an_archive_counts(tmp_path, compression):
+def test_missing_last_byte_of_an_archive_is_a_fault(tmp_path, compression):
     path = write(tmp_path, f"a.txt{compression}", PACK[compression](b"a\n\nb")[:-1])
     documents = list(read_file(path, tolerant=True))
     assert faults(documents)[0][1] == "truncated archive"
 
 
 @pytest.mark.parametrize("compression", ARCHIVES)
-def test_what_follows_an_archive_is_not_passed_over(tmp_path, compression):
+def test_bytes_after_an_archive_are_a_fault(tmp_path, compression):
     path = write(tmp_path, f"a.txt{compression}", PACK[compression](b"a\n\nb\n\n") + b"something else" * 9)
     documents = list(read_file(path, tolerant=True))
     assert texts(documents) == ["a", "b"]
@@ -253,7 +253,7 @@ def test_too_long_document(tmp_path, monkeypatch, kind, good, end, chunk, compre
         list(read_file(path))
 
 
-def test_too_long_ends_the_file(tmp_path, monkeypatch):
+def test_too_long_document_at_the_end_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAXIMUM_BYTES", 1000)
     (document,) = read_file(write(tmp_path, "a.txt", b"x" * 1001), tolerant=True)
     assert (document.text, document.dropped) == ("x" * 1001, "too long")
@@ -317,7 +317,7 @@ def test_parquet_text_that_is_too_long(tmp_path, monkeypatch):
         list(read_file(path))
 
 
-def test_parquet_without_the_column_is_a_fault_a_row(tmp_path):
+def test_parquet_without_the_column_is_a_fault_per_row(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["a"] * 3, column="body")
     assert faults(read_file(path, tolerant=True)) == [(f"a.parquet:{row}", "no text") for row in range(3)]
     with pytest.raises(RecipeError, match=r"a\.parquet:0: .*no column 'text'; it has \['body', 'other'\]"):
@@ -369,7 +369,7 @@ def documents(total, bad, reason="bad JSON"):
     return [Document(str(number), "x", reason if number in bad else "") for number in range(total)]
 
 
-def test_cap_passes_what_it_allows():
+def test_allowed_share_of_faults_passes():
     within = documents(3000, {0, 1999, 2999})
     assert list(cap_bad(within, "mine", 0.001)) == within
     assert list(cap_bad(documents(0, set()), "mine", 0.0)) == []
@@ -386,7 +386,7 @@ def test_cap_passes_what_it_allows():
         (5000, {0, 2000, 2001}, 2001),  # at the fault that is one too many
     ],
 )
-def test_cap_stops_past_its_share(total, bad, seen):
+def test_too_many_faults_stop(total, bad, seen):
     passed = []
     with pytest.raises(RecipeError, match=r"^mine: \d of [\d,]+ documents cannot be read"):
         passed.extend(cap_bad(documents(total, bad), "mine", 0.001))
@@ -397,7 +397,7 @@ def test_cap_stops_past_its_share(total, bad, seen):
     assert len(counted) == seen
 
 
-def test_cap_names_reasons_and_the_first_faults():
+def test_too_many_faults_are_listed():
     bad = [Document(f"a.txt:{number}", "x", "bad UTF-8") for number in range(7)]
     with pytest.raises(RecipeError) as error:
         list(cap_bad([*bad, Document("b.jsonl:1", "{", "bad JSON"), Document("c", "c")], "mine", 0.5))

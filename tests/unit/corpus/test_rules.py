@@ -1,4 +1,4 @@
-"""Rules: each one rejects a text that all others accept, its twin just inside passes, and null ends it."""
+"""Rules: each rejects a text that all others accept, accepts one at its threshold, and can be off."""
 
 import importlib.resources
 import random
@@ -30,7 +30,7 @@ def sentence(size, seed):
 
 
 def prose(*sizes, seed=0, between=""):
-    """Sentences of the given sizes, no two alike."""
+    """Sentences of the given sizes, all different."""
     return between.join(sentence(size, f"{seed}-{number}") for number, size in enumerate(sizes))
 
 
@@ -60,13 +60,13 @@ def top_share(text, n):
 
 
 def repeating(size):
-    """Prose with a passage of `size` characters in two places."""
+    """Prose in which a passage of `size` characters occurs twice."""
     passage = prose(*[size // 3] * 2, size - 2 * (size // 3), seed="passage")
     return prose(*[40] * 7, seed="before") + passage + prose(*[40] * 6, seed="between") + passage
 
 
 def repeated_just_too_often(n):
-    """What repeats just too many n-grams, and the same with a passage that is one character shorter."""
+    """A text that repeats one n-gram too many, and one whose passage is a character shorter."""
     size = next(
         s for s in range(60, 200) if duplicate_share(repeating(s), n) > WEB[f"maximum_duplicate_{n}grams"]
     )
@@ -81,7 +81,7 @@ def framed(phrase, count, total):
 
 
 def word(name):
-    """A word of a list of HojiChar that holds no other word of that list, with kanji in it."""
+    """A word with kanji from a list of HojiChar, which contains no other word of that list."""
     path = importlib.resources.files("hojichar") / f"dict/{name}_keywords_ja.txt"
     words = [line.strip() for line in path.read_text("utf-8").split("\n") if line.strip()]
     return next(w for w in words if re.search("[一-龠]{2}", w) and not any(o in w for o in words if o != w))
@@ -199,8 +199,8 @@ def test_each_rule_alone(rule):
     assert make_rules("web", changes)(good) == ""
 
 
-def test_figures_of_the_papers():
-    """Swallow v1 (arXiv:2404.17733) and LLM-jp (arXiv:2407.03963): nothing may change unseen."""
+def test_thresholds_of_the_papers():
+    """Swallow v1 (arXiv:2404.17733) and LLM-jp (arXiv:2407.03963)."""
     shares = [WEB[f"maximum_top_{n}gram"] for n in (2, 3, 4)]
     shares += [WEB[f"maximum_duplicate_{n}grams"] for n in range(5, 11)]
     assert shares == [0.20, 0.18, 0.16, 0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
@@ -209,7 +209,7 @@ def test_figures_of_the_papers():
 
 
 @pytest.mark.parametrize("kind", ["encyclopaedia", "books"])
-def test_literature_and_articles_are_asked_for_length_and_japanese_only(kind):
+def test_books_and_articles_need_only_length_and_japanese(kind):
     dialogue = "「そう」\n「ええ」\n" * 20
     assert make_rules("web", {})(dialogue) != "" and make_rules(kind, {})(dialogue) == ""
     assert make_rules(kind, {})(dialogue[:99]) == "short"
@@ -217,20 +217,20 @@ def test_literature_and_articles_are_asked_for_length_and_japanese_only(kind):
     assert set(RULES[kind]) == set(WEB)
 
 
-def test_no_set_has_no_rule_but_the_changes():
+def test_without_a_set_only_the_changes_apply():
     assert make_rules(None, {})("") == ""
     assert make_rules(None, {"minimum_characters": 2})("a") == "short"
 
 
 @pytest.mark.parametrize("rule", WEB)
 @pytest.mark.parametrize("text", ["", "。", "あ", "\n", "あいうえお", "𠮷"])
-def test_tiny_texts_are_no_trouble(rule, text):
+def test_tiny_texts_raise_nothing(rule, text):
     make_rules(None, {rule: WEB[rule]})(text)
 
 
 @pytest.mark.parametrize("n", range(2, 11))
 def test_ngrams_against_counting_one_by_one(n):
-    """Each share is exceeded by a threshold just below it and by none at it, whatever the bounds spare."""
+    """A share exceeds a threshold just below it, and not a threshold equal to it."""
     generator = random.Random(n)
     for size, alphabet in [(8, "あい"), (60, "あい"), (400, "あいう"), (600, KANA), (500, "a𠮷"), (11, "あ")]:
         for _ in range(8):
@@ -247,7 +247,7 @@ def test_ngrams_against_counting_one_by_one(n):
 
 
 def test_letters_against_a_plain_expression():
-    """The table of kinds says what the expressions say, for every character."""
+    """The table of kinds agrees with the regular expressions, for every character."""
     plane = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x10000)))) + "𠮷😀"
     text = Statistics(plane)
     assert text.japanese == len(
@@ -309,7 +309,7 @@ def test_a_wrong_configuration_is_refused(kind, changes, message):
     assert message in str(refusal.value)
 
 
-def test_a_right_configuration_is_accepted():
+def test_a_valid_configuration_is_accepted():
     for kind, rules in RULES.items():
         check_rules(kind, rules, "")
     check_rules("web", {"maximum_adult_words": None, "minimum_mean_sentence": 15}, "")

@@ -1,4 +1,4 @@
-"""Wikipedia: hand-written pages to the prose expected of them, each construct, dumps whole and broken."""
+"""Wikipedia: hand-written pages with their expected prose, each construct, complete and broken dumps."""
 
 import bz2
 import gc
@@ -134,7 +134,7 @@ def test_reason_to_drop(title, wikitext, reason):
     assert extract(title, wikitext) == ("", reason)
 
 
-def test_mention_of_disambiguation_is_no_disambiguation_page():
+def test_mention_of_disambiguation_is_not_a_disambiguation_page():
     wikitext = "{{Otheruses||川 (曖昧さ回避)}}[[川]]{{要曖昧さ回避}}の<!-- {{Aimai}} -->文#REDIRECT [[x]]"
     assert extract("題", wikitext) == ("川の文#REDIRECT x", "")
 
