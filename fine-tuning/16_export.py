@@ -1,7 +1,7 @@
-"""Stage 16: the model as one folder to take away: weights, tokenizer, card; pushed to the hub if asked for.
+"""Stage 16: collect the model in one folder: weights, tokenizer and card; upload it to the hub if asked to.
 
-Edit: push_to_hub, hub_model_id and hub_private_repo in configs/<recipe>/finetune.json (pretrain.json where
-there is no tuning); off by default. Writes: a model folder with README.md.
+Edit: push_to_hub (off by default), hub_model_id and hub_private_repo in configs/<recipe>/finetune.json, or in
+pretrain.json for a recipe without tuning. Writes: a model folder with README.md.
 Run:  python fine-tuning/16_export.py --recipe tiny
 """
 
@@ -14,18 +14,18 @@ PRETRAINED = ("01_download", "02_dataset", "03_tokenizer", "05_pretrain", "06_ev
 
 
 def last_model(config: dict) -> str:
-    """The stage that made the model: the last one that trains."""
+    """The last stage that trains; it made the model."""
     return "05_pretrain" if no_pairs(config) else tuned_stage(config)
 
 
 def inputs(config: dict) -> tuple[str, ...]:
-    """Every stage that the card tells of."""
+    """The stages that the card describes."""
     tuned = () if no_pairs(config) else ("11_dataset", "12_finetune", "14_evaluate", "15_generate")
     return tuple(sorted({*PRETRAINED, *tuned, last_model(config)}))
 
 
 def main(stage: Stage) -> None:
-    """Gather the model's files, write the card, push."""
+    """Collect the files of the model, write the card, upload if asked to."""
     from recipe.export.card import copy_curves, copy_model, model_card, push
 
     target, source = hub(stage.config), stage.inputs[last_model(stage.config)]

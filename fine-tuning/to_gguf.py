@@ -1,6 +1,6 @@
-"""Write the exported model as one GGUF file for llama.cpp, if llama.cpp reads and continues alike.
+"""Write the exported model as one GGUF file, if llama.cpp gives the same ids and the same next tokens.
 
-Wants stage 16, a tokenizer of kind bpe (or unigram, within limits: see recipe/export/gguf.py), and
+Needs stage 16, a tokenizer of kind bpe (or unigram, within limits: see recipe/export/gguf.py), and
 `bash setup.sh --extra gguf`. Writes: outputs/<recipe>/<recipe>.gguf.
 Run:  .venv/bin/python fine-tuning/to_gguf.py --recipe tiny
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from recipe.config.recipe import load_recipe
 from recipe.project import RecipeError, Refused, require_extra, stage_folder
 
-PROMPTS, LONGEST = 200, 60  # lines of the validation side, and characters of a line
+PROMPTS, LONGEST = 200, 60  # lines of the validation side; characters of a line
 
 
 def main() -> None:
@@ -32,31 +32,31 @@ def main() -> None:
 
 
 def export(recipe: str, config: dict) -> str:
-    """Do it, and return what to tell. Raises RecipeError when the file is not within the limits."""
-    from recipe.export.gguf import LIMITS, compare, write_gguf
+    """Convert, compare, and return the result in words. Raises RecipeError when it is below a limit."""
+    from recipe.export.gguf import LIMITS, compare_with_llama_cpp, write_gguf
     from recipe.model.build import load_model
     from transformers import AutoTokenizer
 
     require_extra("gguf", "to_gguf")
     model = stage_folder(recipe, "16_export")
     if not (model / "stage.json").exists():
-        raise Refused(f"there is no exported model yet. Run `bash run_all.sh --recipe {recipe}`")
+        raise Refused(f"{model}: missing. Run `bash run_all.sh --recipe {recipe}`")
     tokenizer = AutoTokenizer.from_pretrained(model)
     questions = config["generation"].get("questions", []) if tokenizer.chat_template else []
     with tempfile.TemporaryDirectory(dir=model.parent) as work:
         sentencepiece = stage_folder(recipe, "03_tokenizer") / "spm.model"
         file = write_gguf(model, sentencepiece, config["tokenizer"].get("kind", "unigram"), Path(work))
         chats = [[{"role": "user", "content": question}] for question in questions]
-        figures = compare(file, tokenizer, load_model(model), lines(recipe), chats)
+        figures = compare_with_llama_cpp(file, tokenizer, load_model(model), lines(recipe), chats)
         below = [
-            f"{key} {figures[key]:.1%} (wanted {limit:.0%})"
+            f"{key} {figures[key]:.1%} (expected at least {limit:.0%})"
             for key, limit in LIMITS.items()
             if figures[key] < limit
         ]
         if below:
             raise RecipeError(
-                f"GGUF: not kept: {', '.join(below)} of {figures['texts']} texts. First text that llama.cpp "
-                f"reads otherwise: {figures['first_difference']!r}. A tokenizer of kind bpe converts exactly"
+                f"GGUF: not kept: {', '.join(below)} of {figures['texts']} texts. First text with other ids "
+                f"in llama.cpp: {figures['first_difference']!r}. Use a tokenizer of the kind bpe"
             )
         target = model.parent / f"{recipe}.gguf"
         file.rename(target)
@@ -64,7 +64,7 @@ def export(recipe: str, config: dict) -> str:
 
 
 def lines(recipe: str) -> list[str]:
-    """Lines of the validation side, evenly from all of its shards."""
+    """PROMPTS lines of the validation side, evenly from all of its shards."""
     import pyarrow.parquet as pq
 
     shards = sorted(stage_folder(recipe, "02_dataset").glob("valid-*.parquet"))

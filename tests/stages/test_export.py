@@ -1,4 +1,4 @@
-"""Taking the model away: its folder, its card, the push to a hub that is only as real as its protocol."""
+"""Stage 16: the model folder, its card, and the upload to a local server with the hub's protocol."""
 
 import base64
 import http.server
@@ -38,12 +38,12 @@ def test_the_card_says_what_was_measured(project):
     assert '"learning_rate": 0.01' in card and "](05_pretrain.png)" in card and "](12_finetune.png)" in card
     pairs = project.figures("mini", "11_dataset")["pairs"]["mine"]
     assert f"| mine | pairs.json | yours | {pairs['in']} | {pairs['out']} | none |" in card
-    assert "AutoModelForCausalLM.from_pretrained('.')" in card  # as it lies there, before any push
+    assert "AutoModelForCausalLM.from_pretrained('.')" in card  # the folder of the card, before any upload
     assert str(project.folder) not in card  # nobody's paths are published
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The four calls of an upload, as the hub answers them; every file travels inside the commit."""
+    """The four calls of an upload, answered as the hub does; the commit contains every file."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -89,17 +89,17 @@ def test_nothing_is_pushed_unless_asked_for_and_then_the_folder_is(project, hub,
     stage = ("fine-tuning/16_export.py", "--recipe", "mini", "--force")
     project.run(*stage)
     assert hub.calls == []
-    wanted = ("--set", "finetune.push_to_hub=true")
-    result = project.run(*stage, *wanted, check=False)
+    options = ("--set", "finetune.push_to_hub=true")
+    result = project.run(*stage, *options, check=False)
     assert result.returncode == 2 and "push_to_hub: it needs hub_model_id" in result.stderr
-    wanted += ("--set", "finetune.hub_model_id=me/model")
-    result = project.run(*stage, *wanted, check=False)
+    options += ("--set", "finetune.hub_model_id=me/model")
+    result = project.run(*stage, *options, check=False)
     assert result.returncode == 1 and "push to 'me/model' failed" in result.stderr
     assert "hf auth login" in result.stderr
 
     hub.calls.clear()
     monkeypatch.setitem(project.environment, "HF_TOKEN", "good")
-    result = project.run(*stage, *wanted)
+    result = project.run(*stage, *options)
     assert "/me/model/commit/abc" in result.stdout
     created = json.loads(hub.calls[0][2])
     assert created["visibility"] == "private" and hub.calls[0][0] == "/api/repos/create"
@@ -109,4 +109,4 @@ def test_nothing_is_pushed_unless_asked_for_and_then_the_folder_is(project, hub,
     kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "stage.json"}
     assert {path: base64.b64decode(content) for path, content in sent.items()} == kept
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= sent.keys()
-    project.run(*stage)  # as the other tests know it
+    project.run(*stage)  # back to what the other tests expect

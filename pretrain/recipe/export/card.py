@@ -1,4 +1,4 @@
-"""Taking a model away: its card, written from what the stages measured, and the push to the hub."""
+"""The model card, written from what the stages measured, and the upload to the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipe.config.model import model_values
 from recipe.export.html_report import flat_figures
 from recipe.project import RecipeError, read_json
 
-# What makes a model folder that AutoModelForCausalLM and AutoTokenizer load.
+# The files of a model folder that AutoModelForCausalLM and AutoTokenizer load.
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -36,22 +36,22 @@ model = AutoModelForCausalLM.from_pretrained({name!r})
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={length})[0]))
 ```"""
 _LIMITS = (
-    "What it writes was not checked for truth, bias or harm. Expect it to state falsehoods fluently, the "
-    "more so the smaller it is. Below stands what was measured; nothing else is claimed."
+    "Its texts were not checked for truth, bias or harm. Expect fluent false statements, more of them the "
+    "smaller the model is. The figures below were measured; nothing else is claimed."
 )
 _CHAT = """messages = [{{"role": "user", "content": {question}}}]
 inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)"""
-_CONTINUE = """inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)"""
+_CONTINUE = """inputs = tokenizer({prompt}, return_tensors="pt")"""
 
 
 def copy_curves(folders: dict[str, Path], target: Path) -> None:
-    """Put the learning curves of the stages that train beside the card, as ``<stage>.png``."""
+    """Copy the learning curve of each stage that trained to ``<target>/<stage>.png``, for the card."""
     for stage in _STAGES.keys() & folders.keys():
         shutil.copy(folders[stage] / "learning_curve.png", target / f"{stage}.png")
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Put the files of a model folder into another one, by hard links where the disk has them."""
+    """Put the files of a model folder into another one: hard links if the disk supports them, else copies."""
     for pattern in MODEL_FILES:
         for path in source.glob(pattern):
             try:
@@ -63,16 +63,16 @@ def copy_model(source: Path, target: Path) -> None:
 def model_card(
     name: str, repository: str, config: dict[str, dict[str, Any]], folders: dict[str, Path]
 ) -> str:
-    """The README.md of a model's folder: data, training, evaluation and samples, all as measured.
+    """The README.md of a model folder: data, training, evaluation and samples, all as measured.
 
-    name: what the model is called. repository: where it is loaded from; empty: the folder of the card.
-    config: the recipe. folders: finished stages by name; 02, 03, 05, 06 and 07 must be among them, 11, 12, 14
-    and 15 where the model was tuned. Raises RecipeError for a missing record.
+    name: the title. repository: the name on the hub to load the model from; empty for the folder of the card.
+    config: the recipe. folders: the finished stages by name: 02, 03, 05, 06 and 07, and for a tuned model
+    also 11, 12, 14 and 15. Raises RecipeError when a stage.json cannot be read.
     """
     try:
         records = {stage: read_json(folder / "stage.json") for stage, folder in folders.items()}
     except OSError as error:
-        raise RecipeError(f"{error.filename}: not to be read ({error.strerror}). Run that stage") from error
+        raise RecipeError(f"{error.filename}: cannot be read ({error.strerror}). Run that stage") from error
     tuned = "15_generate" in folders
     sections = [
         _front_matter(),
@@ -84,14 +84,14 @@ def model_card(
         "## Tokenizer\n\n" + records["03_tokenizer"]["headline"],
         "## Training\n\n" + _training(config, records),
         "## Evaluation\n\n" + _measured(folders, records, ("06_evaluate", "14_evaluate")),
-        "## Samples\n\nBefore and after, not chosen: every prompt of the recipe, one seed.\n\n"
+        "## Samples\n\nBefore and after, not selected: every prompt of the recipe, with one seed.\n\n"
         + _measured(folders, records, ("07_generate", "15_generate")),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _front_matter() -> str:
-    """The hub's metadata. No licence is named: that is for whoever publishes the model to decide."""
+    """The metadata for the hub. It names no licence: who publishes the model decides that."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(language="ja", library_name="transformers", pipeline_tag="text-generation")
@@ -106,15 +106,17 @@ def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any
         version = started["commit"] or started["revision"]
         origin = (
             f" It started from {started['name']}{f' ({version})' if version else ''}, "
-            f"with {started['new_pieces']:,} new pieces in its vocabulary."
+            f"with {started['new_pieces']:,} new tokens in its vocabulary."
         )
     parts = [
         f"A Japanese language model: {model_values(config).get('model_type', 'published')}, "
         f"{trained['figures']['active']['parameters']:,} parameters, pretrained in this recipe on "
         f"{trained['figures']['tokens']:,} tokens.{origin}"
     ]
-    told = {stage: title for stage, (title, _) in _STAGES.items()} | {"14_evaluate": "Held-out questions"}
-    lines = [f"- {title}: {records[stage]['headline']}" for stage, title in told.items() if stage in records]
+    titles = {stage: title for stage, (title, _) in _STAGES.items()} | {"14_evaluate": "Held-out questions"}
+    lines = [
+        f"- {title}: {records[stage]['headline']}" for stage, title in titles.items() if stage in records
+    ]
     parts.append("\n".join(lines))
     versions = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
     parts.append(
@@ -125,25 +127,25 @@ def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any
 
 def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str:
     values = config["generation"]
-    told = "" if repository else "In the folder of this card:\n\n"
+    text = "" if repository else "In the folder of this card:\n\n"
     if tuned:
         question = (values.get("questions") or values["prompts"])[0]
         ask = _CHAT.format(question=json.dumps(question, ensure_ascii=False))
     else:
         ask = _CONTINUE.format(prompt=json.dumps(values["prompts"][0], ensure_ascii=False))
-    told += _USE.format(name=repository or ".", ask=ask, length=values["max_new_tokens"])
+    text += _USE.format(name=repository or ".", ask=ask, length=values["max_new_tokens"])
     rules = {key: v for key, v in config["dataset"].items() if key in ("neologdn", "keep_wave_dash", "nfkc")}
-    told += "\n\nThe training text was normalised by neologdn"
-    told += f" ({json.dumps(rules)[1:-1]})" if rules else ""
-    told += "; normalise what you ask too."
+    text += "\n\nThe training text was normalised by neologdn"
+    text += f" ({json.dumps(rules)[1:-1]})" if rules else ""
+    text += ". Normalise your prompts in the same way."
     segmenter = config["tokenizer"].get("segmenter")
     if segmenter:
-        told += f" Its words were separated by {segmenter}: so must yours be."
-    return told
+        text += f" Its words were separated by {segmenter}. Separate the words of your prompts, too."
+    return text
 
 
 def _data(folders: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
-    """Sources with licence and what was kept of them; why the rest was dropped; the instruction pairs."""
+    """The sources: licence, what was kept, why the rest was dropped. Also the instruction pairs."""
     sources = records["01_download"]["figures"]["sources"] if "01_download" in records else {}
     lines = ["| source | licence | documents | kept | MB kept | dropped |", "|---|---|---:|---:|---:|---|"]
     for name, counts in records["02_dataset"]["figures"].items():
@@ -166,12 +168,12 @@ def _data(folders: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
 
 
 def _training(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
-    """What was really active, the settings, the curve."""
+    """For each stage that trained: the learning curve, what was really active, the settings."""
     parts = []
     for stage, (title, file) in _STAGES.items():
         if stage in records:
             figures = records[stage]["figures"]
-            rows = [f"| {key} | {value} |" for key, value in flat_figures(figures.get("active", {}))]
+            rows = [f"| {key} | {value} |" for key, value in flat_figures(figures.get("active") or {})]
             parts.append(f"### {title}\n\n![learning curve]({stage}.png)")
             parts.append("\n".join(["| active | |", "|---|---|", *rows]))
             settings = {
@@ -186,7 +188,7 @@ def _json_block(value: Any) -> str:
 
 
 def _measured(folders: dict[str, Path], records: dict[str, dict[str, Any]], stages: tuple[str, ...]) -> str:
-    """The texts that stages wrote, or their figures where they wrote none."""
+    """The texts that these stages wrote, or their figures if they wrote none."""
     parts = []
     for stage in stages:
         if stage in folders:
@@ -199,10 +201,10 @@ def _measured(folders: dict[str, Path], records: dict[str, dict[str, Any]], stag
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload a folder to a model repository of the hub, made if need be; returns the commit's address.
+    """Upload a folder to a model repository of the hub; returns the address of the commit.
 
-    The token is the one of `hf auth login`, or HF_TOKEN. Raises RecipeError when the hub refuses or cannot
-    be reached.
+    The repository is created if it does not exist. The token is HF_TOKEN, or that of `hf auth login`. Raises
+    RecipeError when the hub refuses or cannot be reached.
     """
     import httpx
     from huggingface_hub import HfApi

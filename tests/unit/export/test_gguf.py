@@ -1,9 +1,9 @@
-"""GGUF: llama.cpp itself loads the file, and reads and continues 200 Japanese prompts as we do."""
+"""GGUF: llama.cpp itself loads the file, and encodes and continues 200 Japanese prompts as we do."""
 
 import pytest
 from conftest import SHAPE, sentences
 from recipe.config.chat_templates import chat_template
-from recipe.export.gguf import LIMITS, compare, write_gguf
+from recipe.export.gguf import LIMITS, compare_with_llama_cpp, write_gguf
 from recipe.model.build import build_model
 from recipe.project import Refused
 from recipe.tokenization.train import train_tokenizer
@@ -34,19 +34,19 @@ def converted(kind, tmp_path):
 
 
 @pytest.mark.extra("gguf")
-def test_bpe_is_the_same_in_every_place(tmp_path):
+def test_bpe_is_identical(tmp_path):
     tokenizer, model, file = converted("bpe", tmp_path)
-    figures = compare(file, tokenizer, model, TEXTS, CHATS)
+    figures = compare_with_llama_cpp(file, tokenizer, model, TEXTS, CHATS)
     assert figures["texts"] == 200
     assert {key: figures[key] for key in LIMITS} == dict.fromkeys(LIMITS, 1.0), figures
 
 
 @pytest.mark.extra("gguf")
-def test_unigram_has_no_bytes_there_and_that_is_measured(tmp_path):
+def test_unigram_lacks_byte_fallback_and_that_is_measured(tmp_path):
     tokenizer, model, file = converted("unigram", tmp_path)
-    figures = compare(file, tokenizer, model, TEXTS, CHATS)
+    figures = compare_with_llama_cpp(file, tokenizer, model, TEXTS, CHATS)
     assert figures["identical_ids"] == 0.95 and figures["first_difference"] in TEXTS[190:]
-    assert figures["identical_chat"] == 0.0  # the line end is a byte piece
+    assert figures["identical_chat"] == 0.0  # the line end is a byte token
     assert figures["same_next_token"] == 1.0
 
 

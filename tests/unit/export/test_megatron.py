@@ -1,4 +1,4 @@
-"""The hand-over to Megatron-LM, held against megatron-core itself: its reader and its model, on a CPU."""
+"""Arguments, token files and weights for Megatron-LM, tested with megatron-core itself on a CPU."""
 
 import argparse
 
@@ -72,7 +72,7 @@ def _number(text):
 
 
 def copy_weights(ours, theirs, groups):
-    """As Megatron-LM lays them out: queries, keys and values of a group together, gate over up."""
+    """In Megatron-LM's layout: queries, keys and values of a group together, gate before up."""
     state = ours.state_dict()
     pairs = {
         "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -106,7 +106,7 @@ def copy_weights(ours, theirs, groups):
 def one_rank(tmp_path, monkeypatch):
     from megatron.core import parallel_state
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")  # it asks also on a CPU
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")  # it is called on a CPU, too
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
@@ -132,9 +132,9 @@ def test_megatron_model_of_these_arguments_is_the_same_model(one_rank, kind, tie
     ids = torch.randint(config.vocab_size, (2, 32))
     hidden_from = torch.triu(torch.ones(1, 1, 32, 32, dtype=torch.bool), 1)
     with torch.no_grad():
-        wanted = ours(ids).logits
+        expected = ours(ids).logits
         found = theirs(ids, torch.arange(32)[None].expand(2, -1), hidden_from)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,13 @@ def test_megatron_model_of_these_arguments_is_the_same_model(one_rank, kind, tie
         ({}, {"pipeline": 3}, "--pipeline-parallel 3 does not divide 2 layers"),
     ],
 )
-def test_what_megatron_cannot_be_is_refused(values, sizes, fault):
+def test_a_model_that_megatron_does_not_support_is_refused(values, sizes, fault):
     megatron.arguments_for(config_of("llama"), 32, 2, 2)
     with pytest.raises(Refused, match=fault):
         megatron.arguments_for(config_of("llama", **values), 32, **sizes)
 
 
-def test_sliding_window_is_handed_over_only_where_it_has_no_effect():
+def test_a_sliding_window_is_accepted_only_when_it_has_no_effect():
     megatron.arguments_for(config_of("mistral", sliding_window=64), 64)
     with pytest.raises(Refused, match="sliding_window: 64 is less than the 65 tokens"):
         megatron.arguments_for(config_of("mistral", sliding_window=64), 65)
@@ -181,9 +181,9 @@ def test_weights_are_checked_by_name_and_shape(tmp_path, kind, tied):
     model.save_pretrained(tmp_path)
     assert megatron.check_weights(tmp_path, config) == len(list(model.parameters()))
     config.intermediate_size += 1
-    with pytest.raises(Refused, match=r"6 weights .*mlp.down_proj.weight: \(32, 64\), wanted \(32, 65\)"):
+    with pytest.raises(Refused, match=r"6 weights .*mlp.down_proj.weight: \(32, 64\), expected \(32, 65\)"):
         megatron.check_weights(tmp_path, config)
     config.intermediate_size -= 1
     save_file({"extra": torch.ones(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(Refused, match=r"1 weights .*extra: \(1,\), wanted none"):
+    with pytest.raises(Refused, match=r"1 weights .*extra: \(1,\), expected none"):
         megatron.check_weights(tmp_path, config)

@@ -1,0 +1,68 @@
+"""The model card: its code runs, and its prompts become the ids that the model was trained on."""
+
+import json
+import re
+
+import pytest
+from conftest import SHAPE, sentences
+from recipe.export.card import model_card
+from recipe.model.build import build_model
+from recipe.project import RecipeError, write_json
+from recipe.tokenization.encode_text import prompt_ids
+from recipe.tokenization.train import train_tokenizer
+
+PROMPT = '山の"上"は'
+FIGURES = {
+    "02_dataset": {"web": {"documents": {"in": 3, "out": 2, "dropped": {"short": 1}}, "bytes": {"out": 9}}},
+    "03_tokenizer": {},
+    "05_pretrain": {"active": {"parameters": 12_345}, "tokens": 678},
+    "06_evaluate": {"in_domain": {"loss": 1.5}},
+    "07_generate": {},
+}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folders of an untuned recipe's finished stages; that of stage 05 holds the model."""
+    folders = {stage: tmp_path / stage for stage in FIGURES}
+    for stage, folder in folders.items():
+        folder.mkdir()
+        record = {"figures": FIGURES[stage], "headline": stage, "finished": "2026-01-01", "commit": None}
+        write_json(folder / "stage.json", record | {"versions": {}})
+    return folders
+
+
+CONFIG = {
+    "dataset": {},
+    "tokenizer": {"kind": "unigram"},
+    "model": {"model_type": "qwen3"},
+    "pretrain": {"learning_rate": 0.5},
+    "generation": {"prompts": [PROMPT], "max_new_tokens": 2},
+}
+
+
+def test_the_code_of_the_card_runs_and_starts_as_documents_do(finished, capsys):
+    folder = finished["05_pretrain"]
+    tokenizer = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
+    tokenizer.save_pretrained(folder)
+    build_model({"model_type": "qwen3", **SHAPE}, tokenizer, "sdpa", 0).save_pretrained(folder)
+    card = model_card("mine", str(folder), CONFIG, finished)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    assert names["inputs"]["input_ids"][0].tolist() == prompt_ids(tokenizer, PROMPT)
+    assert names["inputs"]["input_ids"][0, 0] == tokenizer.bos_token_id
+    assert "上" in capsys.readouterr().out
+
+
+def test_the_card_tells_what_was_measured(finished):
+    card = model_card("mine", "", CONFIG, finished)
+    assert "12,345 parameters" in card and "678 tokens" in card
+    assert "| web | unknown | 3 | 2 | 0.00 | short 1 |" in card
+    assert "In the folder of this card" in card and "from_pretrained('.')" in card
+    assert json.dumps(CONFIG["pretrain"], indent=2) in card
+
+
+def test_a_missing_record_is_named(finished):
+    (finished["06_evaluate"] / "stage.json").unlink()
+    with pytest.raises(RecipeError, match=r"06_evaluate/stage\.json: cannot be read .* Run that stage"):
+        model_card("mine", "", CONFIG, finished)
