@@ -8,7 +8,7 @@ Run:  bash fine-tuning/13_preference.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training.training import prepare, run_script, run_training, total_steps, whole_model
+from recipe.training.training import prepare, run_script, total_steps, train_model, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ def main(plan: dict[str, Any]) -> None:
     lengths = [sum(map(len, row.values())) + len(row["prompt_ids"]) for row in rows["train"]]
     if run.is_main:
         print(f"{len(rows['train']):,} preferences, {arguments.max_steps:,} steps; {funnel}", flush=True)
-    figures = run_training(
+    figures = train_model(
         run,
         model,
         tokenizer,

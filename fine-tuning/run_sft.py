@@ -12,9 +12,9 @@ from recipe.training.training import (
     place,
     prepare,
     run_script,
-    run_training,
     speed_of,
     total_steps,
+    train_model,
     whole_model,
 )
 
@@ -68,7 +68,7 @@ def main(plan: dict[str, Any]) -> None:
         text: encode_conversation(tokenizer, [{"role": "user", "content": text}])[0] for text in texts
     }
     sampling = Samples(settings.sample_steps, questions, generation, tokenizer, folder)
-    figures = run_training(run, model, tokenizer, samples, valid, sampling=sampling)
+    figures = train_model(run, model, tokenizer, samples, valid, sampling=sampling)
     if run.is_main:
         if settings.lora:
             with whole_model(arguments):

@@ -12,9 +12,9 @@ from recipe.training.training import (
     place,
     prepare,
     run_script,
-    run_training,
     speed_of,
     total_steps,
+    train_model,
     whole_model,
 )
 
@@ -79,7 +79,7 @@ def main(plan: dict[str, Any]) -> None:
     texts = [clean_prompt(plan["config"], prompt) for prompt in generation["prompts"]]
     prompts = {text: prompt_ids(tokenizer, text) for text in texts}
     sampling = Samples(settings.sample_steps, prompts, generation, tokenizer, folder)
-    figures = run_training(
+    figures = train_model(
         run, model, tokenizer, samples, valid, bytes_per_token=bytes_per_token, sampling=sampling
     )
     if run.probe and run.is_main:

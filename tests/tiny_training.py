@@ -90,7 +90,7 @@ def train(corpus, tmp_path, monkeypatch):
         prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in GENERATION["prompts"]}
         sampling = Samples(run.settings.sample_steps, prompts, GENERATION, tokenizer, folder)
         valid = Subset(samples, range(4))
-        figures = training.run_training(
+        figures = training.train_model(
             run, model, tokenizer, samples, valid, bytes_per_token=3.0, sampling=sampling
         )
         return figures, rows_of(folder / "metrics.jsonl"), folder

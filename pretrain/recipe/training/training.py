@@ -233,7 +233,7 @@ def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 # -------------------------------------------------------------------------------------------------- training
 
 
-def run_training(
+def train_model(
     run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
