@@ -1,19 +1,19 @@
-"""Words apart: Japanese text segmented by Juman++, MeCab or Sudachi, in a form that joins back exactly.
+"""Splits Japanese text into words by Juman++, MeCab or Sudachi; `join` restores the text exactly.
 
-The form that reaches a tokenizer:
+The form that a tokenizer reads:
 
-- words stand between single spaces; every plain space is such a separator and nothing else;
-- white space of the original is written with a visible mark, as a word of its own: ``▁`` (U+2581) is a space,
-  ``␉`` (U+2409) a tab, ``␊`` (U+240A) a line end, and ``␛`` (U+241B) with four hex digits any other, so
-  U+3000 is ``␛3000``; the line end itself also stays, after its mark, so line N of a text is line N of its
-  segmentation;
-- a mark that is itself part of a text gets ``␛`` in front: ``▁`` becomes ``␛▁``.
+- A single space separates two words; a plain space is never anything else.
+- White space of the text becomes a visible mark, which is a word of its own: ``▁`` (U+2581) for a space,
+  ``␉`` (U+2409) for a tab, ``␊`` (U+240A) for a line end, and ``␛`` (U+241B) with four hex digits for any
+  other, so that U+3000 is ``␛3000``. A line end also stays after its mark: line N of a text is line N of its
+  segmentation.
+- A mark that is part of the text gets ``␛`` in front: ``▁`` becomes ``␛▁``.
 
     私はLinux 6.1を使う。   ->   私 は Linux ▁ 6 . 1 を 使う 。
 
-`join` takes all white space away and then reads the marks. So it does not matter where a tokenizer puts
-spaces of its own, between words, inside them, or nowhere: only a character outside its vocabulary is lost.
-A segmenter only says where words end; the characters of a segmentation are always those of the input.
+`join` removes all white space and then replaces the marks. So a tokenizer may put spaces anywhere: only a
+character outside its vocabulary is lost. A segmenter only decides where words end; the characters are always
+those of the text.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from recipe.project import RecipeError, Refused, fsync_tree, require_extra
 
 MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
 ESCAPE = "␛"
-# How characters are written that cannot stand for themselves: white space without a mark by its number (all
-# of it lies below U+10000), the marks behind an escape.
+# The characters that are written in another form: white space without a mark by its number (all white space
+# is below U+10000), and the marks after an escape.
 _FORMS = {
     **{chr(i): f"{ESCAPE}{i:04x}" for i in range(0x10000) if chr(i).isspace()},
     **MARKS,
@@ -50,26 +50,28 @@ _FORMS = {
 }
 _TO_FORM = str.maketrans(_FORMS)
 _FROM_FORM = {form: character for character, form in _FORMS.items()}
-_FORM = re.compile("|".join(_FROM_FORM))  # none begins another
+# No form begins with another one.
+_FORM = re.compile("|".join(_FROM_FORM))
 _MARK = re.compile(f"[{''.join(MARKS.values())}{ESCAPE}]")
 _SPACE = re.compile(r"(\s+)")
-_AT_SIGN = re.compile("@ @ @ (?!@ )")  # the row of the word @: surface, reading, base form, part of speech
+# The row of the word @ in JUMAN's format: surface, reading, base form, part of speech.
+_AT_SIGN = re.compile("@ @ @ (?!@ )")
 
 # Juman++ refuses more than 4,096 bytes at once, MeCab's program 8,192, Sudachi 49,149; a character has at
-# most 4 bytes. Longer lines are cut at the last 。 or space before that, or else there.
-LONGEST_PIECE = 1000
-_PIECE = re.compile(rf".{{1,{LONGEST_PIECE - 1}}}[。\s]|.{{1,{LONGEST_PIECE}}}")
-BATCH = 200_000  # characters that a worker gets at a time, a fraction of a second of work
+# most 4 bytes. A longer line is cut into parts, at the last 。 or space before the limit or at the limit.
+LONGEST_PART = 1000
+_PART = re.compile(rf".{{1,{LONGEST_PART - 1}}}[。\s]|.{{1,{LONGEST_PART}}}")
+BATCH = 200_000  # characters that a worker gets at once: a fraction of a second of work
 PROBE = "今日は本を読みました。"
 
 _MECAB_PACKAGES = ["mecab", "libmecab2", "mecab-utils", "mecab-jumandic-utf8"]
 
 
 def join(text: str) -> str:
-    """The text that was segmented: all white space away, then the marks read.
+    """The text from its segmented form: white space is removed, then the marks are replaced.
 
-    Exact for whatever `Segmenter.segment` made, also when a tokenizer has moved the spaces. Takes any text,
-    such as a model makes: an escape that leads nowhere stays as it is.
+    Exact for every result of `Segmenter.segment`, also when a tokenizer has moved the spaces. It takes any
+    text, such as the output of a model: an unknown escape stays as it is.
     """
     return _FORM.sub(lambda match: _FROM_FORM[match[0]], "".join(text.split()))
 
@@ -77,10 +79,9 @@ def join(text: str) -> str:
 def make_segmenter(name: str | None, data: Path) -> Segmenter | None:
     """The segmenter that tokenizer.json names by ``segmenter``: jumanpp, mecab or sudachi; None for None.
 
-    data: the project's data folder. MeCab and the JUMAN dictionary are fetched into ``.tools`` there when
-    this system has not got both. The segmenter is tried on a sentence before it is returned.
-    Raises Refused for an unknown name or a missing program, saying what to install, and RecipeError when
-    fetching fails.
+    data: the project's data folder. If the system lacks MeCab or the JUMAN dictionary, both are downloaded
+    into ``.tools`` there. The segmenter is tested on a sentence before it is returned. Raises Refused for an
+    unknown name or a missing program, saying what to install, and RecipeError when the download fails.
     """
     if name is None:
         return None
@@ -107,10 +108,10 @@ class Segmenter:
     """Segments texts with one program or library; made by `make_segmenter`.
 
     command: the program and its arguments; empty for a library.
-    counts: what became of the ``pieces`` so far (the lines with more than white space in them; one that is
-    longer than LONGEST_PIECE is several). ``repaired``: the segmenter answered with other characters, one for
-    one (as wide for narrow); its word ends were used. ``left whole``: it lost or added characters, or failed;
-    the piece has no word ends but its spaces. In neither case is the text itself touched.
+    counts: ``parts``, how many were segmented so far: lines that are not only white space, and a line longer
+    than LONGEST_PART is several parts. ``repaired``: the segmenter changed characters one for one, such as
+    wide for narrow; its word ends were used. ``left whole``: it lost or added characters, or failed; such a
+    part has no word ends except its spaces. The text itself never changes.
     """
 
     name: str
@@ -120,38 +121,38 @@ class Segmenter:
     join = staticmethod(join)
 
     def segment(self, texts: list[str]) -> list[str]:
-        """Segment each text; the result has as many lines as the text, and `join` gives the text back.
+        """Segment each text; the result has as many lines as the text, and `join` restores the text.
 
-        Raises RecipeError for half of a surrogate pair, which UTF-8 cannot hold.
+        Raises RecipeError for a lone surrogate, which is not valid in UTF-8.
         """
         lines = [line for text in texts for line in text.split("\n")]
-        pieces = [_pieces(line) for line in lines]
-        answers = self._words(list(itertools.chain.from_iterable(pieces)))
+        parts = [_parts(line) for line in lines]
+        answers = self._words(list(itertools.chain.from_iterable(parts)))
         written = []
         try:
-            for line, cut in zip(lines, pieces, strict=True):
-                words = [word for piece in cut for word in self._checked(piece, next(answers))]
+            for line, cut in zip(lines, parts, strict=True):
+                words = [word for part in cut for word in self._checked(part, next(answers))]
                 written.append(_write(line, words))
         except UnicodeEncodeError as error:
             context = error.object[max(0, error.start - 20) : error.end + 20]
             raise RecipeError(
-                f"segmenting: half of a surrogate pair, {error.object[error.start]!a}, in {context!a}. "
-                "It is not text: remove it"
+                f"segmenting: a lone surrogate {error.object[error.start]!a} in {context!a}. "
+                "It is not valid Unicode: remove it"
             ) from error
         remaining = iter(written)
         return [_text(list(itertools.islice(remaining, text.count("\n") + 1))) for text in texts]
 
     def parallel(self, texts: Iterable[str], workers: int) -> Iterator[str]:
-        """Like `segment`, for any number of texts, in order, over `workers` processes; memory stays bounded.
+        """Like `segment`, for any number of texts, in order, in `workers` processes; memory stays bounded.
 
-        With more than one, the calling script needs its ``if __name__ == "__main__"``, since the processes
-        start afresh. Raises RecipeError when one of them dies.
+        With more than one worker, the calling script needs ``if __name__ == "__main__"``, because each
+        process imports it. Raises RecipeError when a worker dies.
         """
         if workers == 1:
             for batch in _batches(texts):
                 yield from self.segment(batch)
             return
-        # Not forked: the caller may have threads (torch, tokenizers), which a fork would leave half alive.
+        # Not forked: the caller may have threads (torch, tokenizers), which do not survive a fork.
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
         pending: deque[Future[tuple[list[str], Counter[str]]]] = deque()
 
@@ -169,7 +170,8 @@ class Segmenter:
                 yield from oldest()
         except BrokenProcessPool as error:
             raise RecipeError(
-                f"segmenting: a worker of {self.name} was killed, out of memory perhaps. Use fewer workers"
+                f"segmenting: a worker of {self.name} was killed, perhaps for lack of memory. Free memory, "
+                "or use a machine with more of it"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -177,9 +179,9 @@ class Segmenter:
     def round_trip(
         self, texts: list[str], through: Callable[[str], str] = lambda segmented: segmented
     ) -> dict[str, Any]:
-        """Figures on how many texts come back exactly, with the first that does not.
+        """How many texts come back exactly after segmenting, and the first one that does not.
 
-        through: what happens to a segmented text on its way, such as a tokenizer's encode and decode.
+        through: what is done to a segmented text in between, such as a tokenizer's encode and decode.
         Returns ``texts``, ``exact``, ``exact_share`` and ``first_loss`` ({"text", "returned"} or None).
         """
         returned = [join(through(segmented)) for segmented in self.segment(texts)]
@@ -198,55 +200,57 @@ class Segmenter:
         if len(answers) == 1 and len(answers[0]) > 1 and "".join(answers[0]) == PROBE:
             return
         if not self.command:
-            raise RecipeError(f"{self.name} finds no words in {PROBE!r} but {answers}. Install it again")
+            raise RecipeError(f"{self.name} finds no words in {PROBE!r}, answer {answers}. Install it again")
         result = _ask(self.command, PROBE)
         tail = " ".join(result.stderr.decode("utf-8", "replace").split())[-300:]
         raise RecipeError(
             f"`{shlex.join(self.command)}` finds no words in {PROBE!r}: exit {result.returncode}, answer "
-            f"{result.stdout.decode('utf-8', 'replace')[:100]!r}, message {tail!r}. Are its program and its "
-            "dictionary or model whole, and in UTF-8?"
+            f"{result.stdout.decode('utf-8', 'replace')[:100]!r}, message {tail!r}. Install it again, "
+            "with its dictionary or model in UTF-8"
         )
 
-    def _words(self, pieces: list[str]) -> Iterator[list[str]]:
-        """The words of each piece, none for one that the segmenter fails on."""
-        for batch in _batches(pieces):
+    def _words(self, parts: list[str]) -> Iterator[list[str]]:
+        """The words of each part; none for a part on which the segmenter fails."""
+        for batch in _batches(parts):
             answers = self._answers(batch)
             if len(answers) == len(batch):
                 yield from answers
-            elif len(batch) > 1:  # it failed on one of them, which is found by halving
+            elif len(batch) > 1:
+                # It failed on one of them: halving finds it.
                 middle = len(batch) // 2
                 yield from self._words(batch[:middle])
                 yield from self._words(batch[middle:])
             else:
-                self.probe()  # is it this piece, or does nothing work any more?
+                # Does it fail on this part only, or on everything?
+                self.probe()
                 yield []
 
-    def _answers(self, pieces: list[str]) -> list[list[str]]:
-        """What the segmenter answers: words without white space, a list for each piece it did not fail on."""
+    def _answers(self, parts: list[str]) -> list[list[str]]:
+        """The segmenter's answers: words without white space, a list for each part that it could segment."""
         if self.name == "sudachi":
-            # The list as text is its words between spaces; a word may be a space itself or hold one.
-            return [str(_sudachi().tokenize(piece)).split() for piece in pieces]
-        text = "\n".join(pieces)
+            # The list as text has spaces between its words. A word may be a space itself, or contain one.
+            return [str(_sudachi().tokenize(part)).split() for part in parts]
+        text = "\n".join(parts)
         if self.name == "jumanpp":
-            # With ASCII spaces, a line that begins with "# " would be a comment. This is JUMAN's own space.
+            # A line that begins with "# " would be a comment. U+3000 is JUMAN's own space.
             return _parse_juman(_ask(self.command, text.replace(" ", "\u3000")).stdout)
         return [row.split() for row in _rows(_ask(self.command, text).stdout)]
 
-    def _checked(self, piece: str, words: list[str]) -> list[str]:
-        """The words if they are of the same length as the piece, else the piece as one; counted."""
-        solid, answer = piece.replace(" ", ""), "".join(words)
-        self.counts["pieces"] += 1
-        if answer == solid:
+    def _checked(self, part: str, words: list[str]) -> list[str]:
+        """The words if together they are as long as the part; otherwise the whole part as one word."""
+        whole, answer = part.replace(" ", ""), "".join(words)
+        self.counts["parts"] += 1
+        if answer == whole:
             return words
-        if len(answer) == len(solid):
+        if len(answer) == len(whole):
             self.counts["repaired"] += 1
             return words
         self.counts["left whole"] += 1
-        return [solid]
+        return [whole]
 
 
 def _segment_batch(name: str, command: list[str], texts: list[str]) -> tuple[list[str], Counter[str]]:
-    """What a worker process runs: the segmented texts and their counts."""
+    """The task of a worker process: the segmented texts and their counts."""
     segmenter = Segmenter(name, command)
     return segmenter.segment(texts), segmenter.counts
 
@@ -265,23 +269,23 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _pieces(line: str) -> list[str]:
-    """A line as segmenters get it: single ASCII spaces for white space, cut when it is too long."""
+def _parts(line: str) -> list[str]:
+    """A line as the segmenters read it: a single ASCII space for white space, cut when it is too long."""
     folded = " ".join(line.split())
-    if len(folded) <= LONGEST_PIECE:
+    if len(folded) <= LONGEST_PART:
         return [folded] if folded else []
-    return [piece.strip() for piece in _PIECE.findall(folded) if piece.strip()]
+    return [part.strip() for part in _PART.findall(folded) if part.strip()]
 
 
 def _write(line: str, words: list[str]) -> str:
-    """The segmented form of a line. Only the lengths of the words are used: the characters are the line's."""
+    """The segmented form of a line; only the lengths of the words are used, the characters are the line's."""
     has_marks = _MARK.search(line)
     chunks = _SPACE.split(line)
     if len(chunks) == 1 and not has_marks and "".join(words) == line:
         return " ".join(words)
     written: list[str] = []
     lengths = map(len, words)
-    left = 0  # characters of the present word that are still to come: it may go on after a space
+    left = 0  # characters of the current word that are still missing: it may continue after a space
     for chunk in filter(None, chunks):
         if chunk.isspace():
             written.append(chunk.translate(_TO_FORM))
@@ -306,7 +310,7 @@ def _text(lines: list[str]) -> str:
 
 
 def _ask(command: list[str], text: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a segmenter over lines. Its exit code is not asked: that of Juman++ is about the last line only."""
+    """Run a segmenter on lines. Its exit code is ignored: that of Juman++ is for the last line only."""
     return subprocess.run(command, input=text.encode("utf-8"), capture_output=True)
 
 
@@ -316,16 +320,16 @@ def _rows(output: bytes) -> list[str]:
 
 
 def _parse_juman(output: bytes) -> list[list[str]]:
-    """The words of each line from JUMAN's format: a row a word, surface first, and EOS after each line.
+    """The words of each line from JUMAN's format: one row per word, surface first, and EOS after each line.
 
-    Rows that begin with ``@`` are other readings of the word before them, unless the word is an @ itself.
-    ``# ERROR`` stands for a line that could not be analysed: it has no words.
+    A row that begins with ``@`` is another reading of the word before it, unless the word is an @ itself.
+    ``# ERROR`` marks a line that could not be analysed; it has no words.
     """
     answers: list[list[str]] = []
     words: list[str] = []
     for row in _rows(output):
         if row == "EOS":
-            # Split again: the word may be JUMAN's space.
+            # Split again, because a word may be JUMAN's space.
             answers.append(" ".join(words).split())
             words = []
         elif row != "# ERROR" and (not row.startswith("@ ") or _AT_SIGN.match(row)):
@@ -337,15 +341,16 @@ def _jumanpp_command() -> list[str]:
     program = shutil.which("jumanpp")
     if not program:
         raise Refused(
-            "tokenizer.json: segmenter: there is no `jumanpp` on PATH. Build a release of Juman++ 2 "
-            "(github.com/ku-nlp/jumanpp, the package of about 300 MB that holds the model), or take another "
-            "segmenter: mecab follows the same standard of words, sudachi comes with pip"
+            'tokenizer.json: segmenter: "jumanpp": `jumanpp` is not on PATH. Build a release of Juman++ 2 '
+            "(github.com/ku-nlp/jumanpp, the package of about 300 MB that contains the model), or use "
+            "another segmenter: mecab has the same standard of words, sudachi is installed by "
+            "`bash setup.sh --extra sudachi`"
         )
     return [program, "--juman"]
 
 
 def _system_mecab() -> list[str] | None:
-    """This system's MeCab with its JUMAN dictionary in UTF-8, if it has both."""
+    """The command of this system's MeCab with its JUMAN dictionary in UTF-8, or None."""
     program = shutil.which("mecab")
     if not program:
         return None
@@ -358,19 +363,20 @@ def _system_mecab() -> list[str] | None:
 
 
 def _dictionary(command: list[str]) -> dict[str, str]:
-    """What `mecab -D` says of the dictionary in use: filename, charset and more; empty when there is none."""
+    """What `mecab -D` prints about its dictionary: filename, charset and more; empty without a dictionary."""
     rows = _rows(subprocess.run([*command, "-D"], capture_output=True).stdout)
     return dict(row.split(":\t", 1) for row in rows if ":\t" in row)
 
 
 def _fetched_mecab(folder: Path) -> list[str]:
-    """MeCab and the JUMAN dictionary from Debian's packages, unpacked and compiled into `folder` once."""
+    """The command of MeCab from Debian's packages, unpacked once into `folder` with its JUMAN dictionary."""
     if not folder.is_dir():
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
             raise Refused(
-                "tokenizer.json: segmenter: no `mecab` with a JUMAN dictionary is on PATH, and no apt-get "
-                "and dpkg-deb to fetch them. Install MeCab and its JUMAN dictionary in UTF-8 (Debian: mecab, "
-                "mecab-jumandic-utf8; Homebrew: mecab, mecab-jumandic), or take the segmenter sudachi"
+                'tokenizer.json: segmenter: "mecab": `mecab` with a JUMAN dictionary is not on PATH, and '
+                "apt-get and dpkg-deb, which could download it, are missing. Install MeCab and its JUMAN "
+                "dictionary in UTF-8 (Debian: mecab, mecab-jumandic-utf8; Homebrew: mecab, mecab-jumandic), "
+                "or use the segmenter sudachi"
             )
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)
@@ -379,7 +385,8 @@ def _fetched_mecab(folder: Path) -> list[str]:
             _build_mecab(part, folder.parents[1])
             part.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was quicker, and its copy is as good
+            # If the folder exists now, another process was faster; its copy is the same.
+            if not folder.is_dir():
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -388,19 +395,20 @@ def _fetched_mecab(folder: Path) -> list[str]:
 
 
 def _build_mecab(part: Path, data: Path) -> None:
-    """Fetch, unpack and compile into an empty folder. Raises RecipeError."""
+    """Download, unpack and compile into the empty folder `part`; raises RecipeError."""
     try:
         download_packages("mecab", _MECAB_PACKAGES, part, data)
     except RecipeError as error:
-        what = "\n".join(str(error).splitlines()[:-1])  # the last line is advice for a source of text
+        # The last line is advice for a source of text.
+        what = "\n".join(str(error).splitlines()[:-1])
         raise RecipeError(
-            f"tokenizer.json: segmenter: fetching mecab failed: {what}\nCheck the network and run again, "
-            "install mecab and mecab-jumandic-utf8, or take the segmenter sudachi"
+            f"tokenizer.json: segmenter: the download of mecab failed: {what}\nCheck the network and run "
+            "again, install mecab and mecab-jumandic-utf8, or use the segmenter sudachi"
         ) from error
     for package in sorted(part.glob("*.deb")):
         _check(["dpkg-deb", "-x", str(package), str(part)])
         package.unlink()
-    # The package holds the sources of the dictionary; installing it would compile them like this.
+    # The package contains the sources of the dictionary. Its installation would compile them in this way.
     sources, compiled = part / "usr/share/mecab/dic/juman", part / "dic"
     compiled.mkdir()
     index = _with_library(part, "lib/mecab/mecab-dict-index")
@@ -411,7 +419,7 @@ def _build_mecab(part: Path, data: Path) -> None:
 
 
 def _with_library(folder: Path, program: str) -> list[str]:
-    """The command for a program of the unpacked packages, which finds libmecab beside it."""
+    """The command for a program of the unpacked packages, with the path of its libmecab."""
     (library,) = folder.glob("usr/lib/*/libmecab.so.2")
     return ["env", f"LD_LIBRARY_PATH={library.parent.resolve()}", str((folder / "usr" / program).resolve())]
 
@@ -426,10 +434,10 @@ def _check(command: list[str]) -> None:
 
 @functools.cache
 def _sudachi() -> Any:
-    """Sudachi with its core dictionary, one for each process."""
+    """Sudachi with its core dictionary, loaded once per process."""
     require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
     import sudachipy
 
     dictionary = sudachipy.Dictionary(dict="core")
-    # The shortest of its three units of words is the nearest to JUMAN's (tests/bench/segmentation.py).
+    # The shortest of its three word units is the nearest to that of JUMAN (tests/bench/segmentation.py).
     return dictionary.tokenizer(mode=sudachipy.SplitMode.A)

@@ -1,6 +1,6 @@
-"""Segmentation: nothing is lost, `join` gives the text back, and a segmenter that misbehaves is found out.
+"""Segmentation: `join` restores the text, and a segmenter that fails or changes the text is noticed.
 
-Sudachi is real. Juman++ and MeCab are stub programs that speak their formats, so that faults can be made.
+Sudachi is real. Juman++ and MeCab are stub programs with their formats, so that tests can make them fail.
 """
 
 import os
@@ -153,7 +153,7 @@ def test_exact_through_bpe_over_whitespace(sudachi, decoder):
 
 @pytest.mark.extra("sudachi")
 def test_half_of_a_surrogate_pair_is_refused(sudachi):
-    with pytest.raises(RecipeError, match=r"'\\ud800', in '\\u5f8c\\ud800\\u5148'"):
+    with pytest.raises(RecipeError, match=r"'\\ud800' in '\\u5f8c\\ud800\\u5148'"):
         sudachi.segment(["前", "後\ud800先"])
 
 
@@ -168,7 +168,7 @@ def test_parallel_is_the_same_in_the_same_order(sudachi, monkeypatch):
     assert len(taken) < 100  # four batches, not everything
     assert [first, *results] == alone.segment(texts) == list(Segmenter("sudachi").parallel(texts, 1))
     assert together.counts == alone.counts
-    assert alone.counts["pieces"] > 300
+    assert alone.counts["parts"] > 300
 
 
 def test_jumanpp(program, tmp_path):
@@ -182,12 +182,12 @@ def test_jumanpp(program, tmp_path):
         "@",
         "言語 ␛3000 処理 ␊\n",
     ]
-    assert segmenter.counts == {"pieces": 5}
+    assert segmenter.counts == {"parts": 5}
     assert segmenter.round_trip(HARD)["exact"] == len(HARD)
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted", "counted"),
+    ("text", "expected", "counted"),
     [
         ("ABCの橋", "ABC の 橋", "repaired"),  # narrow letters came back wide
         ("部落の 長", "部落の ▁ 長", "left whole"),  # lost a character
@@ -196,16 +196,16 @@ def test_jumanpp(program, tmp_path):
         ("壊す 行", "壊す ▁ 行", "left whole"),  # the program crashed
     ],
 )
-def test_what_a_segmenter_does_to_a_line_never_touches_the_text(program, tmp_path, text, wanted, counted):
+def test_what_a_segmenter_does_to_a_line_never_touches_the_text(program, tmp_path, text, expected, counted):
     program("jumanpp", JUMANPP)
     segmenter = make_segmenter("jumanpp", tmp_path)
     assert segmenter.segment(["前の行", "前の行", text, "後の行"]) == [
         "前 の 行",
         "前 の 行",
-        wanted,
+        expected,
         "後 の 行",
     ]
-    assert segmenter.counts == {"pieces": 4, counted: 1}
+    assert segmenter.counts == {"parts": 4, counted: 1}
 
 
 def test_long_lines_are_cut_where_a_segmenter_would_refuse_them(program, tmp_path):
@@ -216,13 +216,13 @@ def test_long_lines_are_cut_where_a_segmenter_would_refuse_them(program, tmp_pat
     assert join(segmented) == text
     assert segmented.count("猫 が 歩 く 。") == 1000
     assert segmenter.counts["left whole"] == 0
-    assert segmenter.counts["pieces"] > 10
+    assert segmenter.counts["parts"] > 10
 
 
 def test_killed_worker(program, tmp_path):
     program("jumanpp", JUMANPP)
     segmenter = make_segmenter("jumanpp", tmp_path)
-    with pytest.raises(RecipeError, match="killed, out of memory perhaps"):
+    with pytest.raises(RecipeError, match="killed, perhaps for lack of memory"):
         list(segmenter.parallel(["前", "殺", "後"], 2))
 
 
@@ -245,8 +245,8 @@ def test_program_that_stops_working(program, tmp_path):
     [
         ("mecb", "unknown segmenter 'mecb'. Did you mean 'mecab'?.*Known: jumanpp, mecab, sudachi"),
         ("janome", "unknown segmenter 'janome'. Known"),
-        ("jumanpp", "no `jumanpp` on PATH. Build a release of Juman"),
-        ("mecab", "no `mecab` with a JUMAN dictionary.*Install MeCab.*mecab-jumandic-utf8.*sudachi"),
+        ("jumanpp", "`jumanpp` is not on PATH. Build a release of Juman"),
+        ("mecab", "`mecab` with a JUMAN dictionary.*Install MeCab.*mecab-jumandic-utf8.*sudachi"),
     ],
 )
 def test_refused_with_the_way_out(tmp_path, monkeypatch, name, message):
@@ -351,7 +351,7 @@ def test_failing_fetch_leaves_nothing_and_says_why(program, tmp_path):
     program("apt-get", "import sys; sys.exit('E: no such host')")
     program("dpkg-deb", "")
     with pytest.raises(
-        RecipeError, match=r"fetching mecab failed:(.|\n)*no such host(.|\n)*or take the segmenter sudachi"
+        RecipeError, match=r"download of mecab failed:(.|\n)*no such host(.|\n)*or use the segmenter sudachi"
     ):
         make_segmenter("mecab", tmp_path / "data")
     assert list((tmp_path / "data/.tools").iterdir()) == []
