@@ -7,7 +7,8 @@
 #
 # Environment variables:
 #   RECIPE_PYTHON=python3   use this Python and its packages as they are (a container with torch, Colab): nothing is
-#                           installed; what is missing is named, with the command that installs it
+#                           installed; what is missing is named, with the command that installs it. For a Python
+#                           script that you start yourself: export PYTHONPATH=pretrain
 #   VENV=DIR                put the environment there instead of .venv (the Dockerfile uses /opt/venv)
 #   PYTHON=python3.12       the interpreter that .venv is made from
 #   TORCH_CPU_INDEX=URL     without a GPU: take torch from this index, which serves CPU builds

@@ -83,6 +83,13 @@ def test_an_environment_without_torch_is_refused(bare):
     assert f"{bare.python} -m pip install -r {ROOT}/requirements.txt" in error
 
 
+def test_no_stage_starts_in_an_environment_that_lacks_packages(make_project, bare):
+    project = make_project()
+    project.environment["RECIPE_PYTHON"] = str(bare.python)
+    for script in ("run_all.sh", "pretrain/05_pretrain.sh", "fine-tuning/12_finetune.sh"):
+        assert "not installed: torch" in one_line(project.run(script, check=False))
+
+
 def test_missing_packages_are_named_with_the_command_that_installs_them(bare):
     bare.add(*(pin for pin in PINS if not pin.startswith(("trl==", "datatrove=="))))
     error = one_line(setup("--python", RECIPE_PYTHON=bare.python))
