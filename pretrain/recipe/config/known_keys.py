@@ -58,7 +58,7 @@ def json_types(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         found = {part for a in typing.get_args(annotation) for part in json_types(a).split("|")}
-        return "any" if "any" in found else "|".join(sorted(found))
+        return "any" if "any" in found else "|".join(sorted(found, key=lambda kind: (kind == "null", kind)))
     if origin is typing.Literal:
         return "|".join(sorted({json_types(type(a)) for a in typing.get_args(annotation)}))
     if origin is typing.Annotated:

@@ -1,6 +1,4 @@
-"""The keys that every training reads, of pretrain.json, finetune.json and preference.json, and their
-checks.
-"""
+"""The keys of pretrain.json, finetune.json and preference.json that every training reads, with checks."""
 
 from __future__ import annotations
 
@@ -31,18 +29,18 @@ LORA = {
     "use_rslora": "bool",
     "quantization": "str|null",
 }
-# Native keys that would break what a recipe promises or that nothing here reads, and why.
+# Native keys that would change what a recipe says, or that nothing here reads, and why.
 UNFIT = {
     "label_smoothing_factor": "the Trainer's smoothing would shift the labels a second time",
-    "auto_find_batch_size": "it would change the global batch in silence; set per_device_train_batch_size",
+    "auto_find_batch_size": "it would silently change the global batch; set per_device_train_batch_size",
     "load_best_model_at_end": "the model of the last step is what later stages expect",
     "metric_for_best_model": "the model of the last step is what later stages expect",
     "greater_is_better": "the model of the last step is what later stages expect",
-    "use_liger_kernel": "its loss would take the place of the one with z_loss",
-    "liger_kernel_config": "its loss would take the place of the one with z_loss",
+    "use_liger_kernel": "its loss would replace the one with z_loss",
+    "liger_kernel_config": "its loss would replace the one with z_loss",
     "bf16_full_eval": "the weights that are saved would be rounded to bf16",
     "fp16_full_eval": "the weights that are saved would be rounded to fp16",
-    "dataloader_drop_last": "the last blocks of the validation side would be left out",
+    "dataloader_drop_last": "the last blocks of the validation side would not be measured",
     "batch_eval_metrics": "an evaluation measures the loss and nothing else",
     "include_for_metrics": "an evaluation measures the loss and nothing else",
     "eval_use_gather_object": "an evaluation measures the loss and nothing else",
@@ -50,7 +48,7 @@ UNFIT = {
     "optim_args": "none of the optimizers that can be chosen here reads it",
     "optim_target_modules": "none of the optimizers that can be chosen here reads it",
 }
-# Keys that do nothing unless another one has one of these values, and that other's default.
+# Keys that do nothing unless another key has one of these values; with the default of that other key.
 NEEDS = {
     "eval_steps": ("eval_strategy", ("steps",), "no"),
     "eval_delay": ("eval_strategy", ("steps",), "no"),
@@ -59,9 +57,9 @@ NEEDS = {
     "torch_compile_mode": ("torch_compile", (True,), None),
     "torch_compile_backend": ("torch_compile", (True,), None),
 }
-# Schedules that the proof cannot check: `recipe.training.check_schedule` has no closed form of them.
-UNPROVED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
-# The least and the most that a number can be.
+# Schedules that cannot be checked: `recipe.training.check_schedule` has no formula for them.
+UNCHECKED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
+# The smallest and the largest value of a number.
 RANGES = {
     "learning_rate": (0, math.inf),
     "muon_learning_rate": (0, math.inf),
@@ -76,29 +74,29 @@ RANGES = {
     "eval_steps": (1e-9, math.inf),
     "eval_blocks": (1, math.inf),
 }
-# Boards and the module that each needs.
+# Boards whose module has another name.
 BOARDS = {"azure_ml": "azureml", "flyte": "flytekit"}
 ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> None:
-    """Check a training file; more: the keys that it takes beside those of every training file."""
+    """Check a training file. more: its keys in addition to those of every training file. Raises Refused."""
     known = {key: kind for key, kind in known_keys()["training_arguments"].items() if key not in ELSEWHERE}
     check_keys(values, known | TRAINING | more, where)
     require(values, ("global_batch_size", "per_device_train_batch_size", "block_size"), where)
     for key in ("global_batch_size", "per_device_train_batch_size", "block_size"):
         if values[key] < 1:
-            raise Refused(f"{where}: {key}: {values[key]}, wanted 1 or more")
+            raise Refused(f"{where}: {key}: {values[key]}, expected 1 or more")
     if values.get("attn_implementation", "auto") not in ATTENTION:
         raise Refused(
-            f"{where}: attn_implementation: {show(values['attn_implementation'])}, wanted one of "
+            f"{where}: attn_implementation: {show(values['attn_implementation'])}, expected one of "
             f"{', '.join(ATTENTION)}"
         )
     for key, (least, most) in RANGES.items():
         value = values.get(key)
         if value is not None and not least <= value <= most:
             ending = f" and at most {most:g}" if most < math.inf else ""
-            raise Refused(f"{where}: {key}: {show(value)}, wanted at least {least:g}{ending}")
+            raise Refused(f"{where}: {key}: {show(value)}, expected at least {least:g}{ending}")
     if values.get("bf16") and values.get("fp16"):
         raise Refused(
             f"{where}: bf16 and fp16 are both true: keep one, or neither to let the hardware decide"
@@ -111,17 +109,17 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
     for key, reason in UNFIT.items():
         if values.get(key):
             raise Refused(f"{where}: {key}: {show(values[key])}: {reason}. Leave the key out")
-    for key, (other, wanted, default) in NEEDS.items():
-        if values.get(key) and values.get(other, default) not in wanted:
+    for key, (other, needed, default) in NEEDS.items():
+        if values.get(key) and values.get(other, default) not in needed:
             raise Refused(
                 f"{where}: {key}: {show(values[key])} does nothing with {other} "
-                f"{show(values.get(other, default))}. Add {other}: {show(wanted[0])}, or leave {key} out"
+                f"{show(values.get(other, default))}. Add {other}: {show(needed[0])}, or leave {key} out"
             )
     for key in ("eval_strategy", "save_strategy", "logging_strategy"):
         if values.get(key, "steps") not in ("steps", "no"):
             raise Refused(
-                f"{where}: {key}: {show(values[key])}, wanted steps or no: a training is one pass over "
-                "blocks that are shuffled before it, and knows no end of an epoch"
+                f"{where}: {key}: {show(values[key])}, expected steps or no: a training is one pass over "
+                "blocks that are shuffled before it, without ends of epochs"
             )
     if values.get("activation_checkpointing_kwargs") and not values.get("activation_checkpointing"):
         raise Refused(
@@ -151,14 +149,14 @@ def _check_optimizer(values: dict[str, Any], where: str) -> None:
 
 
 def _check_schedule(values: dict[str, Any], where: str) -> None:
-    """The schedule's options belong to it, and nothing is asked for that it would leave out in silence."""
+    """Refuse options that the schedule does not have, and values that it would silently ignore."""
     kind, options = values.get("lr_scheduler_type", "linear"), values.get("lr_scheduler_kwargs") or {}
     here = f"{where}: lr_scheduler_kwargs"
     if not isinstance(options, dict):
-        raise Refused(f"{here}: {show(options)} is {type_name(options)}, wanted an object")
-    if kind in UNPROVED_SCHEDULES:
+        raise Refused(f"{here}: {show(options)} is {type_name(options)}, expected an object")
+    if kind in UNCHECKED_SCHEDULES:
         raise Refused(
-            f"{where}: lr_scheduler_type: {kind}: nothing here could tell whether it is active. Write "
+            f"{where}: lr_scheduler_type: {kind}: nothing here could check whether it is active. Write "
             "cosine, cosine_with_min_lr, linear, warmup_stable_decay or constant"
         )
     known = known_keys()["scheduler_options"].get(kind, options)
@@ -176,18 +174,18 @@ def _check_schedule(values: dict[str, Any], where: str) -> None:
     if kind == "polynomial" and values.get("warmup_steps") == values.get("max_steps", -1):
         raise Refused(
             f"{where}: warmup_steps: {values['warmup_steps']}, all of max_steps: polynomial has no step left "
-            "to fall over and would divide by zero. Lower warmup_steps"
+            "for its decay and would divide by zero. Lower warmup_steps"
         )
     if kind == "cosine_with_min_lr":
         floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]
         if len(floors) != 1:
             raise Refused(
-                f'{here}: {show(options)}: {kind} wants one floor: {{"min_lr_rate": 0.1}} (a share of '
+                f'{here}: {show(options)}: {kind} needs one floor: {{"min_lr_rate": 0.1}} (a share of '
                 'learning_rate) or {"min_lr": 1e-5}'
             )
         floor, most = options[floors[0]], values.get("learning_rate", 5e-5) if "min_lr" in floors else 1
         if not is_type(floor, "float") or not 0 <= floor < most:
-            raise Refused(f"{here}: {floors[0]}: {show(floor)}, wanted 0 or more and below {most}")
+            raise Refused(f"{here}: {floors[0]}: {show(floor)}, expected 0 or more and below {most}")
     if kind == "warmup_stable_decay":
         _check_decay(values, options, here)
 
@@ -196,8 +194,8 @@ def _check_decay(values: dict[str, Any], options: dict[str, Any], here: str) -> 
     decay = options.get("num_decay_steps")
     if not is_type(decay, "int") or decay < 1:
         raise Refused(
-            f"{here}: num_decay_steps: {show(decay)}: warmup_stable_decay wants the steps over which the "
-            'rate falls at the end: {"num_decay_steps": 1000}'
+            f"{here}: num_decay_steps: {show(decay)}: warmup_stable_decay needs the number of steps of "
+            'the decay at the end: {"num_decay_steps": 1000}'
         )
     if "num_stable_steps" in options:
         raise Refused(
@@ -208,30 +206,30 @@ def _check_decay(values: dict[str, Any], options: dict[str, Any], here: str) -> 
     warmup = warmup if warmup >= 1 else warmup * total
     if 0 < total < decay + warmup:
         raise Refused(
-            f"{here}: num_decay_steps: {decay} and warmup_steps {warmup:g} are more than the {total} of "
-            f"max_steps"
+            f"{here}: num_decay_steps: {decay} and warmup_steps {warmup:g} are together more than "
+            f"max_steps {total}. Lower one of them, or raise max_steps"
         )
 
 
 def _check_watching(values: dict[str, Any], where: str) -> None:
-    """Boards by name, steps of samples, a z-loss that is no negative number."""
+    """Check the names of boards, the steps of samples, and that the z-loss is not negative."""
     asked = values.get("report_to") or []
     known = [*known_keys()["boards"], "none"]
     for board in [asked] if isinstance(asked, str) else asked:
         if board not in known:
             raise Refused(
-                f"{where}: report_to: {show(board)} is no board.{nearest(str(board), known)} "
-                f"Known: {', '.join(known)}. TensorBoard is written in any case"
+                f"{where}: report_to: {show(board)} is not a known board.{nearest(str(board), known)} "
+                f"Known: {', '.join(known)}. TensorBoard is always written"
             )
     steps = values.get("sample_steps")
     for step in steps if isinstance(steps, list) else [] if steps is None else [steps]:
         if not is_type(step, "int") or step < 1:
             raise Refused(
-                f"{where}: sample_steps: {show(steps)}, wanted a number of steps or a list of steps, each "
-                "1 or more (before the first step and after the last it always samples)"
+                f"{where}: sample_steps: {show(steps)}, expected a number of steps or a list of steps, each "
+                "1 or more (samples are always written before the first step and after the last)"
             )
     if values.get("z_loss", 0) < 0:
-        raise Refused(f"{where}: z_loss: {values['z_loss']}, wanted 0 or more (PaLM took 1e-4)")
+        raise Refused(f"{where}: z_loss: {values['z_loss']}, expected 0 or more (PaLM used 1e-4)")
 
 
 def _check_lora(values: dict[str, Any], where: str) -> None:
@@ -239,25 +237,26 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
     check_keys(lora, LORA, f"{where}: lora")
     for key in ("r", "lora_alpha"):
         if lora.get(key, 1) <= 0:
-            raise Refused(f"{where}: lora.{key}: {lora[key]}, wanted more than 0")
+            raise Refused(f"{where}: lora.{key}: {lora[key]}, expected more than 0")
     if not 0 <= lora.get("lora_dropout", 0) < 1:
-        raise Refused(f"{where}: lora.lora_dropout: {lora['lora_dropout']}, wanted 0 or more and below 1")
+        raise Refused(f"{where}: lora.lora_dropout: {lora['lora_dropout']}, expected 0 or more and below 1")
     if lora.get("quantization") not in (None, "nf4"):
-        raise Refused(f"{where}: lora.quantization: {show(lora['quantization'])}, wanted nf4 or null")
+        raise Refused(f"{where}: lora.quantization: {show(lora['quantization'])}, expected nf4 or null")
     if "r" not in lora:
         raise Refused(f'{where}: lora: {show(lora)} has no rank. Write {{"r": 16}}, or null for full tuning')
     if values.get("muon_learning_rate"):
         raise Refused(
-            f"{where}: muon_learning_rate: Muon orthogonalises whole matrices, and LoRA's are halves of a "
-            "product. Remove it, or lora"
+            f"{where}: muon_learning_rate: Muon orthogonalises whole matrices, and each matrix of LoRA is "
+            "only one factor of a product. Remove it, or lora"
         )
     if values.get("z_loss"):
-        raise Refused(f"{where}: z_loss: an adapter leaves the output matrix alone. Remove it, or lora")
+        raise Refused(f"{where}: z_loss: an adapter does not train the output matrix. Remove it, or lora")
 
 
 def documents_suffice(config: Mapping[str, dict[str, Any]], file: str) -> bool:
-    """Whether a training computes attention over packed blocks only, without dropout in it and without a
-    window: all that the attention "documents" does. file: ``pretrain``, ``finetune`` or ``preference``.
+    """Whether the attention "documents" can compute a training: packed blocks, no dropout in it, no window.
+
+    file: ``pretrain``, ``finetune`` or ``preference``.
     """
     model = model_values(config)
     model = DEFAULTS.get(model.get("model_type", ""), {}) | model
@@ -267,7 +266,7 @@ def documents_suffice(config: Mapping[str, dict[str, Any]], file: str) -> bool:
 
 
 def check_boards(asked: str | list[str] | None, file: str) -> list[str]:
-    """Where the figures go: TensorBoard always, and what `report_to` asks for.
+    """The boards that receive the figures: TensorBoard always, and those of `report_to`.
 
     Raises Refused for a board whose library is not installed.
     """
@@ -278,7 +277,7 @@ def check_boards(asked: str | list[str] | None, file: str) -> list[str]:
         if importlib.util.find_spec(module) is None:
             raise Refused(
                 f"{file}: report_to: {name} is not installed. Install it (.venv/bin/pip install {module}) or "
-                "take it out: TensorBoard is written in any case"
+                "remove it from report_to: TensorBoard is always written"
             )
     return names
 

@@ -181,7 +181,7 @@ def preference(config, **values):
         (schedule("cosine", {"min_lr": 1e-5}), ["min_lr: cosine has no such option", "num_cycles"]),
         (schedule("warmup_stable_decay"), ["num_decay_steps: null", '"num_decay_steps": 1000']),
         (schedule("warmup_stable_decay", {"num_decay_steps": 760}), ["num_decay_steps: 760", "15.2", "760"]),
-        (schedule("linear", "x"), ["lr_scheduler_kwargs", "wanted an object"]),
+        (schedule("linear", "x"), ["lr_scheduler_kwargs", "expected an object"]),
         (lambda c: c["pretrain"].update(report_to=["wanb"]), ["report_to", "'wandb'"]),
         (lambda c: c["pretrain"].update(sample_steps=[10, 0]), ["sample_steps: [10, 0]", "1 or more"]),
         (lambda c: c["pretrain"].update(z_loss=-1e-4), ["z_loss: -0.0001"]),
@@ -210,7 +210,7 @@ def preference(config, **values):
         (lambda c: c["pretrain"].update(logging_strategy="epoch"), ["logging_steps: 10", "epoch"]),
         (
             lambda c: (c["pretrain"].pop("save_steps"), c["pretrain"].update(save_strategy="epoch")),
-            ["save_strategy", "wanted steps or no"],
+            ["save_strategy", "expected steps or no"],
         ),
         (lambda c: c["pretrain"].update(torch_compile_mode="max-autotune"), ["torch_compile_mode", "null"]),
         (
