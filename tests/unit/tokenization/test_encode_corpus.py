@@ -18,7 +18,7 @@ from recipe.tokenization.encode_corpus import document_frame, make_encoder, voca
 from recipe.tokenization.token_files import TokenFile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-# Where transformers is needed it is imported inside: workers of the last tests import this file.
+# transformers is imported inside functions, because workers of the last tests import this file.
 LITERALS = ["<|end|>という文字列", "</s><s><pad>", "<0xE5>"]
 
 
@@ -147,9 +147,9 @@ def test_every_document_once_in_the_order_of_the_shards(dataset, sentencepiece_f
     dataset.write("train-text-00002", [])
     dataset.run()
     fast, file = load(sentencepiece_folder), TokenFile(dataset.final / "train")
-    wanted = [fast(text)["input_ids"] + [3] for part in texts.values() for text in part]
-    assert np.split(file.tokens, np.cumsum(file.lengths)[:-1])[700].tolist() == wanted[700]
-    assert file.tokens.tolist() == [i for ids in wanted for i in ids]
+    expected = [fast(text)["input_ids"] + [3] for part in texts.values() for text in part]
+    assert np.split(file.tokens, np.cumsum(file.lengths)[:-1])[700].tolist() == expected[700]
+    assert file.tokens.tolist() == [i for ids in expected for i in ids]
     assert sorted(path.name for path in dataset.final.iterdir()) == [
         *("stage.json", "train.bin", "train.idx", "valid.bin", "valid.idx")
     ]
@@ -163,7 +163,7 @@ def test_every_document_once_in_the_order_of_the_shards(dataset, sentencepiece_f
             "tokens": len(file.tokens),
         }
     }
-    assert figures["totals"]["train"]["largest_id"] == max(map(max, wanted))
+    assert figures["totals"]["train"]["largest_id"] == max(map(max, expected))
     assert list(figures["sources"]["valid"]) == ["text"]
 
 
@@ -193,7 +193,7 @@ def test_killed_in_the_middle_it_continues_to_the_same_bytes(dataset):
     while len(done := list(dataset.work.glob("logs/tokenize/completions/*"))) < 5:
         assert time.monotonic() < ends and running.poll() is None
         time.sleep(0.002)
-    os.kill(running.pid, signal.SIGKILL)  # the process alone: its workers must end by themselves
+    os.kill(running.pid, signal.SIGKILL)  # only this process: its workers must end by themselves
     running.communicate(timeout=20)  # ends when the last worker has closed the pipe
     assert len(done) < 41 and not dataset.final.exists()
     done = [path.name for path in dataset.work.glob("logs/tokenize/completions/*")]

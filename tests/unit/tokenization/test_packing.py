@@ -23,7 +23,7 @@ from recipe.tokenization.packing import (
 from recipe.tokenization.token_files import TokenFile, write_token_file
 
 DOCUMENTS = [[2, *range(10, 10 + n), 3] for n in (1, 7, 30, 4, 4, 90, 2, 13)]
-# Three sources of different documents, so that each token tells where it stands.
+# Three sources of different documents, so that each token tells its position.
 SOURCES = {"a": 5, "b": 20, "c": 3}
 WEIGHTS = {"a": 2.0, "b": 0.3, "c": 1.5}
 
@@ -58,9 +58,9 @@ def test_an_epoch_holds_every_token_once(token_file):
     blocks = -(-len(token_file.tokens) // 16)
     samples = PackedBlocks(token_file, 16, pad=0, seed=1, at_least=2 * blocks + 1)
     assert samples.ends == [blocks, 2 * blocks, 3 * blocks]  # whole epochs
-    wanted_inputs = Counter(token_file.tokens.tolist())
-    # Every token is a target once, but a document's first: nothing predicts it.
-    wanted_targets = Counter(i for document in DOCUMENTS for i in document[1:])
+    expected_inputs = Counter(token_file.tokens.tolist())
+    # Every token is a target once, except the first of a document: nothing predicts it.
+    expected_targets = Counter(i for document in DOCUMENTS for i in document[1:])
     for epoch in range(3):
         inputs, targets = Counter(), Counter()
         for item in items_of(samples, epoch):
@@ -68,8 +68,8 @@ def test_an_epoch_holds_every_token_once(token_file):
             assert all(tensor.shape == (16,) and tensor.dtype == torch.int64 for tensor in sample.values())
             inputs.update(i for i in sample["input_ids"].tolist() if i != 0)
             targets.update(i for i in sample["shift_labels"].tolist() if i != IGNORED)
-        assert inputs == wanted_inputs
-        assert targets == wanted_targets
+        assert inputs == expected_inputs
+        assert targets == expected_targets
 
 
 def test_a_block_is_the_documents_end_to_end_and_positions_restart(token_file):
@@ -118,7 +118,7 @@ def test_order_depends_on_seed_epoch_and_index_only(weighted):
     for given in (None, sources):
         samples = PackedBlocks(file, 16, 0, 7, 100, given)
         other_seed = PackedBlocks(file, 16, 0, 8, 100, given)
-        resumed = PackedBlocks(file, 16, 0, 7, 30, given)  # offers fewer epochs, opened anew
+        resumed = PackedBlocks(file, 16, 0, 7, 30, given)  # with fewer epochs, opened again
         backwards = [samples[item]["input_ids"].tolist() for item in reversed(range(len(resumed)))]
         assert backwards[::-1] == [resumed[item]["input_ids"].tolist() for item in range(len(resumed))]
         assert order(samples, 0) != order(samples, 1)
@@ -130,7 +130,7 @@ def test_order_depends_on_seed_epoch_and_index_only(weighted):
 
 
 def read_documents(samples, documents, epoch):
-    """How often each document stands in an epoch, every token of it counted; the padding is left out."""
+    """How often each document occurs in an epoch, with all its tokens; padding is left out."""
     counts = Counter(i for item in items_of(samples, epoch) for i in samples[item]["input_ids"].tolist() if i)
     times = [{counts[i] for i in document} for document in documents]
     assert all(len(each) == 1 for each in times), "a document was cut"
@@ -159,9 +159,9 @@ def test_every_token_of_a_weighted_epoch_but_first_ones_is_a_target(weighted):
     samples = PackedBlocks(file, 16, 0, seed=3, at_least=500, sources=sources)
     for epoch in range(4):
         times = read_documents(samples, documents, epoch)
-        wanted = Counter()
+        expected = Counter()
         for document, count in zip(documents, times, strict=True):
-            wanted.update(dict.fromkeys(document[1:], count) if count else {})
+            expected.update(dict.fromkeys(document[1:], count) if count else {})
         targets, positions = Counter(), Counter()
         for item in items_of(samples, epoch):
             sample = samples[item]
@@ -169,7 +169,7 @@ def test_every_token_of_a_weighted_epoch_but_first_ones_is_a_target(weighted):
             pairs = zip(sample["input_ids"].tolist(), sample["position_ids"].tolist(), strict=True)
             # A document that a block cuts starts at 0 in the next block, as it does without weights.
             positions.update(i for i, place in pairs if place == 0 and i)
-        assert targets == wanted
+        assert targets == expected
         starts = {document[0] for document in documents}
         assert sum(positions[i] for i in starts) == sum(times)
 
@@ -186,7 +186,7 @@ def test_segments_are_cut_at_documents_and_none_is_empty(weighted):
     assert lengths == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
-def test_an_epoch_without_documents_is_passed_over(weighted):
+def test_an_epoch_without_documents_is_skipped(weighted):
     file, _, documents = weighted
     samples = PackedBlocks(file, 2, 0, seed=1, at_least=4, sources=[(0, 1, 0.25)])
     assert samples.ends == [0, 0, 0, 2, 2, 2, 2, 4]
@@ -198,8 +198,8 @@ def test_an_epoch_without_documents_is_passed_over(weighted):
 def test_tokens_of_an_epoch_follow_the_weights(weighted):
     file, sources, documents = weighted
     parts = [sum(map(len, documents[begin:end])) for begin, end, _ in sources]
-    wanted = 2 * parts[0] + 0.3 * parts[1] + 1.5 * parts[2]
-    assert epoch_tokens(file, sources) == round(wanted)
+    expected = 2 * parts[0] + 0.3 * parts[1] + 1.5 * parts[2]
+    assert epoch_tokens(file, sources) == round(expected)
     assert epoch_tokens(file, None) == len(file.tokens)
 
 

@@ -116,8 +116,8 @@ def test_bad_documents_are_refused_and_nothing_is_overwritten(tmp_path, token_fi
 def test_document_starts(token_file):
     starts = np.cumsum([0, *map(len, DOCUMENTS)])
     for begin, end in ((0, 3), (0, 4), (3, 12), (4, 5), (5, 1000), (1000, 2000)):
-        wanted = [s for s in starts[:-1] if begin <= s < end]
-        assert token_file.document_starts(begin, end).tolist() == wanted
+        expected = [s for s in starts[:-1] if begin <= s < end]
+        assert token_file.document_starts(begin, end).tolist() == expected
     assert [token_file.first_token(i) for i in range(9)] == starts.tolist()
 
 

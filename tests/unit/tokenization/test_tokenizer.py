@@ -1,6 +1,4 @@
-"""Tokenizers of every kind: what is saved equals what was trained, loses nothing, takes no text for a control
-token.
-"""
+"""Tokenizers of every kind: saved as trained, without loss of text, and text is never a control token."""
 
 import io
 import json
@@ -36,7 +34,7 @@ MARKS = {" ": "▁", "\n": "␊", "\t": "␉"}
 
 
 class Segmenter:
-    """Words of two characters, white space as marks: as tokenization/word_segmenter.py makes it."""
+    """Words of two characters, white space as marks: in the form of tokenization/word_segmenter.py."""
 
     def segment(self, texts):
         marked = ("".join(MARKS.get(c, c) for c in text) for text in texts)
@@ -45,7 +43,7 @@ class Segmenter:
 
 @pytest.fixture(autouse=True, scope="module")
 def stub_segmenter():
-    """A segmenter that is always at hand, in the place of the one that needs a program or a dictionary."""
+    """A segmenter that needs no program or dictionary, instead of the real one."""
     module = types.ModuleType("recipe.tokenization.word_segmenter")
     module.make_segmenter = lambda name, data: Segmenter()
     real = sys.modules.get("recipe.tokenization.word_segmenter")
@@ -59,7 +57,7 @@ def stub_segmenter():
 
 
 def reload(tokenizer, folder):
-    """What a user loads: the saved folder, through AutoTokenizer."""
+    """Save a tokenizer, and load it by AutoTokenizer as a user does."""
     tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -86,7 +84,7 @@ def make(tmp_path_factory):
 
 
 @pytest.mark.parametrize("config", [UNIGRAM, BPE, BYTE_LEVEL])
-def test_gate_passes_on_hard_cases_and_random_unicode(make, config):
+def test_nothing_is_lost_in_hard_cases_and_random_unicode(make, config):
     fast, processor = make(config)
     draw = random.Random(0)
     alphabet = "あア漢𠮷ｱ👨\u200d🌈é\u0301 \u3000\t\n\r\x00\x01aZ09<>/sxEpadunk▁☃学校で"
@@ -182,14 +180,14 @@ def test_every_kind_that_is_trained_has_its_function():
 # -------------------------------------------------------------------------------------------- SentencePiece
 
 
-def test_gate_fails_when_ids_differ(make):
+def test_other_ids_than_sentencepiece_are_refused(make):
     _, processor = make(UNIGRAM)
     other = training.train_tokenizer(sentences(2000, 9)[:300], {"vocab_size": 400}).tokenizer
     with pytest.raises(RecipeError, match="disagree"):
         report.check_lossless(other, sentences(50, 2), processor)
 
 
-def test_gate_fails_when_text_is_lost(make):
+def test_a_tokenizer_that_loses_text_is_refused(make):
     fast, _ = make(BPE)
     lossy = Tokenizer.from_str(fast.backend_tokenizer.to_str())
     lossy.decoder = decoders.Sequence([decoders.Replace("▁", ""), decoders.ByteFallback(), decoders.Fuse()])
@@ -199,8 +197,9 @@ def test_gate_fails_when_text_is_lost(make):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_equal_ways_to_cut_are_decided_alike(kind):
-    """Runs of one letter have many best ways; with Unigram scores as trained, rounding decides, by float32 or
-    float64.
+    """Runs of one letter have several best ways to cut them.
+
+    With the scores as trained, rounding would decide: in float32 or in float64.
     """
     draw = random.Random(3)
     text = ["".join(draw.choice("abc") * draw.randrange(1, 9) for _ in range(12)) for _ in range(3000)]
@@ -240,7 +239,7 @@ def test_words_decode_to_the_text(make):
     assert fast.init_kwargs["segmenter"] == "stub"
 
 
-def test_losses_are_reported(make):
+def test_lost_text_is_measured(make):
     fast, _ = make(WORDS)
     found = report.measure_lost_text(fast, ["今日、私は", "鱻鱻", "家で"])
     assert found["exact_lines"] == pytest.approx(2 / 3)
@@ -260,7 +259,7 @@ def test_limits_of_the_alphabet_and_of_frequency():
 
 @pytest.fixture()
 def byte_level_folder(tmp_path_factory):
-    """A published byte-level BPE of English, with a control token behind its vocabulary."""
+    """A published byte-level BPE of English, with a control token after its vocabulary."""
     folder = tmp_path_factory.mktemp("published")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -297,7 +296,7 @@ def test_published_bpe_keeps_its_ids_and_its_document_start(byte_level_folder, t
     assert subject.document_start(started) == [end] and started("cat")["input_ids"][0] == end
 
 
-def test_published_bpe_goes_on_learning(byte_level_folder, tmp_path):
+def test_published_bpe_is_extended(byte_level_folder, tmp_path):
     old = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
     fast = reload(take_over(byte_level_folder, new_pieces=100, round_to=64), tmp_path / "saved")
     assert len(fast) == 384  # 274 + 100, rounded up
@@ -338,7 +337,7 @@ def sentencepiece_folder(tmp_path_factory):
     return folder
 
 
-def test_published_sentencepiece_equals_itself(sentencepiece_folder, tmp_path):
+def test_published_sentencepiece_keeps_its_ids(sentencepiece_folder, tmp_path):
     fast = reload(take_over(sentencepiece_folder), tmp_path / "saved")
     assert (fast.pad_token_id, fast.unk_token_id, fast.bos_token_id, fast.eos_token_id) == (3, 0, None, 2)
     processor = spm.SentencePieceProcessor(model_file=str(sentencepiece_folder / "spiece.model"))
@@ -400,7 +399,7 @@ def test_sample_follows_the_weights_and_the_bound():
     sizes = {"web": 800, "books": 100, "help": 100}
     assert sampling.sample_shares(sizes, {}, 500) == dict.fromkeys(sizes, 0.5)
     weighted = sampling.sample_shares(sizes, {"books": 4.0, "web": 0.5, "help": 0.0}, 400)
-    assert weighted == {"web": 0.375, "books": 1.0, "help": 0.0}  # books are used up, web fills the rest
+    assert weighted == {"web": 0.375, "books": 1.0, "help": 0.0}  # all of books, and web fills the rest
     assert sampling.sample_shares(sizes, {"books": 2.0}, 10**6) == dict.fromkeys(sizes, 1.0)
     assert sampling.sample_shares({}, {}, 100) == {}
 
@@ -428,7 +427,7 @@ def test_compression_counts_no_control_tokens(make):
 
 
 @pytest.mark.parametrize(
-    ("piece", "wanted"),
+    ("token", "expected"),
     [
         (" です", "hiragana"),
         ("データ", "katakana"),
@@ -445,8 +444,8 @@ def test_compression_counts_no_control_tokens(make):
         (b"\xe5", "bytes"),
     ],
 )
-def test_script_of_a_piece(piece, wanted):
-    assert report.script(piece) == wanted
+def test_script_of_a_token(token, expected):
+    assert report.script(token) == expected
 
 
 def test_vocabulary_by_script_adds_up(make):
