@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import mwparserfromhell
-from recipe.corpus.wikipedia import extract
+from recipe.corpus.wikitext import extract
 
 PAGES = Path(__file__).resolve().parents[1] / "unit/corpus/wikipedia"
 REPEATS, ROUNDS = 5, 5
@@ -47,7 +47,7 @@ def remove_nodes(title: str, text: str) -> str:
 PEERS = {
     "node removal": remove_nodes,
     "parse alone": lambda title, text: mwparserfromhell.parse(text) and "",
-    "recipe.corpus.wikipedia": lambda title, text: extract(title, text)[0],
+    "recipe.corpus.wikitext": lambda title, text: extract(title, text)[0],
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 from recipe.config.keys import check_keys, nearest, require, show, type_name
@@ -78,8 +80,14 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
         rules.check_rules(kind, changes, f"{where}: rules.{kind}")
     check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
     for key, value in (values.get("minhash") or {}).items():
-        if value < (key != "seed"):
-            raise Refused(f"{where}: minhash: {key}: {value}, expected 1 or more")
+        least = 0 if key == "seed" else 1
+        if not least <= value < 2**32:
+            raise Refused(
+                f"{where}: minhash: {key}: {value}, expected a whole number from {least} to 2^32 - 1"
+            )
+    for key, value in values.get("neologdn", {}).items():
+        if key in ("repeat", "max_repeat_substr_length") and value < 0:
+            raise Refused(f"{where}: neologdn: {key}: {value}, expected 0 or more")
     tilde = values.get("neologdn", {}).get("tilde", "ignore")
     if tilde not in TILDES:
         raise Refused(f"{where}: neologdn: tilde: {show(tilde)}, expected one of {', '.join(TILDES)}")
@@ -92,18 +100,32 @@ def _check_source(source: dict[str, Any], here: str) -> None:
     require(source, tuple(kind.required), here)
     if kind.download == "url" and ("paths" in source) == ("url" in source):
         raise Refused(f"{here}: expected either `paths` (your own files) or `url`")
-    for path in source.get("paths", ["x"]) or [None]:
-        if not isinstance(path, str):
-            raise Refused(f"{here}: paths: {show(source['paths'])}, expected one or more paths as text")
+    for key in ("paths", "packages"):
+        entries = source.get(key, [""])
+        if not entries or not all(isinstance(entry, str) for entry in entries):
+            raise Refused(f"{here}: {key}: {show(entries)}, expected one or more strings")
+    if kind.download == "index":
+        _check_sdist(source, here)
     if source.get("rules") is not None:
         rules.check_rules(source["rules"], {}, f"{here}: rules")
-    for key in ("weight", "maximum_megabytes", "maximum_documents"):
+    for key in ("weight", "maximum_megabytes", "maximum_documents", "lines_per_document"):
         if source.get(key, 1) <= 0:
             raise Refused(f"{here}: {key}: {source[key]}, expected more than 0")
+    least, most = source.get("minimum_megabytes", 0), source.get("maximum_megabytes", math.inf)
+    if least > most:
+        raise Refused(f"{here}: minimum_megabytes: {least}, expected at most maximum_megabytes, {most}")
     if not 0 <= source.get("maximum_bad_share", 0) < 1:
         raise Refused(
             f"{here}: maximum_bad_share: {source['maximum_bad_share']}, expected 0 or more and below 1"
         )
+
+
+def _check_sdist(source: dict[str, Any], here: str) -> None:
+    """Check the keys of a source distribution in the package index. Raises Refused."""
+    if not re.fullmatch(r"[\w.-]+==[\w.!+]+", source["requirement"]):
+        raise Refused(f"{here}: requirement: {show(source['requirement'])}, expected PROJECT==VERSION")
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", source["sha256"]):
+        raise Refused(f"{here}: sha256: {show(source['sha256'])}, expected 64 hexadecimal digits")
 
 
 def _check_engine(values: dict[str, Any], where: str) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
-from recipe.corpus.minhash import KEY_BITS, MinHash, minhash_settings
+from recipe.corpus.minhash import KEY_BITS, MINHASH, MinHash
 from recipe.corpus.shards import shard_rows
 from recipe.project import RecipeError
 
@@ -46,17 +46,17 @@ def exact(hash_files: list[Path], folder: Path) -> list[PipelineStep]:
 
 def signatures(shards: list[Path], folder: Path, config: dict[str, Any]) -> list[PipelineStep]:
     """Phase 2, up to one task per shard: the signatures of the documents that `exact` kept."""
-    return [_Signatures(shards, folder, minhash_settings(config))]
+    return [_Signatures(shards, folder, MINHASH | config)]
 
 
 def buckets(shards: list[Path], folder: Path, config: dict[str, Any]) -> list[PipelineStep]:
     """Phase 3, one task per band, or more for many documents: pairs of documents with a key in common."""
-    return [_Buckets(shards, folder, minhash_settings(config))]
+    return [_Buckets(shards, folder, MINHASH | config)]
 
 
 def clusters(shards: list[Path], folder: Path, config: dict[str, Any]) -> list[PipelineStep]:
     """Phase 4, one task: remove all but the first document of each cluster of pairs."""
-    return [_Clusters(shards, folder, minhash_settings(config))]
+    return [_Clusters(shards, folder, MINHASH | config)]
 
 
 def removed_rows(folder: Path, shard: int) -> dict[str, np.ndarray]:

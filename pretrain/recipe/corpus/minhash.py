@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Any
 
 import numpy as np
 
-from recipe.project import Refused
-
-# The usual numbers for web text (FineWeb, Swallow): documents of Jaccard similarity s are found with the
-# probability 1 - (1 - s^rows)^bands: .05 at s = .5, .77 at .75, .92 at .8, 1.0 at .9.
+# Defaults of `minhash` in dataset.json: the usual numbers for web text (FineWeb, Swallow). Documents of
+# Jaccard similarity s are found with the probability 1 - (1 - s^rows)^bands: .05 at s = .5, .77 at .75,
+# .92 at .8, 1.0 at .9.
 MINHASH = {"bands": 14, "rows": 8, "ngram": 5, "seed": 1}
 KEY_BITS = 60  # datatrove's reader of 64-bit signatures silently stops at 2^61 - 1
 
@@ -26,19 +24,6 @@ def fold(text: str, gap: str = "") -> str:
     stay different (が is not か); their half-width and decomposed forms become equal.
     """
     return gap.join(_LETTERS.findall(unicodedata.normalize("NFKC", text).lower()))
-
-
-def minhash_settings(config: dict[str, Any]) -> dict[str, int]:
-    """The settings `MINHASH` with the changes that dataset.json makes. Raises Refused for an invalid one."""
-    for key, value in config.items():
-        if key not in MINHASH:
-            raise Refused(f"dataset.json: minhash.{key}: unknown key. Known: {', '.join(MINHASH)}")
-        least = 0 if key == "seed" else 1
-        if type(value) is not int or not least <= value < 1 << 32:
-            raise Refused(
-                f"dataset.json: minhash.{key}: {value!r}, expected a whole number from {least} to 2^32 - 1"
-            )
-    return MINHASH | config
 
 
 class MinHash:

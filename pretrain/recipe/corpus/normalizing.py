@@ -20,10 +20,6 @@ from typing import Any, NamedTuple
 import neologdn
 import numpy as np
 
-from recipe.project import RecipeError
-
-TILDES = ("remove", "ignore", "normalize", "normalize_zenkaku")
-
 _BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines splits
 _SPACE, _NEWLINE = 0x20, 0x0A
 # Characters. For shorter texts, neologdn's own loop is faster than the array operations.
@@ -81,12 +77,10 @@ def make_normalizer(config: dict[str, Any]) -> Callable[[str], str]:
     before keep_wave_dash). ``nfkc`` (off by default): Unicode's NFKC first, which also turns ～ into ``~``,
     ① into 1 and ㍿ into 株式会社.
 
-    Raises RecipeError for an unknown tilde; the normaliser raises UnicodeError for half a surrogate pair.
+    The normaliser raises UnicodeError for half of a surrogate pair.
     """
     options = {"tilde": "ignore" if config.get("keep_wave_dash", True) else "remove"}
     options |= config.get("neologdn", {})
-    if options["tilde"] not in TILDES:
-        raise RecipeError(f"neologdn.tilde: {options['tilde']!r}, expected one of {', '.join(TILDES)}")
     repeat, longest = options.get("repeat", 0), options.get("max_repeat_substr_length", 8)
     remove_space = options.get("remove_space", True)
     tables = _tables(options["tilde"])

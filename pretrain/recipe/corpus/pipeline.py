@@ -34,7 +34,7 @@ from recipe.corpus.cleaning import make_cleaner
 from recipe.corpus.engine import Engine, engine
 from recipe.corpus.funnel import Funnel, from_record, to_record
 from recipe.corpus.leakage import drop_leaks
-from recipe.corpus.minhash import minhash_settings
+from recipe.corpus.minhash import MINHASH
 from recipe.corpus.readers import cap_bad
 from recipe.corpus.shards import ShardWriter, shard_rows
 from recipe.corpus.sources import KINDS, read
@@ -284,7 +284,7 @@ def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards
     minhash = config.get("minhash", {})
     if minhash is not None:
         phases.run("signatures", dedup.signatures(files, folder, minhash), shards)
-        phases.run("buckets", dedup.buckets(files, folder, minhash), minhash_settings(minhash)["bands"])
+        phases.run("buckets", dedup.buckets(files, folder, minhash), (MINHASH | minhash)["bands"])
         phases.run("clusters", dedup.clusters(files, folder, minhash), 1)
     return partial(dedup.removed_rows, folder)
 

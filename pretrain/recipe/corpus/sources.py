@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.corpus import aozora, packaged, wikipedia
+from recipe.corpus import aozora, packaged, wikipedia, wikitext
 from recipe.corpus.readers import Document, read_file, read_folder, read_hub
 from recipe.corpus.source_files import source_paths
 from recipe.project import ROOT, Refused
@@ -113,7 +113,7 @@ def _read_hub(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]
 
 
 def _extract_wikitext(name: str, text: str) -> tuple[str, str, dict[str, int]]:
-    return *wikipedia.extract(name, text), {}
+    return *wikitext.extract(name, text), {}
 
 
 def _extract_aozora(name: str, text: str) -> tuple[str, str, dict[str, int]]:

@@ -5,8 +5,8 @@ import random
 
 import neologdn
 import pytest
-from recipe.corpus.normalizing import TILDES, make_normalizer
-from recipe.project import RecipeError
+from recipe.config.dataset import TILDES
+from recipe.corpus.normalizing import make_normalizer
 
 BMP = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x10000))]
 # One of each kind that neologdn treats differently, twice the rare ones that stand near each other.
@@ -103,8 +103,3 @@ def test_nfkc_is_off_by_default(length):
 @pytest.mark.parametrize("text", ["", "\n", " \n　\n", "～\n", "　" * 200, "\n" * 200])
 def test_empty_text_stays_empty(text):
     assert make_normalizer({"keep_wave_dash": False})(text) == ""
-
-
-def test_unknown_tilde_is_refused():
-    with pytest.raises(RecipeError, match="tilde: 'keep', expected one of remove, ignore"):
-        make_normalizer({"neologdn": {"tilde": "keep"}})
