@@ -82,7 +82,7 @@ def headline_figures(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, 
     figures = {record["stage"]: record["figures"] for record in records}
     trained, measured = figures.get("05_pretrain", {}), figures.get("06_evaluate", {})
     tuned = figures.get("14_evaluate", {})
-    if trained.get("active"):
+    if "parameters" in (trained.get("active") or {}):
         yield "parameters", _short(trained["active"]["parameters"]), trained.get("hardware", "")
     if trained.get("tokens"):
         yield "training tokens", _short(trained["tokens"]), f"{trained['steps']:,} steps"

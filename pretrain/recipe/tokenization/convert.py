@@ -126,7 +126,7 @@ def sentencepiece_tokens(processor: spm.SentencePieceProcessor) -> dict[str, str
     return {key: processor.id_to_piece(i) if i >= 0 else None for key, i in ids.items()}
 
 
-def hide_control_pieces(tokenizer: Tokenizer, names: set[str]) -> Tokenizer:
+def hide_control_tokens(tokenizer: Tokenizer, names: set[str]) -> Tokenizer:
     """A Unigram tokenizer that never encodes a text as a control or byte token, even if it spells its name.
 
     names: the control tokens. Other types are returned unchanged, because no merge gives such a token.

@@ -20,7 +20,7 @@ from recipe.tokenization.convert import (
     NEVER,
     as_fast,
     from_sentencepiece,
-    hide_control_pieces,
+    hide_control_tokens,
     sentencepiece_tokens,
 )
 from recipe.tokenization.train import train_sentencepiece
@@ -155,7 +155,7 @@ def take_over(
             f"{config['published']}: names no end token, but every document must end with one. Set "
             "tokenizer.eos_token to one of its tokens"
         )
-    core = hide_control_pieces(published.tokenizer, {token for token in tokens.values() if token})
+    core = hide_control_tokens(published.tokenizer, {token for token in tokens.values() if token})
     old_ids: list[list[int]] = []
     if config.get("new_pieces"):
         size = round_up(core.get_vocab_size() + config["new_pieces"], config.get("round_to", 1))
@@ -175,42 +175,62 @@ def extend(tokenizer: Tokenizer, sentences: Iterable[str], count: int) -> tuple[
     """
     runs = Counter(run for sentence in sentences for run in _JAPANESE.findall(sentence))
     state = json.loads(tokenizer.to_str())
-    model, size = state["model"], tokenizer.get_vocab_size()
-    old = tokenizer.get_vocab()
-    # An added token that is not in the model's vocabulary gets the id after it. New tokens would change that
-    # id, so that added tokens are put into the vocabulary first.
-    outside = sorted((i, token) for token, i in old.items() if i >= len(model["vocab"]))
+    model, size, old = state["model"], tokenizer.get_vocab_size(), tokenizer.get_vocab()
     if max(old.values()) >= size:
         raise RecipeError(
             f"new_pieces: the vocabulary has {size} tokens, but the largest id is {max(old.values())}. New "
             "tokens would get ids that are in use. Leave new_pieces out"
         )
     if model["type"] == "BPE" and not model.get("continuing_subword_prefix"):
-        model["vocab"] |= {token: i for i, token in outside}
-        merges = _further_merges(tokenizer, runs, count)
-        spelled = {token: [i] for token, i in old.items()}
-        for a, b in merges:
-            spelled.setdefault(a + b, spelled[a] + spelled[b])
-        new = list(spelled)[len(old) :]
-        old_ids = [spelled[token] for token in new]
-        model["vocab"] |= {token: size + i for i, token in enumerate(new)}
-        model["merges"] += [list(merge) for merge in merges]
+        old_ids = _extend_bpe(model, tokenizer, runs, count)
     elif model["type"] == "Unigram":
-        model["vocab"] += [[token, NEVER] for _, token in outside]
-        new = _likeliest_tokens(runs, count, set(old))
-        # The new tokens are already normalised: nothing may be changed in them again.
-        plain = Tokenizer.from_str(json.dumps(state | {"normalizer": None, "pre_tokenizer": None}))
-        encoded = plain.encode_batch([token for token, _ in new], add_special_tokens=False)
-        old_ids = [encoding.ids for encoding in encoded]
-        model["vocab"] += new
+        old_ids = _extend_unigram(state, old, runs, count)
     else:
         raise RecipeError(f"new_pieces: works for BPE and Unigram, not for {model['type']}. Leave it out")
-    if len(new) < count:
+    if len(old_ids) < count:
         raise RecipeError(
-            f"new_pieces: the text gives {len(new)} new tokens, expected {count}. Lower "
+            f"new_pieces: the text gives {len(old_ids)} new tokens, expected {count}. Lower "
             "tokenizer.new_pieces or add text"
         )
     return Tokenizer.from_str(json.dumps(state)), old_ids
+
+
+def _extend_bpe(
+    model: dict[str, Any], tokenizer: Tokenizer, runs: Counter[str], count: int
+) -> list[list[int]]:
+    """Add up to `count` tokens to the JSON of a BPE model; returns the old ids of each."""
+    old = tokenizer.get_vocab()
+    model["vocab"] |= {token: i for i, token in _added_tokens(old, model)}
+    merges = _further_merges(tokenizer, runs, count)
+    spelled = {token: [i] for token, i in old.items()}
+    for a, b in merges:
+        spelled.setdefault(a + b, spelled[a] + spelled[b])
+    new = list(spelled)[len(old) :]
+    model["vocab"] |= {token: len(old) + i for i, token in enumerate(new)}
+    model["merges"] += [list(merge) for merge in merges]
+    return [spelled[token] for token in new]
+
+
+def _extend_unigram(
+    state: dict[str, Any], old: dict[str, int], runs: Counter[str], count: int
+) -> list[list[int]]:
+    """Add up to `count` tokens to the JSON of a Unigram tokenizer; returns the old ids of each."""
+    state["model"]["vocab"] += [[token, NEVER] for _, token in _added_tokens(old, state["model"])]
+    new = _likeliest_tokens(runs, count, set(old))
+    # The new tokens are already normalised: nothing may be changed in them again.
+    plain = Tokenizer.from_str(json.dumps(state | {"normalizer": None, "pre_tokenizer": None}))
+    encoded = plain.encode_batch([token for token, _ in new], add_special_tokens=False)
+    state["model"]["vocab"] += new
+    return [encoding.ids for encoding in encoded]
+
+
+def _added_tokens(old: dict[str, int], model: dict[str, Any]) -> list[tuple[int, str]]:
+    """The (id, token) pairs outside the model's vocabulary, by id.
+
+    An added token that is not in the model's vocabulary gets the id after it. New tokens would change that
+    id, so that added tokens are put into the vocabulary first.
+    """
+    return sorted((i, token) for token, i in old.items() if i >= len(model["vocab"]))
 
 
 def _further_merges(tokenizer: Tokenizer, runs: Counter[str], count: int) -> list[tuple[str, str]]:

@@ -129,7 +129,7 @@ def exact_scores(model: bytes) -> bytes:
 
 
 def _wrong_size(size: int, error: str) -> RecipeError:
-    """SentencePiece's message names its source lines; the user needs the limit that stands in it."""
+    """SentencePiece's message names its source lines; the user needs the limit that is in it."""
     most, least = re.search(r"value <= (\d+)", error), re.search(r"required_chars\. \d+ vs (\d+)", error)
     if least:
         reason = f"its characters, the 256 bytes and the control tokens need {least[1]}. Raise"
