@@ -23,9 +23,16 @@ def hold(folder: Path, name: str) -> Iterator[int]:
     """Hold a folder for one run, and yield the descriptor of its lock.
 
     The kernel releases the lock when its last holder ends, so a killed process never blocks a later run.
-    name: what the holder does, for the message of a second run. Raises Refused when another run holds it.
+    name: what the holder does, for the message of a second run. Raises Refused when another run holds it, and
+    when `folder` cannot be made because it is a link to a folder that does not exist.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise Refused(
+            f"{error.filename}: neither a folder nor a link to an existing one. Make the folder it points "
+            "to (is the disk mounted?), or delete it"
+        ) from error
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -10,7 +10,9 @@ import threading
 import time
 
 import pytest
+from recipe.project import Refused
 from recipe.run.freshness import differences
+from recipe.run.publication import hold
 
 SCRIPT = '''
 """Stage 90: a stage for these tests."""
@@ -115,6 +117,19 @@ def test_second_run_is_told_who_holds_the_folder_and_the_lock_ends_with_its_hold
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert "done in" in run(project).stdout
+
+
+def test_folder_may_be_a_link_to_another_disk_that_exists(tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    for folder in (tmp_path / "data", tmp_path / "data/below"):
+        with (
+            pytest.raises(Refused, match="data: neither a folder nor a link to an existing one"),
+            hold(folder, ""),
+        ):
+            pass
+    (tmp_path / "disk").mkdir()
+    with hold(tmp_path / "data/below", "a test"):
+        assert (tmp_path / "disk/below/.lock").exists()
 
 
 def test_full_disk_names_path_and_free_bytes(project):
