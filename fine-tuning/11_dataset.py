@@ -1,10 +1,13 @@
-"""Stage 11: make instruction pairs: count, filter, drop duplicates, split by headword.
+"""Stage 11: make instruction pairs: read, filter, drop duplicates, split by headword, count.
 
 Edit: configs/<recipe>/instruction.json. Writes: train.parquet, valid.parquet, funnel.json, funnel.md.
 Run:  python fine-tuning/11_dataset.py --recipe tiny
 """
 
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +24,7 @@ from recipe.conversations.instructions import (
 from recipe.conversations.read_rows import byte_order_marks
 from recipe.corpus.download import require_data
 from recipe.corpus.normalizing import make_normalizer
+from recipe.corpus.packaged_pairs import PACKAGED_PAIRS
 from recipe.corpus.shards import read_texts
 from recipe.corpus.splitting import text_hash
 from recipe.progress import progress
@@ -29,60 +33,40 @@ from recipe.run.stage import Stage, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+Sides = dict[str, list[Pair]]  # by side: train, valid
 SCHEMA = pa.schema([*((column, pa.string()) for column in TEXTS), ("history", TURNS)])
 
 
 def main(stage: Stage) -> None:
-    """Read every kind of pair, keep the good ones, cap translations at their share of the whole."""
+    """Read the pairs of every entry, split those that are kept, write both sides and the counts."""
     config = stage.config["instruction"]
     require_data(
         read_json(stage.inputs["01_download"] / "stage.json")["figures"], stage.config["dataset"], DATA
     )
     normalize = make_normalizer(stage.config["dataset"])
-    valid_share = config.get("valid_share", 0.05)
-    sides: dict[str, list[Pair]] = {"train": [], "valid": []}
-    funnel: dict[str, dict] = {}
+    sides: Sides = {"train": [], "valid": []}
+    funnel: dict[str, dict[str, Any]] = {}
     seen: set[bytes] = set()
-    # Translations last: their share is one of all the others.
-    for kind, spec in sorted(config["pairs"].items(), key=lambda item: item[0] == "translation"):
-        dropped: Counter[str] = Counter()
-        kept: dict[str, list[Pair]] = {"train": [], "valid": []}
-        for pair in progress(read_pairs(kind, spec, normalize), kind, "pairs"):
-            reason = reason_to_drop(pair, packaged="source" in spec)
-            if not reason and identity(pair) in seen:
-                reason = "duplicate"
-            if reason:
-                dropped[reason] += 1
-                continue
-            seen.add(identity(pair))
-            kept[pair_side(pair, valid_share)].append(pair)
-        if "source" in spec and kind == "translation":
-            for side, pairs in kept.items():
-                most = allowed(len(sides[side]), config.get("translation_share", 1.0))
-                # By hash, so that which pairs stay does not depend on their order.
-                pairs.sort(key=lambda pair: text_hash(pair.headword + pair.instruction))
-                dropped["over translation_share"] += max(0, len(pairs) - most)
-                del pairs[most:]
-        for side, pairs in kept.items():
-            sides[side] += pairs
+    # Translations come last: their share depends on the number of all other pairs.
+    for name, spec in sorted(config["pairs"].items(), key=lambda entry: is_translation(*entry)):
+        pairs = progress(read_pairs(name, spec, normalize), name, "pairs")
+        judged = "source" in spec and PACKAGED_PAIRS[name].judged
+        kept, dropped = select(pairs, judged, config.get("valid_share", 0.05), seen)
+        if is_translation(name, spec):
+            dropped["over translation_share"] += cap(kept, sides, config.get("translation_share", 1.0))
+        for side, found in kept.items():
+            sides[side] += found
         out = sum(map(len, kept.values()))
-        funnel[kind] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
-        marks = byte_order_marks(f"instruction.json: pairs.{kind}", spec)
+        funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+        marks = byte_order_marks(f"instruction.json: pairs.{name}", spec)
         if marks:
-            funnel[kind]["byte_order_marks"] = marks
+            funnel[name]["byte_order_marks"] = marks
         stage.say(
-            f"{kind}: {out:,} of {out + dropped.total():,} pairs kept; dropped {dict(dropped) or 'none'}"
-            + (f"; byte order marks taken off {marks} files" if marks else "")
+            f"{name}: {out:,} of {out + dropped.total():,} pairs kept; dropped: {dict(dropped) or 'none'}"
+            + (f"; byte order marks removed from {marks} files" if marks else "")
         )
-    for side, pairs in sides.items():
-        if not pairs:
-            raise RecipeError(
-                f"no pairs on the {side} side: too few. Add pairs or change instruction.valid_share"
-            )
-        rows = [{column: getattr(pair, column) for column in SCHEMA.names} for pair in pairs]
-        pq.write_table(
-            pa.Table.from_pylist(rows, SCHEMA), stage.folder / f"{side}.parquet", compression="zstd"
-        )
+    for side, found in sides.items():
+        write_side(stage.folder, side, found)
     overlap = pretraining_overlap(sides, read_texts(stage.inputs["02_dataset"], "valid"))
     stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
     stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}
@@ -91,9 +75,56 @@ def main(stage: Stage) -> None:
     stage.headline = f"{len(sides['train']):,} training pairs, {len(sides['valid']):,} for validation"
 
 
-def allowed(others: int, share: float) -> int:
-    """How many translations make up at most `share` beside `others` other pairs; alone, all may stay."""
-    return int(others * share / (1 - share)) if others and share < 1 else 2**62
+def is_translation(name: str, spec: dict[str, Any]) -> bool:
+    """Whether an entry of instruction.json is the packaged translations, which have a share of their own."""
+    return "source" in spec and name == "translation"
+
+
+def select(
+    pairs: Iterable[Pair], judged: bool, valid_share: float, seen: set[bytes]
+) -> tuple[Sides, Counter[str]]:
+    """The pairs that are kept, by side, and the numbers of dropped ones by reason.
+
+    judged: see `reason_to_drop`. seen: the hashes of all conversations kept so far; gets the new ones.
+    """
+    kept: Sides = {"train": [], "valid": []}
+    dropped: Counter[str] = Counter()
+    for pair in pairs:
+        reason = reason_to_drop(pair, judged)
+        if not reason and identity(pair) in seen:
+            reason = "duplicate"
+        if reason:
+            dropped[reason] += 1
+            continue
+        seen.add(identity(pair))
+        kept[pair_side(pair, valid_share)].append(pair)
+    return kept, dropped
+
+
+def cap(translations: Sides, others: Sides, share: float) -> int:
+    """Shorten translations to at most `share` of all pairs on each side; returns how many are removed.
+
+    Without other pairs, all translations stay.
+    """
+    removed = 0
+    for side, pairs in translations.items():
+        number = len(others[side])
+        most = int(number * share / (1 - share)) if number and share < 1 else len(pairs)
+        # By hash, so that the choice does not depend on the order of the pairs.
+        pairs.sort(key=lambda pair: text_hash(pair.headword + pair.instruction))
+        removed += len(pairs[most:])
+        del pairs[most:]
+    return removed
+
+
+def write_side(folder: Path, side: str, pairs: list[Pair]) -> None:
+    """Write train.parquet or valid.parquet. Raises RecipeError when there are no pairs."""
+    if not pairs:
+        raise RecipeError(
+            f"there are no pairs on the {side} side. Add pairs, or change instruction.valid_share"
+        )
+    rows = [{column: getattr(pair, column) for column in SCHEMA.names} for pair in pairs]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / f"{side}.parquet", compression="zstd")
 
 
 if __name__ == "__main__":

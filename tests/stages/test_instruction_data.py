@@ -1,4 +1,4 @@
-"""Instruction data as stages 11 and 12 take it: every flaw counted, nobody on two sides, overlap reported."""
+"""Stages 11 and 12 with faulty pairs: faults are counted, and no question is on two sides."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ GROUPS, REPLIES = 40, 3
 
 @pytest.fixture(scope="module")
 def data(project):
-    """The recipe `flawed`: mini with pairs that have one of every flaw, run to stage 12."""
+    """The recipe `flawed`: mini with pairs that have every kind of fault, run to stage 12."""
     texts = sentences(GROUPS * REPLIES, 7)
-    # Several conversations that begin with one question: a group, which must stay on one side.
+    # Conversations that begin with the same question are a group, which must stay on one side.
     rows = [
         {
             "messages": [
@@ -51,7 +51,7 @@ def sides(project):
     return {side: pq.read_table(folder / f"{side}.parquet").to_pylist() for side in ("train", "valid")}
 
 
-def test_every_flaw_is_counted(data):
+def test_every_fault_is_counted(data):
     project, output = data
     counts = project.figures("flawed", "11_dataset")["pairs"]["mine"]
     assert counts == {
@@ -61,7 +61,7 @@ def test_every_flaw_is_counted(data):
         "byte_order_marks": 1,
     }
     assert sum(map(len, sides(project).values())) == counts["out"]
-    assert "byte order marks taken off 1 files" in output
+    assert "byte order marks removed from 1 files" in output
 
 
 def test_a_pair_longer_than_the_context_is_left_out_and_counted(data):
@@ -71,7 +71,7 @@ def test_a_pair_longer_than_the_context_is_left_out_and_counted(data):
     assert "left out: {'longer than block_size': " in output
 
 
-def test_conversations_of_one_first_question_stand_on_one_side(data):
+def test_conversations_with_one_first_question_are_on_one_side(data):
     project, _ = data
     found = sides(project)
     questions = {side: Counter(row["headword"] for row in rows) for side, rows in found.items()}

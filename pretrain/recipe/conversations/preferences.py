@@ -1,7 +1,7 @@
 """Preferences: a question with a chosen and a rejected answer, for direct preference optimisation (stage 13).
 
 Rows of JSON files or of a data set have the columns ``prompt``, ``chosen`` and ``rejected``, each a text or a
-list of messages; without ``prompt``, chosen and rejected are whole conversations that begin alike.
+list of messages. Without ``prompt``, chosen and rejected are whole conversations with the same beginning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recipe.project import RecipeError
 
 
 class Preference(NamedTuple):
-    """What is said before, ending with the user's question, and the two answers."""
+    """The messages up to the user's question, and the two answers."""
 
     messages: list[Message]
     chosen: str
@@ -25,21 +25,22 @@ class Preference(NamedTuple):
 
 
 def no_preference(config: dict[str, Any]) -> str:
-    """The reason for which a recipe does without stage 13; empty when it has preferences."""
+    """Why a recipe has no stage 13; empty when it has preferences."""
     return "" if "preference" in config else "there is no preference.json"
 
 
 def preference_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """Sizes and times of a user's own preferences: what, beside the JSON files, makes stage 13 stale."""
+    """Sizes and times of the files of a user's preferences: a change makes stage 13 stale."""
     return entry_facts("preference.json", config.get("preference", {}).get("pairs", {}))
 
 
 def load_preferences(
     values: dict[str, Any], normalize: Callable[[str], str]
 ) -> tuple[dict[str, list[Preference]], dict[str, Any]]:
-    """The preferences of preference.json by side (train, valid), and by entry: in, out, dropped by reason.
+    """The preferences by side (train, valid), and the counts of each entry: in, out, dropped by reason.
 
-    All about one first question stands on one side. Raises RecipeError for a side that stays empty.
+    values: preference.json. normalize: cleans a text as the pretraining text was cleaned. Preferences with
+    the same first question are on the same side. Raises RecipeError when a side is empty.
     """
     sides: dict[str, list[Preference]] = {"train": [], "valid": []}
     funnel: dict[str, Any] = {}
@@ -65,8 +66,8 @@ def load_preferences(
     for side, preferences in sides.items():
         if not preferences:
             raise RecipeError(
-                f"preference.json: no preferences on the {side} side, of {funnel}: too few. Add some or "
-                "change valid_share"
+                f"preference.json: there are no preferences on the {side} side (counts: {funnel}). Add "
+                "preferences, or change valid_share"
             )
     return sides, funnel
 
@@ -76,13 +77,16 @@ def _conversations(where: str, row: dict[str, Any]) -> tuple[list[Message], list
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             raise RecipeError(
-                f"{where}: no {key!r}; it has {sorted(row)}. Wanted prompt, chosen and rejected"
+                f"{where}: no column {key!r}; it has {sorted(row)}. Expected prompt, chosen and rejected"
             )
     before = _messages(f"{where}: prompt", row["prompt"], "user") if row.get("prompt") is not None else []
     chosen, rejected = (_messages(f"{where}: {key}", row[key], "assistant") for key in ("chosen", "rejected"))
     if not before and len(chosen) < 2:
-        raise RecipeError(f"{where}: no 'prompt', and chosen is no whole conversation. Add the column prompt")
-    if before and chosen[: len(before)] == before:  # some data sets repeat the prompt in both
+        raise RecipeError(
+            f"{where}: no column 'prompt', and chosen is not a whole conversation. Add the column"
+        )
+    # Some data sets repeat the prompt in both answers.
+    if before and chosen[: len(before)] == before:
         before = []
     return before + chosen, before + rejected
 
@@ -94,7 +98,7 @@ def _messages(where: str, value: Any, role: str) -> list[Message]:
 def _preference(
     conversations: tuple[list[Message], list[Message]], normalize: Callable[[str], str]
 ) -> tuple[Preference | None, str]:
-    """A preference, or None with the reason for which it is dropped."""
+    """A preference, or None and the reason why it is dropped."""
     chosen, rejected = (make_pair(messages, "", normalize) for messages in conversations)
     for pair in (chosen, rejected):
         if pair.dropped or not pair.output.strip():
@@ -110,10 +114,10 @@ def _preference(
 def encode_preferences(
     preferences: list[Preference], encode: Callable[[list[Message]], list[int]], block_size: int
 ) -> Iterator[dict[str, list[int]]]:
-    """What DPOTrainer trains on: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; too long ones are left
-    out.
+    """The ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` that DPOTrainer trains on.
 
-    encode: the ids of a conversation by the chat template.
+    encode: gives the ids of a conversation by the chat template. Preferences longer than `block_size` tokens
+    are left out.
     """
     for preference in preferences:
         prompt = encode(preference.messages)

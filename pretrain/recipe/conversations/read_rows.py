@@ -1,14 +1,14 @@
-"""Conversations of a user's own: from JSON files, or a data set on the Hugging Face hub or in a folder.
+"""A user's own conversations, from JSON files or from a data set on the Hugging Face hub or in a folder.
 
-A row is taken by its columns:
+The columns of a row decide its form:
 
 ==========================================  ==========================================================
 columns                                     form
 ==========================================  ==========================================================
-instruction, output; input if there is one  Alpaca (databricks-dolly-15k-ja, for one)
+instruction, output; input if there is one  Alpaca (e.g. databricks-dolly-15k-ja)
 messages: a list of role and content        chat
-conversations: a list of from and value     chat as ShareGPT writes it (oasst1-21k-ja, for one)
-message_id, parent_id, role, text_ja, text  a tree of replies, a row a message (oasst1-89k-ja, for one)
+conversations: a list of from and value     chat as in ShareGPT (e.g. oasst1-21k-ja)
+message_id, parent_id, role, text_ja, text  a tree of replies, one row a message (e.g. oasst1-89k-ja)
 ==========================================  ==========================================================
 """
 
@@ -24,7 +24,7 @@ from recipe.config.chat_templates import user_message
 from recipe.project import ROOT, RecipeError, glob_files
 
 Message = dict[str, str]  # role (system, user or assistant) and content
-Row = tuple[str, dict[str, Any]]  # where it stands, for messages to people, and its columns
+Row = tuple[str, dict[str, Any]]  # its file and line (for error messages), and its columns
 ROLES = {
     "system": "system",
     "user": "user",
@@ -42,28 +42,29 @@ FORMS = (
 def read_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
     """The rows of an entry with a `path` or a `dataset`.
 
-    where: the entry, such as ``instruction.json: pairs.mine``. Raises RecipeError for what cannot be read.
+    where: names the entry in messages, such as ``instruction.json: pairs.mine``. Raises RecipeError when a
+    file or data set cannot be read, or when a row is not an object.
     """
     if "path" in spec:
         for path in expand_pairs(where, spec["path"]):
-            for place, row in json_rows(path):
+            for position, row in json_rows(path):
                 if not isinstance(row, dict):
-                    raise RecipeError(f"{path}: {place}: wanted an object, found {type(row).__name__}")
-                yield f"{path}: {place}", row
+                    raise RecipeError(f"{path}: {position}: expected an object, found {type(row).__name__}")
+                yield f"{path}: {position}", row
     else:
         yield from _hub_rows(where, spec)
 
 
 def expand_pairs(where: str, pattern: str) -> list[Path]:
-    """The files of an entry with a `path`. Raises RecipeError when there is none."""
+    """The files that the `path` of an entry matches. Raises RecipeError when it matches none."""
     paths = sorted(glob_files(pattern))
     if not paths:
-        raise RecipeError(f"{where}.path: {pattern!r} matches no file (from {ROOT})")
+        raise RecipeError(f"{where}.path: {pattern!r} matches no file (relative paths start at {ROOT})")
     return paths
 
 
 def byte_order_marks(where: str, spec: dict[str, Any]) -> int:
-    """How many files of an entry with a `path` begin with a byte order mark, which `read_rows` takes off."""
+    """How many files of an entry begin with a byte order mark, which `read_rows` removes."""
     found = 0
     for path in expand_pairs(where, spec["path"]) if "path" in spec else []:
         with path.open("rb") as handle:
@@ -72,8 +73,9 @@ def byte_order_marks(where: str, spec: dict[str, Any]) -> int:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a JSON list, or of JSON Lines, and where each stands; a byte order mark is no part of
-    either. Raises RecipeError naming the line at fault.
+    """The values of a JSON list or of JSON Lines, each with its position, such as ``line 3``.
+
+    A byte order mark is removed. Raises RecipeError that names the line with invalid JSON or the bad byte.
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -113,10 +115,10 @@ def _hub_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
 
 
 def read_dialogues(rows: Iterable[Row]) -> Iterator[list[Message]]:
-    """The conversations of rows, each beginning with a system message or a user's.
+    """The conversations of rows; a tree of replies gives one conversation.
 
-    Of a tree of replies, one conversation: at each message the reply of the best rank, the first where there
-    are no ranks. Raises RecipeError that names the row for columns of no known form.
+    In a tree, each message is followed by its reply of the best rank, or by the first one if there are no
+    ranks. Raises RecipeError that names the row when its columns have no known form.
     """
     tree: list[Row] = []
     for where, row in rows:
@@ -133,7 +135,7 @@ def _dialogue(where: str, row: dict[str, Any]) -> list[Message]:
             return chat(f"{where}: {column}", row[column], role, content)
     for key in ("instruction", "output"):
         if key not in row:
-            raise RecipeError(f"{where}: no column {key!r}; it has {sorted(row)}. Wanted {FORMS}")
+            raise RecipeError(f"{where}: no column {key!r}; it has {sorted(row)}. Expected {FORMS}")
     instruction, given = _text(where, row, "instruction"), _text(where, row, "input")
     return [
         {"role": "user", "content": user_message(instruction, given)},
@@ -142,38 +144,44 @@ def _dialogue(where: str, row: dict[str, Any]) -> list[Message]:
 
 
 def chat(where: str, messages: Any, role: str = "role", content: str = "content") -> list[Message]:
-    """Messages by the names of roles that data sets use. Raises RecipeError naming the message at fault."""
+    """Messages with our names of roles.
+
+    where: the row, for messages. role, content: the keys of a message. Raises RecipeError that names the
+    faulty message.
+    """
     if not isinstance(messages, list):
-        raise RecipeError(f"{where}: {type(messages).__name__}, wanted a list of messages")
+        raise RecipeError(f"{where}: {type(messages).__name__}, expected a list of messages")
     found = []
     for number, message in enumerate(messages, 1):
         here = f"{where}: message {number}"
         if not isinstance(message, dict) or not {role, content} <= message.keys():
-            raise RecipeError(f"{here}: wanted an object with {role} and {content}")
+            raise RecipeError(f"{here}: expected an object with {role} and {content}")
         if message[role] not in ROLES:
-            raise RecipeError(f"{here}: {role} {message[role]!r}, wanted one of {', '.join(ROLES)}")
+            raise RecipeError(f"{here}: {role} {message[role]!r}, expected one of {', '.join(ROLES)}")
         found.append({"role": ROLES[message[role]], "content": _text(here, message, content)})
     return found
 
 
 def _text(where: str, row: dict[str, Any], key: str) -> str:
-    """A column's text; nothing where it is null or not there."""
+    """The text of a column; empty when it is null or missing."""
     value = row.get(key)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RecipeError(f"{where}: {key}: {type(value).__name__}, wanted a text")
+        raise RecipeError(f"{where}: {key}: {type(value).__name__}, expected a string")
     return value
 
 
 def _best_replies(rows: list[Row]) -> Iterator[list[Message]]:
+    """One conversation from each first message of a tree."""
+    # By parent: rank, position in the file, message.
     replies: dict[Any, list[tuple[float, int, dict[str, Any]]]] = {}
-    for place, (where, row) in enumerate(rows):
+    for position, (where, row) in enumerate(rows):
         if row["role"] not in ROLES:
-            raise RecipeError(f"{where}: role {row['role']!r}, wanted one of {', '.join(ROLES)}")
+            raise RecipeError(f"{where}: role {row['role']!r}, expected one of {', '.join(ROLES)}")
         rank = row.get("rank")
         replies.setdefault(row["parent_id"] or None, []).append(
-            (float("inf") if rank is None else rank, place, row)
+            (float("inf") if rank is None else rank, position, row)
         )
     for _, _, root in sorted(replies.get(None, []), key=lambda reply: reply[1]):
         thread = [root]

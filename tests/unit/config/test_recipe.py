@@ -145,17 +145,20 @@ def preference(config, **values):
             ["sources.manpages: packages: missing"],
         ),
         (lambda c: c["dataset"].update(valid_share=1.5), ["valid_share: 1.5"]),
-        (lambda c: c["instruction"]["pairs"].update(x={"source": "tatoeba"}), ["pairs.x: no packaged"]),
+        (
+            lambda c: c["instruction"]["pairs"].update(x={"source": "tatoeba"}),
+            ["pairs.x: there are no pack"],
+        ),
         (
             lambda c: c["instruction"]["pairs"].update(transaltion={"source": "tatoeba"}),
             ["'translation'", "`path`"],
         ),
-        (lambda c: pair(c, source="manpages"), ["wanted tatoeba"]),
+        (lambda c: pair(c, source="manpages"), ["expected a source of kind tatoeba"]),
         (
             lambda c: pair(c, directions=["fr"]),
             ["directions", "ja-en"],
         ),
-        (lambda c: c["dataset"]["sources"].pop("tatoeba"), ["no source of dataset.json", '"pairs": {}']),
+        (lambda c: c["dataset"]["sources"].pop("tatoeba"), ["not a source of dataset.json", '"pairs": {}']),
         (lambda c: c["instruction"].update(valid_share=7), ["valid_share: 7"]),
         (
             lambda c: c["dataset"]["sources"].update(x={"source": [1]}),
@@ -181,7 +184,7 @@ def preference(config, **values):
         ),
         (schedule("constant", warmup_steps=10), ["warmup_steps: 10", "constant_with_warmup"]),
         (lambda c: c["generation"].update(prompts=[]), ["generation.json: prompts: empty"]),
-        (lambda c: c["generation"].update(prompts=[1]), ["prompts: 1", "texts"]),
+        (lambda c: c["generation"].update(prompts=[1]), ["prompts: 1", "expected strings"]),
         (
             lambda c: (c["finetune"].update(sample_steps=5), c["generation"].update(questions=[])),
             ["finetune.json: sample_steps: 5", "no questions"],
@@ -260,7 +263,7 @@ def preference(config, **values):
         (lambda c: c["instruction"].update(template="alpacca"), ['template: "alpacca"', "'alpaca'"]),
         (
             lambda c: c["instruction"]["pairs"].update(x={"path": "a.json", "dataset": "b"}),
-            ["pairs.x: wanted exactly one of", "`dataset`"],
+            ["pairs.x:", "expected exactly one of", "`dataset`"],
         ),
         (lambda c: lora(c, ranks=4), ["finetune.json: lora: ranks: unknown key"]),
         (lambda c: lora(c, r=0), ["lora.r: 0", "more than 0"]),
@@ -271,6 +274,11 @@ def preference(config, **values):
         (lambda c: preference(c, pairs={}), ["preference.json: pairs: empty", "delete the file"]),
         (lambda c: preference(c, pairs={"x": {"source": "tatoeba"}}), ["pairs.x: source: unknown key"]),
         (lambda c: preference(c, beta=0), ["beta: 0"]),
+        (lambda c: preference(c, loss_type="sigmoide"), ['loss_type: "sigmoide"', "Did you mean 'sigmoid'"]),
+        (lambda c: preference(c, label_smoothing=0.5), ["label_smoothing: 0.5", "below 0.5"]),
+        (lambda c: preference(c, loss_type="exo_pair"), ["label_smoothing: 0", "exo_pair"]),
+        (lambda c: c["instruction"].update(translation_share=1.5), ["translation_share: 1.5", "0 to 1"]),
+        (lambda c: pair(c, directions=[{}]), ["directions: [{}]", "ja-en or en-ja"]),
         (lambda c: preference(c, bta=0.1), ["'beta'"]),
         (lambda c: preference(c, block_size=4096), ["preference.json: block_size: 4096", "1024 positions"]),
         (

@@ -1,9 +1,11 @@
-"""Instruction pairs: what is taken from a page or a description, what is dropped, how sides are chosen."""
+"""Instruction pairs: what is made from a page or a row, what is dropped, and how the sides are chosen."""
 
 import json
 
 import pytest
+from recipe.config.instruction import check_pair
 from recipe.conversations import instructions, read_rows
+from recipe.corpus import packaged_pairs
 from recipe.corpus.packaged import ManPage
 from recipe.project import RecipeError
 
@@ -13,7 +15,7 @@ PAGE = """<section class="Sh"><h1 class="Sh">名前</h1><p class="Pp">ls - 一�
 
 
 def pairs(kind, monkeypatch, page):
-    monkeypatch.setattr(instructions, "read_manpages", lambda folder: iter([page]))
+    monkeypatch.setattr(packaged_pairs, "read_manpages", lambda folder: iter([page]))
     return [pair[:3] for pair in instructions.read_pairs(kind, {"source": "manpages"}, str)]
 
 
@@ -28,6 +30,24 @@ def test_pairs_of_a_manual_page(monkeypatch):
     assert pairs("command-option", monkeypatch, ManPage("fork", "2", "", PAGE)) == []
 
 
+def test_a_kind_of_pairs_is_one_entry_of_the_table(monkeypatch):
+    """The check of instruction.json accepts it, and stage 11's reader makes its pairs."""
+    made = ("山は?", "", "高いです。", "山")
+    kind = packaged_pairs.PairKind("tatoeba", lambda folder: iter([made]))
+    monkeypatch.setitem(packaged_pairs.PACKAGED_PAIRS, "yes", kind)
+    spec = {"source": "sentences"}
+    check_pair("yes", spec, {"sentences": {"source": "tatoeba"}}, "pairs.yes")
+    (found,) = instructions.read_pairs("yes", spec, str)
+    assert found[:5] == ("山は?", "", "高いです。", "yes", "山")
+
+
+def test_directions_choose_translations(monkeypatch):
+    monkeypatch.setattr(packaged_pairs, "read_tatoeba", lambda folder: iter([("1", "山", "mountain")]))
+    spec = {"source": "tatoeba", "directions": ["en-ja"]}
+    (found,) = instructions.read_pairs("translation", spec, str)
+    assert found[:3] == ("次の文を日本語に翻訳してください。", "mountain", "山")
+
+
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_alpaca_file(tmp_path, form):
     rows = [{"instruction": "訳せ", "output": "い"}, {"instruction": "訳せ", "input": "a", "output": "あ"}]
@@ -35,7 +55,7 @@ def test_alpaca_file(tmp_path, form):
     (tmp_path / "a.json").write_text("\ufeff" + text, "utf-8")
     found = list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
     assert [pair[:3] for pair in found] == [("訳せ", "", "い"), ("訳せ", "a", "あ")]
-    # One instruction with different inputs is as many headwords, or one side of the split would stay empty.
+    # Each input gives another headword; with one for all, one side of the split would be empty.
     assert found[0].headword != found[1].headword
 
 
@@ -58,22 +78,21 @@ def pair(output, source="x", headword="h"):
 
 
 @pytest.mark.parametrize(
-    ("output", "source", "packaged", "reason"),
+    ("output", "judged", "reason"),
     [
-        (" ", "x", False, "blank output"),
-        ("only English", "x", True, "answer not Japanese"),
-        ("only English", "translation", True, ""),
-        ("短", "x", True, "answer too short"),
-        ("山は高いです。", "x", True, ""),
-        ("はい", "x", False, ""),
-        ("print(1)", "x", False, ""),
+        (" ", False, "blank output"),
+        ("only English", True, "answer not Japanese"),
+        ("短", True, "answer too short"),
+        ("山は高いです。", True, ""),
+        ("はい", False, ""),
+        ("print(1)", False, ""),
     ],
 )
-def test_reasons(output, source, packaged, reason):
-    assert instructions.reason_to_drop(pair(output, source), packaged) == reason
+def test_why_an_answer_is_dropped(output, judged, reason):
+    assert instructions.reason_to_drop(pair(output), judged) == reason
 
 
-def test_a_headword_stands_on_one_side():
+def test_pairs_of_one_headword_stay_on_one_side():
     sides = {}
     for number in range(300):
         for kind in ("a", "b"):
@@ -92,7 +111,7 @@ def turns(*contents):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
-def test_messages_become_the_last_exchange_and_what_was_before(tmp_path):
+def test_messages_become_the_last_exchange_and_its_history(tmp_path):
     system = {"role": "system", "content": "簡潔に"}
     (found,) = pairs_of(tmp_path, [{"messages": [system, *turns("山は?", "高い", "海は?", "深い", "空は?")]}])
     assert found[:3] == ("海は?", "", "深い")
@@ -150,18 +169,18 @@ def test_conversations_that_cannot_be_used(messages, reason):
     assert instructions.reason_to_drop(found, False) == reason
 
 
-def test_faults_of_rows_are_named(tmp_path):
-    for row, wanted in [
+def test_errors_in_rows_are_named(tmp_path):
+    for row, message in [
         ({"messages": [{"role": "tool", "content": "x"}]}, "line 1: messages: message 1: role 'tool'"),
-        ({"messages": "x"}, "line 1: messages: str, wanted a list"),
-        ({"instruction": "x", "output": 3}, "line 1: output: int, wanted a text"),
+        ({"messages": "x"}, "line 1: messages: str, expected a list"),
+        ({"instruction": "x", "output": 3}, "line 1: output: int, expected a string"),
         ({"text": "x"}, "line 1: no column 'instruction'; it has"),
     ]:
-        with pytest.raises(RecipeError, match=wanted):
+        with pytest.raises(RecipeError, match=message):
             pairs_of(tmp_path, [row])
 
 
-def test_normalising_leaves_the_heading_of_an_input_whole():
+def test_normalising_keeps_the_heading_of_an_input():
     from recipe.corpus.normalizing import make_normalizer
 
     message = instructions.user_message("ﾔﾏ\n\nを訳せ", "ｶﾜ")
@@ -181,7 +200,7 @@ def test_overlap_counts_pairs_with_a_sentence_of_the_validation_text():
     assert instructions.pretraining_overlap(sides, texts) == {"train": 1, "valid": 0}
 
 
-def test_byte_order_marks_are_taken_off_and_counted(tmp_path):
+def test_byte_order_marks_are_removed_and_counted(tmp_path):
     row = json.dumps({"instruction": "訳せ", "input": "", "output": "あ"})
     (tmp_path / "a.jsonl").write_text("\ufeff" + row, "utf-8")
     (tmp_path / "b.jsonl").write_text(row, "utf-8")
@@ -191,7 +210,7 @@ def test_byte_order_marks_are_taken_off_and_counted(tmp_path):
     assert read_rows.byte_order_marks("x", {"source": "manpages"}) == 0
 
 
-def test_the_table_of_pairs_names_where_they_are_from_and_their_licences():
+def test_the_table_of_pairs_names_their_origins_and_licences():
     config = {
         "dataset": {"sources": {"tatoeba": {"source": "tatoeba", "licence": "CC-BY 2.0 FR"}}},
         "instruction": {
@@ -207,7 +226,7 @@ def test_the_table_of_pairs_names_where_they_are_from_and_their_licences():
     funnel["mine"] = counts | {"byte_order_marks": 1}
     table = instructions.pairs_table(funnel, config, {"train": 3, "valid": 0})
     assert "| translation | tatoeba | CC-BY 2.0 FR | 1,200 | 1,190 | duplicate 10 |" in table
-    assert "| mine | pairs.json | yours | 1,200 " in table  # nobody's paths are published
+    assert "| mine | pairs.json | yours | 1,200 " in table  # the path itself is not published
     assert "| dolly | kunishou/databricks-dolly-15k-ja | as its publisher says |" in table
-    assert "Byte order marks were taken off 1 files." in table
+    assert "Byte order marks were removed from 1 files." in table
     assert "pretraining: 3 of the train side and 0 of the valid side." in table

@@ -69,9 +69,11 @@ def test_every_row_is_counted_in_and_out(tmp_path):
 
 
 def test_faults_are_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"line 1: no 'rejected'; it has \['chosen', 'prompt'\]"):
+    with pytest.raises(RecipeError, match=r"line 1: no column 'rejected'; it has \['chosen', 'prompt'\]"):
         load(tmp_path, [{"prompt": "x", "chosen": "y"}])
-    with pytest.raises(RecipeError, match=r"line 1: no 'prompt', and chosen is no whole conversation"):
+    with pytest.raises(
+        RecipeError, match=r"line 1: no column 'prompt', and chosen is not a whole conversation"
+    ):
         load(tmp_path, [{"chosen": "x", "rejected": "y"}])
     with pytest.raises(RecipeError, match=r"no preferences on the valid side"):
         load(tmp_path, FILL[:1], valid_share=1e-9)
