@@ -1,7 +1,7 @@
 """The published checkpoint that pretraining may start from: found and checked before torch is imported.
 
-``initial_model`` in pretrain.json names it: a folder, or a repository of the hub (``initial_revision`` pins a
-commit of that). Only config.json and safetensors weights are read or fetched: pickled weights could run code.
+``initial_model`` in pretrain.json names it: a folder, or a repository on the hub (``initial_revision`` pins
+its commit). Only config.json and safetensors weights are read or fetched: pickled weights could run code.
 """
 
 from __future__ import annotations
@@ -19,35 +19,40 @@ NEW_PIECES = "new_pieces.json"
 
 
 class NewPieces(NamedTuple):
-    """What stage 03 put behind a published vocabulary: piece ``first + i`` was spelled ``old_ids[i]``."""
+    """The tokens that stage 03 added to a published vocabulary.
+
+    first: the id of the first one, which is the size of the published vocabulary. old_ids: for the token with
+    the id ``first + i``, the old ids that spell the same text.
+    """
 
     first: int
     old_ids: list[list[int]]
 
     def spelled(self, ids: list[int]) -> list[int]:
-        """Ids in which every new piece is spelled by the old ids that it stands for."""
+        """The same text in old ids: every new token is replaced by the old ids that spell it."""
         return [old for i in ids for old in ([i] if i < self.first else self.old_ids[i - self.first])]
 
 
 def read_new_pieces(tokenizer: Path, size: int) -> NewPieces:
-    """The record of stage 03 beside a tokenizer of `size` pieces; no new pieces where there is none.
+    """The tokens that stage 03 added to the tokenizer in this folder; none when the folder has no record.
 
-    Raises RecipeError when it belongs to another tokenizer.
+    size: of the tokenizer's vocabulary. Raises RecipeError when the record belongs to another tokenizer.
     """
     path = tokenizer / NEW_PIECES
     found = NewPieces(**read_json(path)) if path.exists() else NewPieces(size, [])
     if found.first + len(found.old_ids) != size:
         raise RecipeError(
-            f"{path}: {found.first} old and {len(found.old_ids)} new pieces, but the tokenizer has {size}. "
+            f"{path}: {found.first} old and {len(found.old_ids)} new tokens, but the tokenizer has {size}. "
             "Run stage 03 again with --force"
         )
     return found
 
 
 def find_initial(pretrain: dict[str, Any]) -> Path | None:
-    """The folder of the checkpoint that pretrain.json names, fetched from the hub where it is no path.
+    """The folder of the checkpoint that pretrain.json names; fetched from the hub if it is not a path.
 
-    None without ``initial_model``. Raises Refused where there is no such thing, or no safetensors weights.
+    None without ``initial_model``. Raises Refused when there is no such checkpoint, or when it has no
+    safetensors weights.
     """
     name = pretrain.get("initial_model")
     if name is None:
@@ -65,9 +70,9 @@ def _check_weights(folder: Path, name: str) -> None:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     seen = f"only {', '.join(pickles)}" if pickles else "none"
     raise Refused(
-        f"pretrain.json: initial_model: {name}: wanted weights as model.safetensors, found {seen}. Pickled "
-        "weights (.bin, .pt) can run code when they are loaded and are never read. Convert them once, on a "
-        "machine without secrets, with transformers' from_pretrained and save_pretrained, and give that "
+        f"pretrain.json: initial_model: {name}: expected weights in model.safetensors, found {seen}. Pickled "
+        "weights (.bin, .pt) can run code when they are loaded, so they are never read. Convert them once on "
+        "a machine without secrets, with transformers' from_pretrained and save_pretrained, and give that "
         "folder; or give a revision of the hub that has safetensors (initial_revision)"
     )
 
@@ -79,17 +84,17 @@ def _fetch(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError) as error:
         raise Refused(
-            f"pretrain.json: initial_model: {name!r}: no such folder, and not to be had from the hub "
+            f"pretrain.json: initial_model: {name!r}: no such folder, and not available from the hub "
             f"({str(error).strip().splitlines()[0]}). Give the path of a folder with config.json and "
             "model.safetensors"
         ) from error
 
 
 def published_config(pretrain: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the checkpoint that pretrain.json names, without asking the network.
+    """config.json of the checkpoint that pretrain.json names, without using the network.
 
-    Empty without ``initial_model``, and for a name of the hub that was not fetched yet. Raises Refused for
-    what is there and of no use: pickled weights, a bad config.json.
+    Empty without ``initial_model``, and for a name on the hub that was not fetched yet. Raises Refused for
+    pickled weights and for a bad config.json.
     """
     name = pretrain.get("initial_model")
     if name is None:
@@ -105,13 +110,17 @@ def published_config(pretrain: dict[str, Any]) -> dict[str, Any]:
         found = try_to_load_from_cache(name, "config.json", revision=pretrain.get("initial_revision"))
     except HFValidationError as error:
         raise Refused(
-            f"pretrain.json: initial_model: {name!r}: no such folder, and no name of the hub (OWNER/NAME)"
+            f"pretrain.json: initial_model: {name!r}: no such folder, and not a name on the hub "
+            "(OWNER/NAME). Give one of the two"
         ) from error
     return read_config_of(Path(found).parent) if isinstance(found, str) else {}
 
 
 def read_config_of(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint's folder. Raises Refused where it is missing or bad, or says quantised."""
+    """config.json in a checkpoint's folder.
+
+    Raises Refused when it is missing, is not valid JSON, or names quantised weights.
+    """
     path = folder / "config.json"
     try:
         values = read_json(path)
@@ -125,7 +134,7 @@ def read_config_of(folder: Path) -> dict[str, Any]:
     if values.get("quantization_config"):
         raise Refused(
             f"pretrain.json: initial_model: {path}: quantization_config: quantised weights cannot be "
-            "trained further. Give the checkpoint they were made from"
+            "trained further. Give the checkpoint from which they were made"
         )
     return values
 
@@ -135,7 +144,7 @@ def describe_initial(
 ) -> dict[str, Any]:
     """For stage.json: where the weights came from, and what was added to them.
 
-    before, rows: of the embeddings as published, and now. ``commit`` is that of the hub, None for a folder.
+    before, rows: the rows of the embeddings as published, and now. ``commit`` is None for a folder.
     """
     return {
         "name": pretrain["initial_model"],
@@ -148,9 +157,9 @@ def describe_initial(
 
 
 def initial_facts(pretrain: dict[str, Any]) -> dict[str, Any]:
-    """What else a training depends on: size and time of the files of an initial model that lies in a folder.
+    """What else a training depends on: name, size and time of the files of an initial model in a folder.
 
-    Empty without ``initial_model``, so that records of trainings from scratch stay as they were.
+    Empty without ``initial_model``, so that the records of trainings from scratch do not change.
     """
     name = pretrain.get("initial_model")
     if name is None:
@@ -161,7 +170,7 @@ def initial_facts(pretrain: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_rows(pretrain: dict[str, Any], pieces: NewPieces) -> None:
-    """Refuse a tokenizer with ids that are neither rows of the initial model nor new pieces.
+    """Refuse a tokenizer with ids that are neither rows of the initial model nor added tokens.
 
     Does nothing without ``initial_model``, or before its config.json was fetched.
     """
@@ -169,6 +178,6 @@ def check_rows(pretrain: dict[str, Any], pieces: NewPieces) -> None:
     if rows is not None and pieces.first > rows:
         raise Refused(
             f"{pretrain['initial_model']}/config.json: vocab_size: {rows}, but the tokenizer has "
-            f"{pieces.first} pieces of its own: they were not published together. Set tokenizer.published "
+            f"{pieces.first} tokens of its own: they were not published together. Set tokenizer.published "
             "to the tokenizer of pretrain.initial_model"
         )

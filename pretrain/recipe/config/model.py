@@ -8,50 +8,57 @@ from recipe.config.initial_model import published_config
 from recipe.config.keys import check_keys, known_keys, nearest, require, show
 from recipe.project import Refused
 
-FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a model's facts
+# Keys of a model's configuration that the tokenizer decides.
+FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def check_model(values: dict[str, Any], where: str) -> None:
-    """Refuse an unknown architecture or key, and heads that do not divide."""
+    """Refuse an unknown architecture or key, a value out of range, and heads that do not divide.
+
+    where: the file, for the messages.
+    """
     models = known_keys()["model"]
     require(values, ("model_type",), where)
     kind = values["model_type"]
     if kind not in models:
         raise Refused(
-            f"{where}: model_type: unknown {show(kind)}.{nearest(str(kind), models)} "
+            f"{where}: model_type: {show(kind)} is not known.{nearest(str(kind), models)} "
             f"Known: {', '.join(sorted(models))}"
         )
     check_keys(values, models[kind], where)
     if values.get("dtype") not in (None, "float32"):
         raise Refused(
-            f"{where}: dtype: {show(values['dtype'])}, but weights are kept in float32, and bf16 or fp16 "
-            "in pretrain.json decides what is computed with. Leave it out"
+            f"{where}: dtype: {show(values['dtype'])}, but weights are kept in float32; bf16 or fp16 in "
+            "pretrain.json decides the precision of the computation. Leave it out"
         )
     for key in ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head"):
         if key in values and values[key] < 1:
-            raise Refused(f"{where}: {key}: {show(values[key])}, wanted 1 or more")
+            raise Refused(f"{where}: {key}: {show(values[key])}, expected 1 or more")
     hidden, heads = values.get("hidden_size") or values.get("n_embd"), attention_heads(values)
     if hidden and heads and "head_dim" not in values and hidden % heads:
-        raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads")
+        raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads. Change one")
     groups = values.get("num_key_value_heads")
     if groups and heads and heads % groups:
-        raise Refused(f"{where}: num_attention_heads {heads} does not divide by num_key_value_heads {groups}")
+        raise Refused(
+            f"{where}: num_attention_heads: {heads} does not divide by num_key_value_heads {groups}. "
+            "Change one"
+        )
 
 
 def attention_heads(model: dict[str, Any]) -> int | None:
-    """The query heads of a model.json, whose name differs between architectures."""
+    """The number of query heads in a model.json; architectures have two names for it."""
     return model.get("num_attention_heads") or model.get("n_head")
 
 
 def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is known of the model: model.json, and config.json of the checkpoint that it starts from.
+    """What is known about the model: model.json, and config.json of the checkpoint that it starts from.
 
-    The latter is missing as long as it has to be fetched from the hub. Raises Refused.
+    A config.json that was not yet fetched from the hub is left out. Raises Refused.
     """
     return config["model"] | published_config(config["pretrain"])
 
 
-# What transformers takes where model.json says nothing (its config classes; a test compares).
+# The defaults of transformers for keys that model.json leaves out. A test compares them with its classes.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096},

@@ -1,10 +1,10 @@
-"""Which keys of a recipe can change a result."""
+"""Which keys of a recipe can change a result, and so make a finished stage stale."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Keys that cannot change a result: a change never makes a stage stale. Prefixes end with *.
+# Keys that cannot change a result, so that no stage becomes stale. A name that ends with * is a prefix.
 NOT_DECIDING = (
     "logging_*",
     "log_*",
@@ -15,27 +15,28 @@ NOT_DECIDING = (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
     "save_total_limit",
-    "push_to_hub",  # stage 16 names it among its facts
+    "push_to_hub",  # a fact of stage 16 (recipe/run/freshness.py)
     "hub_*",
     "project",
     "sample_steps",
 )
-
-
-# The same of a source in dataset.json: weights are facts of the stages that draw by them
+# The same for a source in dataset.json. Its weight is a fact of the stages that draw documents by it
 # (recipe/run/freshness.py).
 NOT_DECIDING_OF_SOURCE = ("minimum_megabytes", "weight")
 
 
 def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The part of a file that can change a result: what a stage's freshness is judged by."""
+    """The part of a recipe's file that can change a result. A stage is stale when this part has changed.
+
+    section: the file's name, such as ``pretrain``.
+    """
     if section == "dataset":
         sources = {
             name: {key: value for key, value in spec.items() if key not in NOT_DECIDING_OF_SOURCE}
             for name, spec in values["sources"].items()
         }
-        # Their order is their priority in deduplication.
         kept = {key: value for key, value in values.items() if key not in ("engine", "disk_gigabytes")}
+        # An earlier source has priority when duplicates are dropped.
         return kept | {"sources": sources, "order": list(sources)}
 
     def decides(key: str) -> bool:

@@ -15,7 +15,7 @@ def test_record_must_belong_to_the_tokenizer(tmp_path):
     assert initial_model.read_new_pieces(tmp_path, 300) == initial_model.NewPieces(300, [])
     (tmp_path / initial_model.NEW_PIECES).write_text('{"first": 300, "old_ids": [[1, 2]]}')
     assert initial_model.read_new_pieces(tmp_path, 301).spelled([5, 300]) == [5, 1, 2]
-    with pytest.raises(RecipeError, match="300 old and 1 new pieces, but the tokenizer has 305"):
+    with pytest.raises(RecipeError, match="300 old and 1 new tokens, but the tokenizer has 305"):
         initial_model.read_new_pieces(tmp_path, 305)
 
 
@@ -89,7 +89,7 @@ def test_folders_without_safetensors_are_refused(tmp_path):
     with pytest.raises(Refused, match=r"found only pytorch_model\.bin\. Pickled weights .* can run code"):
         initial_model.find_initial({"initial_model": str(folder)})
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(Refused, match=r"wanted weights as model\.safetensors, found none"):
+    with pytest.raises(Refused, match=r"expected weights in model\.safetensors, found none"):
         initial_model.find_initial({"initial_model": str(folder)})
     assert "found none" in refusal(recipe_of(folder))  # already before stage 01
     weights.touch()
@@ -102,18 +102,18 @@ def test_folders_without_safetensors_are_refused(tmp_path):
 def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(Refused, match="'nobody/nothing': no such folder, and not to be had from the hub"):
+    with pytest.raises(Refused, match="'nobody/nothing': no such folder, and not available from the hub"):
         initial_model.find_initial({"initial_model": "nobody/nothing"})
     assert (
         initial_model.published_config({"initial_model": "nobody/nothing"}) == {}
     )  # known once it was fetched
-    with pytest.raises(Refused, match="no such folder, and no name of the hub"):
+    with pytest.raises(Refused, match="no such folder, and not a name on the hub"):
         initial_model.published_config({"initial_model": str(tmp_path / "gone/away")})
 
 
 def test_more_ids_than_rows_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint", rows=290)
-    with pytest.raises(Refused, match=r"config\.json: vocab_size: 290, but the tokenizer has 300 pieces"):
+    with pytest.raises(Refused, match=r"config\.json: vocab_size: 290, but the tokenizer has 300 tokens"):
         initial_model.check_rows({"initial_model": str(folder)}, extended(folder, 20)[1])
     with pytest.raises(RecipeError, match="300 published pieces, the checkpoint 290 rows"):
         load(folder, *extended(folder, 20))
