@@ -215,5 +215,5 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Proje
 def project(make_project: Callable[[], Project]) -> Project:
     """A project on which `mini` has run to the end, shared by tests that only look at it."""
     project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", timeout=600)
+    project.first_run = project.run("run_all.sh", "--recipe", "mini", timeout=600)
     return project

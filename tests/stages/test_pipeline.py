@@ -1,4 +1,4 @@
-"""The whole pipeline on a small recipe, as a user runs it, and what comes out of it."""
+"""The whole pipeline on a small recipe, as a user runs it, and its outputs."""
 
 import json
 import shutil
@@ -32,6 +32,11 @@ def test_every_stage_leaves_a_record(project):
     assert not list(project.folder.glob("outputs/mini/.*.work"))
 
 
+def test_log_has_whole_lines(project):
+    """Our bars and those of lm-evaluation-harness, datasets and transformers, in every stage."""
+    assert "\r" not in project.first_run.stdout + project.first_run.stderr
+
+
 def test_the_funnel_sums_up(project):
     funnel = json.loads(project.output("mini", "02_dataset", "funnel.json").read_text())
     for source in funnel["sources"].values():
@@ -63,7 +68,7 @@ def test_token_files_hold_every_document(project):
     assert "other" not in figures["sources"]["valid"]
 
 
-def test_what_is_active_was_looked_at(project):
+def test_active_settings_are_recorded(project):
     active = project.figures("mini", "05_pretrain")["active"]
     assert (
         active["precision"] == "fp32" and active["compiled"] is False and active["optimizer"] == "MuonAdamW"
@@ -97,15 +102,15 @@ def test_learning_curve_is_a_picture(project, stage, picture):
     assert project.output("mini", stage, picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_samples_stand_side_by_side(project):
+def test_samples_are_side_by_side(project):
     (row,) = json.loads(project.output("mini", "07_generate", "samples.json").read_text())
     assert set(row) == {"prompt", "before", "after"}
     answers = json.loads(project.output("mini", "15_generate", "answers.json").read_text())
     assert answers[0]["prompt"] == "山は高いですか?" and {"before", "after", "wanted"} <= set(answers[0])
 
 
-def test_what_comes_out_is_plain_hugging_face(project, tmp_path):
-    """Loaded in a process where our code cannot be imported, chat template included."""
+def test_the_model_is_plain_hugging_face(project, tmp_path):
+    """It loads in a process that cannot import our code, with its chat template."""
     model = tmp_path / "model"
     shutil.copytree(
         project.output("mini", "12_finetune", "."), model, ignore=shutil.ignore_patterns("checkpoints")
@@ -144,7 +149,7 @@ def test_second_run_skips_everything(project):
     result = project.run("run_all.sh", "--recipe", "mini")
     assert result.stdout.count("done before") == len(STAGES)
     assert "total" in result.stdout and "learning_curve.png" in result.stdout
-    # The promise is 5 seconds; a busy machine may take longer, a run that trains takes far longer.
+    # It should take 5 seconds. A busy machine may take longer; a run that trains takes far longer.
     assert time.monotonic() - started < 15
 
 
@@ -211,7 +216,7 @@ def test_stale_input_is_noticed_by_a_later_stage(project):
     assert "--set tokenizer.seed=9 --from 03 --force" in result.stderr
 
 
-def test_recipe_without_pairs_does_without_tuning(project):
+def test_recipe_without_pairs_is_not_tuned(project):
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs/plain")
     project.edit("plain", "instruction", pairs={})
     result = project.run("run_all.sh", "--recipe", "plain")
