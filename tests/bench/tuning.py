@@ -1,12 +1,12 @@
-"""Instruction tuning: tokens a second with whole conversations packed into blocks, against padded batches.
+"""Instruction tuning: tokens/s with whole conversations packed into blocks, compared with padded batches.
 
-The pairs, tokenizer and model shape are those of the recipe tiny (run it to stage 11 first). All peers train
+The pairs, tokenizer and model shape are those of the recipe tiny (run it to stage 11 first). All rows train
 with the stock Trainer, AdamW and the same precision, without compiling, on the same conversations in the same
-order; only tokens that are no padding count. The peer of each ratio is packing.
+order; padding does not count. The ratios compare with packing.
 
 - ``packed``: blocks of `PackedConversations`, as stage 12 trains.
 - ``padded``: batches of conversations, each padded to its longest (transformers' DataCollatorForSeq2Seq).
-- ``grouped``: the same, with conversations of like length together (the Trainer's group_by_length).
+- ``grouped``: the same, with conversations of similar length together (the Trainer's group_by_length).
 
 Run (about 2 minutes, nothing else running):  .venv/bin/python tests/bench/tuning.py
 """
@@ -44,7 +44,7 @@ class Clock(TrainerCallback):
 
 
 class Counted:
-    """A collator that also counts the places and the tokens of every batch."""
+    """A collator that also counts the positions and the tokens of every batch."""
 
     def __init__(self, collate: Any) -> None:
         self.collate, self.batches = collate, []
@@ -60,7 +60,7 @@ class Counted:
 def run(
     samples: list[dict[str, Any]], collate: Any, batch: int, tokenizer: Any, **more: Any
 ) -> tuple[float, float]:
-    """Tokens a second, and the share of places that hold one."""
+    """Tokens/s, and the share of positions that are not padding."""
     from recipe.config.recipe import load_recipe
     from recipe.model.build import build_model
 
@@ -90,7 +90,7 @@ def run(
 
 
 def main() -> None:
-    """Print the table; the ratio is packing's speed over the peer's."""
+    """Print the table; the ratio is the speed of packing divided by the row's speed."""
     from recipe.config.chat_templates import chat_template
     from recipe.conversations.encode import load_conversations
     from recipe.tokenization.packing import PackedConversations
@@ -99,7 +99,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "03_tokenizer")
     tokenizer.chat_template = chat_template("chat")
     conversations, _ = load_conversations(folder / "11_dataset/train.parquet", tokenizer, BLOCK)
-    conversations.sort(key=lambda conversation: hash(tuple(conversation[0])))  # the kinds mixed
+    conversations.sort(key=lambda conversation: hash(tuple(conversation[0])))  # mixes the kinds
     packing = PackedConversations(conversations, BLOCK, tokenizer.pad_token_id)
     packed = [
         packing[i] | {"tokens": sum(len(ids) for ids, _ in packing.bins[i])}

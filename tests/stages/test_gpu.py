@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show. Without one every test says that it could not run."""
+"""Tests that need an NVIDIA GPU. Without one every test says that it could not run."""
 
 import importlib.util
 import re
@@ -32,14 +32,14 @@ def train(project, name, *options):
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
     settings = ("--set", "pretrain.muon_learning_rate=null", "--set", "pretrain.block_size=128")
     project.run("run_all.sh", "--recipe", name, "--to", "04", *settings)
-    # --force: options of a launcher are no settings, so that an earlier case's model would be taken over.
+    # --force: a launcher's options are not settings, so that an earlier case's model would be reused.
     stage = ("pretrain/05_pretrain.sh", "--recipe", name, "--force", "--nproc", "1")
     project.run(*stage, *settings, *options, timeout=1200)
     return project.figures(name, "05_pretrain")
 
 
 @pytest.mark.parametrize(
-    ("options", "wanted"),
+    ("options", "expected"),
     [
         (("--set", "pretrain.bf16=false"), {"precision": "fp32", "attention": "sdpa"}),
         (("--set", "pretrain.fp16=true"), {"precision": "fp16"}),
@@ -54,8 +54,8 @@ def train(project, name, *options):
         (("--deepspeed", "zero3"), {"parallel": "ZeRO-3"}),
     ],
 )
-def test_setting_is_active_and_learns(prepared, options, wanted):
+def test_setting_is_active_and_learns(prepared, options, expected):
     name = re.sub(r"\W+", "-", "".join(options)).strip("-")
     figures = train(prepared, name, *options)
-    assert {key: figures["active"][key] for key in wanted} == wanted
+    assert {key: figures["active"][key] for key in expected} == expected
     assert figures["eval_loss"] < 4  # ln(400) = 6.0 before training

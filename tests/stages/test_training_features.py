@@ -30,7 +30,7 @@ def train(project, name, *options, **changes):
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
     project.edit(name, "pretrain", **changes)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
-    # --force: train, do not take a finished twin
+    # --force: train, do not reuse an equal finished stage
     project.run("pretrain/05_pretrain.sh", "--recipe", name, "--force", *options, timeout=900)
     return project.figures(name, "05_pretrain"), rows_of(project, name, "metrics.jsonl")
 
@@ -55,7 +55,7 @@ def test_compiled_muon_with_z_loss_and_a_late_decay(prepared):
     assert active["scheduler"] == "warmup_stable_decay (LambdaLR)"
     rates = [0, 1 / 3, 2 / 3] + [1.0] * 13 + [0.8, 0.6, 0.4, 0.2]
     assert column(rows, "learning_rate") == pytest.approx([0.02 * rate for rate in rates])
-    # At the start all pieces are as likely, so that Z is the size of the vocabulary.
+    # At the start all tokens are equally likely, so that Z is the size of the vocabulary.
     assert column(rows, "z_loss")[0] == pytest.approx(1e-3 * math.log(400) ** 2, rel=0.05)
     assert column(rows, "loss")[0] == pytest.approx(math.log(400), rel=0.05)
     assert column(rows, "loss")[-1] < column(rows, "loss")[0] - 2
@@ -77,7 +77,7 @@ def test_compiled_adamw_with_a_floor_and_clipping(prepared):
     assert active["gradient_clipping"] == 0.5 and active["z_loss"] is None
     rates = [0.01 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 20))) for step in range(20)]
     assert column(rows, "learning_rate") == pytest.approx(rates)
-    assert max(column(rows, "grad_norm")) > 0.5  # logged before it is clipped
+    assert max(column(rows, "grad_norm")) > 0.5  # logged before clipping
     assert not column(rows, "z_loss")
     assert not prepared.output("floor", "05_pretrain", "samples.jsonl").exists()
 
@@ -96,7 +96,7 @@ def alone(prepared):
 
 
 @pytest.mark.parametrize("way", TWO_RANKS)
-def test_two_ranks_log_what_one_does(prepared, alone, way):
+def test_two_ranks_log_the_same_as_one(prepared, alone, way):
     options, parallel = TWO_RANKS[way]
     figures, rows = train(prepared, way, *options, **WATCHED)
     active = figures["active"]
@@ -104,9 +104,8 @@ def test_two_ranks_log_what_one_does(prepared, alone, way):
     assert active["z_loss"] == 0.1 and active["gradient_clipping"] == 0.7
     for key in ("loss", "z_loss", "grad_norm", "learning_rate"):
         assert column(rows, key) == pytest.approx(column(alone, key), rel=1e-4), key
-    mine, wanted = ([row["eval_loss"] for row in part if "eval_loss" in row] for part in (rows, alone))
-    assert mine == pytest.approx(wanted, rel=1e-4) and len(mine) == 4
-    # Sampled with the same weights up to rounding: the greatest part of the text is the same.
+    found, expected = ([row["eval_loss"] for row in part if "eval_loss" in row] for part in (rows, alone))
+    assert found == pytest.approx(expected, rel=1e-4) and len(found) == 4
     steps = [row["step"] for row in rows_of(prepared, way, "samples.jsonl")]
     assert steps == [0, 4, 12, 20]
     one_step = [row for row in rows if "tokens_per_second" in row][-1]
@@ -116,7 +115,7 @@ def test_two_ranks_log_what_one_does(prepared, alone, way):
     board = EventAccumulator(str(prepared.output(way, "05_pretrain", "tensorboard")))
     board.Reload()
     tags = set(board.Tags()["scalars"])
-    wanted = ("mfu", "seconds_left", "grad_norm", "bits_per_byte", "z_loss")
-    assert {f"train/{name}" for name in wanted} | {"eval/bits_per_byte"} <= tags
+    names = ("mfu", "seconds_left", "grad_norm", "bits_per_byte", "z_loss")
+    assert {f"train/{name}" for name in names} | {"eval/bits_per_byte"} <= tags
     ranks = {f"train/rank{n}/{name}" for n in (0, 1) for name in ("tokens_per_second", "memory_gib")}
     assert ranks <= tags

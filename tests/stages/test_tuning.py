@@ -1,4 +1,4 @@
-"""Tuning end to end: an adapter and its merge, preferences, and what is talked to afterwards."""
+"""Tuning end to end: an adapter and its merge, preferences, and the model that the chat uses afterwards."""
 
 import contextlib
 import json
@@ -81,7 +81,7 @@ def test_preferences_move_the_model_towards_the_chosen(tuned):
     figures = project.figures("lora", "13_preference")
     assert figures["pairs"]["mine"]["dropped"] == {"chosen equals rejected": 1}
     assert figures["steps"] == 8 and figures["eval_loss"] < 0.6
-    active = figures["active"]  # looked at in the running trainer, as in stage 05
+    active = figures["active"]  # read from the running trainer, as in stage 05
     assert active["optimizer"] == "AdamW" and active["accumulation"] == 2 and active["precision"] == "fp32"
     assert "active: device cpu, precision fp32" in result.stdout.partition("13_preference")[2]
     rows = project.output("lora", "13_preference", "metrics.jsonl").read_text().splitlines()
@@ -124,7 +124,7 @@ def test_nf4_is_refused_without_a_gpu(tuned, file):
     ],
 )
 def test_a_killed_tuning_continues_to_the_same_weights(tuned, stage, file, script):
-    """SIGKILL to every process after a checkpoint: losses and weights are those of no kill."""
+    """SIGKILL to every process after a checkpoint: losses and weights are those of an undisturbed run."""
     project, _ = tuned
     name = f"killed-{file}"
     shutil.copytree(project.folder / "configs/lora", project.folder / "configs" / name)
@@ -151,7 +151,7 @@ def test_a_killed_tuning_continues_to_the_same_weights(tuned, stage, file, scrip
 
 
 def losses_and_weights(project, recipe, stage):
-    """What training logged by step, and the bytes of the model, and of the adapter where there is one."""
+    """The logged losses by step, and the bytes of the model, and of the adapter if there is one."""
     losses = [(row["step"], row["loss"]) for row in rows_of(project, recipe, stage) if "loss" in row]
     folder = project.output(recipe, stage, ".")
     files = [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]
@@ -160,7 +160,7 @@ def losses_and_weights(project, recipe, stage):
 
 
 def test_noisy_embeddings_are_off_unless_asked_for(project):
-    """NEFTune: the same first batch has another loss, and evaluation is without noise."""
+    """NEFTune: the first batch has another loss, and the evaluation has no noise."""
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs/noisy")
     project.edit("noisy", "finetune", learning_rate=0.0)
     project.run("run_all.sh", "--recipe", "noisy", "--to", "12")

@@ -1,4 +1,4 @@
-"""Adapters and preferences on two ranks, under every launcher they can have, reach the losses of one."""
+"""Adapters and preferences on two ranks, under every launcher that works, reach the losses of one rank."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ PREFERENCE = {
     "save_steps": 3,
     "bf16": False,
 }
-# What is trained: its stage, and what that changes in finetune.json and preference.json.
+# What is trained: its stage, and its changes of finetune.json and preference.json.
 KINDS = {
     "adapter": ("12_finetune", {"lora": LORA}, None),
     "preferences": ("13_preference", {}, PREFERENCE),
@@ -59,7 +59,7 @@ def train(make_project):
             (project.folder / f"configs/{name}/preference.json").write_text(json.dumps(preference))
         project.run("run_all.sh", "--recipe", name, "--to", str(int(stage[:2]) - 1))
         script = "fine-tuning/12_finetune.sh" if stage.startswith("12") else "fine-tuning/13_preference.sh"
-        # --force: train, do not take the finished twin of another launcher
+        # --force: train, do not reuse the equal stage of another launcher
         project.run(script, "--recipe", name, "--force", *WAYS[way][0], timeout=900)
         return name
 
@@ -77,16 +77,16 @@ def test_ranks_together_reach_the_losses_of_one(train, kind, way):
     name, alone = trained(kind, way), trained(kind, "one")
     active = project.figures(name, stage)["active"]
     assert active["parallel"] == WAYS[way][1] and active["ranks"] == 2 and active["global_batch"] == 4
-    found, wanted = losses(project, name, stage), losses(project, alone, stage)
-    assert len(found) == len(wanted) == 6 and wanted[-1] < wanted[0]
-    assert found == pytest.approx(wanted, rel=1e-4)
+    found, expected = losses_of(project, name, stage), losses_of(project, alone, stage)
+    assert len(found) == len(expected) == 6 and expected[-1] < expected[0]
+    assert found == pytest.approx(expected, rel=1e-4)
     ids = torch.arange(5, 45).reshape(1, -1)
     with torch.inference_mode():  # the whole model was written, the adapter merged
         logits = [load_model(project.output(recipe, stage, "."))(ids).logits for recipe in (name, alone)]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-2)
 
 
-def losses(project, recipe, stage):
+def losses_of(project, recipe, stage):
     """The training losses by step."""
     rows = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
     return [row["loss"] for row in map(json.loads, rows) if "loss" in row]

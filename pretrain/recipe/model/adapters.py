@@ -1,6 +1,7 @@
 """LoRA (Hu et al., 2021) and QLoRA (Dettmers et al., 2023) through peft: adapters, and their merge.
 
-An adapter lies beside the merged model, in the folder ADAPTER, with the digest of the weights it belongs to.
+An adapter is saved next to the merged model, in the folder ADAPTER, with the digest of the weights that it
+belongs to.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def load_with_adapter(folder: Path, attention: str, lora: dict[str, Any], argume
     else:
         model = load_model(folder, attention)
         if arguments.activation_checkpointing:
-            # Else no gradient reaches a checkpointed layer, whose inputs are all frozen.
+            # Without it no gradient reaches a checkpointed layer, whose inputs are all frozen.
             model.enable_input_require_grads()
     torch.manual_seed(arguments.seed)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
@@ -62,9 +63,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def finish_adapter(base: Path, folder: Path) -> None:
-    """Save the merged model into `folder`, where training left its adapter, and which weights that belongs
-    to.
-    """
+    """Merge the adapter that training left in `folder`, save the model, and the base weights' digest."""
     write_json(folder / ADAPTER / BASE, {"weights_sha256": weights_digest(base)})
     merge_adapter(base, folder / ADAPTER).save_pretrained(folder)
 
@@ -72,23 +71,23 @@ def finish_adapter(base: Path, folder: Path) -> None:
 def merge_adapter(base: Path, adapter: Path) -> PreTrainedModel:
     """The model of `base`, in float32, with an adapter added to its weights.
 
-    Also an adapter trained over 4-bit weights is added to the unquantised ones. Raises RecipeError for an
-    adapter of other weights.
+    An adapter that was trained over 4-bit weights is also added to the unquantised ones. Raises RecipeError
+    for an adapter of other weights.
     """
     if not (adapter / "adapter_config.json").is_file():
-        raise RecipeError(f"{adapter}: no adapter_config.json: not a folder that peft has saved")
+        raise RecipeError(f"{adapter}: no adapter_config.json: this is not a folder that peft has saved")
     known = read_json(adapter / BASE)["weights_sha256"] if (adapter / BASE).is_file() else None
     if known not in (None, weights_digest(base)):
         raise RecipeError(
-            f"{adapter}: an adapter for another base model: it was trained over weights of SHA-256 "
+            f"{adapter}: this adapter belongs to another base model: it was trained over weights of SHA-256 "
             f"{known[:12]}..., {base} has {weights_digest(base)[:12]}.... Give the model it was trained on, "
             "or tune again with --force"
         )
     try:
         model = PeftModel.from_pretrained(load_model(base), str(adapter))
-    except (RuntimeError, ValueError) as error:  # shapes or names of modules that do not fit
+    except (RuntimeError, ValueError) as error:  # shapes or names of modules differ
         raise RecipeError(
-            f"{adapter}: an adapter for another base model than {base} "
+            f"{adapter}: this adapter belongs to another base model than {base} "
             f"({' '.join(str(error).split())[:200]}...). "
             "Give the model it was trained on, or tune again with --force"
         ) from error

@@ -1,8 +1,8 @@
-"""Attention on a CPU that computes only what packed documents can see.
+"""Attention on a CPU that computes only the pairs of positions in the same document.
 
-PyTorch's own computes every pair of places of a block and hides most of them by a mask: those behind, and
-those of other documents. Here each chunk of queries looks only at keys from the document of its first query
-on, and at none behind it. On a GPU FlashAttention-2 does the same, from the same ``position_ids``.
+PyTorch's attention computes every pair of positions of a block and masks most of them: later keys, and keys
+of other documents. Here a chunk of queries uses only the keys from the start of its first query's document to
+its last query. On a GPU FlashAttention-2 does the same, from the same ``position_ids``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "documents"  # by which attn_implementation asks for it
-QUERIES = 128  # to a chunk, so that its scores stay in the second-level cache; 256 was no faster
-# Where the keys of a chunk may begin: few shapes of matrices, since oneDNN makes and keeps a kernel for each.
+NAME = "documents"  # the value of attn_implementation
+# Queries of a chunk: its scores stay in the second-level cache; 256 was not faster.
+QUERIES = 128
+# The keys of a chunk begin at a multiple of this: oneDNN makes and keeps a kernel for each shape of matrices.
 KEYS = 64
 
 
 def chunks(position_ids: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """(row, queries, keys) of each chunk. The keys begin with the document of the first query, or up to
-    `KEYS` before, and end with the last query.
+    """(row, queries, keys) of each chunk.
 
-    position_ids: int64 [rows, places]. A document begins where it is 0, and at the beginning of a row.
+    The keys begin at the start of the first query's document, or up to `KEYS` before it, and end at the last
+    query. position_ids: int64 [rows, positions]; a document begins where it is 0, and at the start of a row.
     """
     firsts = torch.arange(0, position_ids.shape[1], QUERIES)
     begins = (firsts - position_ids[:, ::QUERIES]).clamp(min=0) // KEYS * KEYS
@@ -37,10 +38,10 @@ def chunks(position_ids: Tensor) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
-    """The share of each key in each query: [groups, queries * heads of a group, keys].
+    """The attention weights: [groups, queries * heads of a group, keys].
 
-    query: [groups, queries * heads of a group, size], scaled; key: [groups, keys, size]; hidden: what to add
-    to the scores, [queries, keys].
+    query: [groups, queries * heads of a group, size], scaled; key: [groups, keys, size]; hidden: the mask
+    that is added to the scores, [queries, keys].
     """
     scores = query @ key.transpose(1, 2)
     scores.view(len(key), len(hidden), -1, len(hidden[0])).add_(hidden[:, None])
@@ -51,11 +52,11 @@ def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
 def document_attention(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, position_ids: Tensor
 ) -> Tensor:
-    """Causal attention inside each document: the shape and type of query.
+    """Causal attention inside each document; shape and type are those of query.
 
-    query: [rows, groups, places, heads of a group, size], scaled. key and value: [rows, groups, places,
-    size]. All contiguous: a chunk is then read in place. hidden: of the same type, [rows, 1, places, places],
-    0 where a query sees a key, else minus infinity. position_ids: see `chunks`.
+    query: [rows, groups, positions, heads of a group, size], scaled. key and value: [rows, groups, positions,
+    size]. All are contiguous, so that a chunk is read without a copy. hidden: of the same type, [rows, 1,
+    positions, positions], 0 where a query sees a key, else minus infinity. position_ids: see `chunks`.
     """
     out = torch.empty_like(query)
     for row, queries, keys in chunks(position_ids):
@@ -69,7 +70,7 @@ def document_attention(
 def document_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, position_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `document_attention`'s query, key and value; the weights are computed once more."""
+    """The gradients of `document_attention`'s query, key and value; it computes the weights again."""
     of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     gradient = gradient.contiguous()
     for row, queries, keys in chunks(position_ids):
@@ -84,7 +85,7 @@ def document_attention_backward(
     return of_query, of_key, of_value
 
 
-# What torch.compile and autograd want to know of the two.
+# torch.compile and autograd need this.
 document_attention.register_fake(lambda query, *_: torch.empty_like(query))
 document_attention_backward.register_fake(
     lambda _, query, key, value, *__: (
@@ -110,20 +111,20 @@ def attend(
     position_ids: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for the attention `NAME`: [rows, places, heads, size].
+    """The function that transformers calls for the attention `NAME`: [rows, positions, heads, size].
 
-    Whatever is no packed block (padded prompts, a cache), and dropout of attention, goes to PyTorch's own.
+    Batches other than packed blocks (padded prompts, a cache) and attention with dropout use PyTorch's.
     """
     packed = attention_mask is not None and attention_mask.is_floating_point()  # made by `mask` below
     if not packed or position_ids is None or dropout:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
-    rows, heads, places, size = query.shape
+    rows, heads, positions, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
     # Under autocast, norms and rotations give float32 from bfloat16; PyTorch's own would be cast likewise.
     query, key = (query * scale).to(value.dtype), key.to(value.dtype)
-    grouped = query.view(rows, key.shape[1], -1, places, size).transpose(2, 3)
+    grouped = query.view(rows, key.shape[1], -1, positions, size).transpose(2, 3)
     out = document_attention(
         grouped.contiguous(),
         key.contiguous(),
@@ -131,19 +132,21 @@ def attend(
         attention_mask.to(value.dtype),
         position_ids.expand(rows, -1),
     )
-    return out.transpose(1, 2).reshape(rows, places, heads, size), None
+    return out.transpose(1, 2).reshape(rows, positions, heads, size), None
 
 
 def mask(**keywords: Any) -> Tensor | None:
-    """The mask that goes with `attend`: numbers to add to the scores for packed blocks, else that of
-    PyTorch's attention, true where a query sees a key.
+    """The mask for `attend`.
+
+    For packed blocks floating point [rows, 1, positions, positions], to be added to the scores; else
+    PyTorch's, true where a query sees a key, or None.
     """
     packed = keywords["attention_mask"] is None and keywords["q_length"] == keywords["kv_length"]
     windowed = (keywords.get("local_size") or keywords["kv_length"]) < keywords["kv_length"]
     if not packed or windowed:
         return sdpa_mask(**keywords)
     visible = sdpa_mask(**keywords | {"allow_is_causal_skip": False})
-    # As wide as scores are, so that no layer has to cast it.
+    # In the type of the scores, so that no layer has to cast it.
     mixed = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if mixed else keywords.get("dtype", torch.float32)
     return torch.where(visible, 0.0, float("-inf")).to(dtype)

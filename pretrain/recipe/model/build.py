@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-import recipe.model.attention  # makes the attention "documents" known to transformers
+import recipe.model.attention  # registers the attention "documents" in transformers
 from recipe.config.initial_model import NewPieces
 from recipe.config.model import FROM_TOKENIZER
 from recipe.project import RecipeError, Refused
@@ -49,15 +49,14 @@ def continued_model(
     folder: Path,
     values: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
-    pieces: NewPieces,
+    new_tokens: NewPieces,
     attention: str = "sdpa",
 ) -> PreTrainedModel:
-    """The published checkpoint in `folder`, float32, ready for the tokenizer and its new pieces.
+    """The published checkpoint in `folder`, float32, ready for the tokenizer and its new tokens.
 
-    values: model.json, which may repeat what the checkpoint is, or be empty. Special ids come from the
-    tokenizer; settings of generation that were published with the weights are left behind. Raises Refused
-    for a model.json that describes another model, RecipeError for weights that are not those of its
-    config.json.
+    values: model.json, which may be empty or repeat values of the checkpoint. Special ids come from the
+    tokenizer; the published generation settings are not used. Raises Refused for a model.json that describes
+    another model, RecipeError for weights that do not belong to the checkpoint's config.json.
     """
     model = _published_model(folder, attention)
     if values:
@@ -68,7 +67,7 @@ def continued_model(
                     f"model.json: {key}: {values[key]}, but {folder}/config.json makes it "
                     f"{getattr(model.config, key, None)}. Leave it out of model.json (or delete the file)"
                 )
-    add_rows(model, pieces)
+    add_rows(model, new_tokens)
     for key, value in _special_ids(tokenizer).items():
         setattr(model.config, key, value)
     model.generation_config = GenerationConfig.from_model_config(model.config)
@@ -76,7 +75,7 @@ def continued_model(
 
 
 def _published_model(folder: Path, attention: str) -> PreTrainedModel:
-    """A checkpoint every weight of which is there. What it has too many of is named and not used."""
+    """A checkpoint without missing weights. Weights that the model does not have are named and not used."""
     try:
         model, report = load_model(folder, attention, output_loading_info=True)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
@@ -97,19 +96,20 @@ def _published_model(folder: Path, attention: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def add_rows(model: PreTrainedModel, pieces: NewPieces) -> None:
-    """Give every new piece a row in the embeddings and the output: the mean of the rows of its old ids.
+def add_rows(model: PreTrainedModel, new_tokens: NewPieces) -> None:
+    """Give every new token a row in the embeddings and in the output: the mean of the rows of its old ids.
 
-    Rows that the checkpoint has beyond its vocabulary (a size rounded up) are taken first, and stay where
-    there are more. The mean of the old pieces' rows is what Gee et al. (2022, "Fast Vocabulary Transfer")
-    start from. Raises RecipeError where old pieces have no row.
+    Rows that the checkpoint has beyond its vocabulary (a size that was rounded up) are used first; rows that
+    are still left over stay. Gee et al. (2022, "Fast Vocabulary Transfer") start from this mean, too. Raises
+    RecipeError where old tokens have no row.
     """
-    if pieces.first > model.config.vocab_size:
+    if new_tokens.first > model.config.vocab_size:
         raise RecipeError(
-            f"the tokenizer has {pieces.first} published pieces, the checkpoint {model.config.vocab_size} "
-            "rows: they were not published together. Set tokenizer.published to the checkpoint's own"
+            f"the tokenizer has {new_tokens.first} published tokens, the checkpoint "
+            f"{model.config.vocab_size} rows: they were not published together. Set tokenizer.published to "
+            "the checkpoint's own"
         )
-    size = pieces.first + len(pieces.old_ids)
+    size = new_tokens.first + len(new_tokens.old_ids)
     if size > model.config.vocab_size:
         model.resize_token_embeddings(size, mean_resizing=False)
     rows, output = [model.get_input_embeddings().weight], model.get_output_embeddings()
@@ -118,15 +118,15 @@ def add_rows(model: PreTrainedModel, pieces: NewPieces) -> None:
     if getattr(output, "bias", None) is not None:
         rows.append(output.bias)
     for weight in rows:
-        for new, old_ids in enumerate(pieces.old_ids, pieces.first):
+        for new, old_ids in enumerate(new_tokens.old_ids, new_tokens.first):
             weight[new] = weight[old_ids].mean(0)
 
 
 def load_model(folder: Path, attention: str | None = None, **keywords: Any) -> Any:
     """A model that a stage saved, in float32: safetensors only, no code from the folder.
 
-    attention: left out, PyTorch's, and on a CPU ours for packed blocks (see `recipe.model.attention`).
-    keywords: more of what from_pretrained takes.
+    attention: by default PyTorch's, and on a CPU ours for packed blocks (see `recipe.model.attention`).
+    keywords: other arguments of from_pretrained.
     """
     transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
     return AutoModelForCausalLM.from_pretrained(
@@ -141,12 +141,12 @@ def load_model(folder: Path, attention: str | None = None, **keywords: Any) -> A
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in evaluation mode on the GPU where there is one."""
+    """The model in evaluation mode, on the GPU if there is one."""
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def parameter_count(model: PreTrainedModel) -> int:
-    """Parameters, tied ones once; under ZeRO-3 those of all ranks."""
+    """The number of parameters, tied ones counted once; under ZeRO-3 those of all ranks."""
     return sum(map(_numel, model.parameters()))
 
 
@@ -155,17 +155,16 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 
 
 def dimensions(parameter: torch.nn.Parameter) -> int:
-    """The number of dimensions, also where ZeRO-3 keeps only a flat part here."""
+    """The number of dimensions, also of a parameter of which ZeRO-3 keeps a flat part here."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
-    """Floating point operations of one training token: 6 per weight of a matrix product (4 where it is
-    frozen), and causal attention.
+    """Floating point operations of one training token: 6 per weight of a matrix, and attention.
 
-    After Kaplan et al. (2020), appendix B, and Chowdhery et al. (2022), appendix B, with attention halved
-    because it is causal. The input embedding is a look-up and costs nothing; the output matrix counts also
-    when it is tied.
+    A frozen weight counts 4. After Kaplan et al. (2020), appendix B, and Chowdhery et al. (2022), appendix B,
+    with attention halved because it is causal. The input embedding is a look-up and costs nothing; the output
+    matrix counts even if it is tied.
     """
     config = model.config
     matrices = sum(
@@ -185,7 +184,5 @@ def _cost(parameter: torch.nn.Parameter) -> int:
 
 
 def is_outer(name: str) -> bool:
-    """Whether a parameter belongs to the embeddings or the output, by its name in the architectures of
-    recipes.
-    """
+    """Whether a parameter belongs to the embeddings or the output, by its name in the known architectures."""
     return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))

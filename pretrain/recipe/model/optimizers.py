@@ -1,6 +1,4 @@
-"""The optimizer where it is ours: Muon for matrices with AdamW for the rest, and what weight decay leaves
-alone.
-"""
+"""Optimizers of our own: Muon for matrices with AdamW for the rest; and what weight decay applies to."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ from recipe.model.build import dimensions, is_outer
 
 
 def decayed(model: torch.nn.Module) -> list[str]:
-    """The names of the parameters that weight decay applies to: matrices that are no embedding.
+    """The names of the parameters that weight decay applies to: matrices without the embeddings.
 
-    Norms and biases are vectors. An embedding is left alone also where it is tied to the output: its rows are
-    rarely seen, and decay would shrink them between.
+    Norms and biases are vectors. An embedding has no decay, even if it is tied to the output: its rows are
+    rarely used, and decay would shrink them in between.
     """
     embeddings = {
         id(parameter)
@@ -46,11 +44,11 @@ def build_muon(model: torch.nn.Module, settings: Settings, arguments: TrainingAr
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the matrices inside the layers, AdamW for embeddings, output and everything that is no matrix.
+    """Muon for the matrices inside the layers, AdamW for embeddings, output, norms and biases.
 
     Muon (Jordan et al., 2024) orthogonalises a matrix's momentum; ``match_rms_adamw`` (Liu et al., 2025)
-    scales its step to the size of AdamW's. One object, because the Trainer, its scheduler and its checkpoints
-    hold one.
+    scales its step to the size of AdamW's. It is one object, because the Trainer, its scheduler and its
+    checkpoints accept only one optimizer.
     """
 
     def __init__(
@@ -88,8 +86,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 fused=True,
             ),
         ]
-        # Shared with the parts: the scheduler writes learning rates into these very groups. It reads the peak
-        # from the defaults where its floor is a rate of its own.
+        # The same groups as in the parts: the scheduler writes its learning rates into them. A scheduler with
+        # min_lr reads the peak from the defaults.
         groups = [group for part in self.parts for group in part.param_groups]
         super().__init__(groups, {"lr": learning_rate})
 

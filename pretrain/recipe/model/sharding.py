@@ -1,8 +1,7 @@
-"""Models sharded over the ranks: FSDP2 and tensor parallelism, by transformers' own plans, under the Trainer.
+"""Models sharded over the ranks: FSDP2 and tensor parallelism under the Trainer, by transformers' plans.
 
-transformers shards a model while it loads it, so that no rank ever holds it whole, and the Trainer takes it
-as it is. What the Trainer of transformers 5.23 leaves out stands here: resuming, and tensor parallelism on
-CPUs.
+transformers shards a model while it loads it, so that no rank ever holds the whole model. This module adds
+what the Trainer of transformers 5.23 lacks: resuming, and tensor parallelism on CPUs.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 from recipe.project import RecipeError, Refused
 
 OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"
-# transformers 5.23 gathers each of a model's `layers` by itself. Those of GPT-2 are called `h`: all weights
-# would be gathered at once, without a word.
+# transformers 5.23 gathers each of a model's `layers` on its own. In GPT-2 they are called `h`: without this
+# plan all weights would silently be gathered at once.
 FSDP_PLANS = {"gpt2": {"transformer.h.*": "free_full_weight"}}
 
 
 class _SummedGradient(TensorParallelLayer):
-    """A weight that every rank holds whole and of whose gradient each has a part: norms of single heads.
+    """A weight that every rank holds, while each has only a part of its gradient: norms of single heads.
 
-    transformers 5.23 sums over the ranks what has accumulated, after every micro-batch, so that with
+    After every micro-batch transformers 5.23 sums the accumulated gradient over the ranks, so that with
     accumulation the first micro-batch counts several times. Here each micro-batch's own gradient is summed.
     """
 
@@ -49,7 +48,7 @@ class _SummedGradient(TensorParallelLayer):
             return gradient
 
         def tp_forward(*arguments: Any, **keywords: Any) -> Any:
-            # Only now: loading replaces the parameters that stand here while the plan is applied.
+            # Only now, because loading replaces the parameters that the module has when the plan is applied.
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad and parameter not in hooked:
                     parameter.register_hook(summed)
@@ -61,7 +60,7 @@ class _SummedGradient(TensorParallelLayer):
 
 
 def load_without_code() -> None:
-    """Let DeepSpeed read its checkpoints as tensors and plain values: it would run what a pickle says."""
+    """Let DeepSpeed read only tensors and plain values from its checkpoints: other pickles could run code."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -82,13 +81,13 @@ def shard(
 ) -> PreTrainedModel:
     """The model of `build`, float32, sharded over all ranks; only rank 0 builds it whole.
 
-    tensor_parallel: ranks that share each matrix; the copies made of so many ranks are joined by FSDP2.
-    scratch: a folder that all ranks see; the whole model is written there and deleted again.
+    tensor_parallel: ranks that share each matrix; FSDP2 shards over the groups of so many ranks.
+    scratch: a folder that all ranks see; the whole model is written there for a short time.
     bf16: FSDP2 gathers the weights in bf16 and reduces gradients in float32.
     Raises Refused for an architecture without a tensor parallel plan, or whose layers FSDP2 would not gather
     one by one.
     """
-    # On a mesh of two dimensions every rank would say, twice, that two collectives are slower than one.
+    # On a mesh of two dimensions every rank would warn twice that two collectives are slower than one.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     main, ranks = dist.get_rank() == 0, dist.get_world_size()
     if main:
@@ -105,7 +104,7 @@ def shard(
     except ValueError as error:
         if "plan" not in str(error):
             raise
-        raise Refused(f"model.json: this architecture cannot be sharded so: {error}") from error
+        raise Refused(f"model.json: this architecture cannot be sharded in this way: {error}") from error
     if ranks > tensor_parallel:
         _check_layers(model)
     dist.barrier()
@@ -132,7 +131,7 @@ def _check_layers(model: PreTrainedModel) -> None:
     if not layers or not all(isinstance(layer, FSDPModule) for layer in layers):
         raise Refused(
             f"model.json, model_type {model.config.model_type!r}: --fsdp would gather all weights at once, "
-            "as transformers does not know what the layers are called. Name them in FSDP_PLANS of "
+            "because transformers does not know the names of the layers. Name them in FSDP_PLANS of "
             "recipe/model/sharding.py, or train with --deepspeed zero3"
         )
 
@@ -149,7 +148,7 @@ def _save_tied_weights_once(model: PreTrainedModel) -> None:
 
 
 def sharded_over(model: torch.nn.Module) -> dict[str, int]:
-    """Over how many ranks the weights really lie split, by kind (``fsdp``, ``tp``); empty where whole."""
+    """Over how many ranks the weights are really split, by kind (``fsdp``, ``tp``); empty if they are not."""
     found: dict[str, int] = {}
     for weight in model.parameters():
         if isinstance(weight, DTensor):
@@ -167,36 +166,36 @@ def check_shards(checkpoint: Path, ranks: int) -> None:
     shards = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
     if shards != ranks:
         raise RecipeError(
-            f"{checkpoint.name} was written by {shards} ranks, and ZeRO's shards fit no other number; here "
-            f"are {ranks}. Continue with {shards} (--nproc), or start over with --force. Under --fsdp, "
-            "--tensor-parallel or plain --nproc the number may change"
+            f"{checkpoint.name} was written by {shards} ranks, and ZeRO's shards fit only this number; "
+            f"this run has {ranks}. Continue with {shards} (--nproc), or start again with --force. "
+            "Under --fsdp, --tensor-parallel or plain --nproc the number may change"
         )
 
 
 class ShardedTrainer(Trainer):
-    """The stock Trainer, and for a model of `shard` also checkpoints that can be resumed, and CPUs."""
+    """The stock Trainer; for a model of `shard` also with checkpoints that can be resumed, and on CPUs."""
 
     def __init__(self, model: PreTrainedModel, args: Any, **keywords: Any) -> None:
         self.sharded = model.is_distributed_loading_by_transformers
-        wish = args.save_only_model
+        save_only_model = args.save_only_model
         # The Trainer refuses to save optimizers of sharded models; the methods below save them.
-        args.save_only_model = wish or self.sharded
+        args.save_only_model = save_only_model or self.sharded
         super().__init__(model=model, args=args, **keywords)
-        args.save_only_model = wish
+        args.save_only_model = save_only_model
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
-        """Train, continuing from a checkpoint only when it holds the optimizer in the form these ranks need.
+        """Train; continue from a checkpoint only if it has the optimizer in the form that these ranks need.
 
-        The Trainer would silently begin with a new one. Raises RecipeError, also for a checkpoint with code
-        in it, which is not run.
+        The Trainer would silently begin with a new optimizer. Raises RecipeError, also for a checkpoint that
+        contains code, which is not run.
         """
         name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
         name = "global_step*" if self.is_deepspeed_enabled else name
         if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob(name)):
             raise RecipeError(
-                f"{Path(resume_from_checkpoint).name} was written under another way to join the ranks: it "
-                f"has no {name}. Continue with the options it began with (--deepspeed, --fsdp, "
-                "--tensor-parallel), or start over with --force"
+                f"{Path(resume_from_checkpoint).name} was written under another kind of parallelism: it "
+                f"has no {name}. Continue with the options of its first run (--deepspeed, --fsdp, "
+                "--tensor-parallel), or start again with --force"
             )
         if resume_from_checkpoint and self.is_deepspeed_enabled:
             check_shards(Path(resume_from_checkpoint), self.args.world_size)
@@ -206,7 +205,7 @@ class ShardedTrainer(Trainer):
             reason = str(error).splitlines()[0]
             raise RecipeError(
                 f"{resume_from_checkpoint}: a file in it holds more than tensors and numbers, so it is not "
-                f"read. Delete this checkpoint, or start over with --force ({reason})"
+                f"read. Delete this checkpoint, or start again with --force ({reason})"
             ) from error
 
     def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
@@ -216,7 +215,7 @@ class ShardedTrainer(Trainer):
         return arguments
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Let accelerate know the tensor parallel ranks, which read the same batches, also on CPUs."""
+        """Tell accelerate, also on CPUs, about tensor parallel ranks, which read the same batches."""
         super().create_accelerator_and_postprocess()
         if self.cpu_parallelism:
             state = self.accelerator.state

@@ -1,6 +1,6 @@
-"""Notice a training that stands still: its ranks leave signs of life, the launcher reads them.
+"""Notice a training that has stopped making progress: its ranks write signs of life, the launcher reads them.
 
-The launcher reads, because a rank that is frozen or stuck in a C library cannot tell of itself. Nothing here
+The launcher checks them, because a rank that is frozen or stuck in a C library cannot report it. Nothing here
 imports torch.
 """
 
@@ -18,15 +18,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-SHORTEST = 90.0  # seconds of silence that are never a fault
-TIMES = 6  # and so many times the slowest recent step
-UNPACED = 3600.0  # seconds that compiling, evaluating, sampling or saving may take without a sign of life
+SHORTEST = 90.0  # seconds without a sign that are never a fault
+TIMES = 6  # the limit, as a multiple of the slowest recent step
+UNPACED = 3600.0  # seconds that compiling, evaluating, sampling or saving may take without a sign
 RECENT = 20
-STACKS = signal.SIGUSR2  # on it a rank writes the stacks of its threads to stderr
+STACKS = signal.SIGUSR2  # on this signal a rank writes the stacks of its threads to stderr
 
 
 class SignsOfLife:
-    """Write, at most once a second, where a rank is and how long it may now be silent."""
+    """Write, at most once a second, the step of a rank and the seconds until its next sign is due."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"rank{rank}"
@@ -37,12 +37,12 @@ class SignsOfLife:
         self.unpaced(0)
 
     def unpaced(self, step: int) -> None:
-        """What follows has no known pace: the first step, an evaluation, a checkpoint."""
+        """The time of what follows is not known: the first step, an evaluation, a checkpoint."""
         self.started = None
         self._write(step, UNPACED)
 
     def step(self, step: int) -> None:
-        """A step is done, or the first after something unpaced begins."""
+        """A step has ended, or the first step after something of unknown time begins."""
         now = time.monotonic()
         if self.started is not None:
             self.steps.append(now - self.started)
@@ -51,7 +51,7 @@ class SignsOfLife:
             self._write(step, limit(self.steps))
 
     def alive(self, step: int) -> None:
-        """Something unpaced goes on."""
+        """Something of unknown time is still running."""
         if time.monotonic() - self.written > 1:
             self._write(step, UNPACED)
 
@@ -64,23 +64,25 @@ class SignsOfLife:
 
 
 def limit(steps: deque[float]) -> float:
-    """Seconds without a step after which a training counts as standing still, by its recent steps."""
+    """Seconds without a step after which a training counts as stalled, by its recent steps."""
     return max(SHORTEST, TIMES * max(steps))
 
 
 class Watchdog:
-    """Judge the ranks by their signs of life. Time in which the launcher itself was frozen does not count."""
+    """Check the ranks' signs of life. Time in which the launcher itself was frozen does not count."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self.clock = folder, clock
-        # What an earlier try left: node 0 removes it, and may start later than this one.
+        # Signs of an earlier run: node 0 removes them, but it may start later than this node.
         self.old = {path.name: path.read_text("utf-8") for path in folder.glob("rank*[0-9]")}
         self.last = clock()
-        self.found = ""  # what `stalled` said last
-        self.silence: dict[str, tuple[str, float]] = {}  # by rank: the sign, and for how long nothing else
+        self.found = ""  # the last answer of `stalled`
+        self.silence: dict[
+            str, tuple[str, float]
+        ] = {}  # by rank: its sign, and for how many seconds it has not changed
 
     def stalled(self) -> str:
-        """Which ranks stand still and since when; empty while none does. To be called every second or so."""
+        """The stalled ranks, and for how long; empty if there are none. To be called about every second."""
         now = self.clock()
         passed, self.last = min(now - self.last, 5.0), now
         found = []
@@ -96,7 +98,7 @@ class Watchdog:
         return self.found
 
     def _signs(self) -> Iterator[tuple[str, str]]:
-        """The signs of this try, by rank; they are replaced whole, never half written."""
+        """The signs of this run, by rank; a sign is replaced at once, never half written."""
         for path in sorted(self.folder.glob("rank*[0-9]")):
             with contextlib.suppress(FileNotFoundError):
                 text = path.read_text("utf-8")
@@ -110,7 +112,7 @@ class Watchdog:
 
 
 def _state(sign: dict) -> str:
-    """What Linux says of a rank of this machine that does not run."""
+    """The state of a rank's process on this machine, in words; empty if it is running."""
     if sign["host"] != platform.node():
         return ""
     try:
@@ -121,7 +123,7 @@ def _state(sign: dict) -> str:
 
 
 def dump_stacks(watchdog: Watchdog) -> None:
-    """Let the ranks of this machine write their stacks to stderr, and leave them time for it."""
+    """Let the ranks of this machine write their stacks to stderr, and give them time for it."""
     for process in watchdog.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, STACKS)
@@ -131,7 +133,7 @@ def dump_stacks(watchdog: Watchdog) -> None:
 def call_webhook(message: str) -> str:
     """POST a message to the address in RECIPE_WEBHOOK, in the form that Slack, Mattermost and Discord read.
 
-    Returns why that failed, or nothing.
+    Returns the reason if that failed, else an empty string.
     """
     address = os.environ.get("RECIPE_WEBHOOK")
     if not address:

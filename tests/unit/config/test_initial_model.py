@@ -115,5 +115,5 @@ def test_more_ids_than_rows_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint", rows=290)
     with pytest.raises(Refused, match=r"config\.json: vocab_size: 290, but the tokenizer has 300 tokens"):
         initial_model.check_rows({"initial_model": str(folder)}, extended(folder, 20)[1])
-    with pytest.raises(RecipeError, match="300 published pieces, the checkpoint 290 rows"):
+    with pytest.raises(RecipeError, match="300 published tokens, the checkpoint 290 rows"):
         load(folder, *extended(folder, 20))

@@ -52,19 +52,23 @@ def test_merge_is_the_base_with_its_adapter(trained, bases):
     folder, model = trained
     adapters.finish_adapter(bases["one"], folder)
     with torch.inference_mode():
-        wanted, alone = model(input_ids=IDS).logits, load_model(bases["one"])(IDS).logits
-        torch.testing.assert_close(load_model(folder)(IDS).logits, wanted, rtol=0, atol=1e-5)
-    assert (wanted - alone).abs().max() > 1e-3
+        expected, alone = model(input_ids=IDS).logits, load_model(bases["one"])(IDS).logits
+        torch.testing.assert_close(load_model(folder)(IDS).logits, expected, rtol=0, atol=1e-5)
+    assert (expected - alone).abs().max() > 1e-3
     assert load_model(folder).config.use_cache
 
 
 def test_an_adapter_of_another_model_is_named(trained, bases):
     folder, _ = trained
     adapters.finish_adapter(bases["one"], folder)
-    with pytest.raises(RecipeError, match=r"an adapter for another base model: .* of SHA-256 .*tune again"):
+    with pytest.raises(
+        RecipeError, match=r"this adapter belongs to another base model: .* of SHA-256 .*tune again"
+    ):
         adapters.merge_adapter(bases["two"], folder / adapters.ADAPTER)
-    (folder / adapters.ADAPTER / adapters.BASE).unlink()  # as from elsewhere: then its shapes must tell
-    with pytest.raises(RecipeError, match=r"an adapter for another base model than .*wide.*size mismatch"):
+    (folder / adapters.ADAPTER / adapters.BASE).unlink()  # an adapter from elsewhere: only its shapes differ
+    with pytest.raises(
+        RecipeError, match=r"this adapter belongs to another base model than .*wide.*size mismatch"
+    ):
         adapters.merge_adapter(bases["wide"], folder / adapters.ADAPTER)
     with pytest.raises(RecipeError, match="no adapter_config.json"):
         adapters.merge_adapter(bases["one"], folder)

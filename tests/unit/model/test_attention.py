@@ -29,19 +29,19 @@ def hidden(dtype):
 
 
 def inputs(heads, groups, dtype):
-    """Queries, keys and values: [rows, heads or groups, places, size]."""
+    """Queries, keys and values: [rows, heads or groups, positions, size]."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, count, PLACES, 16) for count in (heads, groups, groups)]
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 def grouped(query, groups):
-    """[rows, heads, places, size] as `document_attention` takes queries."""
+    """[rows, heads, positions, size] as `document_attention` takes queries."""
     return query.unflatten(1, (groups, -1)).transpose(2, 3).contiguous()
 
 
 def masked(query, key, value, scale):
-    """The definition: every pair of places, those of other documents and those behind hidden."""
+    """The definition: every pair of positions, those of other documents and those behind hidden."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     scores = (query * scale) @ key.transpose(2, 3)
     return scores.masked_fill(~VISIBLE, float("-inf")).softmax(-1) @ value
@@ -76,8 +76,8 @@ def test_few_shapes_whatever_the_documents():
     shapes = set()
     for _ in range(50):
         starts = torch.rand(512, generator=generator) < 0.01
-        places = torch.arange(512)
-        positions = places - torch.where(starts, places, 0).cummax(0).values
+        positions = torch.arange(512)
+        positions = positions - torch.where(starts, positions, 0).cummax(0).values
         shapes |= {keys.stop - keys.start for *_, keys in chunks(positions[None])}
     assert len(shapes) <= 512 // KEYS
 
@@ -85,13 +85,13 @@ def test_few_shapes_whatever_the_documents():
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
 def test_values_and_gradients_are_those_of_the_definition(heads, groups):
     given = inputs(heads, groups, torch.float64)
-    wanted = masked(*given, scale=1.0)
-    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    gradients = torch.autograd.grad((wanted * weights).sum(), given)
+    expected = masked(*given, scale=1.0)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * weights).sum(), given)
     query, key, value = given
     found = document_attention(grouped(query, groups), key, value, hidden(torch.float64), POSITIONS)
     found = found.transpose(2, 3).flatten(1, 2)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     ours = torch.autograd.grad((found * weights).sum(), given)
     torch.testing.assert_close(ours, gradients, rtol=1e-10, atol=1e-11)
 

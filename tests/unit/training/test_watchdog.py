@@ -1,4 +1,4 @@
-"""A training that stands still is noticed in time; one that compiles, evaluates or saves is left alone."""
+"""A stalled training is noticed in time; one that compiles, evaluates or saves is not disturbed."""
 
 import http.server
 import json
@@ -32,7 +32,7 @@ def sign(folder, **values):
 
 
 def watch(dog, clock, seconds):
-    """Seconds until the watchdog barks, up to `seconds`; None if it does not."""
+    """Seconds until the watchdog reports a stalled rank, up to `seconds`; None if it does not."""
     for passed in range(1, seconds + 1):
         clock.now += 1
         if dog.stalled():
@@ -60,8 +60,8 @@ def test_time_in_which_the_launcher_was_frozen_does_not_count(tmp_path, clock):
     assert watch(dog, clock, 200) == pytest.approx(SHORTEST - 13, abs=1)
 
 
-def test_what_an_earlier_try_left_is_no_sign(tmp_path, clock):
-    """Another node may start minutes before node 0, which removes it: no bark, no signal to old processes."""
+def test_signs_of_an_earlier_run_do_not_count(tmp_path, clock):
+    """Another node may start minutes before node 0 removes them: no report, no signal to old processes."""
     sign(tmp_path)
     dog = Watchdog(tmp_path, clock)
     assert watch(dog, clock, 500) is None and dog.processes() == []
@@ -98,7 +98,7 @@ def test_signs_of_life(tmp_path, monkeypatch):
     life.step(12)
     now.now += 2
     life.step(13)
-    assert written()["limit"] == 180.0  # the time of the evaluation is no step
+    assert written()["limit"] == 180.0  # the time of the evaluation is not a step
 
 
 def test_a_frozen_process_is_called_frozen_and_writes_its_stacks_when_it_runs(tmp_path, clock):
