@@ -90,7 +90,7 @@ PRETRAINING = {
 
 
 class Vocabulary:
-    """What a model takes from a tokenizer: how many pieces, and the special ids."""
+    """What a model takes from a tokenizer: the number of tokens and the special ids."""
 
     def __init__(self, size, ids):
         self.size = size
@@ -115,8 +115,8 @@ def test_every_folder_is_known_here():
     assert set(PRETRAINING) == set(REFERENCES)
 
 
-# The vocabulary is that of the recipe's own tokenizer, but for rinna's, which is published (32,000), and
-# for the 50,257 of GPT-2 that two originals gave their models beside a tokenizer of 50,000.
+# The vocabulary is that of the own tokenizer, with two exceptions: that of rinna is published (32,000), and
+# two originals gave their models the 50,257 tokens of GPT-2 although their tokenizers had 50,000.
 @pytest.mark.parametrize(
     ("recipe", "size", "positions", "parameters"),
     [
@@ -166,7 +166,7 @@ def test_what_the_hardware_decides_is_left_to_it(recipe):
 
 # (micro-batch, accumulation) on the ranks of the originals.
 @pytest.mark.parametrize(
-    ("recipe", "ranks", "wanted"),
+    ("recipe", "ranks", "expected"),
     [
         ("mistral-300m", 1, (4, 64)),
         ("mistral-300m-v2", 1, (12, 20)),
@@ -179,10 +179,10 @@ def test_what_the_hardware_decides_is_left_to_it(recipe):
         ("mistral-3b", 8, (1, 30)),
     ],
 )
-def test_batches_divide_as_in_the_original(recipe, ranks, wanted):
+def test_batches_divide_as_in_the_original(recipe, ranks, expected):
     values = load_recipe(recipe)["pretrain"]
     most = values["per_device_train_batch_size"]
-    assert launch.batch_layout(values["global_batch_size"], most, ranks) == wanted
+    assert launch.batch_layout(values["global_batch_size"], most, ranks) == expected
 
 
 def test_batches_divide_on_other_numbers_of_gpus_as_the_readmes_say():
@@ -194,7 +194,7 @@ def test_batches_divide_on_other_numbers_of_gpus_as_the_readmes_say():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "wanted"),
+    ("recipe", "expected"),
     [
         (
             "mistral-300m",
@@ -214,9 +214,9 @@ def test_batches_divide_on_other_numbers_of_gpus_as_the_readmes_say():
         ("gpt2-xl", {"seed": 42, "do_sample": True, "num_return_sequences": 5}),
     ],
 )
-def test_generation_has_the_figures_of_the_original(recipe, wanted):
+def test_generation_has_the_figures_of_the_original(recipe, expected):
     values = load_recipe(recipe)["generation"]
-    assert {key: values.get(key) for key in wanted} == wanted
+    assert {key: values.get(key) for key in expected} == expected
 
 
 def test_tokenizers_are_of_the_kinds_of_the_originals():

@@ -1,4 +1,4 @@
-"""Keys of ours in a training file: their JSON types, and boards."""
+"""The keys of a training file: their types, their values, and what they need."""
 
 import dataclasses
 import importlib.util
@@ -8,6 +8,7 @@ from recipe.config import training
 from recipe.config.settings import Settings
 from recipe.config.training import check_boards
 from recipe.project import Refused
+from refusal import refusal
 
 
 def test_board_without_its_library_is_refused(monkeypatch):
@@ -25,3 +26,99 @@ def test_json_types_are_those_of_the_dataclass():
     everywhere = training.TRAINING | training.INITIAL | training.TUNING
     assert list(everywhere.values()).count("any") == 0
     assert set(everywhere) == {field.name for field in dataclasses.fields(Settings)}
+
+
+def schedule(kind, options=None, **values):
+    """A change of the schedule in pretrain.json."""
+    values = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options} | values
+    return lambda config: config["pretrain"].update(values)
+
+
+def lora(config, **values):
+    """Tune an adapter, with AdamW."""
+    config["finetune"].pop("muon_learning_rate", None)
+    config["finetune"]["lora"] = values
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["pretrain"].update(lr_scheduler_type="cosin"), ["lr_scheduler_type", "'cosine'"]),
+        (lambda c: c["pretrain"].update(global_batch_size=0), ["global_batch_size: 0", "1 or more"]),
+        (lambda c: c["pretrain"].update(gradient_accumulation_steps=2), ["global_batch_size"]),
+        (lambda c: c["pretrain"].update(bf16=True, fp16=True), ["bf16 and fp16"]),
+        (
+            lambda c: c["pretrain"].update(attn_implementation="flash"),
+            ["attn_implementation", "flash_attention_2"],
+        ),
+        (lambda c: c["pretrain"].update(optim="adafactor"), ["optim: muon_learning_rate"]),
+        (schedule("constant", warmup_steps=10), ["warmup_steps: 10", "constant_with_warmup"]),
+        (lambda c: c["pretrain"].update(learning_rate=-1), ["learning_rate: -1", "at least 0"]),
+        (lambda c: c["pretrain"].update(adam_beta2=1.5), ["adam_beta2: 1.5", "at most"]),
+        (lambda c: c["pretrain"].update(logging_steps=0), ["logging_steps: 0"]),
+        (
+            lambda c: (
+                c["finetune"].pop("muon_learning_rate", None),
+                c["finetune"].update(lora={"quantization": None}),
+            ),
+            ["lora", 'Write {"r": 16}'],
+        ),
+        (schedule("polynomial", warmup_steps=9, max_steps=9), ["warmup_steps: 9", "divide by zero"]),
+        (schedule("cosine_with_min_lr"), ["lr_scheduler_kwargs", "one floor", "min_lr_rate"]),
+        (schedule("cosine_with_min_lr", {"min_lr": 1, "min_lr_rate": 0.1}), ["one floor"]),
+        (schedule("cosine_with_min_lr", {"min_lr": 0.0045}), ["min_lr: 0.0045", "below 0.0045"]),
+        (schedule("cosine", {"min_lr": 1e-5}), ["min_lr: cosine has no such option", "num_cycles"]),
+        (schedule("warmup_stable_decay"), ["num_decay_steps: null", '"num_decay_steps": 1000']),
+        (schedule("warmup_stable_decay", {"num_decay_steps": 760}), ["num_decay_steps: 760", "15.2", "760"]),
+        (schedule("linear", "x"), ["lr_scheduler_kwargs", "expected an object"]),
+        (lambda c: c["pretrain"].update(report_to=["wanb"]), ["report_to", "'wandb'"]),
+        (lambda c: c["pretrain"].update(sample_steps=[10, 0]), ["sample_steps: [10, 0]", "1 or more"]),
+        (lambda c: c["pretrain"].update(z_loss=-1e-4), ["z_loss: -0.0001"]),
+        (
+            lambda c: c["pretrain"].update(label_smoothing_factor=0.1),
+            ["label_smoothing_factor", "second time"],
+        ),
+        (lambda c: c["finetune"].update(auto_find_batch_size=True), ["finetune.json: auto_find_batch_size"]),
+        (
+            lambda c: c["pretrain"].update(load_best_model_at_end=True),
+            ["load_best_model_at_end", "last step"],
+        ),
+        (
+            lambda c: c["finetune"].update(use_liger_kernel=True),
+            ["finetune.json: use_liger_kernel", "z_loss"],
+        ),
+        (lambda c: c["pretrain"].update(bf16_full_eval=True), ["bf16_full_eval", "rounded"]),
+        (
+            lambda c: c["pretrain"].pop("eval_strategy"),
+            ["eval_steps: 190 does nothing", 'eval_strategy "no"', 'Add eval_strategy: "steps"'],
+        ),
+        (lambda c: c["pretrain"].update(save_strategy="no"), ["save_steps: 190", 'save_strategy "no"']),
+        (lambda c: c["pretrain"].update(logging_strategy="epoch"), ["logging_steps: 10", "epoch"]),
+        (
+            lambda c: (c["pretrain"].pop("save_steps"), c["pretrain"].update(save_strategy="epoch")),
+            ["save_strategy", "expected steps or no"],
+        ),
+        (lambda c: c["pretrain"].update(torch_compile_mode="max-autotune"), ["torch_compile_mode", "null"]),
+        (
+            lambda c: c["pretrain"].update(activation_checkpointing_kwargs={"use_reentrant": False}),
+            ["activation_checkpointing_kwargs does nothing without"],
+        ),
+        (
+            lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="galore_adamw")),
+            ["optim: galore_adamw", "adamw_torch_fused"],
+        ),
+        (
+            lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="sgd")),
+            ["adam_beta2: optim sgd does not read it"],
+        ),
+        (schedule("greedy"), ["lr_scheduler_type: greedy", "cosine"]),
+        (lambda c: lora(c, ranks=4), ["finetune.json: lora: ranks: unknown key"]),
+        (lambda c: lora(c, r=0), ["lora.r: 0", "more than 0"]),
+        (lambda c: lora(c, quantization="int8"), ['lora.quantization: "int8"', "nf4"]),
+        (lambda c: c["finetune"].update(lora={"r": 4}), ["muon_learning_rate", "or lora"]),
+        (lambda c: (lora(c, r=4), c["finetune"].update(z_loss=1e-4)), ["finetune.json: z_loss", "or lora"]),
+    ],
+)
+def test_a_fault_is_named_with_the_way_out(change, words):
+    message = refusal(change)
+    assert all(word in message for word in words), message

@@ -1,0 +1,70 @@
+"""A recipe's file is read strictly; unknown keys and wrong types are refused with the way out."""
+
+import json
+
+import pytest
+from recipe.config import dataset, keys, training
+from recipe.project import Refused
+from refusal import refusal
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["pretrain"].update(learning_rat=1), ["pretrain.json: learning_rat", "'learning_rate'"]),
+        (
+            lambda c: c["pretrain"].update(learning_rate="fast"),
+            ["learning_rate", '"fast" is str', "expected float"],
+        ),
+        (lambda c: c["pretrain"].update(max_steps=True), ["max_steps", "bool"]),
+        (lambda c: c["pretrain"].update(use_cpu=True), ["use_cpu", "CUDA_VISIBLE_DEVICES"]),
+        (lambda c: c["generation"].update(temperatur=1.0), ["'temperature'"]),
+        (lambda c: c["pretrain"].update(data_seed=1), ["data_seed", "decided by seed"]),
+        (lambda c: c["pretrain"].update(fsdp="full_shard"), ["fsdp", "the option --fsdp"]),
+        (lambda c: c["pretrain"].update(use_cache=True), ["use_cache", "the one before it"]),
+        (
+            lambda c: c["pretrain"].update(gradient_checkpointing=True),
+            ["gradient_checkpointing: unknown key", "It is decided by activation_checkpointing"],
+        ),
+        (lambda c: c["pretrain"].update(lora={"r": 4}), ["pretrain.json: lora: unknown key"]),
+    ],
+)
+def test_a_bad_key_or_type_is_refused_with_the_way_out(change, words):
+    message = refusal(change)
+    assert all(word in message for word in words), message
+
+
+def test_duplicate_key_and_bad_json_name_file_and_line(tmp_path):
+    path = tmp_path / "pretrain.json"
+    path.write_text('{"seed": 1, "seed": 2}')
+    with pytest.raises(Refused, match="seed: occurs twice"):
+        keys.read_config(path)
+    path.write_text('{"seed": 1,\n "x" 2}')
+    with pytest.raises(Refused, match=r"pretrain\.json:2: not valid JSON"):
+        keys.read_config(path)
+
+
+def test_typos_are_answered_with_the_right_key():
+    """One wrong letter in any known key: the right key is suggested in at least 95 % of cases."""
+    table = keys.known_keys()
+    groups = [
+        table["training_arguments"] | training.TRAINING,
+        table["generation"],
+        table["model"]["qwen3"],
+        dataset.DATASET,
+    ]
+    hits, total = 0, 0
+    for known in groups:
+        for key in known:
+            for position in range(len(key)):
+                typo = key[:position] + ("x" if key[position] != "x" else "y") + key[position + 1 :]
+                if typo not in known:
+                    total += 1
+                    hits += f"'{key}'" in keys.nearest(typo, known)
+    assert hits / total >= 0.95, f"{hits} of {total}"
+
+
+def test_known_keys_are_those_of_the_installed_libraries():
+    from recipe.config.known_keys import table
+
+    assert json.loads(json.dumps(table())) == keys.known_keys(), "run: python -m recipe.config.known_keys"

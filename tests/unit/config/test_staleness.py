@@ -1,0 +1,18 @@
+"""Which keys make a stage stale."""
+
+from recipe.config import staleness
+
+
+def test_keys_that_decide_nothing_are_left_out():
+    kept = staleness.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
+    assert kept == {"learning_rate": 1}
+    # A weight is for training and the tokenizer to ask for: ten hours of data are not redone for it.
+    assert staleness.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}})["sources"] == {"a": {}}
+
+
+def test_a_source_may_have_any_name_and_the_order_of_sources_decides():
+    values = {"sources": {"project": {"source": "files", "rules": "web"}, "log_a": {"weight": 2.0}}}
+    kept = staleness.deciding_keys("dataset", values)
+    assert kept["sources"] == {"project": {"source": "files", "rules": "web"}, "log_a": {}}
+    turned = {"sources": dict(reversed(values["sources"].items()))}
+    assert kept != staleness.deciding_keys("dataset", turned)
