@@ -26,7 +26,7 @@ SMALL = {
 
 
 def write_tokenizer(folder):
-    """A byte-level BPE of a little Japanese, 300 pieces, with an end token."""
+    """A byte-level BPE of a little Japanese, 300 tokens, with an end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,14 +50,14 @@ def write_checkpoint(folder, model_type="llama", rows=300, **values):
 
 
 def extended(folder, new_pieces):
-    """The folder's tokenizer with new pieces, and their record."""
+    """The folder's tokenizer with new tokens, and their record."""
     values = {"kind": "published", "published": str(folder), "new_pieces": new_pieces}
     tokenizer, old_ids = published.take_over(published.load_published(folder), values, TEXT)
     return tokenizer, initial_model.NewPieces(len(tokenizer) - len(old_ids), old_ids)
 
 
-def load(folder, tokenizer, pieces, **values):
-    return build.continued_model(folder, values, tokenizer, pieces)
+def load(folder, tokenizer, new_tokens, **values):
+    return build.continued_model(folder, values, tokenizer, new_tokens)
 
 
 def recipe_of(folder, **changes):

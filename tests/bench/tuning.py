@@ -85,8 +85,8 @@ def run(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     measured = counted.batches[WARM_UP : WARM_UP + STEPS]
-    tokens, places = (sum(column) for column in zip(*measured, strict=True))
-    return tokens / clock.seconds, tokens / places
+    tokens, positions = (sum(column) for column in zip(*measured, strict=True))
+    return tokens / clock.seconds, tokens / positions
 
 
 def main() -> None:
@@ -125,7 +125,7 @@ def main() -> None:
         "grouped": run(padded, pad, batch, tokenizer, train_sampling_strategy="group_by_length"),
     }
     print(f"{len(padded):,} conversations, about {BLOCKS * each:,.0f} tokens a step, {STEPS} steps\n")
-    print("| batches | tokens/s | places that hold a token | ratio |")
+    print("| batches | tokens/s | positions that hold a token | ratio |")
     print("|---|---:|---:|---:|")
     for name, (speed, share) in results.items():
         print(f"| {name} | {speed:,.0f} | {share:.0%} | {results['packed'][0] / speed:.2f} |")

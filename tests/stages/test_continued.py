@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 @pytest.fixture(scope="module")
 def continued(make_project):
-    """A project in which the recipe `mini` goes on from a published checkpoint, with 36 new pieces."""
+    """A project in which the recipe `mini` continues from a published checkpoint, with 36 new tokens."""
     project = make_project()
     write_checkpoint(project.folder / "published", "gpt2", rows=320)
     (project.folder / "configs/mini/model.json").unlink()
@@ -35,10 +35,10 @@ def test_stages_start_from_the_checkpoint(continued):
     folder = continued.output("mini", "05_pretrain", "")
     model, then = build.load_model(folder), build.load_model(continued.folder / "published")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pieces = initial_model.read_new_pieces(continued.output("mini", "03_tokenizer", ""), len(tokenizer))
+    new_tokens = initial_model.read_new_pieces(continued.output("mini", "03_tokenizer", ""), len(tokenizer))
     rows, old = model.transformer.wte.weight, then.transformer.wte.weight
     assert torch.equal(rows[:300], old[:300])  # at such a rate nothing is learnt
-    expected = torch.stack([old[ids].mean(0) for ids in pieces.old_ids])
+    expected = torch.stack([old[ids].mean(0) for ids in new_tokens.old_ids])
     assert torch.equal(rows[300:336], expected)
 
 

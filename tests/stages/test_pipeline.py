@@ -95,11 +95,16 @@ def test_evaluation_separates_the_domains(project):
     assert metrics["in_domain"]["loss"] == pytest.approx(valid_loss, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("stage", "picture"), [("05_pretrain", "learning_curve.png"), ("12_finetune", "learning_curve.png")]
-)
-def test_learning_curve_is_a_picture(project, stage, picture):
-    assert project.output("mini", stage, picture).read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("stage", ["05_pretrain", "12_finetune"])
+def test_learning_curve_is_a_picture_and_a_table(project, stage):
+    picture = project.output("mini", stage, "learning_curve.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    head, _, *rows = project.output("mini", stage, "metrics.md").read_text().splitlines()[2:]
+    assert head == "| step | train loss | valid loss | train perplexity | valid perplexity |"
+    lines = project.output("mini", stage, "metrics.jsonl").read_text().splitlines()
+    evaluations = [row for row in map(json.loads, lines) if "eval_loss" in row]
+    assert len(rows) == len({row["step"] for row in evaluations})
+    assert f"| {evaluations[-1]['eval_loss']:.4f} |" in rows[-1]
 
 
 def test_samples_are_side_by_side(project):

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PhiConfig
 )
 def test_new_rows_are_means_and_nothing_else_changes(tmp_path, model_type, tied):
     folder = write_checkpoint(tmp_path / "checkpoint", model_type, tie_word_embeddings=tied)
-    tokenizer, pieces = extended(folder, 20)
-    model = load(folder, tokenizer, pieces)
+    tokenizer, new_tokens = extended(folder, 20)
+    model = load(folder, tokenizer, new_tokens)
     published_model = build.load_model(folder, "sdpa")  # as `load`: another sums otherwise
     now, then = dict(model.named_parameters()), dict(published_model.named_parameters())
     inputs, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -29,7 +29,7 @@ def test_new_rows_are_means_and_nothing_else_changes(tmp_path, model_type, tied)
     for name, weight in now.items():
         assert torch.equal(weight[: len(then[name])], then[name]), name
     for rows in (inputs, output):
-        for i, ids in enumerate(pieces.old_ids):
+        for i, ids in enumerate(new_tokens.old_ids):
             assert torch.equal(rows[300 + i], rows[ids].mean(0))
     ids = torch.tensor([encode_texts(tokenizer, ["the cat"])[0]])
     assert torch.equal(model(ids).logits[..., :300], published_model(ids).logits)
@@ -48,11 +48,11 @@ def test_new_outputs_have_a_mean_bias_where_the_architecture_has_one():
 @pytest.mark.parametrize(("new", "rows"), [(0, 384), (20, 384), (100, 400)])
 def test_rows_beyond_the_vocabulary_are_taken_first(tmp_path, new, rows):
     folder = write_checkpoint(tmp_path / "checkpoint", rows=384)  # 300, rounded up to a multiple of 128
-    tokenizer, pieces = extended(folder, new)
-    model = load(folder, tokenizer, pieces)
-    assert model.config.vocab_size == rows and pieces.first == 300
+    tokenizer, new_tokens = extended(folder, new)
+    model = load(folder, tokenizer, new_tokens)
+    assert model.config.vocab_size == rows and new_tokens.first == 300
     weight, then = model.get_input_embeddings().weight, build.load_model(folder).get_input_embeddings()
-    for i, ids in enumerate(pieces.old_ids):
+    for i, ids in enumerate(new_tokens.old_ids):
         assert torch.equal(weight[300 + i], weight[ids].mean(0))
     assert torch.equal(weight[300 + new : 384], then.weight[300 + new : 384])
 

@@ -52,4 +52,4 @@ def test_z_loss_pulls_on_the_gradient_and_not_on_evaluation(corpus, compiled):
     assert figures[1]["eval"] == pytest.approx(figures[0]["eval"], rel=1e-5)
     assert not torch.allclose(gradients[0], gradients[1], rtol=0.1)
     torch._dynamo.reset()
-    counters.clear()  # by which a later test's proof tells whether it is compiled
+    counters.clear()  # the check after the first step of a later test reads them
