@@ -6,9 +6,32 @@ import shutil
 import pytest
 
 
+def cache_belebele(folder):
+    """Put questions of Belebele's form where datasets would have put the real ones."""
+    import datasets
+
+    answers = {f"mc_answer{i}": answer for i, answer in enumerate(("山", "海", "川", "空"), 1)}
+    rows = [
+        {"flores_passage": "山は高い。", "question": "何が高い?", "correct_answer_num": str(i)} | answers
+        for i in (1, 2, 3, 4)
+    ]
+    made = folder / "made"
+    made.mkdir()
+    (made / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    files = {"test": str(made / "rows.jsonl")}
+    datasets.load_dataset("json", data_files=files, cache_dir=str(made / "cache"))
+    (arrow,) = made.rglob("json-test.arrow")
+    target = folder / "cache/facebook___belebele/jpn_Jpan/0.0.0/1"
+    target.mkdir(parents=True)
+    shutil.copy(arrow, target / "belebele-test.arrow")
+    info = json.loads((arrow.parent / "dataset_info.json").read_text())
+    info |= {"dataset_name": "belebele", "config_name": "jpn_Jpan"}
+    (target / "dataset_info.json").write_text(json.dumps(info))
+
+
 @pytest.fixture(scope="module")
 def asked(project):
-    """The recipe `asked`: mini with JGLUE's JNLI and JSQuAD from files in their own form."""
+    """The recipe `asked`: mini with JNLI and JSQuAD from files in their own form, and a cached Belebele."""
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs/asked")
     rows = [
         {"sentence1": f"{i}回見ました。", "sentence2": f"{i}回です。", "label": label}
@@ -24,7 +47,9 @@ def asked(project):
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         (project.folder / f"jnli/{side}-v1.3.json").write_text(text, "utf-8")
         (project.folder / f"jsquad/{side}-v1.3.json").write_text(json.dumps(squad), "utf-8")
-    tasks = {"jnli": {"path": "jnli"}, "jsquad": {"path": "jsquad"}}
+    cache_belebele(project.folder)
+    project.environment |= {"HF_DATASETS_CACHE": str(project.folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    tasks = {"jnli": {"path": "jnli"}, "jsquad": {"path": "jsquad"}, "belebele_jpn_Jpan": {}}
     project.edit("asked", "evaluation", tasks=tasks, items_per_task=9)
     project.run("run_all.sh", "--recipe", "asked", "--to", "14", timeout=600)
     return project
@@ -35,6 +60,7 @@ def test_tasks_are_scored_beside_guessing(asked):
     jnli = metrics["tasks"]["jnli"]
     assert jnli["items"] == 9 and jnli["low"] < jnli["score"] < jnli["high"] and jnli["majority"] >= 1 / 3
     assert metrics["tasks"]["jsquad"]["items"] == 3
+    assert metrics["tasks"]["belebele_jpn_Jpan"]["items"] == 4
     text = asked.output("asked", "06_evaluate", "metrics.md").read_text()
     assert "| jnli | acc | 9 |" in text and "blocks of 64 tokens without overlap" in text
     assert len(asked.output("asked", "06_evaluate", "tasks/jnli.test.jsonl").read_text().splitlines()) == 9
@@ -44,7 +70,7 @@ def test_tasks_are_scored_beside_guessing(asked):
 def test_before_and_after_stand_in_one_table(asked):
     metrics = json.loads(asked.output("asked", "14_evaluate", "metrics.json").read_text())
     for name in ("before", "after"):
-        assert {"jnli", "jsquad", "held-out mine"} == set(metrics[name]["tasks"])
+        assert {"jnli", "jsquad", "belebele_jpn_Jpan", "held-out mine"} == set(metrics[name]["tasks"])
         assert 0 <= metrics[name]["stop_rate"] <= 1 and 0 < metrics[name]["distinct_2"] <= 1
     lines = asked.output("asked", "14_evaluate", "metrics.md").read_text().splitlines()
     assert lines[0] == "| held-out instructions | before | after |"
@@ -52,6 +78,12 @@ def test_before_and_after_stand_in_one_table(asked):
     before, after = (float(cell) for cell in row.split("|")[2:4])
     assert after < before
     assert any(line.startswith("| held-out mine | acc_norm | ") for line in lines)
+
+
+def test_a_task_without_its_data_is_refused_before_the_first_stage(asked):
+    tasks = 'evaluation.tasks={"ja_leaderboard_jnli": {}}'
+    result = asked.run("run_all.sh", "--recipe", "mini", "--dry-run", "--set", tasks, code=2)
+    assert "tasks.ja_leaderboard_jnli: its data, Rakuten/JGLUE (JNLI), are not in" in result.stderr
 
 
 def test_a_changed_task_file_makes_both_stages_stale(asked):

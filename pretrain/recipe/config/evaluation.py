@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recipe.config.keys import check_keys, nearest, require, show, type_name
+from recipe.config.tasks import harness_files, metadata, own_tasks
 from recipe.project import Refused
 
 EVALUATION = {
@@ -15,46 +16,52 @@ EVALUATION = {
 }
 
 
-# Tasks with questions from a packaged source, and its kind; and those of JGLUE, from their files.
-PACKAGED_TASKS = {
-    "command-summary": "manpages",
-    "package-summary": "descriptions",
-    "translation": "tatoeba",
-    "reading": "tatoeba",
-}
-
-
-JGLUE_TASKS = ("jcommonsenseqa", "jnli", "marc-ja", "jsquad")
-
-
 def check_evaluation(values: dict[str, Any], where: str) -> None:
+    """Raise Refused for an unknown key or task, a wrong type or a value out of range.
+
+    where: the file as the user knows it, for the messages.
+    """
     check_keys(values, EVALUATION, where)
     for key in ("batch_size", "megabytes_per_source", "items_per_task"):
         if values.get(key, 1) <= 0:
-            raise Refused(f"{where}: {key}: {values[key]}, wanted more than 0")
+            raise Refused(f"{where}: {key}: {values[key]}, expected more than 0")
     for name, task in values.get("tasks", {}).items():
         here = f"{where}: tasks.{name}"
-        known = (*PACKAGED_TASKS, *JGLUE_TASKS)
-        if name not in known:
-            raise Refused(f"{here}: no such task.{nearest(name, known)} Known: {', '.join(known)}")
         if not isinstance(task, dict):
-            raise Refused(f"{here}: {show(task)} is {type_name(task)}, wanted an object")
-        if name in PACKAGED_TASKS:
-            check_keys(task, {"source": "str"}, here)
-            require(task, ("source",), here)
-        else:
-            check_keys(task, {"path": "str"}, here)
-            if name == "marc-ja" and "path" not in task:
-                raise Refused(
-                    f"{here}.path: missing. MARC-ja is no longer given out: give the folder of your own copy "
-                    "(train-*.json and valid-*.json), or remove the task"
-                )
+            raise Refused(f"{here}: {show(task)} is {type_name(task)}, expected an object")
+        _check_task(name, task, here)
 
 
-def check_task(name: str, source: str, sources: dict[str, Any], where: str) -> None:
-    kind = sources.get(source, {}).get("source")
-    if kind != PACKAGED_TASKS[name]:
+def _check_task(name: str, task: dict[str, Any], here: str) -> None:
+    """The keys of one task, which depend on where its questions come from."""
+    needs = metadata(name)
+    if "source" in needs:
+        check_keys(task, {"source": "str"}, here)
+        require(task, ("source",), here)
+    elif "files" in needs:
+        check_keys(task, {"path": "str"}, here)
+        if needs.get("path") == "required" and "path" not in task:
+            raise Refused(
+                f"{here}.path: missing. MARC-ja can no longer be downloaded: give the folder of your own "
+                "copy (train-*.json and valid-*.json), or remove the task"
+            )
+    else:
+        check_keys(task, {"num_fewshot": "int"}, here)
+        if task.get("num_fewshot", 0) < 0:
+            raise Refused(f"{here}: num_fewshot: {task['num_fewshot']}, expected 0 or more")
+        if name not in own_tasks() and name not in harness_files():
+            known = [*own_tasks(), *harness_files()]
+            raise Refused(
+                f"{here}: no such task.{nearest(name, known)} Known: {', '.join(own_tasks())}, and the "
+                "tasks and groups of lm-evaluation-harness (`.venv/bin/lm-eval ls tasks` lists them)"
+            )
+
+
+def check_task_source(name: str, task: dict[str, Any], sources: dict[str, Any], where: str) -> None:
+    """Raise Refused unless the source that a task names is one of dataset.json, and of the task's kind."""
+    expected = metadata(name).get("source")
+    if expected and sources.get(task["source"], {}).get("source") != expected:
         raise Refused(
-            f"{where}.{name}.source: {show(source)} is no source of kind {PACKAGED_TASKS[name]} in "
-            f"dataset.json.{nearest(source, sources)} Remove the task, or name such a source"
+            f"{where}.{name}.source: {show(task['source'])} is no source of kind {expected} in "
+            f"dataset.json.{nearest(task['source'], sources)} Remove the task, or name such a source"
         )

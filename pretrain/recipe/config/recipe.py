@@ -12,9 +12,8 @@ from typing import Any
 
 from recipe.config.dataset import check_dataset
 from recipe.config.evaluation import (
-    PACKAGED_TASKS,
     check_evaluation,
-    check_task,
+    check_task_source,
 )
 from recipe.config.generation import check_generation
 from recipe.config.initial_model import published_config
@@ -189,8 +188,7 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     for name, pair in config["instruction"]["pairs"].items():
         check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
     for name, task in config["evaluation"].get("tasks", {}).items():
-        if name in PACKAGED_TASKS:
-            check_task(name, task["source"], config["dataset"]["sources"], f"{where}/evaluation.json: tasks")
+        check_task_source(name, task, config["dataset"]["sources"], f"{where}/evaluation.json: tasks")
 
 
 def _check_initial(config: dict[str, dict[str, Any]], where: str) -> None:

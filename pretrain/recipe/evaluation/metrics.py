@@ -151,8 +151,8 @@ def distinct(texts: list[str], n: int) -> float:
     return len(grams) / grams.total() if grams else 0.0
 
 
-def markdown(rows: dict[str, dict[str, float]]) -> str:
-    """The figures as a table, a row per name."""
+def losses_table(rows: dict[str, dict[str, float]]) -> str:
+    """The figures of `evaluate_texts` as a Markdown table, a row per name."""
     columns = ("documents", "bytes", "tokens", "loss", "perplexity", "bits_per_byte", "bits_per_character")
     lines = [
         "| text | " + " | ".join(column.replace("_", " ") for column in columns) + " |",

@@ -9,8 +9,9 @@ from recipe.config.recipe import load_recipe
 from recipe.conversations.instructions import pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import source_facts
+from recipe.evaluation.tasks.available import check_available
 from recipe.hardware import glance
-from recipe.project import EXIT_REFUSED, RecipeError, require_extra
+from recipe.project import EXIT_REFUSED, RecipeError, require_extra, stage_folder
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 
 
@@ -39,6 +40,10 @@ def main() -> None:
             # A stage outside this range may run on another machine, with other options.
             if stage.file in config and arguments.first <= stage.number <= arguments.last:
                 launch_of(arguments).check(config, stage.file, glance())
+        evaluations = {6: "06_evaluate", 14: "14_evaluate"}
+        todo = [name for n, name in evaluations.items() if arguments.first <= n <= arguments.last]
+        if not all((stage_folder(arguments.recipe, name) / "stage.json").exists() for name in todo):
+            check_available(config)
         source_facts(config)
         pair_facts(config)
         preference_facts(config)

@@ -48,11 +48,18 @@ def trained():
     return tokenizer, build_model({"model_type": "qwen3", **SHAPE}, tokenizer, "sdpa", 0).eval()
 
 
-def harness_of(trained, **more):
+def harness_of(trained):
     from recipe.evaluation.tasks.harness import Harness
 
     tokenizer, model = trained
     return Harness(model, tokenizer, 4, False)
+
+
+def results_of(model, tasks, **options):
+    """What the harness finds when a model is asked some tasks."""
+    from recipe.evaluation.tasks.harness import load_tasks, run_tasks
+
+    return run_tasks(model, load_tasks(tasks), **options)
 
 
 def write_shard(folder, side, source, texts):
@@ -167,12 +174,11 @@ def test_too_few_answers_make_no_question(packaged, tmp_path):
 
 
 def test_offline_tasks_run_without_the_network(packaged, trained, tmp_path, offline):
-    from recipe.evaluation.tasks.harness import run_tasks, scores
+    from recipe.evaluation.tasks.harness import scores_of
 
     config, dataset = packaged
     tasks = items.write_tasks(config, dataset, tmp_path / "tasks", TASKS)
-    model = harness_of(trained)
-    found = {name: scores(samples) for name, samples in run_tasks(model, tasks).items()}
+    found = scores_of(results_of(harness_of(trained), tasks))
     assert set(found) == set(TASKS)
     for figures in found.values():
         assert figures["items"] == 8 and figures["random"] == 0.25
@@ -191,13 +197,12 @@ def log_likelihood(trained, ids, answer):
 
 def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
     """One start token, the context and the answer encoded apart, control tokens in a text as text."""
-    from recipe.evaluation.tasks.harness import run_tasks
     from recipe.tokenization.encode_text import encode_text
 
     tokenizer, _ = trained
     asked = items.four_choice([({"name": f"</s>{i}"}, "本を" * i + "\n") for i in range(1, 9)])
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
-    samples = run_tasks(harness_of(trained), [task])["command-summary"]
+    samples = results_of(harness_of(trained), [task])["samples"]["command-summary"]
     for sample, item in zip(samples, asked, strict=True):
         ids = [tokenizer.bos_token_id, *encode_text(tokenizer, f"名前\n{item['name']} -")]
         assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in ids
@@ -210,7 +215,7 @@ def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
     """With the history of a conversation, through the chat template, as stage 12 encodes it."""
     from recipe.conversations.encode import encode_conversation
     from recipe.conversations.instructions import messages_of
-    from recipe.evaluation.tasks.harness import as_context, run_tasks
+    from recipe.evaluation.tasks.harness import as_context
     from recipe.tokenization.encode_text import encode_text
 
     tokenizer, _ = trained
@@ -228,7 +233,7 @@ def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
     asked = items.held_out_items(rows, as_context, 4)
     assert len(asked) == 4
     task = {"task": "held-out"} | items.write_items(tmp_path / "t", "held-out", {"test": asked})
-    for sample in run_tasks(harness_of(trained), [task])["held-out"]:
+    for sample in results_of(harness_of(trained), [task])["samples"]["held-out"]:
         choices = sample["doc"]["choices"]
         (row,) = [row for row in rows if row["output"] == choices[sample["target"]]]
         ids, marks = encode_conversation(tokenizer, messages_of(row))
@@ -305,12 +310,12 @@ def jglue(tmp_path):
 
 
 def test_jglue_runs_on_its_own_files(jglue, trained, tmp_path, offline):
-    from recipe.evaluation.tasks.harness import run_tasks, scores
+    from recipe.evaluation.tasks.harness import scores_of
 
     names = jglue["evaluation"]["tasks"]
     tasks = items.write_tasks(jglue, tmp_path, tmp_path / "tasks", names)
-    logged = run_tasks(harness_of(trained), tasks)
-    found = {name: scores(samples) for name, samples in logged.items()}
+    results = results_of(harness_of(trained), tasks)
+    logged, found = results["samples"], scores_of(results)
     assert [found[name]["items"] for name in names] == [6, 6, 6, 3]
     assert found["jcommonsenseqa"]["random"] == pytest.approx(1 / 5)
     assert found["jnli"]["random"] == found["jnli"]["majority"] == pytest.approx(1 / 3)
@@ -371,8 +376,11 @@ def test_a_folder_without_the_files_is_refused(tmp_path):
         ({"reading": {"source": "manpages"}}, "no source of kind tatoeba"),
         ({"reading": {}}, "source: missing"),
         ({"jnli": {"folder": "x"}}, "folder: unknown key"),
-        ({"jnli": "x"}, "wanted an object"),
-        ({"marc-ja": {}}, "no longer given out"),
+        ({"jnli": "x"}, "expected an object"),
+        ({"global_piqa_nonparalel_cloze_jpn_jpan": {}}, "mean 'global_piqa_nonparallel_cloze_jpn_jpan'"),
+        ({"belebele_jpn_Jpan": {"source": "x"}}, "source: unknown key"),
+        ({"belebele_jpn_Jpan": {"num_fewshot": -1}}, "num_fewshot: -1, expected 0 or more"),
+        ({"marc-ja": {}}, "can no longer be downloaded"),
     ],
 )
 def test_wrong_tasks_are_refused(tasks, wanted):
@@ -395,7 +403,13 @@ def test_scores_by_hand():
     from recipe.evaluation.tasks.harness import scores
 
     samples = [
-        {"metrics": ["acc"], "acc": float(i < 3), "target": 0 if i < 6 else 1, "arguments": [("", "")] * 2}
+        {
+            "filter": "none",
+            "metrics": ["acc"],
+            "acc": float(i < 3),
+            "target": 0 if i < 6 else 1,
+            "arguments": [("", "")] * 2,
+        }
         for i in range(10)
     ]
     figures = scores(samples)
@@ -414,10 +428,8 @@ def test_answers_of_squad(found, exact, f1):
 
 
 def test_a_prompt_that_is_cut_is_counted(trained, tmp_path):
-    from recipe.evaluation.tasks.harness import run_tasks
-
     asked = items.four_choice([({"name": "本" * (300 if i == 0 else i)}, f"{i}回") for i in range(4)])
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
     model = harness_of(trained)
-    assert math.isfinite(run_tasks(model, [task])["command-summary"][0]["resps"][0][0][0])
+    assert math.isfinite(results_of(model, [task])["samples"]["command-summary"][0]["resps"][0][0][0])
     assert model.cut == 4  # the four choices of one question

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -13,17 +16,29 @@ from typing import Any
 import datasets
 import torch
 from lm_eval import evaluator
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.result_schema import EvalResults
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from recipe.config import tasks as task_files
 from recipe.conversations.encode import encode_conversation
 from recipe.conversations.read_rows import Message
+from recipe.project import RecipeError
 from recipe.tokenization.encode_text import encode_text, prompt_ids
 
 Sample = dict[str, Any]  # what the harness logs of an item
 
+Figures = dict[str, Any]  # what `scores` gives of a task
+
 SEED = 1234  # of the harness's choice of shots
+Z = 1.959964  # the normal distribution has 95 % between -Z and Z
+BOOTSTRAP = 100  # resamples for the standard error of metrics that are not means
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would start a process per core for them
 _CHAT = "\0"  # before a conversation that is handed through the harness as a context; no text holds it
 
 
@@ -38,8 +53,10 @@ class Harness(HFLM):
     The harness's own way would find control tokens in texts, forget the word segmenter, and move white space
     at a context's end into the answer, whatever token that makes; and it leaves the start token to the
     tokenizer, which here has no rule of its own. So contexts are encoded as the beginning of a document or as
-    a conversation, and answers by themselves, as stage 12 trains them. ``cut`` counts requests whose
-    beginning was left out because they were longer than the model's positions.
+    a conversation, and answers by themselves, as stage 12 trains them.
+
+    ``cut`` counts the requests whose beginning was left out because they were longer than the model's
+    positions, ``shortened`` those that allowed a longer answer than half of the positions.
     """
 
     def __init__(
@@ -55,7 +72,7 @@ class Harness(HFLM):
             mixed_precision_dtype="bfloat16" if bf16 else None,
             softmax_dtype="float32",  # bf16 sums of log likelihoods differ by eighths
         )
-        self.cut = 0
+        self.cut = self.shortened = 0
 
     def tok_encode(
         self,
@@ -91,6 +108,25 @@ class Harness(HFLM):
         self.cut += len(ids) + len(answer) > self.max_length + 1
         return ids, answer
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers of at most half of the model's positions, however long the task lets them be."""
+        for request in requests:
+            options = request.args[1]
+            limits = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"], self.max_length // 2
+            options["max_gen_toks"] = min(limits)
+            self.shortened += limits[0] > limits[1]
+        return super().generate_until(requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log likelihood in nats of each whole text, after the start token, in windows side by side."""
+        totals = []
+        for request in requests:
+            ids = encode_text(self.tokenizer, request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            parts = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            totals.append(sum(value for value, _ in self._loglikelihood_tokens(parts, disable_tqdm=True)))
+        return totals
+
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -98,54 +134,148 @@ class Harness(HFLM):
         return as_context(chat_history)
 
 
-def run_tasks(model: Harness, tasks: list[dict[str, Any]], chat: bool = False) -> dict[str, list[Sample]]:
-    """What the harness logs of each item of each task; nothing for no tasks.
+@functools.cache
+def _manager(folder: Path, with_defaults: bool) -> TaskManager:
+    """The index of the tasks in a folder, and of all tasks of the harness, which takes ten seconds."""
+    return TaskManager(include_path=str(folder), include_defaults=with_defaults)
 
-    tasks: as `recipe.evaluation.tasks.items.write_items` gives them. chat: put prompts into the chat
-    template, with shots as turns before them.
+
+def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
+    """The tasks and groups as the harness runs them, with their data.
+
+    tasks: as `recipe.evaluation.tasks.items.write_tasks` gives them. Raises RecipeError for a task that the
+    harness cannot load.
     """
-    if not tasks:
-        return {}
-    manager = TaskManager(include_path=str(Path(__file__).parent), include_defaults=False)
-    # Only a group's members may add to what a YAML file says.
-    loaded = manager.load([{"group": "recipe", "task": [dict(task) for task in tasks]}])
-    for task in loaded["tasks"].values():
+    ours = [dict(task) for task in tasks if "dataset_kwargs" in task]
+    loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
+    if ours:
+        # Only the members of a group can change what a YAML file says.
+        loaded["tasks"] |= _manager(task_files.OWN, False).load([{"group": "recipe", "task": ours}])["tasks"]
+    for task in tasks:
+        name = task["task"]
+        if "dataset_kwargs" in task:
+            continue
+        try:
+            found = _manager(task_files.OWN, name not in task_files.own_tasks()).load(name)
+        except Exception as error:  # its data, its Python functions and its metrics are not ours
+            raise RecipeError(
+                f"evaluation.json: tasks.{name}: lm-evaluation-harness cannot load it: "
+                f"{type(error).__name__}: {error}. Remove the task, or fix what the message names"
+            ) from error
+        for one in found["tasks"].values():
+            if one.get_config("num_fewshot") is None or "num_fewshot" in task:
+                one.set_config("num_fewshot", task.get("num_fewshot", 0))
+        loaded["tasks"] |= found["tasks"]
+        loaded["groups"] |= found.get("groups", {})
+        loaded["group_map"] |= found.get("group_map", {})
+    return loaded
+
+
+def run_tasks(model: Harness, tasks: TaskDict, chat: bool = False, most: int | None = None) -> EvalResults:
+    """What the harness found: ``results`` and ``groups`` with the metrics, ``samples`` with every answer.
+
+    tasks: from `load_tasks`. chat: put prompts into the chat template, with shots as turns before them. most:
+    the number of items of a task that are asked, the first ones; None for all.
+    """
+    if not tasks["tasks"]:
+        return {"results": {}, "samples": {}}
+    for task in tasks["tasks"].values():
         task.set_fewshot_seed(SEED)
     results = evaluator.evaluate(
-        lm=model, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat
+        lm=model,
+        task_dict=tasks,
+        limit=most,
+        bootstrap_iters=BOOTSTRAP,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
     assert results is not None  # None on ranks other than the first, and there is one
-    return results["samples"]
+    return results
 
 
-def scores(samples: list[Sample]) -> dict[str, Any]:
-    """The mean of a task's first metric with its confidence interval, beside what guessing scores.
+def scores_of(results: EvalResults) -> dict[str, Figures]:
+    """The scores of every group that has one of its own, then of every task.
 
-    ``majority``: answering always with the most frequent place of the right choice (of labels: the most
-    frequent label); ``random``: any choice. Both are None where nothing is chosen from. Metrics after the
-    first stand under their own names.
+    results: from `run_tasks`. A group has the metric, interval and number of items that the harness gives it.
     """
-    metric, *others = samples[0]["metrics"]
-    mean = sum(sample[metric] for sample in samples) / len(samples)
-    low, high = wilson(mean, len(samples))
-    figures = {"metric": metric, "items": len(samples), "score": mean, "low": low, "high": high}
-    choices = [len(sample["arguments"]) for sample in samples]
+    found = {name: scores(samples, results["results"][name]) for name, samples in results["samples"].items()}
+    groups: dict[str, Figures] = {}
+    for name, values in results.get("groups", {}).items():
+        (metric, score, error), *others = _metrics(values)
+        members = [(groups | found)[n] for n in results["group_subtasks"][name] if n in groups | found]
+        groups[name] = {
+            "metric": metric,
+            "items": values["sample_len"],
+            "score": score,
+            **_interval(score, error),
+            "share": all(member["share"] for member in members),
+            "majority": None,
+            "random": None,
+        } | {other: value for other, value, _ in others}
+    return groups | found
+
+
+def scores(samples: list[Sample], values: dict[str, Any] | None = None) -> Figures:
+    """The score of a task by its first metric, with its 95 % interval, and what guessing scores.
+
+    samples: what the harness logged of the task's items. values: the metrics that the harness calculated from
+    them; without it they are the means.
+
+    ``share``: whether the score is a mean of values between 0 and 1, as accuracy is; ``low`` and ``high`` are
+    then the interval of Wilson, otherwise 1.96 standard errors of the harness to both sides, or None where
+    it gives no error. ``majority``: the score of always choosing the most frequent position of the right
+    choice (of labels: the most frequent label); ``random``: of any choice. Both are None where there is
+    nothing to choose from. The other metrics follow under their own names.
+    """
+    rows = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    first = rows[0]["metrics"][0]
+    if values is None:
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]["metrics"]}
+        values = {f"{name},none": mean for name, mean in means.items()}
+    (metric, score, error), *others = _metrics(values)
+    parts = [row[first] for row in rows if first in row]
+    share = all(isinstance(part, int | float) and 0 <= part <= 1 for part in parts)
+    share = share and math.isclose(sum(parts) / len(parts), score, abs_tol=1e-9)
+    bounds = dict(zip(("low", "high"), wilson(score, len(parts)), strict=True)) if share else None
+    figures = {"metric": metric, "items": len(rows), "score": score}
+    figures |= (bounds or _interval(score, error)) | {"share": share, "majority": None, "random": None}
+    choices = [len(row["arguments"]) for row in rows]
     if max(choices) > 1:
-        most = Counter(sample["target"] for sample in samples).most_common(1)[0][1]
-        figures |= {"majority": most / len(samples), "random": sum(1 / n for n in choices) / len(samples)}
-    else:
-        figures |= {"majority": None, "random": None}
-    return figures | {other: sum(s[other] for s in samples) / len(samples) for other in others}
+        most = Counter(str(row["target"]) for row in rows).most_common(1)[0][1]
+        figures |= {"majority": most / len(rows), "random": sum(1 / n for n in choices) / len(rows)}
+    return figures | {other: value for other, value, _ in others}
+
+
+def _metrics(values: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+    """The metrics of the harness's results, each with its standard error, or None where it has none.
+
+    Their keys are ``metric,filter``; the filter is left out where there is only one.
+    """
+    keys = [key.split(",", 1) for key in values if "," in key and "_stderr," not in key]
+    one = len({name for _, name in keys}) == 1
+    found = []
+    for metric, name in keys:
+        error = values.get(f"{metric}_stderr,{name}")
+        number = float(error) if isinstance(error, int | float) else None
+        found.append((metric if one else f"{metric},{name}", float(values[f"{metric},{name}"]), number))
+    return found
+
+
+def _interval(score: float, error: float | None) -> dict[str, float | None]:
+    """The 95 % interval by the standard error."""
+    if error is None:
+        return {"low": None, "high": None}
+    return {"low": score - Z * error, "high": score + Z * error}
 
 
 def wilson(mean: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of Wilson (1927) for a share; for a mean of values between 0 and 1, whose
-    variance is at most that of a share, it is wide enough, too.
+    """The 95 % confidence interval of Wilson (1927) for a share of `count` items.
+
+    For a mean of values between 0 and 1, whose variance is at most that of a share, it is wide enough, too.
     """
-    z = 1.959964  # the normal distribution has 95 % between -z and z
-    centre = mean + z**2 / (2 * count)
-    spread = z * (mean * (1 - mean) / count + z**2 / (4 * count**2)) ** 0.5
-    scale = 1 + z**2 / count
+    centre = mean + Z**2 / (2 * count)
+    spread = Z * (mean * (1 - mean) / count + Z**2 / (4 * count**2)) ** 0.5
+    scale = 1 + Z**2 / count
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
@@ -168,8 +298,8 @@ def _f1(found: str, wanted: str) -> float:
     return 2 * common / (len(found) + len(wanted)) if common else float(found == wanted)
 
 
-def markdown(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Scores as a table: a row per task, a column per model.
+def scores_table(columns: dict[str, dict[str, Figures]]) -> str:
+    """Scores as a Markdown table: a row per task, a column per model.
 
     columns: by the name of the column, what `scores` gives of each task; all have the same tasks.
     """
@@ -180,8 +310,16 @@ def markdown(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
     ]
     for name, figures in next(iter(columns.values())).items():
         cells = [name, figures["metric"], f"{figures['items']:,}"]
-        for scored in (tasks[name] for tasks in columns.values()):
-            cells.append(f"{scored['score']:.1%} ({scored['low']:.1%} to {scored['high']:.1%})")
+        cells += [_score_cell(tasks[name]) for tasks in columns.values()]
         cells += ["" if figures[key] is None else f"{figures[key]:.1%}" for key in ("majority", "random")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _score_cell(figures: Figures) -> str:
+    """A score with its interval: a share in percent, any other metric as it is."""
+    score, low, high = (
+        None if value is None else f"{value:.1%}" if figures["share"] else f"{value:.4g}"
+        for value in (figures["score"], figures["low"], figures["high"])
+    )
+    return f"{score} ({low} to {high})" if low else str(score)

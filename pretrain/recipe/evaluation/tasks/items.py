@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipe.config.evaluation import PACKAGED_TASKS
+from recipe.config.tasks import brings_data
 from recipe.conversations.instructions import messages_of
 from recipe.conversations.read_rows import json_rows
 from recipe.corpus.archives import tar_members
@@ -50,21 +50,25 @@ _PACKAGE = re.compile(r"(\S+) - ?(\S[^\n]*)\n(.+)", re.DOTALL)
 
 
 def write_tasks(config: dict[str, Any], dataset: Path, folder: Path, names: Iterable[str]) -> list[Item]:
-    """Write the items of the tasks of evaluation.json, and return what the harness is told of each.
+    """Write the items of tasks of evaluation.json, and return what the harness is told of each task.
 
     config: a whole recipe. dataset: the folder of stage 02. folder: where ``<task>.test.jsonl`` goes, and
-    ``<task>.train.jsonl`` for the shots. Raises RecipeError for a task without enough to ask about.
+    ``<task>.train.jsonl`` for the shots. Nothing is written for a task that brings its own data. Raises
+    RecipeError for a task without enough items.
     """
     normalize = make_normalizer(config["dataset"])
     most = config["evaluation"].get("items_per_task")
     tasks = []
     for name in names:
         spec = config["evaluation"]["tasks"][name]
-        if name in PACKAGED_TASKS:
+        if brings_data(name):
+            tasks.append({"task": name} | spec)
+            continue
+        if "source" in spec:
             sides = {"test": packaged_items(name, spec["source"], dataset, normalize, most)}
         else:
-            folders = jglue_files(name, spec)
-            sides = {side: list(read_jglue(name, path, normalize)) for side, path in folders.items()}
+            paths = jglue_files(name, spec)
+            sides = {side: list(read_jglue(name, path, normalize)) for side, path in paths.items()}
             sides = {"train": sides["train"][:SHOTS], "test": in_hash_order(sides["test"])[:most]}
         if not all(sides.values()):
             raise RecipeError(f"evaluation.json: tasks.{name}: its files hold no items. Remove the task")
