@@ -119,8 +119,8 @@ def test_links_lead_to_headings_and_files():
 
 
 def test_the_examples_are_accepted():
-    pretrain, sources, preference = map(json.loads, re.findall(r"```json\n(.*?)```", TEXT, re.S))
+    pretrain, sources, preference, evaluation = map(json.loads, re.findall(r"```json\n(.*?)```", TEXT, re.S))
     config = load_recipe(pretrain.pop("extends"), re.findall(r"--set (\w+\.\S+=\S+)$", TEXT, re.M))
     config["pretrain"] |= pretrain
-    config |= {"dataset": sources, "preference": preference}
+    config |= {"dataset": sources, "evaluation": evaluation, "preference": preference}
     check_recipe(config, "configs/x")

@@ -135,9 +135,9 @@ class Harness(HFLM):
 
 
 @functools.cache
-def _manager(folder: Path, with_defaults: bool) -> TaskManager:
-    """The index of the tasks in a folder, and of all tasks of the harness, which takes ten seconds."""
-    return TaskManager(include_path=str(folder), include_defaults=with_defaults)
+def _manager(folder: Path | None) -> TaskManager:
+    """The index of the tasks in a folder; None: of the harness's own tasks, which takes ten seconds."""
+    return TaskManager(include_path=folder and str(folder), include_defaults=folder is None)
 
 
 def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
@@ -150,13 +150,13 @@ def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
     loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     if ours:
         # Only the members of a group can change what a YAML file says.
-        loaded["tasks"] |= _manager(task_files.OWN, False).load([{"group": "recipe", "task": ours}])["tasks"]
+        loaded["tasks"] |= _manager(task_files.OWN).load([{"group": "recipe", "task": ours}])["tasks"]
     for task in tasks:
         name = task["task"]
         if "dataset_kwargs" in task:
             continue
         try:
-            found = _manager(task_files.OWN, name not in task_files.own_tasks()).load(name)
+            found = _manager(task_files.OWN if name in task_files.own_tasks() else None).load(name)
         except Exception as error:  # its data, its Python functions and its metrics are not ours
             raise RecipeError(
                 f"evaluation.json: tasks.{name}: lm-evaluation-harness cannot load it: "
