@@ -1,9 +1,8 @@
-"""The recipes of the reference systems, cut down, through the real stages on small files in the real formats
-of their sources.
+"""The recipes of published systems run through the real stages, cut down, on small files in the real formats.
 
-Cut down are the layers, the heads and their size, the vocabulary, the accumulation and the warm-up;
-everything else is as shipped: the kind of model and its proportions, optimizer, schedule, epochs, block,
-templates. One test cuts the layers only, and gives them random tokens.
+Smaller are the layers, the heads and their size, the vocabulary, the accumulation and the warm-up. Everything
+else is as shipped: the kind of model and its proportions, optimizer, schedule, epochs, block, templates. One
+test makes only the number of layers smaller, and trains on random tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ KANA = [chr(code) for code in range(0x3042, 0x3094)]
 
 
 def sentence(draw: random.Random) -> str:
-    """A sentence of 40 letters; random, so that no rule against repetition and no duplicate finds it."""
+    """A sentence of 40 random letters, which neither rules against repetition nor deduplication drop."""
     return "".join(draw.choice(KANJI if draw.random() < 0.4 else KANA) for _ in range(40)) + "。"
 
 
@@ -38,9 +37,7 @@ def article(seed: object, sentences: int = 15) -> str:
 
 
 def write_dump(path, count):
-    """A `pages-articles` export, two streams long, with a redirect, a template page and a disambiguation
-    page.
-    """
+    """Write a `pages-articles` export: articles in two streams, a redirect, a template, a disambiguation."""
     pages = [
         (f"記事{n}", 0, f"'''記事{n}'''は[[記事]]である。\n\n== 概要 ==\n{article(n)}\n")
         for n in range(count)
@@ -62,7 +59,7 @@ def write_dump(path, count):
 
 
 def published_tokenizer(folder):
-    """A tokenizer in the form of rinna's: SentencePiece with [PAD], NFKC and lower case."""
+    """Write a tokenizer like that of rinna: SentencePiece with [PAD], NFKC and lower case."""
     import sentencepiece as spm
 
     folder.mkdir()
@@ -86,7 +83,7 @@ def published_tokenizer(folder):
 
 
 def published_checkpoint(folder):
-    """Weights beside that tokenizer, of the shape that the cut-down recipe has."""
+    """Write weights next to that tokenizer, in the shape of the cut-down recipe."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -98,7 +95,7 @@ def published_checkpoint(folder):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """By kind, small files as the sources publish them."""
+    """A folder with small files of every source, in the form in which they are published."""
     import datasets
 
     folder = tmp_path_factory.mktemp("published")
@@ -118,7 +115,7 @@ def sources(tmp_path_factory):
 
 
 def write_pairs(folder):
-    """Instructions as kunishou/databricks-dolly-15k-ja and llm-jp/oasst1-21k-ja publish them."""
+    """Write pairs in the form of kunishou/databricks-dolly-15k-ja and llm-jp/oasst1-21k-ja."""
     dolly = [
         {
             "index": str(n),
@@ -148,7 +145,7 @@ def write_pairs(folder):
 
 @pytest.fixture(scope="module")
 def project(make_project):
-    """One project for all recipes: what they share is made once and taken over, as for a user."""
+    """One project for all recipes: a stage that they share is done once and taken over."""
     return make_project()
 
 
@@ -174,7 +171,7 @@ def cut_down(project, recipe, sources):
     else:
         project.edit(recipe, "tokenizer", vocab_size=1200)
     if "segmenter" in tokenizer:
-        project.edit(recipe, "tokenizer", segmenter="sudachi")  # Juman++ is no Python package
+        project.edit(recipe, "tokenizer", segmenter="sudachi")  # Juman++ is not a Python package
     project.edit(recipe, "model", **narrow(shipped(recipe, "model")))
     values, tuning = shipped(recipe, "pretrain"), shipped(recipe, "finetune")
     micro = values["per_device_train_batch_size"]
@@ -184,9 +181,9 @@ def cut_down(project, recipe, sources):
     batch = min(values["global_batch_size"], most)
     project.edit(recipe, "pretrain", global_batch_size=batch, warmup_steps=warmup, **small)
     if "lora" in tuning:
-        small["lora"] = tuning["lora"] | {"quantization": None}  # 4 bits want a GPU
+        small["lora"] = tuning["lora"] | {"quantization": None}  # 4 bits need a GPU
     project.edit(recipe, "finetune", global_batch_size=4, **small)
-    project.edit(recipe, "evaluation", tasks={})  # JGLUE's would be fetched
+    project.edit(recipe, "evaluation", tasks={})  # those of JGLUE would be fetched
     pairs = shipped(recipe, "instruction")["pairs"]
     project.edit(
         recipe,
@@ -196,8 +193,9 @@ def cut_down(project, recipe, sources):
 
 
 def narrow(model):
-    """The keys of a model.json that make it small: 2 layers, few heads of 16 dimensions; a Mistral keeps its
-    proportions.
+    """The keys of a model.json that make it small: 2 layers and few heads of 16 dimensions.
+
+    A Mistral keeps its proportions.
     """
     if model["model_type"] == "gpt2":
         return {"n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -249,7 +247,7 @@ def test_a_cut_down_recipe_trains_as_its_files_say(project, sources, recipe, kep
 
 
 def check_data(project, recipe, kept):
-    """Every document that the sources hold is there once; what is no article is counted."""
+    """Every document of the sources is there once; pages that are not articles are counted."""
     funnel = project.figures(recipe, "02_dataset")
     assert {name: table["documents"]["out"] for name, table in funnel.items()} == kept
     if "cc100" in kept:
@@ -260,7 +258,7 @@ def check_data(project, recipe, kept):
 
 
 def check_model(project, recipe):
-    """The saved model has the shipped shape but for what was cut, and the tokenizer's vocabulary and ids."""
+    """The saved model has the shipped shape except what was cut, and the tokenizer's size and ids."""
     saved = json.loads(project.output(recipe, "05_pretrain", "config.json").read_text())
     shape = shipped(recipe, "model")
     kept = {key: value for key, value in shape.items() if key not in narrow(shape)}
@@ -272,7 +270,7 @@ def check_model(project, recipe):
 
 
 def check_batch_and_epochs(project, recipe):
-    """As many epochs, as long blocks and as large a micro-batch as shipped."""
+    """Epochs, block and micro-batch are those of the shipped recipe."""
     from recipe.tokenization.token_files import TokenFile
 
     values, figures = shipped(recipe, "pretrain"), project.figures(recipe, "05_pretrain")
@@ -284,14 +282,16 @@ def check_batch_and_epochs(project, recipe):
     assert active["tokens_per_step"] == active["global_batch"] * values["block_size"]
     assert active["micro_batch"] == values["per_device_train_batch_size"]
     assert active["accumulation"] > 1 or values["global_batch_size"] == active["micro_batch"]
-    # GPT-2 drops out in attention, which only PyTorch's own computes.
+    # GPT-2 has dropout in attention, which only SDPA computes.
     attention = "sdpa" if shipped(recipe, "model")["model_type"] == "gpt2" else "documents"
     assert (active["attention"], active["parallel"], active["seed"]) == (attention, "one process", 42)
 
 
 def check_optimizer(project, recipe, file, stage):
-    """Optimizer, decay and schedule are those of the shipped file: as the proof says, as every step was, and
-    as they lie in a checkpoint.
+    """Optimizer, decay and schedule are those of the shipped file.
+
+    They are compared with what the check after the first step found active, with the log of every step, and
+    with a checkpoint.
     """
     import torch
 
@@ -306,10 +306,10 @@ def check_optimizer(project, recipe, file, stage):
     warmup = warmup if warmup >= 1 else math.ceil(warmup * steps)
     shares = {step: share_of_peak(values, step, warmup, steps) for step in range(steps + 1)}
     planned = {int(step): rate for step, rate in active["learning_rates"].items()}
-    assert steps in planned  # the floor, which no step has: it comes after the last one
+    assert steps in planned  # the rate after the last step, which no step has
     for found, after in ((rates, -1), (planned, 0)):
-        wanted = {step: values["learning_rate"] * shares[step + after] for step in found}
-        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-15)
+        expected = {step: values["learning_rate"] * shares[step + after] for step in found}
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-15)
     assert len(rates) == steps > 1
     saved = next(project.output(recipe, stage, "checkpoints").glob("*/optimizer.pt"))
     groups = torch.load(saved, weights_only=True, map_location="cpu")["param_groups"]
@@ -322,7 +322,7 @@ def check_optimizer(project, recipe, file, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [one.values[0] for one in SHIPPED])
 def test_two_whole_layers_train_in_the_memory_announced(recipe, tmp_path, monkeypatch):
-    """Fewer layers and nothing else: the shipped widths, heads, blocks and vocabulary, a few real steps."""
+    """Two layers with the shipped widths, heads, block and vocabulary, and a few real steps."""
     monkeypatch.setattr(probe, "OUTPUTS", tmp_path)
     (tmp_path / recipe).mkdir()
     config = load_recipe(recipe, [])
@@ -356,7 +356,7 @@ def test_gpt2_medium_aozora_starts_from_the_published_weights(project, sources):
     before = load_file(sources / "rinna/model.safetensors")
     after = load_file(project.output(recipe, "05_pretrain", "model.safetensors"))
     moved = max((after[name] - before[name]).abs().max().item() for name in before)
-    assert 0 < moved < 2 * steps * rate  # weights drawn anew would be 0.1 away
+    assert 0 < moved < 2 * steps * rate  # random weights would differ by about 0.1
 
 
 @pytest.mark.slow
@@ -381,7 +381,7 @@ def test_mistral_300m_is_tuned_in_the_form_of_alpaca(project, sources):
 
 
 def len_of(path):
-    """The rows of a Parquet file."""
+    """The number of rows of a Parquet file."""
     import pyarrow.parquet as pq
 
     return pq.read_metadata(path).num_rows
