@@ -81,7 +81,7 @@ def test_conversations_with_one_first_question_are_on_one_side(data):
     assert 0.05 < len(found["valid"]) / sum(map(len, found.values())) < 0.4
 
 
-def test_overlap_with_the_validation_text_of_pretraining_is_reported(data):
+def test_overlap_with_pretraining_validation_text_is_reported(data):
     project, output = data
     assert sum(project.figures("flawed", "11_dataset")["pretraining_overlap"].values()) == 1
     assert "pairs that share a sentence with the validation text of pretraining: {" in output

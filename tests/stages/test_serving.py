@@ -1,6 +1,4 @@
-"""The tuned model behind transformers' own server: what it is sent is the training form, what it says is
-text.
-"""
+"""The tuned model behind transformers' own server: same prompt as in training, same answer as ours."""
 
 import json
 import socket
@@ -20,7 +18,7 @@ LATER = [*FIRST, {"role": "assistant", "content": "はい。\n高いです。"},
 
 @pytest.fixture(scope="module")
 def ask(project):
-    """Sends a chat to ``transformers serve`` over the tuned model; returns the server's answer as it came."""
+    """A function that sends a chat to ``transformers serve`` with the tuned model; returns the raw reply."""
     pytest.importorskip("openai", reason="transformers serve wants it: pip install 'transformers[serving]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,7 +58,7 @@ def ask(project):
 
 @pytest.fixture(scope="module")
 def ours(project):
-    """The sampling of the tests, and a function that gives our prompt's number of ids and our answer."""
+    """The sampling options, and a function that returns the number of ids of our prompt, and our answer."""
     from recipe.conversations.encode import encode_conversation
     from recipe.evaluation.generation import generate_all, generation_config
     from recipe.model.build import for_inference, load_model
@@ -85,14 +83,14 @@ def test_its_answer_is_ours(ask, ours, messages):
     reply = json.loads(ask(messages, config))
     size, text = answer(messages)
     assert reply["usage"]["prompt_tokens"] == size
-    assert text  # of so small a model perhaps only line breaks, which a server may strip
+    assert text  # the small model may write only line breaks, which a server may remove
     assert reply["choices"][0]["message"]["content"].strip() == text.strip()
 
 
-def test_its_stream_is_the_answer_in_pieces(ask, ours):
+def test_its_stream_gives_the_answer_in_parts(ask, ours):
     config, answer = ours
     lines = ask(FIRST, config, stream=True).splitlines()
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    pieces = [event["choices"][0]["delta"].get("content") or "" for event in events]
-    assert len([piece for piece in pieces if piece]) > 3
-    assert "".join(pieces).strip() == answer(FIRST)[1].strip()
+    parts = [event["choices"][0]["delta"].get("content") or "" for event in events]
+    assert len([part for part in parts if part]) > 3
+    assert "".join(parts).strip() == answer(FIRST)[1].strip()

@@ -1,8 +1,9 @@
-"""The forms of a conversation: chat templates that are saved in the tokenizer, chosen in instruction.json.
+"""The chat templates: `template` in instruction.json chooses one, and stage 12 saves it in the tokenizer.
 
-``alpaca`` is the form of Alpaca (Taori et al., 2023) in Japanese: a line that describes the task, one where
-there is an input and another where there is none, then sections. ``chat`` has the roles alone, in fewer
-tokens. In both, a conversation begins as a document does and every answer ends with the end token.
+``alpaca`` is the form of Alpaca (Taori et al., 2023) in Japanese: a line that describes the task, with one
+wording for instructions with an input and another for those without, and then sections. ``chat`` has only
+the roles and needs fewer tokens. In both, a conversation begins like a document, and every answer ends with
+the end token.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import json
 from typing import Any
 
 INPUT_HEADING = "\n\n### 入力:\n"
-# What calls for an answer, by form: a question ends with it.
+# By template: the heading of an answer, with which every user's turn ends.
 ANSWER_HEADINGS = {"alpaca": "### 応答:\n", "chat": "Assistant:\n"}
 FORMS = tuple(ANSWER_HEADINGS)
 
-# What a turn of a user's adds; `content` is what it says. It ends a line: no token crosses into the answer.
+# By template: a user's turn; `content` is the message. It ends with a line break, so that no token contains
+# characters of both the question and the answer.
 _USER_TURNS = {
     "alpaca": """
 {%- if loop.first or loop.previtem.role == 'system' -%}
@@ -30,9 +32,9 @@ _USER_TURNS = {
     "chat": "{{- 'User:\\n' + content + '\\n\\n' + ANSWER_HEADING -}}",
 }
 
-# The heading of an answer stands with the question, so that add_generation_prompt changes nothing. SYSTEM is
-# the line used when a conversation brings none. Only what every Jinja knows: transformers' own marks of what
-# is trained ({% generation %}) would stop the servers that render with another one.
+# The heading of an answer belongs to the user's turn, so that add_generation_prompt changes nothing. SYSTEM
+# is the first line of conversations without a system message. The template uses plain Jinja only: servers
+# that do not render with transformers would fail on its extension {% generation %}.
 _TEMPLATE = """{{- bos_token -}}
 {%- if messages[0].role != 'system' and SYSTEM -%}
 {{- SYSTEM + '\\n\\n' -}}
@@ -47,15 +49,15 @@ USER_TURN
 {%- elif message.role == 'assistant' -%}
 {{- content + eos_token -}}
 {%- else -%}
-{{- raise_exception('unknown role ' + message.role + ': wanted system, user or assistant') -}}
+{{- raise_exception('unknown role ' + message.role + ': expected system, user or assistant') -}}
 {%- endif -%}
 {%- endfor -%}"""
 
 
 def chat_template(form: str, system: str = "") -> str:
-    """The chat template to keep in the tokenizer.
+    """The chat template to save in the tokenizer.
 
-    form: one of FORMS. system: the first line of conversations that bring none; empty for no such line.
+    form: one of FORMS. system: the first line of conversations without a system message; empty for none.
     """
     filled = {
         "USER_TURN": _USER_TURNS[form].strip(),
@@ -70,10 +72,10 @@ def chat_template(form: str, system: str = "") -> str:
 
 
 def response_template(form: str, end: str) -> dict[str, Any]:
-    """How transformers' servers find the answer in what was generated, to keep in the tokenizer.
+    """How transformers' servers find the answer in the generated text; to save in the tokenizer.
 
-    Without it they go by the architecture, and take a model of Qwen's for one that talks in Qwen's form: the
-    whole prompt stands in its answers then. end: the tokenizer's end token.
+    Without it, servers choose by the architecture: for a model of the architecture qwen3 they expect Qwen's
+    own template, and return the whole prompt with the answer. end: the tokenizer's end token.
     """
     return {
         "defaults": {"role": "assistant"},
@@ -83,5 +85,5 @@ def response_template(form: str, end: str) -> dict[str, Any]:
 
 
 def user_message(instruction: str, given: str = "") -> str:
-    """The content of a user's message: the instruction, and the text to work on in a section of its own."""
+    """The content of a user's message: the instruction, then the input (if any) in its own section."""
     return instruction + (INPUT_HEADING + given if given else "")

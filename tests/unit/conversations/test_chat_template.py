@@ -55,7 +55,7 @@ def test_plain_chat_byte_for_byte(fast):
     "blocks", [False, True], ids=["jinja2's defaults", "as transformers and vLLM set it"]
 )
 def test_any_jinja_renders_the_saved_file_as_the_training_form(fast, form, blocks, tmp_path):
-    """A server that reads chat_template.jinja and knows nothing of transformers' extensions."""
+    """A server that reads chat_template.jinja and has no extensions of transformers."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     fast = with_template(fast, forms.chat_template(form, SYSTEM))
@@ -96,7 +96,7 @@ TURN = (
     ],
     ids=["none", "no response mark", "no end token", "not the same again", "not Jinja"],
 )
-def test_a_template_that_cannot_train_answers_is_named(fast, template, message):
+def test_a_template_that_cannot_train_answers_is_refused(fast, template, message):
     assert encode.check_template(with_template(fast, TURN)) is None
     with pytest.raises(RecipeError, match=rf"{message}.*recipe/config/chat_templates\.py"):
         encode.check_template(with_template(fast, template))
@@ -109,7 +109,7 @@ def with_template(fast, template):
     return other
 
 
-def test_a_tokenizer_without_the_special_tokens_is_named(fast):
+def test_a_tokenizer_without_special_tokens_is_refused(fast):
     bare = PreTrainedTokenizerFast(tokenizer_object=fast.backend_tokenizer)
     bare.chat_template = TURN
     with pytest.raises(RecipeError, match=r"no eos_token and no pad_token.*stage 03.*tokenizer_config\.json"):
@@ -118,7 +118,7 @@ def test_a_tokenizer_without_the_special_tokens_is_named(fast):
 
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_servers_find_the_answer_in_what_was_generated(fast, form, tmp_path):
-    """Saved and loaded: transformers' servers cut the prompt and the end token off by response_template."""
+    """With response_template, transformers' servers remove the prompt and the end token; saved and loaded."""
     from transformers import AutoTokenizer
 
     fast = with_template(fast, forms.chat_template(form, SYSTEM))
@@ -133,8 +133,8 @@ def test_servers_find_the_answer_in_what_was_generated(fast, form, tmp_path):
 
 
 @pytest.mark.parametrize("form", forms.FORMS)
-def test_what_servers_send_is_the_training_form(fast, form, tmp_path):
-    """Saved and loaded, with the generation prompt that chat commands and servers ask for."""
+def test_servers_send_the_training_form(fast, form, tmp_path):
+    """Also with add_generation_prompt, which chat commands and servers set; saved and loaded."""
     from transformers import AutoTokenizer
 
     fast.save_pretrained(tmp_path / "plain")
@@ -152,7 +152,7 @@ def test_what_servers_send_is_the_training_form(fast, form, tmp_path):
 
 def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
     ids, trained = encode.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])
-    # transformers' own marks of what is trained, which the saved template must do without.
+    # The marks of transformers for what is trained, which the saved template must not contain.
     marked = fast.chat_template.replace(
         "{{- content + eos_token -}}",
         "{%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}",
@@ -167,8 +167,8 @@ def test_ids_are_those_of_apply_chat_template_and_answers_are_trained(fast):
     assert ids == direct["input_ids"]
     assert [int(flag) for flag in trained] == direct["assistant_masks"]
     assert ids.count(2) == 1 and ids[0] == 2
-    learnt = [i for i, flag in zip(ids, trained, strict=True) if flag]
-    assert fast.decode(learnt) == "山に登りました。</s>山に登りました。</s>"
+    learned = [i for i, flag in zip(ids, trained, strict=True) if flag]
+    assert fast.decode(learned) == "山に登りました。</s>山に登りました。</s>"
 
 
 def test_prompt_is_the_beginning_of_the_training_form(fast):

@@ -1,4 +1,4 @@
-"""Preference data: the forms it comes in, what is dropped, the ids that are trained on."""
+"""Preferences: the forms of rows, what is dropped, and the ids that are trained."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_forms(tmp_path, row):
     assert found == [preferences.Preference([QUESTION], "高い", "低い")]
 
 
-def test_every_row_is_counted_in_and_out(tmp_path):
+def test_every_row_is_kept_or_counted_as_dropped(tmp_path):
     rows = [
         *FILL,
         FILL[0],
@@ -68,7 +68,7 @@ def test_every_row_is_counted_in_and_out(tmp_path):
     assert len(sides["train"]) + len(sides["valid"]) == 20
 
 
-def test_faults_are_named(tmp_path):
+def test_errors_are_named(tmp_path):
     with pytest.raises(RecipeError, match=r"line 1: no column 'rejected'; it has \['chosen', 'prompt'\]"):
         load(tmp_path, [{"prompt": "x", "chosen": "y"}])
     with pytest.raises(
