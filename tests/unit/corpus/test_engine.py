@@ -124,9 +124,7 @@ def test_slurm_runs_the_same_pipeline_by_a_valid_script(tmp_path, slurm):
 def test_slurm_names_a_task_that_ended_without_a_result(tmp_path, slurm):
     config = {"executor": "slurm", "partition": "cpu", "time": "01:00:00"}
     with (
-        pytest.raises(
-            RecipeError, match=r"(?s)1 of 3 tasks have ended without a result.*part 1 cannot be read"
-        ),
+        pytest.raises(RecipeError, match=r"(?s)1 of 3 tasks ended without a result.*part 1 cannot be read"),
         engine(config, tmp_path) as phases,
     ):
         phases.run("square", [Square(tmp_path, fails=1)], 3)
