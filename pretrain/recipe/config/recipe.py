@@ -132,6 +132,8 @@ def _apply(config: dict[str, dict[str, Any]], override: str) -> tuple[str, str]:
         raise Refused(
             f"--set {override}: expected FILE.KEY=VALUE with FILE one of {', '.join(config)}.{near}"
         )
+    if keys == ["extends"]:
+        raise Refused(f"--set {override}: `extends` works only in the file. Write it into {file}.json")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

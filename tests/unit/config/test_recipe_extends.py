@@ -65,6 +65,10 @@ def test_an_override_comes_last(configs):
     assert load_recipe("base")["dataset"]["neologdn"]["repeat"] != 5
 
 
+def test_an_override_cannot_extend(configs):
+    assert "Write it into pretrain.json" in refusal("mine", "pretrain.extends=base")
+
+
 def test_no_stage_sees_the_key_and_none_becomes_stale(configs):
     """What decides whether a stage is stale is the same before and after a recipe is rewritten."""
     before, after = load_recipe("base"), load_recipe("mine")
