@@ -7,7 +7,7 @@
 #   slow       tests of more than a minute: launchers on 2 ranks, DeepSpeed, kill and resume
 #   gpu        tests that need a GPU; without one, each says why it could not run
 #   browser    the chat page in headless Chromium (chromium on PATH); installs playwright
-#   extras     tests of Ray, Sudachi, Megatron-LM and GGUF; installs these extras of pyproject.toml (0.7 GB)
+#   extras     tests of Ray, Sudachi, Megatron-LM and GGUF; installs these extras of pyproject.toml
 #   all        everything; installs all these
 #
 # RECIPE_PYTHON=python3 uses that Python as it is, see setup.sh: nothing is installed, missing packages are named.
@@ -18,7 +18,7 @@ case ${1:-} in
   lint) marker=none ;;
   slow | gpu) marker=$1 ;;
   browser) marker=$1 extras+=(browser) ;;
-  extras) marker="extra and not browser" extras+=(ray sudachi megatron gguf) ;;
+  extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf) ;;
   all) marker="slow or not slow" extras+=(ray sudachi megatron gguf browser) ;;
   *) marker="not slow and not gpu and not browser and not extra" ;;
 esac
