@@ -146,7 +146,7 @@ def serve(talker: Talker, recipe: str, stage: str, port: int) -> None:
     from recipe.evaluation.talking import web_page
 
     page = web_page(talker, recipe, stage).queue()
-    options = {"quiet": True, "footer_links": [], "show_error": True, "prevent_thread_lock": True}
+    options = {"quiet": True, "footer_links": [], "prevent_thread_lock": True}
     try:
         _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, share=False, **options)
     except OSError as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from recipe.conversations.instructions import entry_facts, make_pair, messages_of
-from recipe.conversations.read_rows import Message, chat, read_rows
+from recipe.conversations.read_rows import Message, chat_messages, read_rows
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import RecipeError
 
@@ -92,7 +92,7 @@ def _conversations(where: str, row: dict[str, Any]) -> tuple[list[Message], list
 
 
 def _messages(where: str, value: Any, role: str) -> list[Message]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else chat(where, value)
+    return [{"role": role, "content": value}] if isinstance(value, str) else chat_messages(where, value)
 
 
 def _preference(

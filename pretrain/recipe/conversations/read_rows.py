@@ -33,7 +33,7 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-FORMS = (
+ROW_FORMS = (
     "instruction and output (Alpaca), messages or conversations (chat), or message_id, parent_id, role and "
     "text (trees of replies)"
 )
@@ -132,10 +132,10 @@ def read_dialogues(rows: Iterable[Row]) -> Iterator[list[Message]]:
 def _dialogue(where: str, row: dict[str, Any]) -> list[Message]:
     for column, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if column in row:
-            return chat(f"{where}: {column}", row[column], role, content)
+            return chat_messages(f"{where}: {column}", row[column], role, content)
     for key in ("instruction", "output"):
         if key not in row:
-            raise RecipeError(f"{where}: no column {key!r}; it has {sorted(row)}. Expected {FORMS}")
+            raise RecipeError(f"{where}: no column {key!r}; it has {sorted(row)}. Expected {ROW_FORMS}")
     instruction, given = _text(where, row, "instruction"), _text(where, row, "input")
     return [
         {"role": "user", "content": user_message(instruction, given)},
@@ -143,7 +143,7 @@ def _dialogue(where: str, row: dict[str, Any]) -> list[Message]:
     ]
 
 
-def chat(where: str, messages: Any, role: str = "role", content: str = "content") -> list[Message]:
+def chat_messages(where: str, messages: Any, role: str = "role", content: str = "content") -> list[Message]:
     """Messages with our names of roles.
 
     where: the row, for messages. role, content: the keys of a message. Raises RecipeError that names the

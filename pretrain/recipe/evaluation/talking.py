@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,80 +79,104 @@ def web_page(talker: Talker, recipe: str, stage: str) -> Any:
     generation.json are examples to click. Text streams; the sampling options are sliders. Nothing is sent to
     other machines. The history is the page's own: a talker serves several pages, one answer at a time.
     """
-    # Set before the import: no usage statistics, no check for a newer version.
+    # Set before gradio is imported: no usage statistics, no check for a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    import gradio
-
-    values = talker.config["generation"]
-    longest = max(1, talker.model.config.max_position_embeddings // 2)
-    temperature = values.get("temperature", 1.0) if values.get("do_sample", False) else 0
-    length = min(values["max_new_tokens"], longest)
-    sliders = [
-        gradio.Slider(0, 2, temperature, label="温度 (temperature): 0 は最も確率の高いトークンだけを選ぶ"),
-        gradio.Slider(0.05, 1, values.get("top_p", 1.0), label="top_p: 候補にする確率の合計"),
-        gradio.Slider(1, longest, length, step=1, label="生成する最大トークン数 (max_new_tokens)"),
-    ]
     facts = f"レシピ: {recipe}、パラメータ数: {talker.parameters:,}、段階: {stage} ({STAGES[stage]})"
+    return (_continuation_page if talker.base else _chat_page)(talker, recipe, facts)
 
-    def streamed(parts: Iterator[str], text: str = "") -> Iterator[str]:
-        try:
-            for part in parts:
-                text += part
-                yield text
-        except RecipeError as error:
-            raise gradio.Error(str(error), title="エラー", print_exception=False) from error
-        yield text
+
+def _chat_page(talker: Talker, recipe: str, facts: str) -> Any:
+    import gradio
 
     def answer(
         message: str, history: list[dict], temperature: float, top_p: float, max_new_tokens: int
     ) -> Iterator[str]:
         messages = [{"role": turn["role"], "content": _text(turn["content"])} for turn in history]
         messages.append({"role": "user", "content": message})
-        yield from streamed(talker.answer(messages, **_options(temperature, top_p, max_new_tokens)))
+        yield from _growing(talker.answer, messages, _options(temperature, top_p, max_new_tokens))
+
+    questions = talker.config["generation"].get("questions", [])
+    return gradio.ChatInterface(
+        answer,
+        title=f"{recipe} と話す",
+        description=facts,
+        # Gradio's third button would publish the conversation.
+        chatbot=gradio.Chatbot(
+            label="会話",
+            placeholder="質問を入力するか、例を選んでください",
+            buttons=["copy", "copy_all"],
+            scale=1,
+        ),
+        textbox=gradio.Textbox(
+            label="質問",
+            placeholder="質問を入力してください",
+            scale=7,
+            autofocus=True,
+            submit_btn="送信",
+            stop_btn="停止",
+        ),
+        examples=[[question] for question in questions] or None,
+        examples_label="質問の例",
+        additional_inputs=_sliders(talker),
+        additional_inputs_accordion=gradio.Accordion("生成の設定", open=False, render=False),
+        api_name="chat",
+    )
+
+
+def _continuation_page(talker: Talker, recipe: str, facts: str) -> Any:
+    import gradio
 
     def continuation(text: str, temperature: float, top_p: float, max_new_tokens: int) -> Iterator[str]:
         options = _options(temperature, top_p, max_new_tokens)
-        yield from streamed(talker.continue_text(text, **options), text)
+        yield from _growing(talker.continue_text, text, options, text)
 
-    if not talker.base:
-        return gradio.ChatInterface(
-            answer,
-            title=f"{recipe} と話す",
-            description=facts,
-            # Without Gradio's button that would publish the conversation.
-            chatbot=gradio.Chatbot(
-                label="会話",
-                placeholder="質問を入力するか、例を選んでください",
-                buttons=["copy", "copy_all"],
-                scale=1,
-            ),
-            textbox=gradio.Textbox(
-                placeholder="質問を入力してください",
-                scale=7,
-                autofocus=True,
-                submit_btn="送信",
-                stop_btn="停止",
-            ),
-            examples=[[question] for question in values.get("questions", [])] or None,
-            examples_label="質問の例",
-            additional_inputs=sliders,
-            additional_inputs_accordion=gradio.Accordion("生成の設定", open=False, render=False),
-            api_name="chat",
-        )
     with gradio.Blocks(title=f"{recipe} に続きを書かせる") as page:
         gradio.Markdown(f"# {page.title}\n\n{facts}")
         text = gradio.Textbox(label="書き出し", placeholder="文章の書き出しを入力してください", lines=3)
         with gradio.Row():
             write, stop = gradio.Button("続きを書く", variant="primary"), gradio.Button("停止")
         result = gradio.Textbox(label="書き出しと続き", lines=10)
-        gradio.Examples([[prompt] for prompt in values["prompts"]], text, label="書き出しの例")
+        prompts = talker.config["generation"]["prompts"]
+        gradio.Examples([[prompt] for prompt in prompts], text, label="書き出しの例")
         with gradio.Accordion("生成の設定", open=False):
-            for slider in sliders:
-                slider.render()
+            sliders = _sliders(talker)
         writing = write.click(continuation, [text, *sliders], result, api_name="continue")
         stop.click(None, cancels=writing, api_visibility="private")
     return page
+
+
+def _growing(
+    generate: Callable[..., Iterator[str]], prompt: Any, options: dict[str, Any], text: str = ""
+) -> Iterator[str]:
+    """`text` with the generated parts so far, after each part and at the end.
+
+    generate: a method of a Talker, called with prompt and options. A RecipeError is shown on the page.
+    """
+    import gradio
+
+    try:
+        for part in generate(prompt, **options):
+            text += part
+            yield text
+    except RecipeError as error:
+        raise gradio.Error(str(error), title="エラー", print_exception=False) from error
+    yield text
+
+
+def _sliders(talker: Talker) -> list[Any]:
+    """The sampling options, set as in generation.json."""
+    import gradio
+
+    values = talker.config["generation"]
+    temperature = values.get("temperature", 1.0) if values.get("do_sample", False) else 0
+    longest = max(1, talker.model.config.max_position_embeddings // 2)
+    length = min(values["max_new_tokens"], longest)
+    return [
+        gradio.Slider(0, 2, temperature, label="温度 (temperature): 0 は最も確率の高いトークンだけを選ぶ"),
+        gradio.Slider(0.05, 1, values.get("top_p", 1.0), label="top_p: 候補にする確率の合計"),
+        gradio.Slider(1, longest, length, step=1, label="生成する最大トークン数 (max_new_tokens)"),
+    ]
 
 
 def _options(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
