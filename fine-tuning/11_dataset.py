@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from recipe.conversations.instructions import (
     Pair,
+    Sides,
+    cap_share,
     identity,
     no_pairs,
     pair_side,
@@ -26,14 +28,12 @@ from recipe.corpus.download import require_data
 from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS
 from recipe.corpus.shards import read_texts
-from recipe.corpus.splitting import text_hash
 from recipe.progress import progress
 from recipe.project import DATA, RecipeError, read_json, write_json
 from recipe.run.stage import Stage, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-Sides = dict[str, list[Pair]]  # by side: train, valid
 SCHEMA = pa.schema([*((column, pa.string()) for column in TEXTS), ("history", TURNS)])
 
 
@@ -53,7 +53,7 @@ def main(stage: Stage) -> None:
         judged = "source" in spec and PACKAGED_PAIRS[name].judged
         kept, dropped = select(pairs, judged, config.get("valid_share", 0.05), seen)
         if is_translation(name, spec):
-            dropped["over translation_share"] += cap(kept, sides, config.get("translation_share", 1.0))
+            dropped["over translation_share"] += cap_share(kept, sides, config.get("translation_share", 1.0))
         for side, found in kept.items():
             sides[side] += found
         out = sum(map(len, kept.values()))
@@ -99,22 +99,6 @@ def select(
         seen.add(identity(pair))
         kept[pair_side(pair, valid_share)].append(pair)
     return kept, dropped
-
-
-def cap(translations: Sides, others: Sides, share: float) -> int:
-    """Shorten translations to at most `share` of all pairs on each side; returns how many are removed.
-
-    Without other pairs, all translations stay.
-    """
-    removed = 0
-    for side, pairs in translations.items():
-        number = len(others[side])
-        most = int(number * share / (1 - share)) if number and share < 1 else len(pairs)
-        # By hash, so that the choice does not depend on the order of the pairs.
-        pairs.sort(key=lambda pair: text_hash(pair.headword + pair.instruction))
-        removed += len(pairs[most:])
-        del pairs[most:]
-    return removed
 
 
 def write_side(folder: Path, side: str, pairs: list[Pair]) -> None:

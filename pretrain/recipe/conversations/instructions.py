@@ -35,6 +35,9 @@ class Pair(NamedTuple):
     dropped: str = ""
 
 
+Sides = dict[str, list[Pair]]  # by side: train, valid
+
+
 def messages_of(row: dict[str, Any]) -> list[Message]:
     """The whole conversation of a row of stage 11 (or of ``pair._asdict()``), the answer last."""
     return [
@@ -160,6 +163,22 @@ def reason_to_drop(pair: Pair, judged: bool) -> str:
 def pair_side(pair: Pair, valid_share: float) -> str:
     """``train`` or ``valid``, by the hash of the headword."""
     return "valid" if is_valid_side(text_hash(pair.headword), valid_share) else "train"
+
+
+def cap_share(pairs: Sides, others: Sides, share: float) -> int:
+    """Remove pairs until they are at most `share` of all pairs on each side; returns how many are removed.
+
+    Without other pairs on a side, all pairs of that side stay.
+    """
+    removed = 0
+    for side, found in pairs.items():
+        number = len(others[side])
+        most = int(number * share / (1 - share)) if number and share < 1 else len(found)
+        # By hash, so that the choice does not depend on the order of the pairs.
+        found.sort(key=lambda pair: text_hash(pair.headword + pair.instruction))
+        removed += len(found[most:])
+        del found[most:]
+    return removed
 
 
 def identity(pair: Pair) -> bytes:

@@ -101,6 +101,18 @@ def test_pairs_of_one_headword_stay_on_one_side():
     assert {"train", "valid"} == set().union(*sides.values())
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.3, 3), (0, 0), (1, 9)])
+def test_a_share_caps_pairs_in_an_order_of_their_own(share, kept):
+    def translations(order):
+        sides = {"train": [pair("文", headword=str(i)) for i in order], "valid": [pair("文")]}
+        return instructions.cap_share(sides, {"train": [pair("文")] * 7, "valid": []}, share), sides
+
+    removed, sides = translations(range(9))
+    assert removed == 9 - kept == 9 - len(sides["train"])
+    assert len(sides["valid"]) == 1
+    assert translations(reversed(range(9)))[1] == sides
+
+
 def pairs_of(tmp_path, rows, name="a.jsonl"):
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / name).write_text(text, "utf-8")
