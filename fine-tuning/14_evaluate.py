@@ -64,7 +64,7 @@ def main(stage: Stage) -> None:
 
 
 def held_out_task(stage: Stage, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the questions about held-out instructions, and return what the harness is told of them.
+    """Write the questions about held-out instructions, and return what `load_tasks` needs of them.
 
     rows: the pairs of the validation side. The list is empty where they make no question.
     """
@@ -78,7 +78,7 @@ def held_out_task(stage: Stage, rows: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def written_tasks(stage: Stage) -> list[dict[str, Any]]:
-    """Write what the tasks of evaluation.json ask, and return what the harness is told of each."""
+    """Write what the tasks of evaluation.json ask, and return what `load_tasks` needs of each."""
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:

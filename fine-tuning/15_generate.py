@@ -1,4 +1,4 @@
-"""Stage 15: ask the five questions, and some held-out instructions, before and after tuning, side by side.
+"""Stage 15: ask the questions and some held-out instructions, before and after tuning, side by side.
 
 Edit: configs/<recipe>/generation.json. Writes: answers.json, answers.md.
 Run:  python fine-tuning/15_generate.py --recipe tiny
@@ -10,7 +10,7 @@ from recipe.conversations.instructions import messages_of, no_pairs
 from recipe.project import RecipeError, write_json
 from recipe.run.stage import Stage, run_stage
 
-HELD_OUT = 5  # conversations of the validation side whose last answer is asked for, beside the questions
+HELD_OUT = 5  # conversations of the validation side whose last answer is asked for as well
 
 
 def main(stage: Stage) -> None:
@@ -42,7 +42,7 @@ def main(stage: Stage) -> None:
         rows.append({"prompt": " → ".join(m["content"] for m in before), "wanted": answer["content"]})
     config = generation_config(values, tokenizer)
     prompts = [encode_conversation(tokenizer, messages)[0] for messages in asked]
-    # A question of generation.json that is too long is the user's to mend; a held-out one is passed over.
+    # A question of generation.json that is too long is refused below; a held-out one is left out.
     room = AutoConfig.from_pretrained(tuned).max_position_embeddings - config.max_new_tokens
     own = len(values.get("questions", []))
     kept = [i for i, ids in enumerate(prompts) if i < own or len(ids) <= room]
@@ -50,8 +50,9 @@ def main(stage: Stage) -> None:
     rows, prompts = [rows[i] for i in kept], [prompts[i] for i in kept]
     if not rows:
         raise RecipeError(
-            "generation.json: questions: none, and no held-out instruction leaves room for max_new_tokens "
-            f"{config.max_new_tokens} in the model's positions. Write questions, or lower max_new_tokens"
+            "generation.json: questions: there are none, and no held-out instruction fits into the "
+            f"model's positions with max_new_tokens {config.max_new_tokens}. Write questions, or lower "
+            "max_new_tokens"
         )
     for name, folder in (("before", stage.inputs["05_pretrain"]), ("after", tuned)):
         model = for_inference(load_model(folder))

@@ -46,7 +46,7 @@ def main(stage: Stage) -> None:
 
 
 def written_tasks(stage: Stage) -> list[dict[str, Any]]:
-    """Write what the tasks of evaluation.json ask, and return what the harness is told of each."""
+    """Write what the tasks of evaluation.json ask, and return what `load_tasks` needs of each."""
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:

@@ -11,8 +11,8 @@ from recipe.run.stage import Stage, run_stage
 def main(stage: Stage) -> None:
     """Generate with the model as it was before the first step and with the trained one, from the same seeds.
 
-    Before is freshly initialised, or the published checkpoint itself: without new pieces, in whose place its
-    prompts have the old ones.
+    The model before training has random weights, or is the published checkpoint of `initial_model`. That one
+    does not know the tokens of new_pieces: its prompts are spelled with its own tokens instead.
     """
     from recipe.config.initial_model import find_initial, read_new_pieces
     from recipe.evaluation.generation import (
@@ -33,7 +33,8 @@ def main(stage: Stage) -> None:
     initial = find_initial(stage.config["pretrain"])
     pieces = read_new_pieces(stage.inputs["03_tokenizer"], len(tokenizer))
     before = load_model(initial) if initial else build_model(stage.config["model"], tokenizer, "sdpa", seed)
-    if initial:  # sample both by generation.json alone
+    if initial:
+        # Both models are sampled with the values of generation.json only.
         before.generation_config = GenerationConfig.from_model_config(before.config)
     models = {
         "before": for_inference(before),

@@ -1,13 +1,13 @@
 """Evaluation speed: the loss of 1 MB of text, ours against the stock Trainer's evaluation of the same blocks.
 
-Text and model are those of the recipe tiny (run it to stage 05 first): the validation sides of all sources,
-read again until there is enough. All peers see the same packed blocks, 8 at a time, and take turns, so that a
-busy moment meets all of them; the best of the rounds counts. The ratio is the stock Trainer's time in
-float32, its default, over the row's. The loss says what bf16 costs in exactness.
+Text and model are those of the recipe tiny (run it to stage 05 first): the validation texts of all sources,
+repeated until there are enough. All methods get the same packed blocks, 8 at a time, and run in turn, so that
+other load on the machine affects all of them; the best round counts. The ratio is the time of the stock
+Trainer in float32, its default, divided by the time of the row. The loss shows how exact bf16 is.
 
-- ``ours``: `total_loss`, in bf16 where the machine has the units (as stage 06), and in float32.
-- ``Trainer``: `Trainer.evaluate`, in float32 and with bf16_full_eval, which casts the weights, too. Its loss
-  is a mean over blocks, whatever the number of tokens in each.
+- ``ours``: `total_loss`, in bf16 where the machine has the units for it (as in stage 06), and in float32.
+- ``Trainer``: `Trainer.evaluate`, in float32 and with bf16_full_eval, which also casts the weights. Its loss
+  is a mean over blocks, which may have different numbers of tokens.
 
 Run (about 3 minutes, nothing else running):  python tests/bench/evaluation.py [MEGABYTES]
 """
@@ -38,7 +38,7 @@ ROUNDS, BATCH, BLOCK = 2, 8, 256
 
 
 def enough(texts: list[str], size: float) -> list[str]:
-    """Texts, round and round, up to `size` bytes of UTF-8."""
+    """Texts, repeated from the first one, until they have `size` bytes of UTF-8."""
     taken, total = [], 0
     for text in itertools.cycle(texts):
         if total >= size:

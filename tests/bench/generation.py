@@ -1,9 +1,8 @@
-"""Generation: tokens a second of plain generate() in a loop, of batches, and with a static cache and
-torch.compile.
+"""Generation speed: generate() in a loop, in batches, with a static cache and with torch.compile.
 
-The model is a finished one: every prompt gets the same number of new tokens, sampled as tiny samples. Every
-way runs once unmeasured; what that first run cost beyond the others (compiling) is a column of its own.
-Under the table: whether batches of 8 with the best cache are at least twice as fast as the loop.
+The model is a trained one. Every prompt gets the same number of new tokens, sampled as in the recipe tiny.
+The first run of each method is not measured; the last column shows how much longer it took (compilation).
+Below the table: whether batches of 8 with the best cache are at least twice as fast as the loop.
 
 Run (about 2 minutes, nothing else running; run tiny to stage 05 first, or name another model folder):
     .venv/bin/python tests/bench/generation.py [MODEL_FOLDER]
@@ -39,7 +38,7 @@ def configs(tokenizer: Any) -> dict[str, GenerationConfig]:
     static = generation_config(values | {"cache_implementation": "static"}, tokenizer)
     compiled = copy.deepcopy(static)
     compiled.compile_config = CompileConfig(dynamic=False, mode="default")
-    compiled.compile_config._compile_all_devices = True  # else generate() compiles on GPUs alone
+    compiled.compile_config._compile_all_devices = True  # without this only on GPUs
     plain = generation_config(values, tokenizer)
     return {"": plain, ", static cache": static, ", static cache, compiled": compiled}
 
@@ -52,7 +51,7 @@ def main() -> None:
     from recipe.tokenization.encode_text import prompt_ids
 
     transformers.logging.set_verbosity_error()
-    scratch = tempfile.TemporaryDirectory()  # an empty cache: the first run compiles
+    scratch = tempfile.TemporaryDirectory()  # an empty cache, so that the first run compiles
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch.name
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUTS / "tiny/05_pretrain"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), for_inference(load_model(folder))
@@ -73,7 +72,7 @@ def main() -> None:
         **{BATCH + name: batches(8, config) for name, config in caches.items()},
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(ROUNDS + 1):  # in turn, so that a busy moment meets all of them
+    for turn in range(ROUNDS + 1):  # in turn, so that other load affects all
         for name, run in ways.items():
             started = time.perf_counter()
             run()

@@ -1,9 +1,8 @@
-"""From prompts to text: many in batches or one as a stream, seeded, read and written as the model was
-trained.
+"""From prompts to text: many prompts in batches, or one prompt as a stream.
 
-What a user writes goes the way the training text went: `recipe.corpus.normalizing` by the recipe's
-dataset.json, then the tokenizer's word segmenter, if it has one. What the model writes comes back as
-text: a tokenizer over segmented words joins them itself when it decodes.
+A prompt is prepared as the training text was: it is normalised by the recipe's dataset.json, then split by
+the tokenizer's word segmenter, if it has one. A tokenizer with a word segmenter puts the words together again
+when it decodes.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from recipe.project import Refused, markdown_text
 from recipe.tokenization.encode_text import BYTE_TOKEN
 
 BATCH_SIZE = 8  # prompts at a time: tests/bench/generation.py
-CONTEXT = 8  # ids before a continuation that are decoded with it, so that its first space is seen
-# The ranges of values are checked where transformers makes use of them, and nowhere before.
+CONTEXT = 8  # ids before a continuation that are decoded with it, so that its first space is kept
+# transformers checks the ranges of these values only when it generates. Here they are checked before.
 _CHECKS = {
     "temperature": TemperatureLogitsWarper,
     "top_p": TopPLogitsWarper,
@@ -49,7 +48,7 @@ _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 class Answer(NamedTuple):
-    """What a model wrote, and whether it ended by itself with </s> rather than at the length limit."""
+    """What a model wrote, and whether it ended with the end token rather than at the length limit."""
 
     text: str
     stopped: bool
@@ -62,7 +61,7 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     Raises Refused for values that transformers refuses, such as a temperature below 0.
     """
     native = {k: v for k, v in values.items() if k not in GENERATION and k != "num_return_sequences"}
-    # JSON, a slider and a user write 1 for 1.0, which transformers' own checks of these keys refuse.
+    # transformers refuses an int for these keys, but JSON, a slider and a user write 1 for 1.0.
     native |= {key: float(native[key]) for key in _FLOATS if type(native.get(key)) is int}
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -71,7 +70,8 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     }
     try:
         for key, check in _CHECKS.items():
-            if native.get(key):  # None and 0 switch it off, but for the temperature
+            # None and 0 switch a key off, except for the temperature, which is checked below.
+            if native.get(key):
                 check(native[key])
         config = GenerationConfig(**native | ids)
         config.validate()
@@ -79,8 +79,8 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
         raise Refused(f"generation.json: {error}") from error
     if config.do_sample and native.get("temperature") == 0:
         raise Refused(
-            "generation.json: temperature: 0 cannot be sampled with. For the likeliest token at every place, "
-            "set do_sample to false"
+            "generation.json: temperature: 0, expected more than 0 when do_sample is true. To take the most "
+            "probable token at every step, set do_sample to false"
         )
     return config
 
@@ -99,7 +99,7 @@ def clean_prompt(config: dict[str, Any], text: str) -> str:
 def decode_continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: list[int]) -> str:
     """The text of ids that follow a prompt, with the space before the first word, if there is one.
 
-    Decoded alone, ids lose it: SentencePiece takes the first space of what it decodes for its own.
+    Ids that are decoded alone lose this space, because SentencePiece removes the first space of a text.
     """
     context = prompt[-CONTEXT:]
     start, whole, alone = tokenizer.batch_decode([context, context + ids, ids], skip_special_tokens=True)
@@ -107,7 +107,7 @@ def decode_continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], i
 
 
 def check_room(model: PreTrainedModel, prompt: list[int], config: GenerationConfig, shown: str = "") -> None:
-    """Raise Refused when a prompt and its answer do not fit into the model's positions, or it has no token.
+    """Raise Refused for a prompt without a token, or one that leaves no room for an answer.
 
     shown: the prompt's text, for the message.
     """
@@ -118,8 +118,8 @@ def check_room(model: PreTrainedModel, prompt: list[int], config: GenerationConf
     if len(prompt) > room:
         raise Refused(
             f"{name} has {len(prompt)} tokens; the model has {model.config.max_position_embeddings} "
-            f"positions, so {max(room, 0)} fit beside generation.max_new_tokens {config.max_new_tokens}. "
-            "Shorten the prompt or lower max_new_tokens"
+            f"positions, and generation.max_new_tokens {config.max_new_tokens} of them are for the answer: "
+            f"{max(room, 0)} are left. Shorten the prompt or lower max_new_tokens"
         )
 
 
@@ -132,10 +132,10 @@ def generate_all(
     seed: int,
     batch_size: int = BATCH_SIZE,
 ) -> list[Answer]:
-    """Continue prompts (lists of ids), `batch_size` at a time; the same for the same seed.
+    """Continue prompts (lists of ids), `batch_size` at a time. The same seed gives the same answers.
 
-    Prompts of like length share a batch, padded on the left. The answers stand in the order of the prompts.
-    Raises Refused for a prompt that is empty or does not fit, before any is continued.
+    Prompts of similar length share a batch, padded on the left. The answers are in the order of the prompts.
+    Raises Refused for a prompt that is empty or too long, before any prompt is continued.
     """
     for prompt in prompts:
         check_room(model, prompt, config)
@@ -144,8 +144,8 @@ def generate_all(
     answers: list[Answer] = [Answer("", False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        for i, row in zip(places, _continue(model, [prompts[i] for i in places], config), strict=True):
+        batch = order[start : start + batch_size]
+        for i, row in zip(batch, _continue(model, [prompts[i] for i in batch], config), strict=True):
             stopped = tokenizer.eos_token_id in row
             row = row[: row.index(tokenizer.eos_token_id)] if stopped else row
             answers[i] = Answer(decode_continuation(tokenizer, prompts[i], row), stopped)
@@ -153,7 +153,7 @@ def generate_all(
 
 
 def _continue(model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """The new ids of each prompt of a batch, with padding behind an end token."""
+    """The new ids of each prompt of a batch, with padding after an end token."""
     longest = max(map(len, prompts))
     ids = [[config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -168,12 +168,12 @@ def _continue(model: PreTrainedModel, prompts: list[list[int]], config: Generati
 def stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], config: GenerationConfig
 ) -> Iterator[str]:
-    """Continue one prompt and yield the text piece by piece, a token or so at a time.
+    """Continue one prompt and yield the text in parts, about one token at a time.
 
-    transformers' own TextStreamer waits for a space or a kanji, so that a line in kana would appear at once.
-    Nothing that a later token may change is yielded: half a character, a run of byte tokens that goes on.
-    When the caller stops listening, generating stops. An error in generating is raised here.
-    Raises Refused for a prompt that is empty or does not fit.
+    The TextStreamer of transformers waits for a space or a kanji, so that a line in kana appears only when it
+    is complete. Here only that is held back which a later token can change: an incomplete character of byte
+    tokens. Generation stops when the caller closes the iterator. An error in the generating thread is raised
+    here. Raises Refused for a prompt that is empty or too long.
     """
     check_room(model, prompt, config)
     tokens: queue.Queue[list[int] | None | Exception] = queue.Queue()
@@ -190,7 +190,8 @@ def stream(
                 stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
             )
             tokens.put(None)
-        except Exception as error:  # handed over: in this thread nobody would see it
+        except Exception as error:
+            # An error in this thread would be lost: the reader of the queue raises it.
             tokens.put(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -218,7 +219,7 @@ def stream(
 
 
 class _Tokens(BaseStreamer):
-    """Puts each new token into a queue; the first call brings the prompt, which is left out."""
+    """Puts each new token into a queue. The first call gets the prompt, which is left out."""
 
     def __init__(self, tokens: queue.Queue) -> None:
         self.tokens, self.is_prompt = tokens, True
@@ -230,7 +231,7 @@ class _Tokens(BaseStreamer):
         self.is_prompt = False
 
     def end(self) -> None:
-        """Called by generate() at the end; `stream` itself marks it, after errors too."""
+        """Called by generate() at the end. Nothing to do: `stream` marks the end, after an error as well."""
 
 
 class _Stop(StoppingCriteria):

@@ -1,4 +1,4 @@
-"""Numbers about a model: loss, perplexity, bits per byte and per character; variety of what it writes."""
+"""Figures of a model: loss, perplexity, bits per byte and per character; variety of the text it writes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from recipe.tokenization.token_files import TokenFile, write_token_file
 
 ROWS = 256  # tokens whose logits are in float32 at a time: tests/bench/evaluation.py
 WINDOW_RULE = (
-    "Documents stand end to end in blocks of {block_size} tokens without overlap, as in training. A "
-    "token sees what stands before it in its own document and block; what a block's end cuts off begins "
-    "anew. Every token but a document's first is predicted, the end token too; bits are divided by the "
-    "bytes (characters) of the text alone."
+    "The documents are packed one after another into blocks of {block_size} tokens without overlap, as in "
+    "training. A token sees only the tokens before it in its own document and block: where the end of a "
+    "block cuts a document, the rest starts without context. Every token except the first of a document is "
+    "predicted, the end token as well. Bits are divided by the bytes (characters) of the text without end "
+    "tokens."
 )
 
 
@@ -32,9 +33,9 @@ def total_loss(
 ) -> tuple[float, int]:
     """Summed negative log likelihood in nats, and the number of predicted tokens.
 
-    samples: items as `PackedBlocks` gives them; documents in a block do not see each other, exactly as in
-    training (no attention mask and no cache: with either, transformers would let them). bf16: matrix products
-    in bfloat16, by autocast; the softmax over the vocabulary and sums are in float32 or more in any case.
+    samples: items of `PackedBlocks`. Documents in a block do not see each other, as in training; with an
+    attention mask or a cache, transformers would let them. bf16: compute matrix products in bfloat16 by
+    autocast; the softmax over the vocabulary and the sums are always in float32 or float64.
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -45,33 +46,32 @@ def total_loss(
             labels = batch["shift_labels"].flatten()
             batch = {key: batch[key].to(model.device) for key in ("input_ids", "position_ids")}
             logits = model(**batch, use_cache=False).logits
-            loss += _sum_of_losses(logits.flatten(0, 1), labels.to(model.device))
+            loss += sum_of_losses(logits.flatten(0, 1), labels.to(model.device))
             count += int((labels != IGNORED).sum())
     return loss.item(), count
 
 
-def _sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Summed cross entropy of logits [tokens, vocabulary], float64 [].
 
-    A few rows at a time: the logits are the largest tensor by far, and in float32, in one piece, they and
-    their softmax would leave every cache.
+    Only `ROWS` tokens at a time are in float32: the logits are the largest tensor by far, and as a whole they
+    and their softmax do not fit into a processor's cache.
     """
-    pieces = zip(logits.split(ROWS), labels.split(ROWS), strict=True)
     losses = [
-        torch.nn.functional.cross_entropy(rows.float(), wanted, ignore_index=IGNORED, reduction="sum")
-        for rows, wanted in pieces
+        torch.nn.functional.cross_entropy(rows.float(), targets, ignore_index=IGNORED, reduction="sum")
+        for rows, targets in zip(logits.split(ROWS), labels.split(ROWS), strict=True)
     ]
     return torch.stack(losses).double().sum()
 
 
 def computes_in_bf16(training: dict[str, Any]) -> bool:
-    """Whether an evaluation computes in bf16: where training does, and this machine has the units for it.
+    """Whether to evaluate in bf16: if training does, and this machine has the units for it.
 
-    training: pretrain.json or finetune.json. By how much the loss differs from float32's is measured by
-    tests/bench/evaluation.py.
+    training: pretrain.json or finetune.json. tests/bench/evaluation.py measures how far the loss is from that
+    in float32.
     """
-    wanted = training.get("bf16", "fp16" not in training)  # as `recipe.hardware.choose`
-    return bool(wanted) and detect().fast_bf16
+    asked = training.get("bf16", "fp16" not in training)  # as `recipe.hardware.choose`
+    return bool(asked) and detect().fast_bf16
 
 
 def evaluate_texts(
@@ -86,15 +86,17 @@ def evaluate_texts(
 ) -> dict[str, float]:
     """Loss, perplexity, bits per byte and bits per character of a model on documents.
 
-    Window rule: documents as `document_ids` gives them, end to end, in blocks of `block_size` without
-    overlap, as in training. A token sees what stands before it in its own document and its own block: of a
-    document that a block's end cuts, or that is longer than a block, the part in the next block begins
-    without context. Its first token is still predicted, from the last block. Every token but a document's
-    first is predicted once.
+    Windows: the documents, as `document_ids` gives them, are packed one after another into blocks of
+    `block_size` tokens without overlap, as in training. A token sees only the tokens before it in its own
+    document and block. Where a document continues in the next block, that part starts without context; its
+    first token is still predicted, from the end of the block before. Every token except the first of a
+    document is predicted once.
 
-    With a start token every byte of the text counts, without one the first token's do not. So does each
-    document's end: bits are those of text and ends, divided by the UTF-8 bytes (characters) of the text
-    alone.
+    With a start token, every byte of the text is predicted; without one, the bytes of the first token are
+    not. The end token of each document is predicted as well. Bits are the sum over text and end tokens,
+    divided by the UTF-8 bytes (characters) of the text alone.
+
+    folder: where the tokens are kept during the calculation. name: for the progress line.
     """
     from recipe.tokenization.encode_text import document_ids
 
@@ -121,7 +123,7 @@ def evaluate_texts(
 
 
 def combine(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The figures of several sets of documents taken together, from their sums."""
+    """The figures of several sets of documents together, calculated from their sums."""
     parts = list(parts)
     total = {
         key: sum(part[key] for part in parts)
@@ -138,14 +140,15 @@ def combine(parts: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def repetition(text: str, n: int = 8) -> float:
-    """The share of character n-grams that occurred before in the same text: 0 for none, near 1 for a loop."""
+    """The share of character n-grams that are repeated in a text: 0 for none, nearly 1 for a loop."""
     grams = [text[i : i + n] for i in range(len(text) - n + 1)]
     return 1 - len(Counter(grams)) / len(grams) if grams else 0.0
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Different character n-grams over all n-grams of some texts (Li et al., 2016: distinct-n); 0 for
-    none.
+    """The share of different n-grams of characters in all of some texts (distinct-n, Li et al., 2016).
+
+    It is 0 when the texts have no n-gram.
     """
     grams = Counter(text[i : i + n] for text in texts for i in range(len(text) - n + 1))
     return len(grams) / grams.total() if grams else 0.0
@@ -165,8 +168,9 @@ def losses_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Figures of stage 14 as a table, before and after tuning; those that are no single numbers are left
-    out.
+    """Figures of stage 14 as a Markdown table, before and after tuning.
+
+    Figures that are not single numbers are left out.
     """
     lines = ["| held-out instructions | before | after |", "|---|---:|---:|"]
     for key, value in before.items():

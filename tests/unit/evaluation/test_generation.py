@@ -1,4 +1,4 @@
-"""Generation: batches change nothing, streams lose nothing, input and output as the model was trained."""
+"""Generation: batches and streams give the same text; prompts are prepared as in training."""
 
 import html
 import re
@@ -31,7 +31,7 @@ PROMPTS = ["山", "今日、先生は学校で", "昨日", "猫は家で3回料�
 
 
 def test_batched_generation_is_that_of_single_prompts(fast, model):
-    """Left padding, and sorting by length into batches of two, must not change what a prompt gets."""
+    """Left padding and batches of two, sorted by length, do not change the answers."""
     prompts = [prompt_ids(fast, text) for text in PROMPTS]
     config = greedy(fast, repetition_penalty=1.2, no_repeat_ngram_size=2)
     together = generation.generate_all(model, fast, prompts, config, 0, batch_size=2)
@@ -85,7 +85,7 @@ def test_an_error_in_generating_reaches_the_caller(fast, model, monkeypatch):
         list(generation.stream(model, fast, prompt_ids(fast, "山"), greedy(fast)))
 
 
-def test_generating_stops_when_nobody_listens(fast, model):
+def test_generation_stops_when_the_caller_closes_the_stream(fast, model):
     before = threading.active_count()
     pieces = generation.stream(
         model, fast, prompt_ids(fast, "山"), greedy(fast, max_new_tokens=200, min_new_tokens=200)
@@ -105,7 +105,7 @@ def test_the_first_space_of_a_continuation_is_kept():
 
 @pytest.mark.extra("sudachi")
 def test_input_is_normalised_and_segmented_and_output_joined():
-    """System D's way: full-width letters become narrow, words stand apart for the model, not for the user."""
+    """Full-width letters become half-width; only the model sees spaces between words."""
     from recipe.project import DATA
     from recipe.tokenization.word_segmenter import make_segmenter
 
@@ -121,7 +121,7 @@ def test_input_is_normalised_and_segmented_and_output_joined():
 
 
 def test_a_prompt_that_does_not_fit_is_named(fast, model):
-    with pytest.raises(Refused, match=r"10 tokens; the model has 256 positions, so 4 fit "):
+    with pytest.raises(Refused, match=r"10 tokens; the model has 256 positions, .*: 4 are left"):
         generation.generate_all(model, fast, [[5], [5] * 10], greedy(fast, max_new_tokens=252), 0)
     with pytest.raises(Refused, match="no token"):
         generation.generate_all(model, fast, [[]], greedy(fast), 0)

@@ -1,4 +1,4 @@
-"""Figures about a model agree with a calculation by hand."""
+"""Figures of a model agree with a calculation by hand."""
 
 import math
 
@@ -9,10 +9,10 @@ from recipe.evaluation import metrics
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"), [("", 0.0), ("短い", 0.0), ("あいうえおかきくけこ", 0.0), ("あ" * 100, 1 - 1 / 93)]
+    ("text", "expected"), [("", 0.0), ("短い", 0.0), ("あいうえおかきくけこ", 0.0), ("あ" * 100, 1 - 1 / 93)]
 )
-def test_repetition(text, wanted):
-    assert metrics.repetition(text) == pytest.approx(wanted)
+def test_repetition(text, expected):
+    assert metrics.repetition(text) == pytest.approx(expected)
 
 
 def test_distinct_by_hand():
@@ -21,7 +21,7 @@ def test_distinct_by_hand():
 
 
 def test_bits_per_byte_by_hand(tmp_path):
-    """Every document alone, one token at a time, in float64: the packed evaluation must give the same."""
+    """The packed evaluation gives the same as every document alone, token by token, in float64."""
     from recipe.model.build import build_model
     from recipe.tokenization import encode_text as tokenizers
     from recipe.tokenization.train import train_tokenizer
@@ -34,7 +34,7 @@ def test_bits_per_byte_by_hand(tmp_path):
     place = 0
     for text in texts:
         ids = [2, *tokenizers.encode_text(fast, text), 3]
-        # A document that lies across a block's end sees only its own block: cut it by hand as well.
+        # A document across the end of a block sees only the part in its own block: cut it by hand as well.
         pieces, start = [], 0
         while start < len(ids):
             room = 200 - place % 200
@@ -68,9 +68,10 @@ def trained():
     return build_model({"model_type": "qwen3", **SHAPE}, fast, "sdpa", 0), fast
 
 
-def test_what_a_block_cuts_off_begins_anew(trained, tmp_path):
-    """The window rule: a change before the cut of a long document changes nothing behind it, but for the
-    first token, which is predicted from before the cut.
+def test_what_a_block_cuts_off_starts_without_context(trained, tmp_path):
+    """A change before the cut of a long document changes no loss after it.
+
+    The first token after the cut is the exception: it is predicted from before the cut.
     """
     from recipe.tokenization.packing import IGNORED, PackedBlocks
     from recipe.tokenization.token_files import TokenFile, write_token_file
@@ -92,12 +93,12 @@ def test_what_a_block_cuts_off_begins_anew(trained, tmp_path):
     assert first["shift_labels"][-1] == ids[64]  # so that every token is predicted
 
 
-def test_losses_are_summed_piece_by_piece(trained, monkeypatch):
+def test_losses_are_summed_over_parts(trained, monkeypatch):
     logits, labels = torch.randn(70, 400), torch.randint(0, 400, (70,))
     labels[::7] = -100
     monkeypatch.setattr(metrics, "ROWS", 16)
-    wanted = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
-    assert metrics._sum_of_losses(logits, labels).item() == pytest.approx(wanted.item(), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    assert metrics.sum_of_losses(logits, labels).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_bf16_is_near_and_is_really_used(trained, tmp_path):
@@ -111,7 +112,7 @@ def test_bf16_is_near_and_is_really_used(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("training", "units", "wanted"),
+    ("training", "units", "expected"),
     [
         ({}, True, True),
         ({"bf16": True}, False, False),
@@ -120,11 +121,11 @@ def test_bf16_is_near_and_is_really_used(trained, tmp_path):
         ({"fp16": False}, True, False),
     ],
 )
-def test_bf16_where_training_computes_in_it(monkeypatch, training, units, wanted):
+def test_bf16_where_training_computes_in_it(monkeypatch, training, units, expected):
     from types import SimpleNamespace
 
     monkeypatch.setattr(metrics, "detect", lambda: SimpleNamespace(fast_bf16=units))
-    assert metrics.computes_in_bf16(training) is wanted
+    assert metrics.computes_in_bf16(training) is expected
 
 
 def test_comparison_has_a_row_per_figure():

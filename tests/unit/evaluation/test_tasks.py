@@ -1,4 +1,4 @@
-"""Tasks: what is asked was held out, what the model is given is what it was trained on, scores are right."""
+"""Our own tasks: questions are held out, ids are those of training, scores are right."""
 
 import gzip
 import io
@@ -27,10 +27,10 @@ TASKS = {
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Any attempt to reach another machine is an error."""
+    """Every connection to another machine is an error."""
 
     def refuse(*address):
-        raise AssertionError(f"a connection was tried: {address}")
+        raise AssertionError(f"a connection was opened: {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -142,7 +142,7 @@ def test_readings_are_of_common_words_with_one_reading(packaged, tmp_path):
         assert item["choices"][item["answer"]] == rows[item["word"]]
 
 
-def test_four_choices_differ_and_the_right_one_stands_anywhere():
+def test_four_choices_differ_and_the_right_one_is_at_any_position():
     rows = [({"question": str(i)}, f"答え{i:03}" * (1 + i % 3)) for i in range(300)]
     rows += [({"question": "同じ"}, rows[7][1])]  # an answer that two questions share
     found = items.four_choice(rows)
@@ -155,7 +155,7 @@ def test_four_choices_differ_and_the_right_one_stands_anywhere():
     assert items.four_choice(reversed(rows)) == found and items.four_choice(rows, 5) == found[:5]
 
 
-def test_another_right_answer_is_no_wrong_choice():
+def test_another_right_answer_is_not_a_wrong_choice():
     rows = [({"english": "Hi."}, f"やあ{i}") for i in range(9)] + [
         ({"english": "No."}, f"いや{i}") for i in range(9)
     ]
@@ -196,7 +196,7 @@ def log_likelihood(trained, ids, answer):
 
 
 def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
-    """One start token, the context and the answer encoded apart, control tokens in a text as text."""
+    """One start token, context and answer encoded separately, control tokens in a text as text."""
     from recipe.tokenization.encode_text import encode_text
 
     tokenizer, _ = trained
@@ -207,12 +207,12 @@ def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
         ids = [tokenizer.bos_token_id, *encode_text(tokenizer, f"名前\n{item['name']} -")]
         assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in ids
         for choice, ((found, _),) in zip(item["choices"], sample["resps"], strict=True):
-            wanted = log_likelihood(trained, ids, encode_text(tokenizer, choice))
-            assert found == pytest.approx(wanted, rel=1e-5)
+            expected = log_likelihood(trained, ids, encode_text(tokenizer, choice))
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
-    """With the history of a conversation, through the chat template, as stage 12 encodes it."""
+    """With the earlier turns, through the chat template, as stage 12 encodes them."""
     from recipe.conversations.encode import encode_conversation
     from recipe.conversations.instructions import messages_of
     from recipe.evaluation.tasks.harness import as_context
@@ -239,8 +239,8 @@ def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
         ids, marks = encode_conversation(tokenizer, messages_of(row))
         start = len(marks) - 1 - marks[::-1].index(False) + 1
         for choice, ((found, _),) in zip(choices, sample["resps"], strict=True):
-            wanted = log_likelihood(trained, ids[:start], encode_text(tokenizer, choice))
-            assert found == pytest.approx(wanted, rel=1e-5)
+            expected = log_likelihood(trained, ids[:start], encode_text(tokenizer, choice))
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_wrong_choices_answer_the_same_instruction():
@@ -323,8 +323,7 @@ def test_jglue_runs_on_its_own_files(jglue, trained, tmp_path, offline):
     assert found["jsquad"]["metric"] == "exact_match" and found["jsquad"]["random"] is None
     shots = {name: samples[0]["arguments"][0][0].count("\n\n") for name, samples in logged.items()}
     assert shots == {"jcommonsenseqa": 3, "jnli": 3, "marc-ja": 3, "jsquad": 2}
-    # The words are those of training: neologdn makes ？ and １２ half-width, the title is no part of a
-    # context.
+    # The text is normalised as in training: ？ and １２ become half-width. The context has no title.
     prompt = logged["jsquad"][0]["arguments"][0][0]
     assert prompt.endswith("題名:行事\n文章:行事は12月にある。\n質問:何月にありますか?\n答え:")
     assert logged["jnli"][0]["arguments"][0][1] == "含意"
@@ -347,19 +346,19 @@ def test_labels_of_jglue_keep_their_meaning(jglue):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "wanted"),
+    ("name", "text", "expected"),
     [
-        ("jnli", '{"sentence1": "あ", "sentence2": "い", "label": "maybe"}', "line 1: no row of jnli"),
+        ("jnli", '{"sentence1": "あ", "sentence2": "い", "label": "maybe"}', "line 1: not a row of jnli"),
         ("jcommonsenseqa", '{"question": "あ", "choice0": "い", "label": 0}', "KeyError 'choice1'"),
         ("marc-ja", '{"sentence": "あ", "label": "positive"}\n{"text": "い"}', "line 2"),
         ("jsquad", '{"version": "1"}', "KeyError 'data'"),
         ("jnli", "{", "not valid JSON"),
     ],
 )
-def test_rows_of_another_form_are_named(tmp_path, name, text, wanted):
+def test_rows_of_another_form_are_named(tmp_path, name, text, expected):
     path = tmp_path / "valid-v1.3.json"
     path.write_text(text, "utf-8")
-    with pytest.raises(RecipeError, match=wanted) as raised:
+    with pytest.raises(RecipeError, match=expected) as raised:
         list(items.read_jglue(name, path, str))
     assert str(path) in str(raised.value)
 
@@ -370,7 +369,7 @@ def test_a_folder_without_the_files_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "wanted"),
+    ("tasks", "expected"),
     [
         ({"readings": {}}, "Did you mean 'reading'"),
         ({"reading": {"source": "manpages"}}, "no source of kind tatoeba"),
@@ -383,10 +382,10 @@ def test_a_folder_without_the_files_is_refused(tmp_path):
         ({"marc-ja": {}}, "can no longer be downloaded"),
     ],
 )
-def test_wrong_tasks_are_refused(tasks, wanted):
+def test_wrong_tasks_are_refused(tasks, expected):
     config = configs.load_recipe("tiny")
     config["evaluation"] = {"tasks": tasks}
-    with pytest.raises(Refused, match=wanted):
+    with pytest.raises(Refused, match=expected):
         configs.check_recipe(config, "configs/tiny")
 
 

@@ -1,7 +1,6 @@
-"""Tasks of lm-evaluation-harness: a YAML file each, the items behind them, and the model as the harness asks
-it.
+"""Tasks of lm-evaluation-harness: a YAML file for each, their items, and the model that answers.
 
-Every task reads its items from JSON Lines that `recipe.evaluation.tasks.items` writes, in the text
-that the model was trained on. The prompts, the number of shots and the metrics stand in
-the YAML files of this folder.
+The YAML files of this folder hold prompts, number of shots and metrics of our own tasks, and say in their
+``metadata`` what each needs (`recipe.config.tasks`). Their items are JSON Lines that
+`recipe.evaluation.tasks.items` writes. Tasks that come with the harness need no file here.
 """

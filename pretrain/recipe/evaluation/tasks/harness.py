@@ -1,4 +1,4 @@
-"""Running tasks of lm-evaluation-harness on a model of ours, and what their scores are worth."""
+"""Run tasks of lm-evaluation-harness on our models, and turn its results into scores with intervals."""
 
 from __future__ import annotations
 
@@ -32,28 +32,27 @@ from recipe.project import RecipeError
 from recipe.tokenization.encode_text import encode_text, prompt_ids
 
 Sample = dict[str, Any]  # what the harness logs of an item
-
 Figures = dict[str, Any]  # what `scores` gives of a task
 
 SEED = 1234  # of the harness's choice of shots
 Z = 1.959964  # the normal distribution has 95 % between -Z and Z
 BOOTSTRAP = 100  # resamples for the standard error of metrics that are not means
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would start a process per core for them
-_CHAT = "\0"  # before a conversation that is handed through the harness as a context; no text holds it
+_CHAT = "\0"  # marks a context that is a conversation in JSON; no text contains this character
 
 
 def as_context(messages: list[Message]) -> str:
-    """A conversation that waits for its answer, as a context for `Harness`."""
+    """A conversation that ends with a question, as a context for `Harness`."""
     return _CHAT + json.dumps(messages, ensure_ascii=False)
 
 
 class Harness(HFLM):
-    """A model as the harness asks it, in the ids that it was trained on.
+    """A model for the harness, which gets the same ids as in training.
 
-    The harness's own way would find control tokens in texts, forget the word segmenter, and move white space
-    at a context's end into the answer, whatever token that makes; and it leaves the start token to the
-    tokenizer, which here has no rule of its own. So contexts are encoded as the beginning of a document or as
-    a conversation, and answers by themselves, as stage 12 trains them.
+    The harness's own encoding does not fit our models: it takes the text of a control token for the token,
+    skips the word segmenter, moves white space from the end of a context into the answer, and adds no start
+    token. Here a context is encoded as the beginning of a document or as a conversation, and an answer by
+    itself, as stage 12 trains it.
 
     ``cut`` counts the requests whose beginning was left out because they were longer than the model's
     positions, ``shortened`` those that allowed a longer answer than half of the positions.
@@ -70,7 +69,8 @@ class Harness(HFLM):
             tokenizer=tokenizer,
             batch_size=batch_size,
             mixed_precision_dtype="bfloat16" if bf16 else None,
-            softmax_dtype="float32",  # bf16 sums of log likelihoods differ by eighths
+            # In bf16, sums of log likelihoods would be rounded to eighths.
+            softmax_dtype="float32",
         )
         self.cut = self.shortened = 0
 
@@ -118,7 +118,7 @@ class Harness(HFLM):
         return super().generate_until(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log likelihood in nats of each whole text, after the start token, in windows side by side."""
+        """The log likelihood in nats of each whole text after the start token, in separate windows."""
         totals = []
         for request in requests:
             ids = encode_text(self.tokenizer, request.args[0])
@@ -130,7 +130,7 @@ class Harness(HFLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation itself; `tok_encode` puts it into the template."""
+        """The conversation as a context; `tok_encode` applies the template to it."""
         return as_context(chat_history)
 
 
@@ -157,7 +157,7 @@ def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
             continue
         try:
             found = _manager(task_files.OWN if name in task_files.own_tasks() else None).load(name)
-        except Exception as error:  # its data, its Python functions and its metrics are not ours
+        except Exception as error:  # anything: the data, Python functions and metrics of a task are not ours
             raise RecipeError(
                 f"evaluation.json: tasks.{name}: lm-evaluation-harness cannot load it: "
                 f"{type(error).__name__}: {error}. Remove the task, or fix what the message names"
@@ -280,8 +280,10 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
 
 
 def answer_scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Exact match and F1 of characters against the best of JSQuAD's answers, as JGLUE's paper scores: both
-    after NFKC, lower case, and without white space and punctuation.
+    """Exact match and F1 of characters, as the paper of JGLUE scores JSQuAD.
+
+    The best of the right answers counts. Texts are compared after NFKC, in lower case, without white space
+    and punctuation.
     """
     found = _plain(results[0])
     pairs = [(found, _plain(answer)) for answer in doc["answers"]]
@@ -292,10 +294,10 @@ def _plain(text: str) -> str:
     return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).lower())
 
 
-def _f1(found: str, wanted: str) -> float:
+def _f1(found: str, expected: str) -> float:
     """The harmonic mean of precision and recall of characters, counted with repetition."""
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted)) if common else float(found == wanted)
+    common = sum((Counter(found) & Counter(expected)).values())
+    return 2 * common / (len(found) + len(expected)) if common else float(found == expected)
 
 
 def scores_table(columns: dict[str, dict[str, Figures]]) -> str:

@@ -1,9 +1,9 @@
 """The items of tasks: four-choice questions from the packaged sources, and JGLUE's files.
 
-What a packaged task asks was held out of the training that it judges. Stage 06 asks about documents on the
-validation side of pretraining, and leaves out answers that also occur on the training side; stage 14 about
-the pairs on the validation side of stage 11, whose headwords tuning has not seen. No training reads the
-dictionary behind ``reading``; its words are split by their hash all the same.
+The model was not trained on what a packaged task asks. Stage 06 asks about documents of the validation side
+of pretraining, without answers that also occur on the training side. Stage 14 asks about pairs of the
+validation side of stage 11, whose headwords tuning has not seen. No stage trains on the dictionary that
+``reading`` uses; its words are split by their hash anyway.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import DATA, ROOT, RecipeError
 
 Item = dict[str, Any]
-Row = tuple[Item, str]  # what a question is made of, and its answer
+Row = tuple[Item, str]  # the values that a question is made from, and its answer
 
-WRONG, DRAWN = 3, 24  # wrong choices, and the answers of other questions that they are taken from
-SHOTS = 100  # items of a training file that examples are drawn from
+WRONG, DRAWN = 3, 24  # wrong choices, and how many answers of other questions they are selected from
+SHOTS = 100  # items of a training file that the shots are selected from
 JGLUE_COMMIT = "6f071c09316baae89c3d083a90985b4b1cb9968c"  # release 1.3.0: the content cannot change
-# The training files of jnli and jsquad rest on the commit alone: we did not have them to hash.
+# The training files of jnli and jsquad have no hash here: only the commit identifies them.
 JGLUE_SHA256 = {
     "jcommonsenseqa/train": "9b55fae5ecb3aedd6f8ce5bc09196c3b629864668ec6c18eee4d65c0aa48229e",
     "jcommonsenseqa/test": "0d8d76f3bfa0d174866939882faccdd01fbc2bcd5a76c43748ba0c40a7b3b8d4",
@@ -50,7 +50,7 @@ _PACKAGE = re.compile(r"(\S+) - ?(\S[^\n]*)\n(.+)", re.DOTALL)
 
 
 def write_tasks(config: dict[str, Any], dataset: Path, folder: Path, names: Iterable[str]) -> list[Item]:
-    """Write the items of tasks of evaluation.json, and return what the harness is told of each task.
+    """Write the items of tasks of evaluation.json, and return what `load_tasks` needs of each.
 
     config: a whole recipe. dataset: the folder of stage 02. folder: where ``<task>.test.jsonl`` goes, and
     ``<task>.train.jsonl`` for the shots. Nothing is written for a task that brings its own data. Raises
@@ -77,7 +77,10 @@ def write_tasks(config: dict[str, Any], dataset: Path, folder: Path, names: Iter
 
 
 def write_items(folder: Path, name: str, sides: dict[str, list[Item]]) -> Item:
-    """Write items as JSON Lines; what the harness must know to read them again, without a cache at home."""
+    """Write items as JSON Lines, and return the values of the YAML file that make the harness read them.
+
+    sides: items by ``test`` and ``train``. The cache of datasets is then below `folder` as well.
+    """
     folder.mkdir(exist_ok=True)
     paths = {side: folder / f"{name}.{side}.jsonl" for side in sides}
     for side, path in paths.items():
@@ -87,7 +90,7 @@ def write_items(folder: Path, name: str, sides: dict[str, list[Item]]) -> Item:
 
 
 def in_hash_order(items: Iterable[Item]) -> list[Item]:
-    """Items in an order that depends on each of them alone, so that the first few are a fair sample."""
+    """Items in the order of their hashes, so that the first ones are a random sample."""
     return sorted(items, key=lambda item: text_hash(json.dumps(item, ensure_ascii=False, sort_keys=True)))
 
 
@@ -115,19 +118,23 @@ def packaged_items(
     if not items:
         raise RecipeError(
             f"evaluation.json: tasks.{name}: {source!r} has {len({answer for _, answer in rows})} different "
-            f"answers that were held out, wanted {WRONG + 1} or more. Remove the task, or raise "
+            f"answers that were held out, expected {WRONG + 1} or more. Remove the task, or raise "
             "dataset.valid_share"
         )
     return items
 
 
 def four_choice(rows: Iterable[Row], most: int | None = None) -> list[Item]:
-    """Questions with their answer among three of other questions'; none where there are too few answers.
+    """Four-choice questions: the answer and three answers of other questions.
 
-    A question that has several answers is asked once, and none of them is a wrong choice. The wrong choices
-    are those nearest in length to the right one among `DRAWN` drawn ones, so that length tells nothing. What
-    is drawn depends on the question and the answers alone. Each item has the row's keys, ``choices`` and
-    ``answer``, the place of the right one. most: questions wanted, the first by their hash.
+    A question with several answers is asked once, and none of its answers is a wrong choice. Of `DRAWN`
+    random answers of other questions, the three nearest in length to the right one become the wrong choices,
+    so that the length does not give the answer away. The random choice depends only on the question and the
+    answers.
+
+    Each item has the keys of its row, ``choices``, and ``answer``, the index of the right choice. most: the
+    number of questions to make, the first by their hash. The list is empty where there are fewer than four
+    different answers.
     """
     right: dict[str, set[str]] = defaultdict(set)
     for item, answer in rows:
@@ -169,18 +176,18 @@ def _sentences(texts: Iterable[str]) -> Iterator[Row]:
 
 
 def _translations(rows: list[Row], folder: Path, normalize: Callable[[str], str]) -> list[Row]:
-    """Japanese sentences with their English."""
-    wanted = {line for _, line in rows}
+    """Japanese sentences of `rows` with their English translation."""
+    asked = {line for _, line in rows}
     pairs = ((english, normalize(japanese)) for _, japanese, english in read_tatoeba(folder) if english)
-    return [({"english": normalize(english)}, japanese) for english, japanese in pairs if japanese in wanted]
+    return [({"english": normalize(english)}, japanese) for english, japanese in pairs if japanese in asked]
 
 
 def read_readings(folder: Path) -> Iterator[Row]:
-    """Words and readings of JMdict (CC BY-SA 4.0, Electronic Dictionary Research and Development Group): the
-    common words of two kanji or more with a single reading, which is in hiragana.
+    """Words and readings of JMdict: common words of two kanji or more with one reading, in hiragana.
 
-    folder: of the source `tatoeba`, whose archive holds the dictionary. Read line by line: memory is
-    constant.
+    JMdict: CC BY-SA 4.0, Electronic Dictionary Research and Development Group. folder: of the source
+    `tatoeba`, whose archive contains the dictionary. It is read line by line, in constant memory. Raises
+    RecipeError for an archive without it.
     """
     (archive,) = folder.glob("*.tar.gz")
     with gzip.open(archive) as handle:
@@ -188,7 +195,7 @@ def read_readings(folder: Path) -> Iterator[Row]:
             with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
                 yield from _readings(lines)
             return
-    raise RecipeError(f"{archive}: holds no res/jmdict/jmdict.xml.gz. Remove the task `reading`")
+    raise RecipeError(f"{archive}: contains no res/jmdict/jmdict.xml.gz. Remove the task `reading`")
 
 
 def _readings(lines: Iterable[str]) -> Iterator[Row]:
@@ -215,9 +222,9 @@ def held_out_items(
 ) -> list[Item]:
     """The pairs of stage 11's validation side as four-choice questions, up to `most` of each source.
 
-    rows: as stage 11 wrote them; what was said before a pair belongs to its question. context: a conversation
-    as the harness takes it. Where pairs come with an input, the wrong choices answer the same instruction.
-    Sources with fewer than four different answers are left out.
+    rows: the pairs as stage 11 wrote them; the turns before a pair belong to its question. context: turns
+    a conversation into a context of the harness. Where pairs have an input, the wrong choices are answers to
+    the same instruction. Sources with fewer than four different answers are left out.
     """
     kinds: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -239,8 +246,8 @@ def held_out_items(
 def jglue_files(name: str, spec: dict[str, str]) -> dict[str, Path]:
     """The training and validation file of a task of JGLUE (Kurihara et al., 2022), as ``train`` and ``test``.
 
-    From the folder `path`; without one, from JGLUE's repository (CC BY-SA 4.0), once, into data/. Raises
-    RecipeError for a folder without them.
+    They are taken from the folder `path` of the task; without `path` they are downloaded once from JGLUE's
+    repository (CC BY-SA 4.0) into data/. Raises RecipeError for a folder without the files.
     """
     if "path" in spec:
         folder, found = ROOT / Path(spec["path"]).expanduser(), {}
@@ -267,13 +274,14 @@ def read_jglue(name: str, path: Path, normalize: Callable[[str], str]) -> Iterat
 
     Raises RecipeError naming the file and line for a row of another form.
     """
-    for place, row in json_rows(path):
+    for line, row in json_rows(path):
         try:
             for item in _questions(row) if name == "jsquad" else [_READERS[name](row)]:
                 yield _normalized(item, normalize)
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise RecipeError(
-                f"{path}: {place}: no row of {name}: {type(error).__name__} {error}. Wanted JGLUE's own form"
+                f"{path}: {line}: not a row of {name}: {type(error).__name__} {error}. "
+                "Expected the form of JGLUE"
             ) from error
 
 
@@ -296,7 +304,7 @@ _READERS = {"jcommonsenseqa": _commonsense, "jnli": _inference, "marc-ja": _revi
 
 
 def _questions(file: dict[str, Any]) -> Iterator[Item]:
-    """The questions of a file in SQuAD's form; a context begins with its article's title and ``[SEP]``."""
+    """The questions of a file in the form of SQuAD. The title and ``[SEP]`` before a context are removed."""
     for article in file["data"]:
         for paragraph in article["paragraphs"]:
             context = paragraph["context"].partition("[SEP]")[2] or paragraph["context"]
