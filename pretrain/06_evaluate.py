@@ -21,11 +21,10 @@ def main(stage: Stage) -> None:
     """Evaluate the validation side of every source, then ask the tasks."""
     check_available(stage.config)
     from recipe.evaluation.metrics import WINDOW_RULE, computes_in_bf16, losses_table
-    from recipe.evaluation.tasks.harness import load_tasks, scores_table
     from recipe.model.build import for_inference, load_model
     from transformers import AutoTokenizer
 
-    tasks = load_tasks(written_tasks(stage))
+    tasks = loaded_tasks(stage) if tasks_of(stage.config, NAME) else None
     tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
     model = for_inference(load_model(stage.inputs["05_pretrain"]))
     bf16 = computes_in_bf16(stage.config["pretrain"])
@@ -35,9 +34,9 @@ def main(stage: Stage) -> None:
     rule = WINDOW_RULE.format(block_size=stage.config["pretrain"]["block_size"])
     text = f"{losses_table(domains | sources)}\n{rule}\n"
     stage.figures = domains | {"sources": sources, "precision": "bf16" if bf16 else "fp32"}
-    if tasks["tasks"]:
-        stage.figures["tasks"] = score_tasks(stage, model, tokenizer, tasks, bf16)
-        text += "\n" + scores_table({"score": stage.figures["tasks"]})
+    if tasks:
+        stage.figures["tasks"], table = score_tasks(stage, model, tokenizer, tasks, bf16)
+        text += f"\n{table}"
 
     write_json(stage.folder / "metrics.json", stage.figures)
     (stage.folder / "metrics.md").write_text(text, "utf-8")
@@ -45,15 +44,16 @@ def main(stage: Stage) -> None:
     stage.headline = "bits per byte: " + ", ".join(shown)
 
 
-def written_tasks(stage: Stage) -> list[dict[str, Any]]:
-    """Write what the tasks of evaluation.json ask, and return what `load_tasks` needs of each."""
+def loaded_tasks(stage: Stage) -> Any:
+    """Write what the tasks of evaluation.json ask, and load them before the texts are evaluated."""
+    from recipe.evaluation.tasks.harness import load_tasks
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
         record = read_json(stage.inputs["01_download"] / "stage.json")
         require_data(record["figures"], stage.config["dataset"], DATA)
     names = tasks_of(stage.config, NAME)
-    return write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names)
+    return load_tasks(write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names))
 
 
 def evaluate_sources(stage: Stage, model: Any, tokenizer: Any, bf16: bool) -> dict[str, dict[str, float]]:
@@ -81,9 +81,11 @@ def combine_domains(config: dict[str, Any], sources: dict[str, Any]) -> dict[str
     return {"in_domain": combine(inside)} | ({"out_of_domain": combine(outside)} if outside else {})
 
 
-def score_tasks(stage: Stage, model: Any, tokenizer: Any, tasks: Any, bf16: bool) -> dict[str, Any]:
-    """The scores of the tasks of evaluation.json."""
-    from recipe.evaluation.tasks.harness import Harness, run_tasks, scores_of
+def score_tasks(
+    stage: Stage, model: Any, tokenizer: Any, tasks: Any, bf16: bool
+) -> tuple[dict[str, Any], str]:
+    """The scores of the tasks of evaluation.json, and their table."""
+    from recipe.evaluation.tasks.harness import Harness, run_tasks, scores_of, scores_table
 
     config = stage.config["evaluation"]
     asked = Harness(model, tokenizer, config.get("batch_size", 8), bf16)
@@ -93,7 +95,8 @@ def score_tasks(stage: Stage, model: Any, tokenizer: Any, tasks: Any, bf16: bool
         f"tasks: {asked.cut:,} prompts were longer than the model's positions, so their beginning was cut; "
         f"{asked.shortened:,} answers were limited to {asked.max_length // 2:,} tokens"
     )
-    return scores_of(results)
+    found = scores_of(results)
+    return found, scores_table({"score": found})
 
 
 def inputs(config: dict[str, Any]) -> tuple[str, ...]:
