@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show, type_name
+from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show
 from recipe.config.known_keys import fields_of
 from recipe.config.model import DEFAULTS, model_values
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
+from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
 from recipe.project import Refused
 
@@ -57,8 +58,6 @@ NEEDS = {
     "torch_compile_mode": ("torch_compile", (True,), None),
     "torch_compile_backend": ("torch_compile", (True,), None),
 }
-# Schedules that cannot be checked: `recipe.training.check_schedule` has no formula for them.
-UNCHECKED_SCHEDULES = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
 # The smallest and the largest value of a number.
 RANGES = {
     "learning_rate": (0, math.inf),
@@ -126,7 +125,7 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
             f"{where}: activation_checkpointing_kwargs does nothing without activation_checkpointing: true"
         )
     _check_optimizer(values, where)
-    _check_schedule(values, where)
+    check_schedule(values, where)
     _check_watching(values, where)
     if values.get("lora") is not None:
         _check_lora(values, where)
@@ -146,69 +145,6 @@ def _check_optimizer(values: dict[str, Any], where: str) -> None:
     for key in sorted(values):
         if key.startswith("adam_") and key not in OPTIMIZERS[name].keys:
             raise Refused(f"{where}: {key}: optim {name} does not read it. Leave it out")
-
-
-def _check_schedule(values: dict[str, Any], where: str) -> None:
-    """Refuse options that the schedule does not have, and values that it would silently ignore."""
-    kind, options = values.get("lr_scheduler_type", "linear"), values.get("lr_scheduler_kwargs") or {}
-    here = f"{where}: lr_scheduler_kwargs"
-    if not isinstance(options, dict):
-        raise Refused(f"{here}: {show(options)} is {type_name(options)}, expected an object")
-    if kind in UNCHECKED_SCHEDULES:
-        raise Refused(
-            f"{where}: lr_scheduler_type: {kind}: nothing here could check whether it is active. Write "
-            "cosine, cosine_with_min_lr, linear, warmup_stable_decay or constant"
-        )
-    known = known_keys()["scheduler_options"].get(kind, options)
-    for key in options:
-        if key not in known:
-            raise Refused(
-                f"{here}: {key}: {kind} has no such option.{nearest(key, known)} "
-                f"Known: {', '.join(known) or 'none'}"
-            )
-    if kind == "constant" and values.get("warmup_steps"):
-        raise Refused(
-            f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no "
-            "warm-up. Write constant_with_warmup, or leave warmup_steps out"
-        )
-    if kind == "polynomial" and values.get("warmup_steps") == values.get("max_steps", -1):
-        raise Refused(
-            f"{where}: warmup_steps: {values['warmup_steps']}, all of max_steps: polynomial has no step left "
-            "for its decay and would divide by zero. Lower warmup_steps"
-        )
-    if kind == "cosine_with_min_lr":
-        floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]
-        if len(floors) != 1:
-            raise Refused(
-                f'{here}: {show(options)}: {kind} needs one floor: {{"min_lr_rate": 0.1}} (a share of '
-                'learning_rate) or {"min_lr": 1e-5}'
-            )
-        floor, most = options[floors[0]], values.get("learning_rate", 5e-5) if "min_lr" in floors else 1
-        if not is_type(floor, "float") or not 0 <= floor < most:
-            raise Refused(f"{here}: {floors[0]}: {show(floor)}, expected 0 or more and below {most}")
-    if kind == "warmup_stable_decay":
-        _check_decay(values, options, here)
-
-
-def _check_decay(values: dict[str, Any], options: dict[str, Any], here: str) -> None:
-    decay = options.get("num_decay_steps")
-    if not is_type(decay, "int") or decay < 1:
-        raise Refused(
-            f"{here}: num_decay_steps: {show(decay)}: warmup_stable_decay needs the number of steps of "
-            'the decay at the end: {"num_decay_steps": 1000}'
-        )
-    if "num_stable_steps" in options:
-        raise Refused(
-            f"{here}: num_stable_steps: it follows from the steps of the run, warmup_steps and "
-            "num_decay_steps. Leave it out"
-        )
-    total, warmup = values.get("max_steps", -1), values.get("warmup_steps", 0)
-    warmup = warmup if warmup >= 1 else warmup * total
-    if 0 < total < decay + warmup:
-        raise Refused(
-            f"{here}: num_decay_steps: {decay} and warmup_steps {warmup:g} are together more than "
-            f"max_steps {total}. Lower one of them, or raise max_steps"
-        )
 
 
 def _check_watching(values: dict[str, Any], where: str) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from recipe.project import Refused
-from recipe.training import check_schedule, trainer
+from recipe.training import trainer
 
 pytest_plugins = ["tiny_training"]
 
@@ -20,6 +20,7 @@ SCHEDULES = [
     ("polynomial", {"lr_end": 2e-3, "power": 2.0}, 2, [0, 0.5, 1, 0.2 + 0.8 * 0.5625, 0.4, 0.25]),
     ("inverse_sqrt", {"timescale": 4}, 2, [0, 0.5, 1, 2 / math.sqrt(5), 2 / math.sqrt(6), 2 / math.sqrt(7)]),
     ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "linear"}, 2, [0, 0.5, 1, 1, 1, 0.5]),
+    ("warmup_stable_decay", {"num_decay_steps": 4, "num_cycles": 1}, 0, [1, 1, 1, 0.5, 0, 0.5]),
     ("warmup_stable_decay", {"num_decay_steps": 4, "decay_type": "1-sqrt"}, 0, [1, 1, 1, 0.5, None, None]),
 ]
 
@@ -76,7 +77,3 @@ def test_an_optimizer_that_leaves_its_schedule_stops_the_run(train, monkeypatch)
     monkeypatch.setattr(trainer.RecipeTrainer, "create_scheduler", detached)
     with pytest.raises(Refused, match=r"learning rates are \[0.01, 0.01\], its scheduler's \[0.00833"):
         train()
-
-
-def test_unknown_schedules_have_no_closed_form():
-    assert check_schedule.factor("greedy", {}, 3, 1, 10) is None

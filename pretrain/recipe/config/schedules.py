@@ -1,0 +1,181 @@
+"""The learning rate schedules that a training can use, one entry each.
+
+transformers builds a schedule by its name; the formula here lets stage 05 check what is really active
+(`recipe.training.check_schedule`). To add one that transformers has, write its formula and one entry in
+`SCHEDULES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from recipe.config.keys import is_type, known_keys, nearest, show, type_name
+from recipe.project import Refused
+
+# (lr_scheduler_kwargs, step, steps of warm-up, steps of the run) -> the learning rate after `step` steps as
+# a share of its peak. Floors and ends are given as shares of the peak, too.
+Formula = Callable[[dict[str, Any], int, int, int], float]
+# (keys of the training file, lr_scheduler_kwargs, how a message begins): raises Refused.
+Check = Callable[[dict[str, Any], dict[str, Any], str], None]
+
+
+class Schedule(NamedTuple):
+    """formula: its rates. check: what must hold between its options and the other keys, if anything."""
+
+    formula: Formula
+    check: Check | None = None
+
+
+def check_schedule(values: dict[str, Any], where: str) -> None:
+    """Check lr_scheduler_type, its options and its warm-up. where: the training file. Raises Refused."""
+    kind, options = values.get("lr_scheduler_type", "linear"), values.get("lr_scheduler_kwargs") or {}
+    here = f"{where}: lr_scheduler_kwargs"
+    if not isinstance(options, dict):
+        raise Refused(f"{here}: {show(options)} is {type_name(options)}, expected an object")
+    if kind not in SCHEDULES:
+        raise Refused(
+            f"{where}: lr_scheduler_type: {kind}: no formula is known to check whether it is active. "
+            f"Expected one of {', '.join(SCHEDULES)}"
+        )
+    known = known_keys()["scheduler_options"].get(kind, options)
+    for key in options:
+        if key not in known:
+            raise Refused(
+                f"{here}: {key}: {kind} has no such option.{nearest(key, known)} "
+                f"Known: {', '.join(known) or 'none'}"
+            )
+    check = SCHEDULES[kind].check
+    if check:
+        check(values, options, where)
+
+
+def _check_constant(values: dict[str, Any], options: dict[str, Any], where: str) -> None:
+    if values.get("warmup_steps"):
+        raise Refused(
+            f"{where}: warmup_steps: {values['warmup_steps']}, but lr_scheduler_type constant has no "
+            "warm-up. Write constant_with_warmup, or leave warmup_steps out"
+        )
+
+
+def _check_polynomial(values: dict[str, Any], options: dict[str, Any], where: str) -> None:
+    if values.get("warmup_steps") == values.get("max_steps", -1):
+        raise Refused(
+            f"{where}: warmup_steps: {values['warmup_steps']}, all of max_steps: polynomial has no step left "
+            "for its decay and would divide by zero. Lower warmup_steps"
+        )
+
+
+def _check_floor(values: dict[str, Any], options: dict[str, Any], where: str) -> None:
+    here = f"{where}: lr_scheduler_kwargs"
+    floors = [key for key in ("min_lr", "min_lr_rate") if options.get(key) is not None]
+    if len(floors) != 1:
+        raise Refused(
+            f'{here}: {show(options)}: cosine_with_min_lr needs one floor: {{"min_lr_rate": 0.1}} (a share '
+            'of learning_rate) or {"min_lr": 1e-5}'
+        )
+    floor, most = options[floors[0]], values.get("learning_rate", 5e-5) if "min_lr" in floors else 1
+    if not is_type(floor, "float") or not 0 <= floor < most:
+        raise Refused(f"{here}: {floors[0]}: {show(floor)}, expected 0 or more and below {most}")
+
+
+def _check_decay(values: dict[str, Any], options: dict[str, Any], where: str) -> None:
+    here = f"{where}: lr_scheduler_kwargs"
+    decay = options.get("num_decay_steps")
+    if not is_type(decay, "int") or decay < 1:
+        raise Refused(
+            f"{here}: num_decay_steps: {show(decay)}: warmup_stable_decay needs the number of steps of "
+            'the decay at the end: {"num_decay_steps": 1000}'
+        )
+    if "num_stable_steps" in options:
+        raise Refused(
+            f"{here}: num_stable_steps: it follows from the steps of the run, warmup_steps and "
+            "num_decay_steps. Leave it out"
+        )
+    total, warmup = values.get("max_steps", -1), values.get("warmup_steps", 0)
+    warmup = warmup if warmup >= 1 else warmup * total
+    if 0 < total < decay + warmup:
+        raise Refused(
+            f"{here}: num_decay_steps: {decay} and warmup_steps {warmup:g} are together more than "
+            f"max_steps {total}. Lower one of them, or raise max_steps"
+        )
+
+
+# The warm-up of warmup_stable_decay: from 0 at 0 to 1 at 1.
+_RISES = {
+    "linear": lambda x: x,
+    "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)),
+    "1-sqrt": lambda x: 1 - math.sqrt(1 - x),
+}
+
+
+def _warmed(formula: Formula) -> Formula:
+    """A schedule that rises linearly from 0 before it follows `formula`."""
+
+    def rate(options: dict[str, Any], step: int, warmup: int, total: int) -> float:
+        return step / warmup if step < warmup else formula(options, step, warmup, total)
+
+    return rate
+
+
+def _done(step: int, warmup: int, total: int) -> float:
+    """The share of the steps after the warm-up that is done."""
+    return min((step - warmup) / max(1, total - warmup), 1.0)
+
+
+def _linear(options: dict[str, Any], step: int, warmup: int, total: int) -> float:
+    return (total - step) / max(1, total - warmup)  # 0 at the end, also of a run that only warms up
+
+
+def _polynomial(options: dict[str, Any], step: int, warmup: int, total: int) -> float:
+    left = 1 - _done(step, warmup, total)
+    return options["lr_end"] + (1 - options["lr_end"]) * left ** options.get("power", 1.0)
+
+
+def _inverse_sqrt(options: dict[str, Any], step: int, warmup: int, total: int) -> float:
+    scale = options.get("timescale") or warmup or 10_000
+    return math.sqrt(scale / (step + scale - warmup))
+
+
+def _wave(cycles: float, done: float) -> float:
+    """A cosine from 1 at 0; half a cycle ends at 0."""
+    return 0.5 * (1 + math.cos(2 * math.pi * cycles * done))
+
+
+def _cosine(options: dict[str, Any], step: int, warmup: int, total: int) -> float:
+    floor = options.get("min_lr_rate", 0.0)
+    return floor + (1 - floor) * _wave(options.get("num_cycles", 0.5), _done(step, warmup, total))
+
+
+def _restarts(options: dict[str, Any], step: int, warmup: int, total: int) -> float:
+    done = _done(step, warmup, total)
+    return 0.0 if done == 1 else _wave(0.5, options.get("num_cycles", 1) * done % 1)
+
+
+def _stable_decay(options: dict[str, Any], step: int, warmup: int, total: int) -> float:
+    floor, kind = options.get("min_lr_ratio", 0.0), options.get("decay_type", "cosine")
+    left = min((total - step) / options["num_decay_steps"], 1.0)
+    if step < warmup:
+        share = _RISES[options.get("warmup_type", "linear")](step / warmup)
+    elif left <= 0:
+        share = 0.0
+    elif kind == "cosine":
+        share = _wave(options.get("num_cycles", 0.5), 1 - left)
+    else:
+        share = _RISES[kind](left)
+    return floor + (1 - floor) * share
+
+
+# By the value of ``lr_scheduler_type``.
+SCHEDULES = {
+    "linear": Schedule(_warmed(_linear)),
+    "cosine": Schedule(_warmed(_cosine)),
+    "cosine_with_min_lr": Schedule(_warmed(_cosine), _check_floor),
+    "cosine_with_restarts": Schedule(_warmed(_restarts)),
+    "warmup_stable_decay": Schedule(_stable_decay, _check_decay),
+    "constant": Schedule(lambda options, step, warmup, total: 1.0, _check_constant),
+    "constant_with_warmup": Schedule(_warmed(lambda options, step, warmup, total: 1.0)),
+    "polynomial": Schedule(_warmed(_polynomial), _check_polynomial),
+    "inverse_sqrt": Schedule(_warmed(_inverse_sqrt)),
+}
