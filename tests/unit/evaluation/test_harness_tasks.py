@@ -183,7 +183,7 @@ def test_a_group_is_scored_as_a_whole_and_by_member(own, trained):
     from recipe.evaluation.tasks.harness import scores_of, scores_table
 
     for name in ("high", "low"):
-        write_yaml(own, name, **CHOICE)
+        write_yaml(own, name, num_fewshot=1, **CHOICE)
     group = {"group": "both", "task": ["high", "low"], "aggregate_metric_list": [{"metric": "acc"}]}
     (own / "both.yaml").write_text(json.dumps(group), "utf-8")
     available.check_available(evaluation(both={}))
@@ -262,3 +262,16 @@ def test_a_task_that_the_harness_cannot_load_is_named(own):
         RecipeError, match="evaluation.json: tasks.broken: lm-evaluation-harness cannot load it"
     ):
         load_tasks([{"task": "broken"}])
+
+
+@pytest.mark.slow
+def test_a_group_of_our_own_can_hold_tasks_of_the_harness(own, cache):
+    """The harness's index is searched as well; its data, which are not here, are what is missing."""
+    from recipe.evaluation.tasks.harness import load_tasks
+
+    write_yaml(own, "quiz", **CHOICE)
+    group = {"group": "suite", "task": ["quiz", "belebele_jpn_Jpan"]}
+    (own / "suite.yaml").write_text(json.dumps(group), "utf-8")
+    assert task_files.single_tasks("suite").keys() == {"quiz", "belebele_jpn_Jpan"}
+    with pytest.raises(RecipeError, match="facebook/belebele"):
+        load_tasks([{"task": "suite"}])

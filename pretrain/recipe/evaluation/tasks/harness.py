@@ -61,8 +61,6 @@ class Harness(HFLM):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int, bf16: bool
     ) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
         super().__init__(
             pretrained=model,
             backend="causal",
@@ -135,9 +133,9 @@ class Harness(HFLM):
 
 
 @functools.cache
-def _manager(folder: Path | None) -> TaskManager:
-    """The index of the tasks in a folder; None: of the harness's own tasks, which takes ten seconds."""
-    return TaskManager(include_path=folder and str(folder), include_defaults=folder is None)
+def _manager(folder: Path, with_defaults: bool = False) -> TaskManager:
+    """The index of the tasks in a folder, and of all tasks of the harness, which takes ten seconds."""
+    return TaskManager(include_path=str(folder), include_defaults=with_defaults)
 
 
 def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
@@ -146,6 +144,8 @@ def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
     tasks: as `recipe.evaluation.tasks.items.write_tasks` gives them. Raises RecipeError for a task that the
     harness cannot load.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     ours = [dict(task) for task in tasks if "dataset_kwargs" in task]
     loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     if ours:
@@ -156,7 +156,8 @@ def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
         if "dataset_kwargs" in task:
             continue
         try:
-            found = _manager(task_files.OWN if name in task_files.own_tasks() else None).load(name)
+            own = task_files.single_tasks(name).keys() <= task_files.own_tasks().keys()
+            found = _manager(task_files.OWN, with_defaults=not own).load(name)
         except Exception as error:  # anything: the data, Python functions and metrics of a task are not ours
             raise RecipeError(
                 f"evaluation.json: tasks.{name}: lm-evaluation-harness cannot load it: "
