@@ -65,6 +65,11 @@ def make(stage: Stage) -> tuple[Any, bytes | None]:
         return train_tokenizer(sample(stage), config)
     published = load_published(find_published(config["published"], config.get("revision")))
     tokenizer, old_ids = take_over(published, config, sample(stage) if config.get("new_pieces") else ())
+    start, own = tokenizer.bos_token, published.tokens.get("bos_token")
+    by = (
+        "as the published tokenizer" if start == own else f"by tokenizer.json (published: {own or 'nothing'})"
+    )
+    stage.say(f"puts {start or 'nothing'} before every document, {by}")
     pieces = NewPieces(len(tokenizer) - len(old_ids), old_ids)
     check_rows(stage.config["pretrain"], pieces)
     if old_ids:

@@ -40,8 +40,9 @@ _FIRST_MARK = 0x20000  # the character that shows token 0 to the BPE trainer; th
 class Published(NamedTuple):
     """A published tokenizer.
 
-    tokens: its control tokens, ``pad_token`` and so on; ``bos_token`` only when the tokenizer itself puts it
-    before a text. sentencepiece: the model it was made from, or None when it has a tokenizer.json.
+    tokens: its control tokens, ``pad_token`` and so on; ``bos_token`` is what the tokenizer itself puts
+    before a text, and is absent when it puts nothing there. sentencepiece: the model it was made from, or
+    None when it has a tokenizer.json.
     """
 
     tokenizer: Tokenizer
@@ -91,10 +92,7 @@ def load_published(path: Path) -> Published:
         return _load_sentencepiece(model_files[0], config, tokens)
     else:
         core = _load_other(folder)
-    start = tokens.get("bos_token")
-    if start is None or core.encode("").ids[:1] != [core.token_to_id(start)]:
-        tokens.pop("bos_token", None)
-    return Published(core, tokens, None)
+    return Published(core, _with_start(tokens, core, path), None)
 
 
 def _load_sentencepiece(file: Path, config: dict[str, Any], tokens: dict[str, str]) -> Published:
@@ -107,8 +105,39 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], tokens: dict[str, st
     if config.get("do_lower_case"):
         core.normalizer = normalizers.Sequence([normalizers.Lowercase(), core.normalizer])
     tokens = {key: token for key, token in sentencepiece_tokens(processor).items() if token} | tokens
-    tokens.pop("bos_token", None)  # SentencePiece puts nothing before a text
-    return Published(core, tokens, model)
+    return Published(core, _with_start(tokens, _class_of_folder(file.parent, config), file), model)
+
+
+def _class_of_folder(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
+    """What transformers makes of a folder with a SentencePiece file; None if it has no configuration.
+
+    SentencePiece puts nothing before a text. The class and ``add_bos_token`` in tokenizer_config.json do.
+    Raises RecipeError if the folder asks for a start token, and transformers cannot read it.
+    """
+    try:
+        return _load_other(folder) if config else None
+    except RecipeError:
+        if config.get("add_bos_token"):
+            raise
+        return None
+
+
+def _with_start(tokens: dict[str, str], tokenizer: Tokenizer | None, path: Path) -> dict[str, str]:
+    """`tokens`, where ``bos_token`` is what `tokenizer` puts before a text, or absent.
+
+    Raises RecipeError for a tokenizer that puts several tokens there.
+    """
+    tokens = {key: token for key, token in tokens.items() if key != "bos_token"}
+    if tokenizer is None:
+        return tokens
+    encoded = tokenizer.encode("a")
+    pairs = zip(encoded.tokens, encoded.special_tokens_mask, strict=True)
+    first = [token for token, special in itertools.takewhile(lambda pair: pair[1], pairs)]
+    if len(first) > 1:
+        raise RecipeError(
+            f"{path}: puts {' '.join(first)} before a text, expected one token or none. Use another tokenizer"
+        )
+    return tokens | ({"bos_token": first[0]} if first else {})
 
 
 def _load_other(folder: Path) -> Tokenizer:

@@ -12,11 +12,11 @@ import sentencepiece as spm
 from conftest import sentences
 from recipe.config.tokenizer import TOKENIZER_KINDS
 from recipe.project import RecipeError
-from recipe.tokenization import convert, published, report
+from recipe.tokenization import convert, encode_corpus, published, report
 from recipe.tokenization import encode_text as subject
 from recipe.tokenization import sample as sampling
 from recipe.tokenization import train as training
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 TEXT = sentences(2000, 1)
@@ -348,6 +348,55 @@ def test_published_sentencepiece_keeps_its_ids(sentencepiece_folder, tmp_path):
     assert subject.document_ids(file, "cat") == [1, *processor.encode("cat"), 2]
     found = report.measure_lost_text(fast, ["the cat", "The cat"])
     assert found["exact_lines"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}, [1]),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, []),
+        ({"add_bos_token": True}, [1]),
+        ({"tokenizer_class": "T5Tokenizer"}, []),
+        ({}, []),
+    ],
+)
+def test_what_a_published_sentencepiece_folder_puts_first_is_before_every_document(
+    sentencepiece_folder, tmp_path, settings, start
+):
+    """SentencePiece itself puts nothing first: the class and add_bos_token of the folder decide."""
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "[PAD]"}
+    config = names | settings if settings else {}
+    (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    fast = reload(take_over(sentencepiece_folder), tmp_path / "saved")
+    text = subject.encode_text(fast, "the cat")
+    assert subject.document_ids(fast, "the cat") == [*start, *text, 2]
+    assert fast("the cat")["input_ids"] == subject.prompt_ids(fast, "the cat") == start + text
+    assert encode_corpus.document_frame(tmp_path / "saved") == (start, [2])
+    if settings:
+        own = AutoTokenizer.from_pretrained(sentencepiece_folder)
+        assert own("a")["input_ids"][:1] == start or not start
+
+
+def test_what_a_published_tokenizer_json_puts_first_is_before_every_document(byte_level_folder):
+    """Its name does not matter: some tokenizers call the first token cls_token."""
+    core = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
+    core.add_special_tokens(["[CLS]"])
+    first = core.token_to_id("[CLS]")
+
+    def publish(*before):
+        core.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", "<|end|>"],
+            special_tokens=[(token, core.token_to_id(token)) for token in ("[CLS]", "<|end|>")],
+        )
+        core.save(str(byte_level_folder / "tokenizer.json"))
+
+    publish("[CLS]")
+    assert subject.document_start(take_over(byte_level_folder)) == [first]
+    publish()
+    assert subject.document_start(take_over(byte_level_folder)) == []
+    publish("[CLS]", "<|end|>")
+    with pytest.raises(RecipeError, match=r"puts \[CLS\] <\|end\|> before a text, expected one token"):
+        take_over(byte_level_folder)
 
 
 def test_published_unigram_is_extended(sentencepiece_folder, tmp_path):
