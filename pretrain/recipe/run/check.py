@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from recipe.config.recipe import load_recipe
 from recipe.conversations.instructions import pair_facts
@@ -11,8 +12,17 @@ from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import source_facts
 from recipe.evaluation.tasks.available import check_available
 from recipe.hardware import glance
-from recipe.project import EXIT_REFUSED, RecipeError, require_extra, stage_folder
+from recipe.project import EXIT_REFUSED, RecipeError, read_json, require_extra, stage_folder
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
+
+
+def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
+    """Whether a finished stage has asked the tasks that evaluation.json names now."""
+    path = stage_folder(recipe, stage) / "stage.json"
+    if not path.exists():
+        return False
+    before = read_json(path)["wanted"]["config"]["evaluation"]
+    return before.get("tasks", {}) == config["evaluation"].get("tasks", {})
 
 
 def main() -> None:
@@ -40,10 +50,12 @@ def main() -> None:
             # A stage outside this range may run on another machine, with other options.
             if stage.file in config and arguments.first <= stage.number <= arguments.last:
                 launch_of(arguments).check(config, stage.file, glance())
-        evaluations = {6: "06_evaluate", 14: "14_evaluate"}
-        todo = [name for n, name in evaluations.items() if arguments.first <= n <= arguments.last]
-        if not all((stage_folder(arguments.recipe, name) / "stage.json").exists() for name in todo):
-            check_available(config)
+        for number, stage_name in ((6, "06_evaluate"), (14, "14_evaluate")):
+            # A finished stage that asked the same tasks no longer needs their data.
+            if arguments.first <= number <= arguments.last and not asked(
+                arguments.recipe, stage_name, config
+            ):
+                check_available(config)
         source_facts(config)
         pair_facts(config)
         preference_facts(config)
