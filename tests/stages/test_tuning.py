@@ -84,6 +84,7 @@ def test_preferences_move_the_model_towards_the_chosen(tuned):
     active = figures["active"]  # read from the running trainer, as in stage 05
     assert active["optimizer"] == "AdamW" and active["accumulation"] == 2 and active["precision"] == "fp32"
     assert "active: device cpu, precision fp32" in result.stdout.partition("13_preference")[2]
+    assert "extra forward pass" not in result.stdout + result.stderr  # a warning of trl
     rows = project.output("lora", "13_preference", "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # -log sigmoid(0): the model is its own reference

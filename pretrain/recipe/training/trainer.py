@@ -58,6 +58,9 @@ class RecipeTrainer(ShardedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The Trainer's loss; the z-loss in it is also kept, on the device, for the log."""
+        if not self.settings.z_loss:
+            # trl would make the outputs by an extra forward pass.
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if "z_loss" in outputs:
             # As the Trainer scales a loss that is divided by the tokens of all ranks.
