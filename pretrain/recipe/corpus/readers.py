@@ -5,7 +5,7 @@ form                           a document is
 =============================  ===========================================================================
 ``.txt``                       the lines between empty lines (as in CC-100); white space counts as empty
 ``.jsonl`` ``.json``           a line: one JSON object with the text in a column
-``.parquet``                   a row: the text in a string column
+``.parquet``                   a row: the text in a column of any string type of Arrow
 a folder of ``datasets``       a row, as `datasets.load_from_disk` opens it
 a data set on the hub          a row, streamed
 =============================  ===========================================================================
@@ -347,15 +347,18 @@ def _column_documents(
     """A document for each value of an Arrow array or chunked array, which begins at row `first`."""
     import pyarrow as pa
 
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    kind = values.type
+    if coded := pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if is_text:  # Arrow does not check that strings are UTF-8
+        if coded:  # Arrow cannot decode a dictionary of string_view
+            values = values.cast(pa.dictionary(values.type.index_type, pa.large_binary()))
         values = values.cast(pa.large_binary())
     for row, value in enumerate(values.to_pylist(), first):
         name = f"{path}:{row}"
         if value is None or not is_text:
-            readable, seen = ("", "null") if value is None else (str(value), type(value).__name__)
+            readable, seen = ("", "null") if value is None else (str(value), f"of type {kind}")
             advice = f"{column!r} is {seen}, expected a string. Remove the row or set `column`"
             yield fault(name, "no text", readable, advice, tolerant)
         elif len(value) > MAXIMUM_BYTES:

@@ -95,7 +95,16 @@ def test_json_lines_with_marks_blanks_and_nul(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),  # what polars writes
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+    ],
+)
 def test_parquet_rows(tmp_path, kind):
     values = [*LINES[:1000], "", "a\x00b"]
     path = write_parquet(tmp_path / "a.parquet", values, kind=kind)
@@ -132,7 +141,14 @@ FAULTS_IN_TEXT = [
     ("a.jsonl", b'{"text": "\\ud842"}\n', "a.jsonl:1", "bad UTF-8", "\ufffd", "surrogate"),
     ("a.jsonl", b'{"text": "a\x00"}\n', "a.jsonl:1", "bad JSON", '{"text": "a\x00"}', "control character"),
     ("a.jsonl", b'{"body": "a"}\n', "a.jsonl:1", "no text", '{"body": "a"}', r"it has \['body'\]"),
-    ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1", "no text", '{"text": 5}', "'text' is int, expected a string"),
+    (
+        "a.jsonl",
+        b'{"text": 5}\n',
+        "a.jsonl:1",
+        "no text",
+        '{"text": 5}',
+        "'text' is of type int64, expected a string",
+    ),
     ("a.jsonl", b'{"text": null}\n', "a.jsonl:1", "no text", '{"text": null}', "'text' is NoneType"),
     ("a.json", b'[{"text": "a"}]', "a.json:1", "no text", '[{"text": "a"}]', "found a list"),
 ]
@@ -286,9 +302,10 @@ def test_memory_is_bounded(tmp_path, monkeypatch, compression):
     ("values", "kind", "place", "reason", "readable", "words"),
     [
         (["a", None, "b"], pa.string(), 1, "no text", "", "null"),
-        ([1, 2], pa.int64(), 0, "no text", "1", "'text' is int, expected a string"),
-        ([["a"]], pa.list_(pa.string()), 0, "no text", "['a']", "'text' is list"),
-        ([b"a"], pa.binary(), 0, "no text", "b'a'", "'text' is bytes"),
+        ([1, 2], pa.int64(), 0, "no text", "1", "'text' is of type int64, expected a string"),
+        ([["a"]], pa.list_(pa.string()), 0, "no text", "['a']", "'text' is of type list"),
+        ([b"a"], pa.binary(), 0, "no text", "b'a'", "'text' is of type binary"),
+        ([b"a"], pa.binary_view(), 0, "no text", "b'a'", "'text' is of type binary_view"),
     ],
 )
 def test_fault_in_a_parquet_row(tmp_path, values, kind, place, reason, readable, words):
@@ -300,8 +317,10 @@ def test_fault_in_a_parquet_row(tmp_path, values, kind, place, reason, readable,
     assert documents[place] == Document(f"{path}:{place}", readable, reason)
 
 
-def test_parquet_string_that_is_not_utf8(tmp_path):
-    broken = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())  # Arrow writes it unseen
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view()])
+def test_parquet_string_that_is_not_utf8(tmp_path, kind):
+    # Arrow writes it unseen.
+    broken = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string()).cast(kind)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": broken}), path)
     assert faults(read_file(path, tolerant=True)) == [("a.parquet:1", "bad UTF-8")]
@@ -498,3 +517,9 @@ def test_hub_fault_is_strict_unless_a_share_is_allowed(tmp_path):
         Document("0", "a"),
         Document("1", "", "no text"),
     ]
+
+
+def test_hub_data_set_of_string_views_is_read(tmp_path):
+    (tmp_path / "set").mkdir()
+    write_parquet(tmp_path / "set/train.parquet", LINES[:3], kind=pa.string_view())
+    assert texts(read_hub("h", {"dataset": str(tmp_path / "set")})) == LINES[:3]
