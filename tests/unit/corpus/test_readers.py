@@ -147,7 +147,7 @@ FAULTS_IN_TEXT = [
         "a.jsonl:1",
         "no text",
         '{"text": 5}',
-        "'text' is of type int64, expected a string",
+        "'text' is int, expected a string",
     ),
     ("a.jsonl", b'{"text": null}\n', "a.jsonl:1", "no text", '{"text": null}', "'text' is NoneType"),
     ("a.json", b'[{"text": "a"}]', "a.json:1", "no text", '[{"text": "a"}]', "found a list"),
