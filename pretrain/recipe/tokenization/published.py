@@ -92,7 +92,7 @@ def load_published(path: Path) -> Published:
         return _load_sentencepiece(model_files[0], config, tokens)
     else:
         core = _load_other(folder)
-    return Published(core, _with_start(tokens, core, path), None)
+    return Published(core, _with_start(tokens, _first_token(core, path)), None)
 
 
 def _load_sentencepiece(file: Path, config: dict[str, Any], tokens: dict[str, str]) -> Published:
@@ -105,31 +105,22 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], tokens: dict[str, st
     if config.get("do_lower_case"):
         core.normalizer = normalizers.Sequence([normalizers.Lowercase(), core.normalizer])
     tokens = {key: token for key, token in sentencepiece_tokens(processor).items() if token} | tokens
-    return Published(core, _with_start(tokens, _class_of_folder(file.parent, config), file), model)
-
-
-def _class_of_folder(folder: Path, config: dict[str, Any]) -> Tokenizer | None:
-    """What transformers makes of a folder with a SentencePiece file; None if it has no configuration.
-
-    SentencePiece puts nothing before a text. The class and ``add_bos_token`` in tokenizer_config.json do.
-    Raises RecipeError if the folder asks for a start token, and transformers cannot read it.
-    """
+    # SentencePiece puts nothing before a text; the class and add_bos_token of tokenizer_config.json do.
     try:
-        return _load_other(folder) if config else None
-    except RecipeError:
-        if config.get("add_bos_token"):
-            raise
-        return None
+        start = _first_token(_load_other(file.parent), file) if config else None
+    except RecipeError:  # transformers cannot read it
+        start = tokens.get("bos_token") if config.get("add_bos_token") else None
+    return Published(core, _with_start(tokens, start), model)
 
 
-def _with_start(tokens: dict[str, str], tokenizer: Tokenizer | None, path: Path) -> dict[str, str]:
-    """`tokens`, where ``bos_token`` is what `tokenizer` puts before a text, or absent.
-
-    Raises RecipeError for a tokenizer that puts several tokens there.
-    """
+def _with_start(tokens: dict[str, str], start: str | None) -> dict[str, str]:
+    """`tokens`, where ``bos_token`` is `start`, or absent."""
     tokens = {key: token for key, token in tokens.items() if key != "bos_token"}
-    if tokenizer is None:
-        return tokens
+    return tokens | ({"bos_token": start} if start else {})
+
+
+def _first_token(tokenizer: Tokenizer, path: Path) -> str | None:
+    """The control token that `tokenizer` puts before a text. Raises RecipeError when it puts several there."""
     encoded = tokenizer.encode("a")
     pairs = zip(encoded.tokens, encoded.special_tokens_mask, strict=True)
     first = [token for token, special in itertools.takewhile(lambda pair: pair[1], pairs)]
@@ -137,7 +128,7 @@ def _with_start(tokens: dict[str, str], tokenizer: Tokenizer | None, path: Path)
         raise RecipeError(
             f"{path}: puts {' '.join(first)} before a text, expected one token or none. Use another tokenizer"
         )
-    return tokens | ({"bos_token": first[0]} if first else {})
+    return first[0] if first else None
 
 
 def _load_other(folder: Path) -> Tokenizer:
