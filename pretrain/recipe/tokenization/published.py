@@ -120,7 +120,7 @@ def _with_start(tokens: dict[str, str], start: str | None) -> dict[str, str]:
 
 
 def _first_token(tokenizer: Tokenizer, path: Path) -> str | None:
-    """The control token that `tokenizer` puts before a text. Raises RecipeError when it puts several there."""
+    """The control token that `tokenizer` puts before a text. Raises RecipeError when there are several."""
     encoded = tokenizer.encode("a")
     pairs = zip(encoded.tokens, encoded.special_tokens_mask, strict=True)
     first = [token for token, special in itertools.takewhile(lambda pair: pair[1], pairs)]
