@@ -33,7 +33,7 @@ from recipe.project import DATA, RecipeError, read_json, write_json
 from recipe.run.stage import Stage, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
-TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("trained", pa.bool_())]))
 SCHEMA = pa.schema([*((column, pa.string()) for column in TEXTS), ("history", TURNS)])
 
 
@@ -49,7 +49,8 @@ def main(stage: Stage) -> None:
     seen: set[bytes] = set()
     # Translations come last: their share depends on the number of all other pairs.
     for name, spec in sorted(config["pairs"].items(), key=lambda entry: is_translation(*entry)):
-        pairs = progress(read_pairs(name, spec, normalize), name, "pairs")
+        unused: Counter[str] = Counter()
+        pairs = progress(read_pairs(name, spec, normalize, unused), name, "pairs")
         judged = "source" in spec and PACKAGED_PAIRS[name].judged
         kept, dropped = select(pairs, judged, config.get("valid_share", 0.05), seen)
         if is_translation(name, spec):
@@ -61,9 +62,12 @@ def main(stage: Stage) -> None:
         marks = byte_order_marks(f"instruction.json: pairs.{name}", spec)
         if marks:
             funnel[name]["byte_order_marks"] = marks
+        if unused:
+            funnel[name]["unused_columns"] = dict(unused)
         stage.say(
             f"{name}: {out:,} of {out + dropped.total():,} pairs kept; dropped: {dict(dropped) or 'none'}"
             + (f"; byte order marks removed from {marks} files" if marks else "")
+            + (f"; columns that are not used: {', '.join(unused)}" if unused else "")
         )
     for side, found in sides.items():
         write_side(stage.folder, side, found)

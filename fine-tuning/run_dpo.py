@@ -14,7 +14,11 @@ from recipe.training.training import prepare, run_script, total_steps, train_mod
 def main(plan: dict[str, Any]) -> None:
     """Encode the preferences, train with the tuned model as reference, save; rank 0 writes result.json."""
     from recipe.conversations.encode import check_template, encode_conversation
-    from recipe.conversations.preferences import encode_preferences, load_preferences
+    from recipe.conversations.preferences import (
+        encode_preferences,
+        load_preferences,
+        preferences_table,
+    )
     from recipe.corpus.normalizing import make_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
@@ -76,6 +80,7 @@ def main(plan: dict[str, Any]) -> None:
                 finish_adapter(base, folder)
             figures["trained_parameters"] = model.num_parameters(only_trainable=True)
         write_curves(folder, f"preferences, recipe {plan['recipe']}", with_perplexity=False)
+        (folder / "funnel.md").write_text(preferences_table(funnel), "utf-8")
         figures |= {"pairs": funnel, "left_out": left_out}
         headline = f"{figures['steps']:,} steps, valid preference loss {figures['eval_loss']:.4f}"
         write_json(folder / "result.json", figures | {"headline": headline})

@@ -65,6 +65,7 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
 def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Conversation:
     """The ids of a conversation by the tokenizer's chat template; the answers are marked as trained.
 
+    An answer whose message has ``trained`` False is context: it is not marked.
     Special-token strings inside a message are text: private-use characters replace them while the template
     is applied, and they are restored before the text between the real control tokens is encoded. Raises
     RecipeError when the template renders a message differently once another one follows.
@@ -76,7 +77,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[Messa
     safe = [m | {"content": pattern.sub(lambda found: hidden[found.group()], m["content"])} for m in messages]
     ids: list[int] = []
     trained: list[bool] = []
-    for text, is_answer in _rendered(tokenizer, safe):
+    for text, is_trained in _rendered(tokenizer, safe):
         for part in re.split(f"({pattern.pattern})", text):
             if part in hidden:
                 new = [tokenizer.convert_tokens_to_ids(part)]
@@ -85,12 +86,12 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[Messa
                     tokenizer, "".join(restored.get(character, character) for character in part)
                 )
             ids += new
-            trained += [is_answer] * len(new)
+            trained += [is_trained] * len(new)
     return ids, trained
 
 
 def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Iterator[tuple[str, bool]]:
-    """The text that each message adds to the rendered conversation, and whether it is an answer."""
+    """The text that each message adds to the rendered conversation, and whether it is trained."""
     before = ""
     for count, message in enumerate(messages, 1):
         text = str(tokenizer.apply_chat_template(messages[:count], tokenize=False))
@@ -99,7 +100,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> It
                 f"the chat template renders {before[-20:]!r} differently when {message['content'][:20]!r} "
                 f"follows: a prompt would differ from what was trained. {_SOLUTION}"
             )
-        yield text.removeprefix(before), message["role"] == "assistant"
+        yield text.removeprefix(before), message["role"] == "assistant" and message.get("trained", True)
         before = text
 
 
@@ -109,8 +110,8 @@ def load_conversations(
     """Every pair of a Parquet file of stage 11 as a conversation; and the numbers of those left out or cut.
 
     A conversation longer than `block_size` tokens loses its last turns until it fits; it is left out when its
-    first answer does not fit. Raises RecipeError when an answer is empty, when no conversation fits, and when
-    the chat template cannot train answers (see `check_template`).
+    first trained answer does not fit. Raises RecipeError when an answer is empty, when no conversation fits,
+    and when the chat template cannot train answers (see `check_template`).
     """
     check_template(tokenizer)
     conversations: list[Conversation] = []
@@ -144,10 +145,13 @@ def _encode_pair(tokenizer: PreTrainedTokenizerFast, messages: list[Message], pa
 def _shortened(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], block_size: int, path: Path
 ) -> Conversation | None:
-    """The longest beginning of a conversation that ends with an answer and fits; None if none fits."""
+    """The longest beginning of a conversation that ends with an answer and fits; None if none fits.
+
+    At least one of its answers is trained.
+    """
     for end in range(len(messages) - 2, 1, -2):
         conversation = _encode_pair(tokenizer, messages[:end], path)
-        if len(conversation[0]) <= block_size:
+        if len(conversation[0]) <= block_size and any(conversation[1]):
             return conversation
     return None
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.config.chat_templates import INPUT_HEADING, user_message
-from recipe.conversations.read_rows import Message, expand_pairs, read_dialogues, read_rows
+from recipe.conversations.dialogues import read_dialogues
+from recipe.conversations.read_rows import Message, expand_pairs, read_rows
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS, TRANSLATIONS
 from recipe.corpus.rules import japanese_share
 from recipe.corpus.source_files import file_facts
@@ -41,21 +43,30 @@ Sides = dict[str, list[Pair]]  # by side: train, valid
 def messages_of(row: dict[str, Any]) -> list[Message]:
     """The whole conversation of a row of stage 11 (or of ``pair._asdict()``), the answer last."""
     return [
-        *({"role": message["role"], "content": message["content"]} for message in row["history"]),
+        *(
+            {key: value for key, value in message.items() if key != "trained" or value is False}
+            for message in row["history"]
+        ),
         {"role": "user", "content": user_message(row["instruction"], row["input"])},
         {"role": "assistant", "content": row["output"]},
     ]
 
 
-def read_pairs(kind: str, spec: dict[str, Any], normalize: Callable[[str], str]) -> Iterator[Pair]:
+def read_pairs(
+    kind: str, spec: dict[str, Any], normalize: Callable[[str], str], unused: Counter[str]
+) -> Iterator[Pair]:
     """The pairs of one entry of instruction.json.
 
     kind, spec: the entry's name and values. normalize: cleans a text as the pretraining text was cleaned.
-    Raises RecipeError for files or rows that cannot be read.
+    unused: see `read_dialogues`. Raises RecipeError for files or rows that cannot be read.
     """
     if "source" not in spec:
-        for messages in read_dialogues(read_rows(f"instruction.json: pairs.{kind}", spec)):
-            yield make_pair(messages, kind, normalize)
+        for dialogue in read_dialogues(read_rows(f"instruction.json: pairs.{kind}", spec), unused):
+            yield (
+                Pair("", "", "", kind, "", dropped=dialogue.dropped)
+                if dialogue.dropped
+                else make_pair(dialogue.messages, kind, normalize)
+            )
         return
     skipped = {TRANSLATIONS[way] for way in TRANSLATIONS if way not in spec.get("directions", TRANSLATIONS)}
     for instruction, given, output, headword in PACKAGED_PAIRS[kind].make(DATA / spec["source"]):
@@ -66,22 +77,31 @@ def read_pairs(kind: str, spec: dict[str, Any], normalize: Callable[[str], str])
 def make_pair(messages: list[Message], source: str, normalize: Callable[[str], str]) -> Pair:
     """A conversation as a pair, whose headword is the first question.
 
-    Questions after the last answer are cut: nothing about them is trained.
+    What follows the last trained answer is cut: nothing about it is trained. Of two equal system messages at
+    the beginning, one is cut.
     """
-    messages = list(messages)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
+
+    def unusable(reason: str) -> Pair:
+        return Pair("", "", "", source, "", dropped=reason)
+
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("trained", True)]
+    if not trained:
+        answered = any(message["role"] == "assistant" for message in messages)
+        return unusable("no trained answer" if answered else "no answer")
+    messages = messages[: trained[-1] + 1]
     try:
         messages = [message | {"content": _clean(message["content"], normalize)} for message in messages]
     except UnicodeError:
-        return Pair("", "", "", source, "", dropped="not valid Unicode")
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if not turns:
-        return Pair("", "", "", source, "", dropped="no answer")
+        return unusable("not valid Unicode")
+    while [message["role"] for message in messages[:2]] == ["system", "system"]:
+        if messages[0]["content"] != messages[1]["content"]:
+            return unusable("two system messages")
+        del messages[0]
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
     if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-        return Pair("", "", "", source, "", dropped="turns do not alternate")
+        return unusable("turns do not alternate")
     if not all(turn["content"].strip() for turn in messages[:-1]):
-        return Pair("", "", "", source, "", dropped="blank turn")
+        return unusable("blank turn")
     instruction, _, given = turns[-2]["content"].partition(INPUT_HEADING)
     headword = turns[0]["content"]
     return Pair(instruction, given, turns[-1]["content"], source, headword, tuple(messages[:-2]))
@@ -114,8 +134,9 @@ def entry_facts(file: str, pairs: dict[str, Any]) -> dict[str, Any]:
 def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overlap: dict[str, int]) -> str:
     """How many pairs of each entry were read, kept and dropped, as a Markdown table with the licences.
 
-    funnel: by entry, the counts ``in``, ``out``, ``dropped`` (by reason), and ``byte_order_marks`` if there
-    were any. config: a whole recipe. overlap: the counts of `pretraining_overlap`.
+    funnel: by entry, the counts ``in``, ``out``, ``dropped`` (by reason), and if there were any,
+    ``byte_order_marks`` and ``unused_columns`` (by column, the rows with a value). config: a whole recipe.
+    overlap: the counts of `pretraining_overlap`.
     """
     lines = ["| pairs | from | licence | in | kept | dropped |", "|---|---|---|---:|---:|---|"]
     for name, counts in funnel.items():
@@ -132,9 +153,27 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
         lines.append(f"| {name} | {origin} | {terms} | {counts['in']:,} | {counts['out']:,} | {dropped} |")
     marks = sum(counts.get("byte_order_marks", 0) for counts in funnel.values())
     lines += ["", f"Byte order marks were removed from {marks:,} files."] if marks else []
+    lines += unused_columns(funnel)
     shared = " and ".join(f"{count:,} of the {side} side" for side, count in overlap.items())
     lines += ["", f"Pairs that share a sentence with the validation text of pretraining: {shared}."]
     return "\n".join(lines) + "\n"
+
+
+def unused_columns(funnel: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of Markdown that list the columns that were not read; none if all were read.
+
+    funnel: by entry, its counts, among them ``unused_columns`` if there were any.
+    """
+    found = [
+        f"- {name}: " + ", ".join(f"`{column}` {rows:,}" for column, rows in counts["unused_columns"].items())
+        for name, counts in funnel.items()
+        if counts.get("unused_columns")
+    ]
+    return (
+        ["", "Columns that are not used, with the number of rows that have a value:", "", *found]
+        if found
+        else []
+    )
 
 
 def no_pairs(config: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Preferences: a question with a chosen and a rejected answer, for direct preference optimisation (stage 13).
 
 Rows of JSON files or of a data set have the columns ``prompt``, ``chosen`` and ``rejected``, each a text or a
-list of messages. Without ``prompt``, chosen and rejected are whole conversations with the same beginning.
+list of messages. Without ``prompt``, chosen and rejected are whole conversations with the same beginning. The
+columns ``system`` (or ``system_prompt``) and ``history`` are as in `recipe.conversations.dialogues`. Only the
+last answers are compared, so a mark such as ``weight`` has no effect on an answer before them.
 """
 
 from __future__ import annotations
@@ -10,8 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from recipe.conversations.instructions import entry_facts, make_pair, messages_of
-from recipe.conversations.read_rows import Message, chat_messages, read_rows
+from recipe.conversations.dialogues import (
+    BEFORE,
+    ROW_MARKS,
+    chat_messages,
+    check_columns,
+    is_trained,
+    prepend,
+    said_before,
+)
+from recipe.conversations.instructions import entry_facts, make_pair, messages_of, unused_columns
+from recipe.conversations.read_rows import Message, read_rows
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import RecipeError
 
@@ -37,7 +48,8 @@ def preference_facts(config: dict[str, Any]) -> dict[str, Any]:
 def load_preferences(
     values: dict[str, Any], normalize: Callable[[str], str]
 ) -> tuple[dict[str, list[Preference]], dict[str, Any]]:
-    """The preferences by side (train, valid), and the counts of each entry: in, out, dropped by reason.
+    """The preferences by side (train, valid), and the counts of each entry: in, out, dropped by reason,
+    and unused_columns if there were any.
 
     values: preference.json. normalize: cleans a text as the pretraining text was cleaned. Preferences with
     the same first question are on the same side. Raises RecipeError when a side is empty.
@@ -47,9 +59,10 @@ def load_preferences(
     seen: set[bytes] = set()
     for name, spec in values["pairs"].items():
         dropped: Counter[str] = Counter()
+        unused: Counter[str] = Counter()
         out = 0
         for row in read_rows(f"preference.json: pairs.{name}", spec):
-            preference, reason = _preference(_conversations(*row), normalize)
+            preference, reason = _preference(_conversations(*row, unused), normalize)
             if preference:
                 parts = [message["content"] for message in preference.messages]
                 identity = text_hash("\0".join([*parts, preference.chosen, preference.rejected]))
@@ -63,6 +76,8 @@ def load_preferences(
             sides["valid" if valid else "train"].append(preference)
             out += 1
         funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+        if unused:
+            funnel[name]["unused_columns"] = dict(unused)
     for side, preferences in sides.items():
         if not preferences:
             raise RecipeError(
@@ -72,34 +87,71 @@ def load_preferences(
     return sides, funnel
 
 
-def _conversations(where: str, row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+def _conversations(
+    where: str, row: dict[str, Any], unused: Counter[str]
+) -> tuple[list[Message], list[Message]]:
     """The two whole conversations of a row."""
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             raise RecipeError(
                 f"{where}: no column {key!r}; it has {sorted(row)}. Expected prompt, chosen and rejected"
             )
-    before = _messages(f"{where}: prompt", row["prompt"], "user") if row.get("prompt") is not None else []
-    chosen, rejected = (_messages(f"{where}: {key}", row[key], "assistant") for key in ("chosen", "rejected"))
-    if not before and len(chosen) < 2:
+    check_columns(where, row, ("prompt", "chosen", "rejected", *BEFORE, *ROW_MARKS), unused)
+    prompt, chosen, rejected = (
+        _messages(f"{where}: {key}", row.get(key), role, unused)
+        for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    )
+    before = said_before(where, row, unused)
+    if not prompt and len(chosen) < 2:
         raise RecipeError(
             f"{where}: no column 'prompt', and chosen is not a whole conversation. Add the column"
         )
-    # Some data sets repeat the prompt in both answers.
-    if before and chosen[: len(before)] == before:
-        before = []
-    return before + chosen, before + rejected
+    trained = is_trained(where, row, ROW_MARKS)
+    for answer in (chosen, rejected):
+        if answer and not trained:
+            answer[-1]["trained"] = False
+    return tuple(prepend(before, _whole(prompt, answer)) for answer in (chosen, rejected))
 
 
-def _messages(where: str, value: Any, role: str) -> list[Message]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else chat_messages(where, value)
+def _messages(where: str, value: Any, role: str, unused: Counter[str]) -> list[Message]:
+    """The messages of a column: a text is one message; null is none."""
+    if value is None:
+        return []
+    return (
+        [{"role": role, "content": value}] if isinstance(value, str) else chat_messages(where, value, unused)
+    )
+
+
+def _whole(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    """The conversation of a prompt and an answer, which may repeat the prompt, or the end of it.
+
+    A system message may be in either of them. White space around the messages does not count.
+    """
+
+    def stripped(messages: list[Message]) -> list[tuple[str, str]]:
+        return [(m["role"], m["content"].strip()) for m in messages if m["role"] != "system"]
+
+    asked, answered = stripped(prompt), stripped(answer)
+    repeats = len(answered) > 1 and (answered[: len(asked)] == asked or answered[:-1][-len(asked) :] == asked)
+    first = 1 if answer and answer[0]["role"] == "system" else 0
+    if repeats:
+        systems = [message for message in prompt if message["role"] == "system"]
+        return systems + answer
+    if len(answered) > 1 and asked[-len(answered[:-1]) :] == answered[:-1]:
+        return prepend(prompt, [*answer[:first], answer[-1]])
+    return prepend(prompt, answer)
 
 
 def _preference(
     conversations: tuple[list[Message], list[Message]], normalize: Callable[[str], str]
 ) -> tuple[Preference | None, str]:
     """A preference, or None and the reason why it is dropped."""
-    chosen, rejected = (make_pair(messages, "", normalize) for messages in conversations)
+    if any(messages[-1].get("trained") is False for messages in conversations if messages):
+        return None, "answer not trained"
+    chosen, rejected = (
+        make_pair([{"role": m["role"], "content": m["content"]} for m in messages], "", normalize)
+        for messages in conversations
+    )
     for pair in (chosen, rejected):
         if pair.dropped or not pair.output.strip():
             return None, pair.dropped or "blank output"
@@ -109,6 +161,18 @@ def _preference(
     if chosen.output == rejected.output:
         return None, "chosen equals rejected"
     return Preference(messages, chosen.output, rejected.output), ""
+
+
+def preferences_table(funnel: dict[str, dict[str, Any]]) -> str:
+    """How many preferences of each entry were read, kept and dropped, as a Markdown table.
+
+    funnel: as `load_preferences` returns it.
+    """
+    lines = ["| preferences | in | kept | dropped |", "|---|---:|---:|---|"]
+    for name, counts in funnel.items():
+        dropped = ", ".join(f"{reason} {n:,}" for reason, n in counts["dropped"].items()) or "none"
+        lines.append(f"| {name} | {counts['in']:,} | {counts['out']:,} | {dropped} |")
+    return "\n".join([*lines, *unused_columns(funnel)]) + "\n"
 
 
 def encode_preferences(

@@ -1,42 +1,21 @@
 """A user's own conversations, from JSON files or from a data set on the Hugging Face hub or in a folder.
 
-The columns of a row decide its form:
-
-==========================================  ==========================================================
-columns                                     form
-==========================================  ==========================================================
-instruction, output; input if there is one  Alpaca (e.g. databricks-dolly-15k-ja)
-messages: a list of role and content        chat
-conversations: a list of from and value     chat as in ShareGPT (e.g. oasst1-21k-ja)
-message_id, parent_id, role, text_ja, text  a tree of replies, one row a message (e.g. oasst1-89k-ja)
-==========================================  ==========================================================
+`recipe.conversations.dialogues` makes conversations of the rows.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipe.config.chat_templates import user_message
 from recipe.project import ROOT, RecipeError, glob_files
 
-Message = dict[str, str]  # role (system, user or assistant) and content
+# role (system, user or assistant) and content; `trained`, which is False, if an answer is only context
+Message = dict[str, Any]
 Row = tuple[str, dict[str, Any]]  # its file and line (for error messages), and its columns
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-ROW_FORMS = (
-    "instruction and output (Alpaca), messages or conversations (chat), or message_id, parent_id, role and "
-    "text (trees of replies)"
-)
 
 
 def read_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
@@ -112,82 +91,3 @@ def _hub_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
             yield f"{spec['dataset']}: row {number}", row
     except (OSError, ValueError) as error:
         raise RecipeError(f"{where}: cannot read the data set {spec['dataset']}: {error}") from error
-
-
-def read_dialogues(rows: Iterable[Row]) -> Iterator[list[Message]]:
-    """The conversations of rows; a tree of replies gives one conversation.
-
-    In a tree, each message is followed by its reply of the best rank, or by the first one if there are no
-    ranks. Raises RecipeError that names the row when its columns have no known form.
-    """
-    tree: list[Row] = []
-    for where, row in rows:
-        if {"message_id", "parent_id", "role"} <= row.keys():
-            tree.append((where, row))
-        else:
-            yield _dialogue(where, row)
-    yield from _best_replies(tree)
-
-
-def _dialogue(where: str, row: dict[str, Any]) -> list[Message]:
-    for column, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if column in row:
-            return chat_messages(f"{where}: {column}", row[column], role, content)
-    for key in ("instruction", "output"):
-        if key not in row:
-            raise RecipeError(f"{where}: no column {key!r}; it has {sorted(row)}. Expected {ROW_FORMS}")
-    instruction, given = _text(where, row, "instruction"), _text(where, row, "input")
-    return [
-        {"role": "user", "content": user_message(instruction, given)},
-        {"role": "assistant", "content": _text(where, row, "output")},
-    ]
-
-
-def chat_messages(where: str, messages: Any, role: str = "role", content: str = "content") -> list[Message]:
-    """Messages with our names of roles.
-
-    where: the row, for messages. role, content: the keys of a message. Raises RecipeError that names the
-    faulty message.
-    """
-    if not isinstance(messages, list):
-        raise RecipeError(f"{where}: {type(messages).__name__}, expected a list of messages")
-    found = []
-    for number, message in enumerate(messages, 1):
-        here = f"{where}: message {number}"
-        if not isinstance(message, dict) or not {role, content} <= message.keys():
-            raise RecipeError(f"{here}: expected an object with {role} and {content}")
-        if message[role] not in ROLES:
-            raise RecipeError(f"{here}: {role} {message[role]!r}, expected one of {', '.join(ROLES)}")
-        found.append({"role": ROLES[message[role]], "content": _text(here, message, content)})
-    return found
-
-
-def _text(where: str, row: dict[str, Any], key: str) -> str:
-    """The text of a column; empty when it is null or missing."""
-    value = row.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RecipeError(f"{where}: {key}: {type(value).__name__}, expected a string")
-    return value
-
-
-def _best_replies(rows: list[Row]) -> Iterator[list[Message]]:
-    """One conversation from each first message of a tree."""
-    # By parent: rank, position in the file, message.
-    replies: dict[Any, list[tuple[float, int, dict[str, Any]]]] = {}
-    for position, (where, row) in enumerate(rows):
-        if row["role"] not in ROLES:
-            raise RecipeError(f"{where}: role {row['role']!r}, expected one of {', '.join(ROLES)}")
-        rank = row.get("rank")
-        replies.setdefault(row["parent_id"] or None, []).append(
-            (float("inf") if rank is None else rank, position, row)
-        )
-    for _, _, root in sorted(replies.get(None, []), key=lambda reply: reply[1]):
-        thread = [root]
-        while following := replies.get(thread[-1]["message_id"]):
-            thread.append(min(following, key=lambda reply: reply[:2])[2])
-        yield [
-            {"role": ROLES[row["role"]], "content": row.get("text_ja") or row.get("text") or ""}
-            for row in thread
-        ]

@@ -8,6 +8,7 @@ from recipe.config.chat_templates import chat_template
 from recipe.conversations.encode import encode_conversation, load_conversations
 from recipe.conversations.instructions import messages_of
 from recipe.project import RecipeError
+from recipe.tokenization.packing import IGNORED, PackedConversations
 from recipe.tokenization.train import train_tokenizer
 
 
@@ -24,7 +25,7 @@ def row(output, history=()):
 
 def write(tmp_path, *rows):
     path = tmp_path / "train.parquet"
-    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("trained", pa.bool_())]))
     texts = [(name, pa.string()) for name in ("instruction", "input", "output")]
     pq.write_table(pa.Table.from_pylist(list(rows), pa.schema([*texts, ("history", turns)])), path)
     return path
@@ -59,3 +60,20 @@ def test_an_empty_answer_before_the_last_is_an_error(tmp_path, fast):
     blank = [{"role": "user", "content": "海は?"}, {"role": "assistant", "content": ""}]
     with pytest.raises(RecipeError, match=r"the pair '海は\?' has no trained token: its answer is empty"):
         load_conversations(write(tmp_path, row("はい。", blank)), fast, 128)
+
+
+def test_an_answer_that_is_context_is_read_and_not_trained(tmp_path, fast):
+    question, wrong = BEFORE
+    context = [question, wrong | {"trained": False}]
+    path = write(tmp_path, row("はい。", context), row("はい。", BEFORE), row(LONG, context))
+    found, counts = load_conversations(path, fast, 128)
+    # Without its last turn, the third conversation would have no trained token.
+    assert counts == {"longer than block_size": 1}
+    assert found[0][0] == found[1][0]
+    learned = [
+        fast.decode([token for token, is_trained in zip(*conversation, strict=True) if is_trained])
+        for conversation in found
+    ]
+    assert learned == ["はい。</s>", "湖を見ました。</s>はい。</s>"]
+    labels = PackedConversations(found[:1], 128, fast.pad_token_id)[0]["labels"]
+    assert fast.decode(labels[labels != IGNORED]) == "はい。</s>"

@@ -1,6 +1,7 @@
 """Instruction pairs: what is made from a page or a row, what is dropped, and how the sides are chosen."""
 
 import json
+from collections import Counter
 
 import pytest
 from recipe.config.instruction import check_pair
@@ -16,7 +17,7 @@ PAGE = """<section class="Sh"><h1 class="Sh">名前</h1><p class="Pp">ls - 一�
 
 def pairs(kind, monkeypatch, page):
     monkeypatch.setattr(packaged_pairs, "read_manpages", lambda folder: iter([page]))
-    return [pair[:3] for pair in instructions.read_pairs(kind, {"source": "manpages"}, str)]
+    return [pair[:3] for pair in instructions.read_pairs(kind, {"source": "manpages"}, str, Counter())]
 
 
 def test_pairs_of_a_manual_page(monkeypatch):
@@ -37,14 +38,14 @@ def test_a_kind_of_pairs_is_one_entry_of_the_table(monkeypatch):
     monkeypatch.setitem(packaged_pairs.PACKAGED_PAIRS, "yes", kind)
     spec = {"source": "sentences"}
     check_pair("yes", spec, {"sentences": {"source": "tatoeba"}}, "pairs.yes")
-    (found,) = instructions.read_pairs("yes", spec, str)
+    (found,) = instructions.read_pairs("yes", spec, str, Counter())
     assert found[:5] == ("山は?", "", "高いです。", "yes", "山")
 
 
 def test_directions_choose_translations(monkeypatch):
     monkeypatch.setattr(packaged_pairs, "read_tatoeba", lambda folder: iter([("1", "山", "mountain")]))
     spec = {"source": "tatoeba", "directions": ["en-ja"]}
-    (found,) = instructions.read_pairs("translation", spec, str)
+    (found,) = instructions.read_pairs("translation", spec, str, Counter())
     assert found[:3] == ("次の文を日本語に翻訳してください。", "mountain", "山")
 
 
@@ -53,7 +54,7 @@ def test_alpaca_file(tmp_path, form):
     rows = [{"instruction": "訳せ", "output": "い"}, {"instruction": "訳せ", "input": "a", "output": "あ"}]
     text = json.dumps(rows) if form == "list" else "\n".join(map(json.dumps, rows))
     (tmp_path / "a.json").write_text("\ufeff" + text, "utf-8")
-    found = list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
+    found = list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str, Counter()))
     assert [pair[:3] for pair in found] == [("訳せ", "", "い"), ("訳せ", "a", "あ")]
     # Each input gives another headword; with one for all, one side of the split would be empty.
     assert found[0].headword != found[1].headword
@@ -64,13 +65,13 @@ def test_alpaca_file_without_the_columns_is_named(tmp_path):
     with pytest.raises(
         RecipeError, match=r"a\.json: entry 1: no column 'output'; it has \['answer', 'instruction'\]"
     ):
-        list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str))
+        list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.json")}, str, Counter()))
 
 
 def test_bad_line_of_an_alpaca_file_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": "y"}\n\n{"instruction": \n')
     with pytest.raises(RecipeError, match=r"a\.jsonl:3: not valid JSON"):
-        list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.jsonl")}, str))
+        list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.jsonl")}, str, Counter()))
 
 
 def pair(output, source="x", headword="h"):
@@ -116,7 +117,7 @@ def test_a_share_caps_pairs_in_an_order_of_their_own(share, kept):
 def pairs_of(tmp_path, rows, name="a.jsonl"):
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / name).write_text(text, "utf-8")
-    return list(instructions.read_pairs("mine", {"path": str(tmp_path / name)}, str))
+    return list(instructions.read_pairs("mine", {"path": str(tmp_path / name)}, str, Counter()))
 
 
 def turns(*contents):
@@ -137,27 +138,11 @@ def test_sharegpt_names_of_roles(tmp_path):
     assert instructions.messages_of(found._asdict()) == turns("山は?", "高い")
 
 
-def test_the_best_replies_of_a_tree_make_one_conversation(tmp_path):
-    def message(name, parent, role, text, rank=None):
-        return {"message_id": name, "parent_id": parent, "role": role, "text_ja": text, "rank": rank}
-
-    rows = [
-        message("c", "a", "assistant", "悪い答え", 1),
-        message("a", None, "prompter", "山は?"),
-        message("b", "a", "assistant", "良い答え", 0),
-        message("d", "b", "prompter", "海は?"),
-        message("e", "d", "assistant", "深い"),
-        message("x", "gone", "assistant", "親のない答え"),
-    ]
-    (found,) = pairs_of(tmp_path, rows)
-    assert instructions.messages_of(found._asdict()) == turns("山は?", "良い答え", "海は?", "深い")
-
-
 def test_a_data_set_of_a_local_folder(tmp_path):
     row = {"instruction": "訳せ", "input": "a", "output": "あ", "category": "closed_qa", "index": "0"}
     (tmp_path / "dolly").mkdir()
     (tmp_path / "dolly/databricks-dolly-15k-ja.json").write_text(json.dumps([row, row | {"input": None}]))
-    found = list(instructions.read_pairs("mine", {"dataset": str(tmp_path / "dolly")}, str))
+    found = list(instructions.read_pairs("mine", {"dataset": str(tmp_path / "dolly")}, str, Counter()))
     assert [pair[:3] for pair in found] == [("訳せ", "a", "あ"), ("訳せ", "", "あ")]
 
 

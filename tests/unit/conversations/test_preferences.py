@@ -34,13 +34,73 @@ FILL = [{"prompt": f"{i}?", "chosen": "良", "rejected": "悪"} for i in range(2
         {"prompt": [QUESTION], "chosen": [answer("高い")], "rejected": [answer("低い")]},
         {"chosen": [QUESTION, answer("高い")], "rejected": [QUESTION, answer("低い")]},
         {"prompt": "山は?", "chosen": [QUESTION, answer("高い")], "rejected": [QUESTION, answer("低い")]},
+        {"prompt": " 山は?\n", "chosen": [QUESTION, answer("高い")], "rejected": "低い"},
     ],
-    ids=["texts", "messages", "implicit prompt", "prompt repeated"],
+    ids=["texts", "messages", "implicit prompt", "prompt repeated", "repeated in one, with white space"],
 )
 def test_forms(tmp_path, row):
-    sides, _ = load(tmp_path, [row, *FILL])
-    found = [p for p in sides["train"] + sides["valid"] if p.chosen == "高い"]
-    assert found == [preferences.Preference([QUESTION], "高い", "低い")]
+    assert kept(tmp_path, row) == [preferences.Preference([QUESTION], "高い", "低い")]
+
+
+def kept(tmp_path, row):
+    """What becomes of one row, with preferences enough for both sides."""
+    sides, _ = load(tmp_path, [row, *FILL], str.strip)
+    return [p for p in sides["train"] + sides["valid"] if p.chosen == "高い"]
+
+
+SYSTEM = {"role": "system", "content": "短く"}
+BEFORE = [{"role": "user", "content": "海は?"}, answer("深い")]
+
+
+def both(*before):
+    return {"chosen": [*before, answer("高い")], "rejected": [*before, answer("低い")]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "短く", "prompt": "山は?", "chosen": "高い", "rejected": "低い"},
+        {"prompt": "山は? ", **both(SYSTEM, QUESTION)},
+        {"prompt": [SYSTEM, QUESTION], **both(QUESTION)},
+        {"prompt": [SYSTEM, QUESTION], **both(SYSTEM, QUESTION)},
+        {"system": "短く", **both(SYSTEM, QUESTION)},
+        {"prompt": "山は?", **both(SYSTEM)},
+    ],
+    ids=["column", "behind it", "prompt", "both", "column and message", "answers"],
+)
+def test_a_system_message_is_kept_once(tmp_path, row):
+    assert kept(tmp_path, row) == [preferences.Preference([SYSTEM, QUESTION], "高い", "低い")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"history": [["海は?", "深い"]], "prompt": "山は?", "chosen": "高い", "rejected": "低い"},
+        {"prompt": "山は?", **both(*BEFORE, QUESTION)},
+        {"prompt": [*BEFORE, QUESTION], **both(QUESTION)},
+        {"prompt": "海は?", **both(*BEFORE, QUESTION)},
+    ],
+    ids=["column", "prompt at the end", "end of the prompt", "prompt at the beginning"],
+)
+def test_the_history_is_kept_once(tmp_path, row):
+    assert kept(tmp_path, row) == [preferences.Preference([*BEFORE, QUESTION], "高い", "低い")]
+
+
+def test_marks_and_columns_of_preferences(tmp_path):
+    """Only the last answers are compared: a mark of an answer before them has no effect."""
+    marked = both(BEFORE[0], BEFORE[1] | {"weight": 0}, QUESTION)
+    assert kept(tmp_path, marked) == [preferences.Preference([*BEFORE, QUESTION], "高い", "低い")]
+    rows = [
+        {"prompt": "山は?", "chosen": "高い", "rejected": "低い", "weight": 0},
+        {"prompt": "山は?", "chosen": [answer("高い") | {"train": False}], "rejected": "低い", "score": 3},
+        both(SYSTEM, {"role": "system", "content": "長く"}, QUESTION),
+    ]
+    _, funnel = load(tmp_path, [*rows, *FILL])
+    assert funnel["mine"]["dropped"] == {"answer not trained": 2, "two system messages": 1}
+    assert "| mine | 23 | 20 | answer not trained 2, two" in preferences.preferences_table(funnel)
+    assert "- mine: `score` 1\n" in preferences.preferences_table(funnel)
+    with pytest.raises(RecipeError, match=r"line 1: tools: .*expected no value"):
+        load(tmp_path, [FILL[0] | {"tools": "[1]"}])
 
 
 def test_every_row_is_kept_or_counted_as_dropped(tmp_path):
