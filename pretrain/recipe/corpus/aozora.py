@@ -1,7 +1,7 @@
 """Works of Aozora Bunko (青空文庫): its raw files, and the prose in them.
 
-`read_work` reads a ``.txt`` (Shift_JIS or UTF-8) or a ``.zip`` with one, unchanged. `prose` removes the
-notation of Aozora Bunko from it, which https://www.aozora.gr.jp/annotation/ describes.
+`read_works` reads a ``.txt`` (Shift_JIS or UTF-8) or a ``.zip`` with one, and splits a file that has several
+works. `prose` removes the notation of Aozora Bunko, which https://www.aozora.gr.jp/annotation/ describes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -33,9 +34,11 @@ class _Unusable(Exception):
     """Why an archive cannot be read: one of `readers.FAULTS`, and the details."""
 
 
-def read_work(path: Path, tolerant: bool = False) -> Iterator[Document]:
-    """The work in a .txt file, or in a .zip with exactly one .txt, with its notation.
+def read_works(path: Path, tolerant: bool = False) -> Iterator[Document]:
+    """The works in a .txt file, or in a .zip with exactly one .txt, with their notation.
 
+    Most files have one work, which is named by the path. If a file has several (joined with cat), each is a
+    document, named ``path:line`` by its first line. Line ends become line feeds.
     A file is read as UTF-8 if it is valid UTF-8, otherwise as Shift_JIS (cp932). Archives are read in memory
     by `archives.zip_members`, which refuses hostile ones. Texts above `readers.MAXIMUM_BYTES` are a fault.
     Strict: raises RecipeError for any fault, also for a single byte that is not Shift_JIS. Tolerant: gives a
@@ -52,17 +55,26 @@ def read_work(path: Path, tolerant: bool = False) -> Iterator[Document]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = _UNDEFINED.sub("\ufffd", raw.decode("cp932", errors="replace"))
+        text = _line_feeds(_UNDEFINED.sub("\ufffd", raw.decode("cp932", errors="replace")))
         bad = text.count("\ufffd")
         if bad > (MAXIMUM_BAD_SHARE * len(text) if tolerant else 0):
             line = text.count("\n", 0, text.index("\ufffd")) + 1
             advice = f"{bad:,} of {len(text):,} characters. Get the file again or convert it"
             yield fault(f"{path}:{line}", "bad Shift_JIS", text, advice, tolerant)
             return
-    if text.strip():
-        yield Document(name, text)
-    else:
+    text = _line_feeds(text)
+    if not text.strip():
         yield fault(name, "empty file", text, "no text in it. Delete it or get it again", tolerant)
+        return
+    starts = [0, *_next_works(text), len(text)]
+    for start, end in itertools.pairwise(starts):
+        line = text.count("\n", 0, start) + 1
+        yield Document(name if len(starts) == 2 else f"{name}:{line}", text[start:end])
+
+
+def _line_feeds(text: str) -> str:
+    """The text with \\n for \\r\\n and for \\r alone."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -97,7 +109,20 @@ def _read_zip(path: Path) -> bytes:
 _LEGEND = re.compile(
     r"^-{20,}[ 　]*\n【テキスト中に現れる記号について】.*?\n-{20,}[ 　]*\n", re.MULTILINE | re.DOTALL
 )
-_COLOPHON = re.compile(r"(?s)\n[ 　]*\n[ 　]*底本[：:].*\Z")
+# A colophon: a line 底本：, and within 40 lines one that says who made the file.
+_ORIGINAL = r"[ 　]*(?:[^\s「」。]{1,6}の)?底本(?:の親本)?[ 　]*[：:]"
+_MAKER = (
+    r"[ 　]*(?:[^\s「」。：]{0,6}(?:入力|校正)者?|青空文庫作成ファイル|青空文庫ファイル作成|ファイル作成)"
+    r"[ 　]*[：:].*"
+)
+_COLOPHON = re.compile(rf"(?m)^{_ORIGINAL}.*\n(?:(?!(?:[ 　]*\n)+{_ORIGINAL}).*\n){{0,40}}?{_MAKER}$")
+_COLOPHON_ALONE = re.compile(rf"\n[ 　]*\n{_ORIGINAL}")  # without a maker, only after an empty line
+_COLOPHON_LINE = re.compile(
+    rf"(?m)^(?:{_MAKER}|[ 　]*[\d元]+年.*(?:公開|作成|修正|更新|入力)|"
+    r"[ 　]*このファイルは、.*|.*ボランティアの皆さんです。.*)$"
+)
+_BODY_END = "［＃本文終わり］"
+_HIGH_SHARE = 0.5  # of a text: a longer colophon may contain prose
 _GAIJI = re.compile(r"※(［＃(?!「※)[^［］\n]*］)")  # ※［＃「※」は小書き］ is a ※ with a note
 _JIS_CODE = re.compile(r"(?<![\d-])([12])-(\d{1,2})-(\d{1,2})(?![\d-])")  # plane, row, cell
 _UNICODE = re.compile(r"U\+([0-9A-Fa-f]{4,6})")
@@ -113,6 +138,7 @@ _BLANK_LINES = re.compile(r"\n(?:[ 　]*\n){2,}")
 FIGURES = (
     "heading lines",
     "colophon lines",
+    "colophons above half of the text",  # short poems; or prose that was taken for a colophon
     "ruby",
     "notes",
     "notes unclosed",  # left in the text
@@ -130,9 +156,11 @@ def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
     """The prose of a work, and a count for each of FIGURES.
 
     Removed: the heading (title, author), the legend of the notation between two lines of hyphens, the
-    colophon (from a line 底本： after an empty line to the end), readings 《…》, the ｜ that marks where
-    their base begins, and notes ［＃…］. Without a legend, the heading is the first two to six lines before
-    an empty line, if there is a colophon.
+    colophon, readings 《…》, the ｜ that marks where their base begins, and notes ［＃…］.
+
+    The colophon begins at ［＃本文終わり］, or at a line 底本： that is followed by a line 入力：, 校正： or
+    青空文庫作成ファイル：, or at a line 底本： after an empty line. It goes to the end. Without a legend, the
+    heading is the first two to six lines before an empty line, if there is a colophon.
 
     Replaced: ※［＃…］ by its character (from the code point, the JIS X 0213 code or the description), or by
     〓 if it is not known; 〔e'〕 by é; ／＼ by 〳〵; notes within a line (割り注) by （…）; U+FFFD by 〓;
@@ -141,9 +169,11 @@ def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
     heading: keep the heading as one first line with wide spaces in it.
     """
     figures = dict.fromkeys(FIGURES, 0)
-    head, body, colophon = _parts(text.replace("\r\n", "\n"))
+    head, body, colophon = _parts(_line_feeds(text))
     figures["heading lines"] = len(head.splitlines())
     figures["colophon lines"] = len(colophon.strip().splitlines())
+    share = len(colophon) / max(1, len(body) + len(colophon))
+    figures["colophons above half of the text"] = int(share > _HIGH_SHARE)
     if heading and head:
         body = "　".join(line.strip() for line in head.splitlines()) + "\n\n" + body.lstrip("\n")
     body = body.replace("／″＼", "〴〵").replace("／＼", "〳〵")
@@ -180,14 +210,39 @@ def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
 def _parts(text: str) -> tuple[str, str, str]:
     """Heading, body and colophon of a work; "" for a part that it does not have."""
     colophon = ""
-    if found := _COLOPHON.search(text):
-        text, colophon = text[: found.start()], found[0]
+    end = text.find(_BODY_END)
+    if end < 0 and (found := _COLOPHON.search(text) or _COLOPHON_ALONE.search(text)):
+        end = found.start()
+    if end >= 0:
+        text, colophon = text[:end], text[end:]
     if legend := _LEGEND.search(text):
         return text[: legend.start()].strip(), text[legend.end() :], colophon
     head, gap, body = text.lstrip("\n").partition("\n\n")
     if colophon and gap and 2 <= head.count("\n") + 1 <= 6:
         return head, body, colophon
     return "", text, colophon
+
+
+def _next_works(text: str) -> list[int]:
+    """Where the second, third, … work of a text begins.
+
+    A work begins between a colophon and a legend, between two legends, and between two colophons with two
+    or more lines of other text between them.
+    """
+    legends = [(found.start(), found.end(), True) for found in _LEGEND.finditer(text)]
+    colophons = [(found.start(), found.end(), False) for found in _COLOPHON.finditer(text)]
+    starts = []
+    for (_, end, left_is_legend), (begin, _, is_legend) in itertools.pairwise(sorted(legends + colophons)):
+        if left_is_legend and not is_legend:
+            continue
+        if left_is_legend:  # no colophon: the heading begins after an empty line
+            end = max(end, text.rfind("\n\n", end, len(text[:begin].rstrip())) + 1)
+        for line in _COLOPHON_LINE.finditer(text, end, begin):
+            end = line.end()
+        end += len(text[end:begin]) - len(text[end:begin].lstrip("\n"))
+        if is_legend or len(text[end:begin].split("\n")) > 2:
+            starts.append(end)
+    return starts
 
 
 @functools.lru_cache(2**16)

@@ -133,6 +133,9 @@ def funnel_table(funnels: dict[str, Funnel]) -> str:
     cut = [f"{name} ends at its limit {funnel.capped}." for name, funnel in funnels.items() if funnel.capped]
     lines += ["", *cut] if cut else []
     for name, funnel in funnels.items():
+        counts = ", ".join(f"{figure} {count:,}" for figure, count in funnel.extraction.items() if count)
+        lines += ["", f"Found in {name}: {counts}."] if counts else []
+    for name, funnel in funnels.items():
         for reason in sorted(funnel.samples):
             lines += ["", f"### {name}: {reason} ({funnel.documents_dropped[reason]:,} documents)", ""]
             for _, document, text in funnel.samples[reason]:

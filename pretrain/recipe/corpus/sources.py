@@ -101,7 +101,7 @@ def _read_wikipedia(name: str, spec: dict[str, Any], data: Path) -> Iterator[Doc
 
 def _read_aozora(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     for path in source_paths(name, spec, data):
-        yield from aozora.read_work(path, _tolerant(spec))
+        yield from aozora.read_works(path, _tolerant(spec))
 
 
 def _read_datasets_folder(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 from recipe.corpus import aozora
-from recipe.corpus.aozora import prose, read_work
+from recipe.corpus.aozora import prose, read_works
 from recipe.corpus.readers import FAULTS
 from recipe.project import RecipeError
 
@@ -80,6 +80,7 @@ def test_work_with_a_legend():
     assert figures == {
         "heading lines": 3,
         "colophon lines": 8,
+        "colophons above half of the text": 0,
         "ruby": 4,
         "gaiji": 3,
         "gaiji unresolved": 1,
@@ -96,6 +97,7 @@ def test_work_without_a_legend():
     assert figures == {
         "heading lines": 2,
         "colophon lines": 8,
+        "colophons above half of the text": 0,
         "ruby": 3,
         "gaiji": 6,
         "gaiji unresolved": 0,
@@ -111,8 +113,9 @@ def test_heading_can_be_kept_as_the_first_line():
     assert prose(CAFE, heading=True)[0] == "茶店　海野花子\n\n" + CAFE_PROSE
 
 
-def test_carriage_returns_change_nothing():
-    assert prose(FOREST.replace("\n", "\r\n")) == prose(FOREST)
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_carriage_returns_change_nothing(end):
+    assert prose(FOREST.replace("\n", end)) == prose(FOREST)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,69 @@ def test_heading_without_a_legend_has_two_to_six_lines(lines):
     assert prose(raw + COLOPHON)[0] == raw
 
 
+BODY = "　本文の一行目である。\n" * 30 + "　最後の行である。"
+
+
+@pytest.mark.parametrize(
+    "colophon",
+    [
+        "底本：「手本集」手本書房\n　　　2001年初版\n入力：甲\n校正：乙\n",
+        "［＃ここで字下げ終わり］\n底本：「手本集」\n入力者：甲\n",
+        "　底本:「手本集」\n青空文庫作成ファイル：\n",
+        "翻訳の底本：手本集\n※注がある。\n2001年1月1日作成\nテキスト入力：甲",
+        "底本：「上巻」\n底本：「下巻」\n校正：乙\n",
+        "［＃本文終わり］\n底本のない奥付。\n",
+        "\n\n底本：「手本集」だけの奥付\n",
+    ],
+)
+def test_colophon_is_found_by_what_follows_it(colophon):
+    text, figures = prose(f"題\n名\n\n{LEGEND}{BODY}\n{colophon}")
+    assert text == BODY
+    assert figures["colophons above half of the text"] == 0
+
+
+def test_a_line_of_prose_that_looks_like_a_colophon_stays():
+    body = f"底本：とは何か。\n{BODY}\n底本：この行も本文である。\n\n{BODY}"
+    assert prose(f"題\n名\n\n{LEGEND}{body}{COLOPHON}")[0] == body
+
+
+def test_colophon_that_is_most_of_a_text_is_counted():
+    figures = prose(f"題\n名\n\n短い詩。{COLOPHON}{BODY}")[1]
+    assert figures["colophons above half of the text"] == 1
+
+
 # ------------------------------------------------------------------------------------------------- files
+
+
+def work(number, legend=True, colophon=COLOPHON):
+    """A work of a name and a body of its own, and its body."""
+    body = f"　第{number}の本文である。\n　二行目である。"
+    return f"題{number}\n作者\n\n{LEGEND if legend else ''}{body}{colophon}", body
+
+
+@pytest.mark.parametrize("gap", ["", "\n", "\n\n\n"])
+@pytest.mark.parametrize("legend", [True, False])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_joined_works_are_split(tmp_path, gap, legend, end):
+    works, bodies = zip(*(work(number, legend) for number in range(3)), strict=True)
+    text = gap.join(works)
+    path = write(tmp_path, "all.txt", text.replace("\n", end).encode("cp932"))
+    documents = list(read_works(path))
+    assert [prose(document.text)[0] for document in documents] == list(bodies)
+    assert "".join(document.text for document in documents) == text  # every byte is in one of them
+    lines = [text.count("\n", 0, text.index(f"題{number}")) + 1 for number in range(3)]
+    assert [document.name for document in documents] == [f"{path}:{line}" for line in lines]
+
+
+def test_joined_works_without_a_colophon_are_split_at_the_heading(tmp_path):
+    first, second = work(1, colophon="\n\n"), work(2)
+    documents = list(read_works(write(tmp_path, "all.txt", (first[0] + second[0]).encode())))
+    assert [prose(document.text)[0] for document in documents] == [first[1], second[1]]
+
+
+def test_a_colophon_of_two_books_is_not_a_second_work(tmp_path):
+    text = work(1)[0] + "底本：「手本集　下巻」\n入力：丙\n校正：丁\n"
+    assert [document.text for document in read_works(write(tmp_path, "a.txt", text.encode()))] == [text]
 
 
 def zipped(members, method=zipfile.ZIP_DEFLATED):
@@ -213,22 +278,22 @@ SJIS = FOREST.replace("\n", "\r\n").encode("cp932")
 @pytest.mark.parametrize("tolerant", [False, True])
 def test_work_is_read_from_every_form(tmp_path, name, content, tolerant):
     path = write(tmp_path, name, content)
-    (document,) = read_work(path, tolerant)
+    (document,) = read_works(path, tolerant)
     assert (document.name, document.dropped) == (str(path), "")
     assert document.text.replace("\r\n", "\n") == FOREST
 
 
 def test_characters_that_only_cp932_has(tmp_path):
-    (document,) = read_work(write(tmp_path, "a.txt", "①ⅲ㈱髙﨑～".encode("cp932")))
+    (document,) = read_works(write(tmp_path, "a.txt", "①ⅲ㈱髙﨑～".encode("cp932")))
     assert document.text == "①ⅲ㈱髙﨑～"
 
 
 def test_bad_shift_jis_byte_is_named_or_replaced_and_counted(tmp_path):
     raw = "一行目\r\n二行目".encode("cp932") + b"\xfd\x82" + ("\r\n" + "三行目" * 99).encode("cp932")
     path = write(tmp_path, "a.txt", raw)
-    with pytest.raises(RecipeError, match=r"a\.txt:2: bad Shift_JIS: 2 of 309 characters"):
-        list(read_work(path))
-    (document,) = read_work(path, tolerant=True)
+    with pytest.raises(RecipeError, match=r"a\.txt:2: bad Shift_JIS: 2 of 307 characters"):
+        list(read_works(path))
+    (document,) = read_works(path, tolerant=True)
     text, figures = prose(document.text)
     assert text.startswith("一行目\n二行目〓") and text.endswith("三行目")
     assert not document.dropped and figures["bad bytes"] == document.text.count("\ufffd") > 0
@@ -236,10 +301,10 @@ def test_bad_shift_jis_byte_is_named_or_replaced_and_counted(tmp_path):
 
 def test_file_in_another_encoding_is_dropped(tmp_path):
     path = write(tmp_path, "a.txt", "これは別の符号化です。".encode("utf-16"))
-    (document,) = read_work(path, tolerant=True)
+    (document,) = read_works(path, tolerant=True)
     assert document.dropped == "bad Shift_JIS"
     with pytest.raises(RecipeError, match=r"a\.txt:1: bad Shift_JIS"):
-        list(read_work(path))
+        list(read_works(path))
 
 
 def link(name):
@@ -288,8 +353,8 @@ def test_fault_in_a_file(tmp_path, monkeypatch, name, content, reason, words):
     monkeypatch.setattr(aozora, "MAXIMUM_BYTES", 10_000)
     path = write(tmp_path, name, content)
     with pytest.raises(RecipeError, match=f"{name}: {reason}: .*{words}"):
-        list(read_work(path))
-    (document,) = read_work(path, tolerant=True)
+        list(read_works(path))
+    (document,) = read_works(path, tolerant=True)
     assert (document.name, document.dropped) == (str(path), reason)
     assert reason in FAULTS
 
@@ -304,7 +369,7 @@ def test_no_damage_of_an_archive_gives_another_text(tmp_path):
         ]
     found = set()
     for content in damaged:
-        (document,) = read_work(write(tmp_path, "a.zip", content), tolerant=True)
+        (document,) = read_works(write(tmp_path, "a.zip", content), tolerant=True)
         found.add(document.dropped)
         assert document.dropped in FAULTS or document.text == "text"
     assert {"", "damaged archive", "unusable archive"} <= found
@@ -316,16 +381,16 @@ def test_an_archive_that_leads_outside_is_refused_and_nothing_is_written(tmp_pat
     folder.mkdir()
     path = write(folder, "a.zip", zipped([("a.txt", b"text"), (name, b"x")]))
     with pytest.raises(RecipeError, match="unusable archive: .*leads outside"):
-        list(read_work(path))
+        list(read_works(path))
     assert sorted(tmp_path.rglob("*")) == [folder, path]
 
 
 @pytest.mark.parametrize("tolerant", [False, True])
 def test_unknown_kind_is_always_refused(tmp_path, tolerant):
     with pytest.raises(RecipeError, match=r"unknown kind of file '\.html'; expected \.txt or \.zip"):
-        list(read_work(write(tmp_path, "a.html", b"x"), tolerant))
+        list(read_works(write(tmp_path, "a.html", b"x"), tolerant))
 
 
 def test_missing_file_is_not_a_fault(tmp_path):
     with pytest.raises(FileNotFoundError):
-        list(read_work(tmp_path / "a.zip", tolerant=True))
+        list(read_works(tmp_path / "a.zip", tolerant=True))

@@ -6,6 +6,7 @@ import bz2
 import json
 import lzma
 import random
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -222,3 +223,8 @@ def test_a_reason_without_bytes_has_its_column():
     part.drop("empty", 0, "a", "")
     whole.add(part)
     assert "| dropped: empty |" in funnel_table({"x": whole})
+
+
+def test_the_table_tells_what_extraction_found():
+    found = Funnel(extraction=Counter({"ruby": 3000, "notes": 0}))
+    assert "Found in x: ruby 3,000.\n" in funnel_table({"x": found})
