@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from recipe.config.model import model_values
+from recipe.corpus.fetch import require_space
 from recipe.export.html_report import flat_figures
-from recipe.project import RecipeError, read_json
+from recipe.project import RecipeError, read_json, share_blocks
 
 # The files of a model folder that AutoModelForCausalLM and AutoTokenizer load.
 MODEL_FILES = (
@@ -51,13 +51,15 @@ def copy_curves(folders: dict[str, Path], target: Path) -> None:
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Put the files of a model folder into another one: hard links if the disk supports them, else copies."""
-    for pattern in MODEL_FILES:
-        for path in source.glob(pattern):
-            try:
-                os.link(path, target / path.name)
-            except OSError:
-                shutil.copy2(path, target / path.name)
+    """Copy the files of a model folder, so that an edited copy changes nothing in `source`.
+
+    Raises Refused when the disk has no room for the copies.
+    """
+    paths = [path for pattern in MODEL_FILES for path in source.glob(pattern)]
+    require_space(target, sum(path.stat().st_size for path in paths), f"copying {source}")
+    for path in paths:
+        if not share_blocks(path, target / path.name):
+            shutil.copyfile(path, target / path.name)
 
 
 def model_card(

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.corpus.fetch import require_space
-from recipe.project import Refused, fsync_tree, read_json
-
-# Linux's request to let two files share their blocks until one of them is changed (man 2 ioctl_ficlone).
-FICLONE = 0x40049409
+from recipe.project import Refused, fsync_tree, read_json, share_blocks
 
 
 @contextlib.contextmanager
@@ -89,20 +86,10 @@ def copy_stage(source: Path, target: Path) -> None:
             copy.mkdir(parents=True, exist_ok=True)
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if share and not _share_blocks(path, copy):
+        if share and not share_blocks(path, copy):
             share = False
             size = sum(path.stat().st_size for path in paths if path.is_file())
             require_space(target, size, f"copying {source}")
         if not share:
             shutil.copyfile(path, copy)
         shutil.copystat(path, copy)
-
-
-def _share_blocks(source: Path, target: Path) -> bool:
-    """Make `target` a reflink of `source`; False where the file system has none."""
-    with source.open("rb") as old, target.open("wb") as new:
-        try:
-            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
-        except OSError:
-            return False
-    return True

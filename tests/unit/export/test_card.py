@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import SHAPE, sentences
-from recipe.export.card import model_card
+from recipe.export.card import copy_model, model_card
 from recipe.model.build import build_model
 from recipe.project import RecipeError, write_json
 from recipe.tokenization.encode_text import prompt_ids
@@ -66,3 +66,15 @@ def test_a_missing_record_is_named(finished):
     (finished["06_evaluate"] / "stage.json").unlink()
     with pytest.raises(RecipeError, match=r"06_evaluate/stage\.json: cannot be read .* Run that stage"):
         model_card("mine", "", CONFIG, finished)
+
+
+def test_an_edited_copy_of_a_model_changes_nothing_in_the_stage_it_comes_from(tmp_path):
+    source, target = tmp_path / "12_finetune", tmp_path / "16_export"
+    source.mkdir()
+    target.mkdir()
+    (source / "config.json").write_text("{}")
+    copy_model(source, target)
+    assert (target / "config.json").read_text() == "{}"
+    with (target / "config.json").open("a") as handle:
+        handle.write("edited")
+    assert (source / "config.json").read_text() == "{}"
