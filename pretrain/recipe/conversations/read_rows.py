@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,19 @@ def read_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
     where: names the entry in messages, such as ``instruction.json: pairs.mine``. Raises RecipeError when a
     file or data set cannot be read, or when a row is not an object.
     """
-    if "path" in spec:
-        for path in expand_pairs(where, spec["path"]):
-            for position, row in json_rows(path):
-                if not isinstance(row, dict):
-                    raise RecipeError(f"{path}: {position}: expected an object, found {type(row).__name__}")
-                yield f"{path}: {position}", row
-    else:
-        yield from _hub_rows(where, spec)
+    if "path" not in spec:
+        yield from _data_set_rows(where, spec)
+        return
+    for path in expand_pairs(where, spec["path"]):
+        yield from _objects(str(path), json_rows(path))
+
+
+def _objects(file: str, values: Iterable[tuple[str, Any]]) -> Iterator[Row]:
+    """The values of a JSON file as rows. Raises RecipeError for a value that is not an object."""
+    for position, row in values:
+        if not isinstance(row, dict):
+            raise RecipeError(f"{file}: {position}: expected an object, found {type(row).__name__}")
+        yield f"{file}: {position}", row
 
 
 def expand_pairs(where: str, pattern: str) -> list[Path]:
@@ -56,10 +62,14 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     A byte order mark is removed. Raises RecipeError that names the line with invalid JSON or the bad byte.
     """
+    return _parse(str(path), path.read_bytes())
+
+
+def _parse(file: str, content: bytes) -> Iterator[tuple[str, Any]]:
     try:
-        text = path.read_text("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8") from error
+        raise RecipeError(f"{file}: not UTF-8 at byte {error.start}. Save the file as UTF-8") from error
     is_list = text.lstrip().startswith("[")
     number = 1
     try:
@@ -71,23 +81,37 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", json.loads(line)
     except json.JSONDecodeError as error:
         line = error.lineno if is_list else number
-        raise RecipeError(f"{path}:{line}: not valid JSON ({error.msg})") from error
+        raise RecipeError(f"{file}:{line}: not valid JSON ({error.msg})") from error
 
 
-def _hub_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
+def _data_set_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
+    """The rows of a data set, file by file, because the types and names of columns may differ between files.
+
+    JSON is parsed here: datasets takes the type of a column from the first rows of a file, and fails when
+    they are null and later ones are texts.
+    """
     import datasets
+    import fsspec
 
-    folder = ROOT / Path(spec["dataset"]).expanduser()
-    source = str(folder) if folder.is_dir() else spec["dataset"]
+    name, split = spec["dataset"], spec.get("split", "train")
+    folder = ROOT / Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
     try:
-        rows = datasets.load_dataset(
-            source,
-            name=spec.get("configuration"),
-            split=spec.get("split", "train"),
-            revision=spec.get("revision"),
-            streaming=True,
+        builder = datasets.load_dataset_builder(
+            source, spec.get("configuration"), revision=spec.get("revision")
         )
-        for number, row in enumerate(rows):
-            yield f"{spec['dataset']}: row {number}", row
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{where}: cannot read the data set {spec['dataset']}: {error}") from error
+        files = builder.config.data_files or {}
+        if split not in files:
+            raise ValueError(f"it has no split {split!r}, only {', '.join(map(str, files))}")
+        declared = builder.info.features
+        for file in files[split]:
+            if builder.name == "json" and re.search(r"\.jsonl?(\.gz)?$", file):
+                with fsspec.open(file, "rb", compression="infer") as handle:
+                    content = handle.read()
+                yield from _objects(file, _parse(file, content))
+                continue
+            builder.config.data_files, builder.info.features = {split: [file]}, declared
+            for number, row in enumerate(builder.as_streaming_dataset(split), 1):
+                yield f"{file}: row {number}", row
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"{where}: cannot read the data set {name}: {error}") from error

@@ -138,14 +138,6 @@ def test_sharegpt_names_of_roles(tmp_path):
     assert instructions.messages_of(found._asdict()) == turns("山は?", "高い")
 
 
-def test_a_data_set_of_a_local_folder(tmp_path):
-    row = {"instruction": "訳せ", "input": "a", "output": "あ", "category": "closed_qa", "index": "0"}
-    (tmp_path / "dolly").mkdir()
-    (tmp_path / "dolly/databricks-dolly-15k-ja.json").write_text(json.dumps([row, row | {"input": None}]))
-    found = list(instructions.read_pairs("mine", {"dataset": str(tmp_path / "dolly")}, str, Counter()))
-    assert [pair[:3] for pair in found] == [("訳せ", "a", "あ"), ("訳せ", "", "あ")]
-
-
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
