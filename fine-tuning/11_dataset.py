@@ -24,6 +24,7 @@ from recipe.conversations.instructions import (
     reason_to_drop,
 )
 from recipe.conversations.read_rows import byte_order_marks
+from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.download import require_data
 from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS
@@ -43,13 +44,16 @@ def main(stage: Stage) -> None:
     require_data(
         read_json(stage.inputs["01_download"] / "stage.json")["figures"], stage.config["dataset"], DATA
     )
-    normalize = make_normalizer(stage.config["dataset"])
+    # Packaged pairs are made from the pretraining text; users' own conversations keep their layout.
+    normalize_corpus = make_normalizer(stage.config["dataset"])
+    normalize_dialogue = make_dialogue_normalizer(stage.config["dataset"])
     sides: Sides = {"train": [], "valid": []}
     funnel: dict[str, dict[str, Any]] = {}
     seen: set[bytes] = set()
     # Translations come last: their share depends on the number of all other pairs.
     for name, spec in sorted(config["pairs"].items(), key=lambda entry: is_translation(*entry)):
         unused: Counter[str] = Counter()
+        normalize = normalize_corpus if "source" in spec else normalize_dialogue
         pairs = progress(read_pairs(name, spec, normalize, unused), name, "pairs")
         judged = "source" in spec and PACKAGED_PAIRS[name].judged
         kept, dropped = select(pairs, judged, config.get("valid_share", 0.05), seen)
@@ -71,7 +75,8 @@ def main(stage: Stage) -> None:
         )
     for side, found in sides.items():
         write_side(stage.folder, side, found)
-    overlap = pretraining_overlap(sides, read_texts(stage.inputs["02_dataset"], "valid"))
+    texts = read_texts(stage.inputs["02_dataset"], "valid")
+    overlap = pretraining_overlap(sides, texts, normalize_corpus)
     stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
     stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}
     write_json(stage.folder / "funnel.json", stage.figures)

@@ -18,7 +18,7 @@ def main(stage: Stage) -> None:
     from recipe.conversations.encode import encode_conversation
     from recipe.evaluation.generation import (
         check_room,
-        clean_prompt,
+        clean_question,
         generate_all,
         generation_config,
         side_by_side,
@@ -30,7 +30,7 @@ def main(stage: Stage) -> None:
     values, tuned = stage.config["generation"], stage.inputs[tuned_stage(stage.config)]
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     rows = [
-        {"prompt": clean_prompt(stage.config, question), "wanted": ""}
+        {"prompt": clean_question(stage.config, question), "wanted": ""}
         for question in values.get("questions", [])
     ]
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]

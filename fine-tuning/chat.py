@@ -87,8 +87,8 @@ def talk(talker: Talker, recipe: str, overrides: list[str]) -> None:
     messages: list[dict[str, str]] = []
     commands = "/set KEY VALUE, /quit" if talker.base else "/reset, /set KEY VALUE, /quit"
     while True:
-        line = input("Text: " if talker.base else "User: ").strip()
-        command, _, rest = line.partition(" ")
+        line = input("Text: " if talker.base else "User: ").rstrip()
+        command, _, rest = line.strip().partition(" ")
         try:
             if command == "/quit":
                 return

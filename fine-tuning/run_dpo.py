@@ -19,7 +19,7 @@ def main(plan: dict[str, Any]) -> None:
         load_preferences,
         preferences_table,
     )
-    from recipe.corpus.normalizing import make_normalizer
+    from recipe.corpus.characters import make_dialogue_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
     from recipe.project import RecipeError, write_json
@@ -39,7 +39,7 @@ def main(plan: dict[str, Any]) -> None:
     base = Path(plan["inputs"]["12_finetune"])
     tokenizer = AutoTokenizer.from_pretrained(base)
     check_template(tokenizer)
-    normalize = make_normalizer(plan["config"]["dataset"])
+    normalize = make_dialogue_normalizer(plan["config"]["dataset"])
     sides, funnel = load_preferences(plan["config"]["preference"], normalize)
     rows, left_out = {}, {}
     for side, preferences in sides.items():

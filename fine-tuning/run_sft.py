@@ -23,7 +23,7 @@ def main(plan: dict[str, Any]) -> None:
     """Add the chat template, pack the conversations, train and save; rank 0 writes result.json."""
     from recipe.config.chat_templates import FORMS, chat_template, response_template
     from recipe.conversations.encode import encode_conversation, load_conversations, preview
-    from recipe.evaluation.generation import clean_prompt
+    from recipe.evaluation.generation import clean_question
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
     from recipe.project import write_json
@@ -63,7 +63,7 @@ def main(plan: dict[str, Any]) -> None:
             flush=True,
         )
     generation = plan["config"]["generation"]
-    texts = [clean_prompt(plan["config"], question) for question in generation.get("questions", [])]
+    texts = [clean_question(plan["config"], question) for question in generation.get("questions", [])]
     questions = {
         text: encode_conversation(tokenizer, [{"role": "user", "content": text}])[0] for text in texts
     }

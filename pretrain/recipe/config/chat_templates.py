@@ -40,7 +40,7 @@ _TEMPLATE = """{{- bos_token -}}
 {{- SYSTEM + '\\n\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
-{%- set content = message.content | trim -%}
+{%- set content = message.content.lstrip('\\n').rstrip() -%}
 {%- if message.role == 'system' -%}
 {{- content + '\\n\\n' -}}
 {%- elif message.role == 'user' -%}

@@ -57,7 +57,8 @@ def read_pairs(
 ) -> Iterator[Pair]:
     """The pairs of one entry of instruction.json.
 
-    kind, spec: the entry's name and values. normalize: cleans a text as the pretraining text was cleaned.
+    kind, spec: the entry's name and values. normalize: `make_dialogue_normalizer` for
+    a user's own conversations; `make_normalizer` for packaged text, which is part of the pretraining text.
     unused: see `read_dialogues`. Raises RecipeError for files or rows that cannot be read.
     """
     if "source" not in spec:
@@ -108,8 +109,8 @@ def make_pair(messages: list[Message], source: str, normalize: Callable[[str], s
 
 
 def _clean(content: str, normalize: Callable[[str], str]) -> str:
-    """A message cleaned as the pretraining text, except for the heading of its input."""
-    return INPUT_HEADING.join(normalize(part).strip() for part in content.split(INPUT_HEADING))
+    """A normalised message; the heading of its input stays."""
+    return INPUT_HEADING.join(map(normalize, content.split(INPUT_HEADING)))
 
 
 def pair_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -225,16 +226,19 @@ def identity(pair: Pair) -> bytes:
     return text_hash("\0".join(message["content"] for message in messages_of(pair._asdict())))
 
 
-def pretraining_overlap(sides: dict[str, list[Pair]], texts: Iterable[str]) -> dict[str, int]:
+def pretraining_overlap(
+    sides: dict[str, list[Pair]], texts: Iterable[str], normalize: Callable[[str], str]
+) -> dict[str, int]:
     """How many pairs of each side share a sentence with the validation documents of pretraining.
 
-    A sentence is a run of 20 or more characters without ``。`` or a line break. Memory grows with the pairs,
-    not with `texts`.
+    A sentence is a run of 20 or more characters without ``。`` or a line break. normalize: cleans a text as
+    `texts` were cleaned. Memory grows with the pairs, not with `texts`.
     """
 
     def sentences(pair: Pair) -> set[str]:
         messages = messages_of(pair._asdict())
-        return {sentence for message in messages for sentence in _SENTENCE.findall(message["content"])}
+        contents = [normalize(message["content"]) for message in messages]
+        return {sentence for content in contents for sentence in _SENTENCE.findall(content)}
 
     of_pairs = {sentence for pairs in sides.values() for pair in pairs for sentence in sentences(pair)}
     shared = {sentence for text in texts for sentence in _SENTENCE.findall(text) if sentence in of_pairs}

@@ -51,7 +51,7 @@ def load_preferences(
     """The preferences by side (train, valid), and the counts of each entry: in, out, dropped by reason,
     and unused_columns if there were any.
 
-    values: preference.json. normalize: cleans a text as the pretraining text was cleaned. Preferences with
+    values: preference.json. normalize: see `make_dialogue_normalizer`. Preferences with
     the same first question are on the same side. Raises RecipeError when a side is empty.
     """
     sides: dict[str, list[Preference]] = {"train": [], "valid": []}

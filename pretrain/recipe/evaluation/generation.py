@@ -29,6 +29,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from recipe.config.generation import GENERATION
+from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
 from recipe.project import Refused, markdown_text
 from recipe.tokenization.encode_text import BYTE_TOKEN
@@ -86,11 +87,22 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 
 
 def clean_prompt(config: dict[str, Any], text: str) -> str:
-    """A user's text as stage 02 would have kept it: normalised by the recipe's dataset.json.
+    """The beginning of a document as stage 02 would have kept it: normalised by the recipe's dataset.json.
 
     config: a whole recipe. Raises Refused when nothing is left.
     """
-    clean = make_normalizer(config["dataset"])(text)
+    return _not_empty(text, make_normalizer(config["dataset"])(text))
+
+
+def clean_question(config: dict[str, Any], text: str) -> str:
+    """A user's message as stage 11 would have kept it, with its layout (see `make_dialogue_normalizer`).
+
+    config: a whole recipe. Raises Refused when nothing is left.
+    """
+    return _not_empty(text, make_dialogue_normalizer(config["dataset"])(text))
+
+
+def _not_empty(text: str, clean: str) -> str:
     if not clean:
         raise Refused(f"the prompt {text[:40]!r} is empty after normalising. Write some text")
     return clean

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from recipe.conversations.encode import check_template, encode_conversation
 from recipe.conversations.read_rows import Message
-from recipe.evaluation.generation import check_room, clean_prompt, generation_config, stream
+from recipe.evaluation.generation import check_room, clean_prompt, clean_question, generation_config, stream
 from recipe.model.build import for_inference, load_model
 from recipe.project import RecipeError
 from recipe.tokenization.encode_text import prompt_ids
@@ -23,8 +23,8 @@ class Talker:
 
     folder: the model with its tokenizer. config: the whole recipe; `config["generation"]` holds the sampling
     options and may be replaced between two answers. base: the model was not tuned. Raises RecipeError unless
-    a tuned model has a chat template (see `check_template`). What users write is normalised as the training
-    text was.
+    a tuned model has a chat template (see `check_template`). What users write is normalised as what the
+    model was trained on.
     """
 
     def __init__(self, folder: Path, config: dict[str, dict[str, Any]], base: bool = False) -> None:
@@ -56,7 +56,7 @@ class Talker:
     def _prompt(self, messages: list[Message], sampling: GenerationConfig) -> list[int]:
         """The ids of as many of the last turns as leave room for an answer."""
         messages = [
-            m | {"content": clean_prompt(self.config, m["content"])} if m["role"] == "user" else m
+            m | {"content": clean_question(self.config, m["content"])} if m["role"] == "user" else m
             for m in messages
         ]
         system = [m for m in messages[:1] if m["role"] == "system"]

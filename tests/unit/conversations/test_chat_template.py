@@ -196,3 +196,24 @@ def test_unknown_role_is_refused(fast):
 def test_preview_marks_what_is_trained(fast):
     shown = encode.preview([encode.encode_conversation(fast, [QUESTION, ANSWER, QUESTION, ANSWER])], fast)
     assert shown.count("### 応答:\n【山に登りました。</s>】") == 2
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_the_layout_of_messages_is_trained_and_asked_exactly(fast, form):
+    """Code that begins with indentation, empty lines and lists, through the template and the tokenizer."""
+    fast = with_template(fast, forms.chat_template(form))
+    code, lists = "    for i in n:\n\n\tprint(i)", "- 親の項目\n  - 子の項目\n\n　字下げ"
+    question, answer = ({"role": "user", "content": code}, {"role": "assistant", "content": code + lists})
+    ids, trained = encode.encode_conversation(fast, [question, answer, question | {"content": lists}])
+    learned = [i for i, flag in zip(ids, trained, strict=True) if flag]
+    assert fast.decode(learned) == f"{code}{lists}</s>"
+    assert f"\n{code}\n\n" in fast.decode(ids) and f"\n{lists}\n\n" in fast.decode(ids)
+
+
+def test_empty_lines_at_the_beginning_and_white_space_at_the_end_are_removed(fast):
+    """As stage 11 does; a server may send them."""
+    message = {"role": "user", "content": f"\n\n  {QUESTION['content']} \n"}
+    expected = {"role": "user", "content": f"  {QUESTION['content']}"}
+    assert fast.apply_chat_template([message], tokenize=False) == fast.apply_chat_template(
+        [expected], tokenize=False
+    )

@@ -114,7 +114,7 @@ def test_every_row_is_kept_or_counted_as_dropped(tmp_path):
             "rejected": [{"role": "user", "content": "海は?"}, answer("深い")],
         },
     ]
-    sides, funnel = load(tmp_path, rows)
+    sides, funnel = load(tmp_path, rows, str.strip)
     assert funnel["mine"] == {
         "in": 24,
         "out": 20,

@@ -127,6 +127,14 @@ def test_a_prompt_that_does_not_fit_is_named(fast, model):
         generation.generate_all(model, fast, [[]], greedy(fast), 0)
     with pytest.raises(Refused, match="empty after normalising"):
         generation.clean_prompt({"dataset": {}}, " \n")
+    with pytest.raises(Refused, match="empty after normalising"):
+        generation.clean_question({"dataset": {}}, " \n")
+
+
+def test_a_question_keeps_its_layout_and_the_beginning_of_a_document_is_prose():
+    text = "\n  - ﾔﾏ の 高さ\n\n    x = 1\n"
+    assert generation.clean_question({"dataset": {}}, text) == "  - ヤマ の 高さ\n\n    x = 1"
+    assert generation.clean_prompt({"dataset": {}}, text) == "-ヤマの高さ\nx = 1"
 
 
 @pytest.mark.parametrize(
