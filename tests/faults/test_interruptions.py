@@ -238,3 +238,16 @@ def test_changed_pairs_make_tuning_stale(make_project):
     path.write_text(path.read_text().replace("0番", "00番"), "utf-8")
     result = project.run("fine-tuning/11_dataset.py", "--recipe", "mini", check=False)
     assert result.returncode == 2 and "pairs.json" in result.stderr
+
+
+def test_a_training_that_ends_in_nan_publishes_nothing(prepared):
+    """Fewer steps are left than may be skipped, so only the check at the end sees it."""
+    copy_recipe(prepared, "nan")
+    values = {"learning_rate": 1e38, "muon_learning_rate": "null", "max_steps": 4, "save_steps": 4}
+    changes = [part for key, value in values.items() for part in ("--set", f"pretrain.{key}={value}")]
+    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "nan", *changes, check=False)
+    assert result.returncode == 1, result.stdout
+    assert "is skipped: a loss of nan" in result.stdout and "error: " in result.stderr
+    assert not prepared.output("nan", "05_pretrain").exists()
+    work = prepared.folder / "outputs/nan/.05_pretrain.work"
+    assert not list(work.glob("*.safetensors")) and not list(work.glob("checkpoints/checkpoint-*"))

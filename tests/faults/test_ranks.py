@@ -239,3 +239,40 @@ def test_all_ranks_skip_a_step_that_is_bad_on_one(tmp_path, loss):
             assert f"rank {rank} step {step} taken" in result.stdout, result.stdout + result.stderr
         assert f"rank {rank} step 3 left out" in result.stdout
     assert len(rows_of(tmp_path / "skipped.jsonl")) == 1
+
+
+POISON_RANK_1 = """
+import torch.distributed as dist
+from recipe.training.skip_bad_steps import Guard
+
+stock = Guard.on_step_end
+
+def poison(guard, args, state, control, **objects):
+    if state.global_step == 10 and dist.get_rank() == 1:
+        weight = list(guard.trainer.model.parameters())[3]
+        part = getattr(weight, "ds_tensor", weight.data)
+        part = part.to_local() if hasattr(part, "to_local") else part
+        part.flatten()[0:1].fill_(float("nan"))
+    stock(guard, args, state, control, **objects)
+
+Guard.on_step_end = poison
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",), ("--deepspeed", "zero3")])
+def test_nan_in_the_weights_of_one_rank_stops_all(project, tmp_path, monkeypatch, options):
+    """The rank that saves may be another one than the rank that holds the bad weight."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif 'LOCAL_RANK' in os.environ:\n    import poison_rank_1\n"
+    )
+    (tmp_path / "poison_rank_1.py").write_text(POISON_RANK_1)
+    path = f"{tmp_path}:{project.environment['PYTHONPATH']}"
+    monkeypatch.setitem(project.environment, "PYTHONPATH", path)
+    name = "nan" + "-".join(options).replace("--", "")
+    work = copy(project, name)
+    line = ("pretrain/05_pretrain.sh", "--recipe", name, *ADAMW, *STEPS, "--nproc", "2", *options)
+    result = project.run(*line, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "step 10: the weight" in result.stderr and "is NaN or infinite" in result.stderr
+    assert not list(work.glob("checkpoints/*/manifest.json"))
+    assert not project.output(name, "05_pretrain").exists()

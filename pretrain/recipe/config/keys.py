@@ -33,6 +33,7 @@ ELSEWHERE = {
     "parallelism_config": "the options --fsdp and --tensor-parallel",
     "accelerator_config": "global_batch_size, and the options of the launcher",
     "local_rank": "the launcher",
+    "logging_nan_inf_filter": "the stage, which logs the true loss",
     "average_tokens_across_devices": "the stage, whose loss is the same on any number of ranks",
     "do_train": "the stage, which trains, and evaluates by eval_strategy",
     "do_eval": "the stage, which trains, and evaluates by eval_strategy",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from recipe.hardware import detect
 from recipe.progress import progress
+from recipe.project import RecipeError
 from recipe.tokenization.packing import IGNORED, PackedBlocks
 from recipe.tokenization.token_files import TokenFile, write_token_file
 
@@ -35,7 +36,8 @@ def total_loss(
 
     samples: items of `PackedBlocks`. Documents in a block do not see each other, as in training; with an
     attention mask or a cache, transformers would let them. bf16: compute matrix products in bfloat16 by
-    autocast; the softmax over the vocabulary and the sums are always in float32 or float64.
+    autocast; the softmax over the vocabulary and the sums are always in float32 or float64. Raises
+    RecipeError when the loss is NaN or infinite.
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -48,6 +50,11 @@ def total_loss(
             logits = model(**batch, use_cache=False).logits
             loss += sum_of_losses(logits.flatten(0, 1), labels.to(model.device))
             count += int((labels != IGNORED).sum())
+    if not loss.isfinite():
+        raise RecipeError(
+            f"{name}: the loss of {model.name_or_path} is {loss.item()}, so nothing is written. Its "
+            "weights are damaged, or it computes beyond the range of its numbers: train it again with --force"
+        )
     return loss.item(), count
 
 

@@ -36,7 +36,7 @@ def write_curves(folder: Path, title: str, with_perplexity: bool = True) -> None
 
 def perplexity(loss: float) -> float:
     """exp(loss); infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def metrics_table(rows: list[dict[str, Any]], with_perplexity: bool = True) -> str:

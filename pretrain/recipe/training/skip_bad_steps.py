@@ -29,7 +29,7 @@ class Guard(TrainerCallback):
     PaLM restarted before a spike and skipped its batches (Chowdhery et al., 2022, section 5.1); here only the
     batch itself is skipped. ``skipped.jsonl`` lists these steps: a training that continues from an earlier
     checkpoint skips the same ones. All ranks decide the same. After `MOST_IN_A_ROW` skipped steps one after
-    the other it raises RecipeError.
+    the other it raises RecipeError. A checkpoint that is due meanwhile is saved after the next good step.
 
     Under DeepSpeed the optimizer's step is part of the backward pass. In bf16 and fp16 DeepSpeed itself skips
     NaN and infinity, and they are only recorded here; in float32 it does not, and the training ends at once.
@@ -72,10 +72,12 @@ class Guard(TrainerCallback):
         if not reason and step not in self.skipped:
             self.losses.append(loss)
             self.in_a_row = 0
+            trainer.skipping = False
             return
         for parameter in objects["model"].parameters():
             parameter.grad = None
         self.in_a_row += 1
+        trainer.skipping = True
         if step not in self.skipped and state.is_world_process_zero:
             row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
             with self.path.open("a", encoding="utf-8") as handle:
@@ -89,6 +91,13 @@ class Guard(TrainerCallback):
                 "The weights are those before these steps, and checkpoints are kept. Start again with "
                 "--force and a lower learning_rate, or with z_loss; or check the data of these steps"
             )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for the checkpoint that was due while steps were skipped."""
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.save_postponed and not trainer.skipping and state.global_step < state.max_steps:
+            control.should_save = True
 
     def _reason(self, loss: float, norm: float | None, spike: float) -> str:
         if not math.isfinite(loss):

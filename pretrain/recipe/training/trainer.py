@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
 from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
+from recipe.project import RecipeError
 from recipe.training.callbacks import Meter, gather
 from recipe.training.checkpoints import MANIFEST, list_checkpoints, write_manifest
 
@@ -29,6 +31,8 @@ class RecipeTrainer(ShardedTrainer):
         self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
         self.gradient_norm: torch.Tensor | float | None = None  # before clipping
         self.clipped_at: float | None = None  # the limit, once gradients were clipped
+        self.skipping = False  # the last step was skipped
+        self.save_postponed = False  # a checkpoint was due while steps were skipped
         super().__init__(**keywords)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -69,6 +73,9 @@ class RecipeTrainer(ShardedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the loss without the z-loss, the z-loss on its own, and what `Meter` measures."""
+        if "loss" in logs:
+            # The Trainer sets its sum of losses to 0 by subtraction, which leaves NaN as it is.
+            self._tr_loss.zero_()
         if "loss" in logs and self.z_losses:
             mean = torch.stack(self.z_losses).mean().item() * self.args.gradient_accumulation_steps
             shares = gather([mean], self.args.device)
@@ -90,8 +97,35 @@ class RecipeTrainer(ShardedTrainer):
             self.optimizer = build(self.model if model is None else model, self.settings, self.args)
         return super().create_optimizer(model)
 
+    def require_finite_weights(self) -> None:
+        """Raise RecipeError on every rank when a weight is NaN or infinite on any. All ranks must call it."""
+        names, weights = zip(*self.model.named_parameters(), strict=True)
+        bad = (
+            torch.stack([~_own_part(weight).isfinite().all().to(self.args.device) for weight in weights])
+            .nonzero()
+            .flatten()
+        )
+        found = [row[0] for row in gather([bad[0].item() if len(bad) else -1], self.args.device)]
+        if max(found) < 0:
+            return
+        raise RecipeError(
+            f"step {self.state.global_step}: the weight {names[int(max(found))]} is NaN or infinite, so "
+            "nothing is saved. Earlier checkpoints are kept: run the same command again to continue from the "
+            "newest. If this happens again, start over with --force and a lower learning_rate, or with z_loss"
+        )
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, verify, and only then delete older checkpoints."""
+        """Save, verify, and only then delete older checkpoints.
+
+        While steps are skipped, nothing is saved: such a state may be the reason why they are. Raises
+        RecipeError on every rank when a weight is NaN or infinite on any.
+        """
+        self.save_postponed = self.skipping
+        if self.skipping:
+            if self.is_world_process_zero():
+                print(f"warning: no checkpoint at step {self.state.global_step}: it was skipped", flush=True)
+            return
+        self.require_finite_weights()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
@@ -109,3 +143,11 @@ class RecipeTrainer(ShardedTrainer):
             for old in good[limit:] if limit else []:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+def _own_part(weight: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a weight: its shard under FSDP2, tensor parallelism and ZeRO-3."""
+    if isinstance(weight, DTensor):
+        return weight.to_local()
+    # A partition may be offloaded to the host.
+    return getattr(weight, "ds_tensor", weight.detach())

@@ -177,6 +177,7 @@ def _trainer_values(
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would hide a NaN loss, and wait for the GPU at each step
         "push_to_hub": False,  # stage 16 pushes, once, what was measured
         "dataloader_pin_memory": hardware.device == "cuda",
     }
@@ -282,6 +283,7 @@ def train_model(
     eval_loss = None
     if not run.probe:
         eval_loss = _final_eval_loss(trainer)
+        _require_finite(trainer, eval_loss)
         _save(run, trainer, tokenizer)
     return {
         "active": check.block or None,
@@ -319,7 +321,7 @@ def _callbacks(
     return callbacks
 
 
-def _train_to_the_end(run: Run, trainer: Trainer) -> None:
+def _train_to_the_end(run: Run, trainer: RecipeTrainer) -> None:
     """Train, from the newest good checkpoint if there is one. Raises SystemExit if stopped before."""
     checkpoint = newest_good_checkpoint(Path(run.arguments.output_dir))
     _agree_on(checkpoint)
@@ -331,7 +333,12 @@ def _train_to_the_end(run: Run, trainer: Trainer) -> None:
     step, last = trainer.state.global_step, trainer.state.max_steps
     if step < last:
         if run.is_main:
-            print(f"stopped at step {step} of {last}; its checkpoint is saved", flush=True)
+            saved = (
+                "not saved, because this step was skipped"
+                if trainer.save_postponed
+                else "its checkpoint is saved"
+            )
+            print(f"stopped at step {step} of {last}; {saved}", flush=True)
         raise SystemExit(EXIT_TERMINATED)
 
 
@@ -352,6 +359,16 @@ def _final_eval_loss(trainer: Trainer) -> float:
     """The loss on the validation side after the last step; measured now, unless the last step did it."""
     history = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
     return (history.get(trainer.state.global_step) or trainer.evaluate())["eval_loss"]
+
+
+def _require_finite(trainer: RecipeTrainer, eval_loss: float) -> None:
+    """Raise RecipeError for a model that must not be published: a weight or its loss is NaN or infinite."""
+    trainer.require_finite_weights()
+    if not math.isfinite(eval_loss):
+        raise RecipeError(
+            f"the loss on the validation side is {eval_loss} after the last step, so the model is not saved. "
+            "Start over with --force and a lower learning_rate, or check the validation data"
+        )
 
 
 def _save(run: Run, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SHAPE, sentences
 from recipe.evaluation import metrics
+from recipe.project import RecipeError
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,9 @@ def test_bits_per_byte_by_hand(tmp_path):
     size = sum(len(text.encode()) for text in texts)
     assert figures["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
     assert not list(tmp_path.iterdir())
+    next(model.parameters()).data.fill_(math.nan)
+    with pytest.raises(RecipeError, match=r"x: the loss of .* is nan, so nothing is written"):
+        metrics.evaluate_texts(model, fast, texts, 200, 2, tmp_path, "x")
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,50 @@ def test_a_step_with_a_bad_loss_changes_no_weight(train, inject, factor, muon):
     assert row["step"] == 3 and row["reason"].startswith("a loss of")
 
 
+def test_the_true_loss_of_a_skipped_step_is_logged_and_only_of_this_step(train, inject):
+    inject(math.nan, 3)
+    assert [math.isfinite(loss) for loss in losses_of(train(**STEPS)[1])] == [True, True, False, *[True] * 3]
+
+
+@pytest.mark.parametrize(("skipped", "saved"), [([2], {3, 4}), ([4, 5], {2})])
+def test_a_checkpoint_that_is_due_at_a_skipped_step_follows_after_the_next_good_one(
+    train, inject, skipped, saved
+):
+    inject(math.nan, *skipped)
+    _, _, folder = train(**STEPS | {"save_strategy": "steps", "save_steps": 2, "max_steps": 5})
+    manifests = folder.glob("checkpoints/*/manifest.json")
+    assert {path.parent.name for path in manifests} == {f"checkpoint-{step}" for step in saved}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("poisoned", "found"), [(4, 4), (5, 6)])
+def test_weights_that_are_not_finite_are_neither_saved_nor_published(
+    train, tmp_path, monkeypatch, value, poisoned, found
+):
+    """The weights break after a step whose loss was good, when fewer steps are left than may be skipped."""
+    stock = Guard.on_step_end
+
+    def poison(guard, args, state, control, **objects):
+        if state.global_step == poisoned:
+            with torch.no_grad():
+                guard.trainer.model.transformer.h[0].mlp.c_fc.weight[1, 2] = value
+        stock(guard, args, state, control, **objects)
+
+    monkeypatch.setattr(Guard, "on_step_end", poison)
+    words = "the weight transformer.h.0.mlp.c_fc.weight is NaN or infinite, so nothing is saved"
+    with pytest.raises(RecipeError, match=f"step {found}: {words}"):
+        train(**STEPS, save_strategy="steps", save_steps=2)
+    saved = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")}
+    assert saved == {f"run/checkpoints/checkpoint-{step}" for step in (2, 4) if step < poisoned or found > 4}
+
+
+def test_a_model_with_a_loss_that_is_not_finite_is_not_published(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.RecipeTrainer, "evaluate", lambda self: {"eval_loss": math.nan})
+    with pytest.raises(RecipeError, match="the loss on the validation side is nan after the last step"):
+        train(**STEPS)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_nan_gradient_is_skipped_although_the_loss_is_finite(train, monkeypatch):
     stock = trainer.RecipeTrainer._get_grad_norm
 
