@@ -8,7 +8,7 @@ Run:  bash fine-tuning/13_preference.sh --recipe tiny
 from pathlib import Path
 from typing import Any
 
-from recipe.training.training import prepare, run_script, total_steps, train_model, whole_model
+from recipe.training.training import check_steps, prepare, run_script, total_steps, train_model, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -54,6 +54,7 @@ def main(plan: dict[str, Any]) -> None:
                 f"block_size {settings.block_size}. Raise it"
             )
     arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), settings.global_batch_size)
+    check_steps(run, plan["config"]["preference"], "preference.json")
     if settings.lora:
         model = load_with_adapter(base, run.choice.attention, settings.lora, arguments)
         reference = None  # the same weights without the adapter

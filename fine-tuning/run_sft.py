@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.training.training import (
+    check_steps,
     place,
     prepare,
     run_script,
@@ -45,6 +46,7 @@ def main(plan: dict[str, Any]) -> None:
     held_out, valid_counts = load_conversations(pairs / "valid.parquet", tokenizer, settings.block_size)
     once = PackedConversations(conversations, settings.block_size, tokenizer.pad_token_id, arguments.seed)
     arguments.max_steps, epochs = total_steps(arguments, len(once), settings.global_batch_size)
+    check_steps(run, plan["config"]["finetune"], "finetune.json")
     samples = PackedConversations(
         conversations, settings.block_size, tokenizer.pad_token_id, arguments.seed, epochs
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.training.training import (
+    check_steps,
     place,
     prepare,
     run_script,
@@ -45,6 +46,7 @@ def main(plan: dict[str, Any]) -> None:
     epoch = epoch_tokens(train_file, sources)
     blocks = -(-epoch // settings.block_size)
     arguments.max_steps, _ = total_steps(arguments, blocks, settings.global_batch_size)
+    check_steps(run, plan["config"]["pretrain"], "pretrain.json")
     count = arguments.max_steps * settings.global_batch_size
     samples = PackedBlocks(
         train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, count, sources

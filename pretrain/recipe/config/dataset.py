@@ -7,6 +7,17 @@ import re
 from typing import Any
 
 from recipe.config.keys import check_keys, nearest, require, show, type_name
+from recipe.config.ranges import (
+    ABOVE_0,
+    BELOW_1,
+    BETWEEN_0_AND_1,
+    FROM_0,
+    FROM_1,
+    HASH,
+    SEED,
+    check_ranges,
+    one_of,
+)
 from recipe.corpus import rules
 from recipe.corpus.sources import kind_of
 from recipe.project import Refused
@@ -38,8 +49,29 @@ SOURCE = {
     "maximum_documents": "int",
     "maximum_bad_share": "float",
 }
-MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
 TILDES = ("remove", "ignore", "normalize", "normalize_zenkaku")  # of neologdn
+RANGES = {
+    "minimum_characters": FROM_0,
+    "minimum_japanese_share": BELOW_1,
+    "valid_share": BETWEEN_0_AND_1,
+    "disk_gigabytes": FROM_0,
+}
+NEOLOGDN_RANGES = {
+    "repeat": FROM_0,
+    "max_repeat_substr_length": FROM_0,
+    "tilde": one_of(*TILDES),
+}
+SOURCE_RANGES = {
+    "weight": ABOVE_0,
+    "minimum_megabytes": FROM_0,
+    "maximum_megabytes": ABOVE_0,
+    "maximum_documents": ABOVE_0,
+    "lines_per_document": ABOVE_0,
+    "maximum_bad_share": BELOW_1,
+}
+MINHASH_RANGES = {"bands": HASH, "rows": HASH, "ngram": HASH, "seed": SEED}
+ENGINE_RANGES = {"workers": FROM_1, "mem_per_cpu_gb": ABOVE_0}
+MINHASH = {"bands": "int", "rows": "int", "ngram": "int", "seed": "int"}
 ENGINES = {
     "local": {"workers": "int"},
     "slurm": {
@@ -73,24 +105,12 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
         raise Refused(f"{where}: sources: empty, expected at least one source of text")
     if not any(not source.get("held_out") for source in values["sources"].values()):
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
-    for key in ("minimum_japanese_share", "valid_share"):
-        if not 0 <= values.get(key, 0) < 1:
-            raise Refused(f"{where}: {key}: {values[key]}, expected 0 or more and below 1")
+    check_ranges(values, RANGES, where)
+    check_ranges(values.get("neologdn", {}), NEOLOGDN_RANGES, f"{where}: neologdn")
     for kind, changes in values.get("rules", {}).items():
         rules.check_rules(kind, changes, f"{where}: rules.{kind}")
     check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
-    for key, value in (values.get("minhash") or {}).items():
-        least = 0 if key == "seed" else 1
-        if not least <= value < 2**32:
-            raise Refused(
-                f"{where}: minhash: {key}: {value}, expected a whole number from {least} to 2^32 - 1"
-            )
-    for key, value in values.get("neologdn", {}).items():
-        if key in ("repeat", "max_repeat_substr_length") and value < 0:
-            raise Refused(f"{where}: neologdn: {key}: {value}, expected 0 or more")
-    tilde = values.get("neologdn", {}).get("tilde", "ignore")
-    if tilde not in TILDES:
-        raise Refused(f"{where}: neologdn: tilde: {show(tilde)}, expected one of {', '.join(TILDES)}")
+    check_ranges(values.get("minhash") or {}, MINHASH_RANGES, f"{where}: minhash")
     _check_engine(values.get("engine", {}), f"{where}: engine")
 
 
@@ -108,16 +128,10 @@ def _check_source(source: dict[str, Any], here: str) -> None:
         _check_sdist(source, here)
     if source.get("rules") is not None:
         rules.check_rules(source["rules"], {}, f"{here}: rules")
-    for key in ("weight", "maximum_megabytes", "maximum_documents", "lines_per_document"):
-        if source.get(key, 1) <= 0:
-            raise Refused(f"{here}: {key}: {source[key]}, expected more than 0")
+    check_ranges(source, SOURCE_RANGES, here)
     least, most = source.get("minimum_megabytes", 0), source.get("maximum_megabytes", math.inf)
     if least > most:
         raise Refused(f"{here}: minimum_megabytes: {least}, expected at most maximum_megabytes, {most}")
-    if not 0 <= source.get("maximum_bad_share", 0) < 1:
-        raise Refused(
-            f"{here}: maximum_bad_share: {source['maximum_bad_share']}, expected 0 or more and below 1"
-        )
 
 
 def _check_sdist(source: dict[str, Any], here: str) -> None:
@@ -138,5 +152,4 @@ def _check_engine(values: dict[str, Any], where: str) -> None:
     check_keys(values, ENGINES[executor] | {"executor": "str"}, where)
     if executor == "slurm":
         require(values, ("partition", "time"), where)
-    if values.get("workers", 1) < 1:
-        raise Refused(f"{where}: workers: {values['workers']}, expected 1 or more")
+    check_ranges(values, ENGINE_RANGES, where)

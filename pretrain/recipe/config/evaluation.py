@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recipe.config.keys import check_keys, nearest, require, show, type_name
+from recipe.config.ranges import ABOVE_0, FROM_0, check_ranges
 from recipe.config.tasks import harness_files, metadata, own_tasks
 from recipe.project import Refused
 
@@ -14,6 +15,7 @@ EVALUATION = {
     "tasks": "dict",
     "items_per_task": "int",
 }
+RANGES = {"batch_size": ABOVE_0, "megabytes_per_source": ABOVE_0, "items_per_task": ABOVE_0}
 
 
 def check_evaluation(values: dict[str, Any], where: str) -> None:
@@ -22,9 +24,7 @@ def check_evaluation(values: dict[str, Any], where: str) -> None:
     where: the file as the user knows it, for the messages.
     """
     check_keys(values, EVALUATION, where)
-    for key in ("batch_size", "megabytes_per_source", "items_per_task"):
-        if values.get(key, 1) <= 0:
-            raise Refused(f"{where}: {key}: {values[key]}, expected more than 0")
+    check_ranges(values, RANGES, where)
     for name, task in values.get("tasks", {}).items():
         here = f"{where}: tasks.{name}"
         if not isinstance(task, dict):
@@ -47,8 +47,7 @@ def _check_task(name: str, task: dict[str, Any], here: str) -> None:
             )
     else:
         check_keys(task, {"num_fewshot": "int"}, here)
-        if task.get("num_fewshot", 0) < 0:
-            raise Refused(f"{here}: num_fewshot: {task['num_fewshot']}, expected 0 or more")
+        check_ranges(task, {"num_fewshot": FROM_0}, here)
         if name not in own_tasks() and name not in harness_files():
             known = [*own_tasks(), *harness_files()]
             raise Refused(

@@ -6,6 +6,7 @@ from typing import Any
 
 from recipe.config.chat_templates import FORMS
 from recipe.config.keys import check_keys, nearest, require, show, type_name
+from recipe.config.ranges import ABOVE_0, BETWEEN_0_AND_1, FROM_0_TO_1, Range, check_ranges, one_of
 from recipe.config.training import TUNING, check_training
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS, TRANSLATIONS
 from recipe.project import Refused
@@ -40,6 +41,13 @@ LOSS_TYPES = (
 )
 
 
+PREFERENCE_RANGES = {
+    "beta": ABOVE_0,
+    "loss_type": one_of(*LOSS_TYPES),
+    "label_smoothing": Range("a number from 0 to below 0.5", lambda x: 0 <= x < 0.5),
+}
+
+
 def check_instruction(values: dict[str, Any], where: str) -> None:
     """Check instruction.json by itself (see also `check_pair`). Raises Refused at the first error."""
     check_keys(values, INSTRUCTION, where)
@@ -50,17 +58,13 @@ def check_instruction(values: dict[str, Any], where: str) -> None:
             f"{where}: template: {show(template)}, expected one of {', '.join(FORMS)}."
             f"{nearest(template, FORMS)}"
         )
-    share = values.get("translation_share", 1)
-    if not 0 <= share <= 1:
-        raise Refused(f"{where}: translation_share: {share}, expected a number from 0 to 1")
+    check_ranges(values, {"translation_share": FROM_0_TO_1}, where)
 
 
 def _check_pairs(values: dict[str, Any], known: dict[str, str], origins: str, where: str) -> None:
     """Check the keys `pairs` and `valid_share`. known: the keys of an entry; origins: in words."""
     require(values, ("pairs",), where)
-    share = values.get("valid_share", 0.05)
-    if not 0 < share < 1:
-        raise Refused(f"{where}: valid_share: {share}, expected a number above 0 and below 1")
+    check_ranges(values, {"valid_share": BETWEEN_0_AND_1}, where)
     for name, pair in values["pairs"].items():
         if not isinstance(pair, dict):
             raise Refused(f"{where}: pairs.{name}: {show(pair)} is {type_name(pair)}, expected an object")
@@ -91,16 +95,8 @@ def check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
             f"{where}: torch_compile: true: stage 13 cannot compile, because the lengths of its batches "
             "differ. Remove the key"
         )
-    if values.get("beta", 0.1) <= 0:
-        raise Refused(f"{where}: beta: {values['beta']}, expected a number above 0")
+    check_ranges(values, PREFERENCE_RANGES, where)
     loss, smoothing = values.get("loss_type", "sigmoid"), values.get("label_smoothing", 0.0)
-    if loss not in LOSS_TYPES:
-        raise Refused(
-            f"{where}: loss_type: {show(loss)}, expected one of {', '.join(LOSS_TYPES)}."
-            f"{nearest(loss, LOSS_TYPES)}"
-        )
-    if not 0 <= smoothing < 0.5:
-        raise Refused(f"{where}: label_smoothing: {smoothing}, expected a number from 0 to below 0.5")
     if loss == "exo_pair" and not smoothing:
         raise Refused(f"{where}: label_smoothing: 0, but loss_type exo_pair needs a number above 0")
 

@@ -6,10 +6,90 @@ from typing import Any
 
 from recipe.config.initial_model import published_config
 from recipe.config.keys import check_keys, known_keys, nearest, require, show
+from recipe.config.ranges import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    BELOW_1,
+    BETWEEN_0_AND_1,
+    FROM_0,
+    FROM_1,
+    FROM_2,
+    Range,
+    check_ranges,
+    one_of,
+    only,
+)
 from recipe.project import Refused
 
 # Keys of a model's configuration that the tokenizer decides.
 FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+# The types of keys for which transformers gives none.
+TYPES = {
+    "chunk_size_feed_forward": "int",
+    "id2label": "dict|null",
+    "label2id": "dict|null",
+    "is_encoder_decoder": "bool",
+    "output_hidden_states": "bool",
+    "problem_type": "str|null",
+    "return_dict": "bool",
+    "rope_parameters": "dict|null",
+}
+# The names of activation functions in transformers. A test compares them.
+ACTIVATIONS = (
+    *("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_python_tanh"),
+    *("gelu_accurate", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2"),
+    *("relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "prelu"),
+)
+_DECODER = "stages 05 to 16 are for decoders that return a dict and predict the next token"
+RANGES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner", "vocab_size"), FROM_1),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), FROM_1),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), FROM_1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), FROM_2),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "max_window_layers"), FROM_0),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), BETWEEN_0_AND_1),
+    "initializer_range": BETWEEN_0_AND_1,
+    "rope_theta": ABOVE_0,
+    **dict.fromkeys(("attention_dropout", "attn_pdrop", "hidden_dropout"), BELOW_1),
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_first_dropout"), BELOW_1),
+    **dict.fromkeys(("hidden_act", "activation_function"), one_of(*ACTIVATIONS)),
+    "pretraining_tp": only(1, "transformers no longer reads it"),
+    "chunk_size_feed_forward": only(0, "these architectures do not read it"),
+    **dict.fromkeys(
+        ("is_encoder_decoder", "add_cross_attention", "output_hidden_states"), only(False, _DECODER)
+    ),
+    "is_decoder": Range("true or false", lambda x: isinstance(x, bool)),
+    "return_dict": only(True, _DECODER),
+    "problem_type": only(None, _DECODER),
+}
+# The keys of rope_parameters, and those that each type of rotary embeddings needs.
+ROPE = {
+    "rope_type": "str",
+    "rope_theta": "float",
+    "factor": "float",
+    "partial_rotary_factor": "float",
+    "original_max_position_embeddings": "int",
+    "attention_factor": "float|null",
+    "beta_fast": "float|null",
+    "beta_slow": "float|null",
+    "low_freq_factor": "float",
+    "high_freq_factor": "float",
+}
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+ROPE_RANGES = {
+    "rope_type": one_of(*ROPE_TYPES),
+    "factor": FROM_1,
+    "partial_rotary_factor": ABOVE_0_TO_1,
+    "original_max_position_embeddings": FROM_1,
+    **dict.fromkeys(("rope_theta", "attention_factor", "beta_fast", "beta_slow"), ABOVE_0),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), ABOVE_0),
+}
 
 
 def check_model(values: dict[str, Any], where: str) -> None:
@@ -20,29 +100,54 @@ def check_model(values: dict[str, Any], where: str) -> None:
     models = known_keys()["model"]
     require(values, ("model_type",), where)
     kind = values["model_type"]
-    if kind not in models:
+    if not isinstance(kind, str) or kind not in models:
         raise Refused(
             f"{where}: model_type: {show(kind)} is not known.{nearest(str(kind), models)} "
             f"Known: {', '.join(sorted(models))}"
         )
-    check_keys(values, models[kind], where)
+    check_keys(values, models[kind] | {k: v for k, v in TYPES.items() if k in models[kind]}, where)
+    check_ranges(values, RANGES, where)
+    _check_rope(values.get("rope_parameters"), f"{where}: rope_parameters")
     if values.get("dtype") not in (None, "float32"):
         raise Refused(
             f"{where}: dtype: {show(values['dtype'])}, but weights are kept in float32; bf16 or fp16 in "
             "pretrain.json decides the precision of the computation. Leave it out"
         )
-    for key in ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head"):
-        if key in values and values[key] < 1:
-            raise Refused(f"{where}: {key}: {show(values[key])}, expected 1 or more")
     hidden, heads = values.get("hidden_size") or values.get("n_embd"), attention_heads(values)
     if hidden and heads and "head_dim" not in values and hidden % heads:
         raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads. Change one")
+    width = values.get("head_dim") or (hidden and heads and hidden // heads)
+    if kind != "gpt2" and width and width % 2:
+        raise Refused(
+            f"{where}: {width} numbers in an attention head, expected an even number: rotary embeddings turn "
+            "them in pairs. Change hidden_size, num_attention_heads or head_dim"
+        )
+    layers, types = values.get("num_hidden_layers"), values.get("layer_types")
+    if types is not None and (
+        set(map(str, types)) - {"full_attention", "sliding_attention"} or layers not in (None, len(types))
+    ):
+        raise Refused(
+            f"{where}: layer_types: {show(types)}, expected full_attention or sliding_attention for each of "
+            "the num_hidden_layers layers"
+        )
     groups = values.get("num_key_value_heads")
     if groups and heads and heads % groups:
         raise Refused(
             f"{where}: num_attention_heads: {heads} does not divide by num_key_value_heads {groups}. "
             "Change one"
         )
+
+
+def _check_rope(values: dict[str, Any] | None, where: str) -> None:
+    """Check the keys of rope_parameters and that its type has the keys that it needs. Raises Refused."""
+    if values is None:
+        return
+    check_keys(values, ROPE, where)
+    check_ranges(values, ROPE_RANGES, where)
+    require(values, ("rope_theta", *ROPE_TYPES[values.get("rope_type", "default")]), where)
+    low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise Refused(f"{where}: low_freq_factor: {low}, expected less than high_freq_factor, {high}")
 
 
 def attention_heads(model: dict[str, Any]) -> int | None:

@@ -24,6 +24,7 @@ from recipe.config.instruction import (
 )
 from recipe.config.keys import known_keys, nearest, read_config, show
 from recipe.config.model import FROM_TOKENIZER, check_model, model_values
+from recipe.config.ranges import check_finite
 from recipe.config.tokenizer import check_tokenizer, special_ids, vocabulary_size
 from recipe.config.training import INITIAL, TUNING, check_training, training_files
 from recipe.project import CONFIGS, Refused
@@ -149,6 +150,9 @@ def _apply(config: dict[str, dict[str, Any]], override: str) -> tuple[str, str]:
 
 def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     """Check every key and type, then what the files must agree on. Raises Refused at the first fault."""
+    for name, values in config.items():
+        for key, value in values.items():
+            check_finite(value, f"{where}/{name}.json: {key}")
     check_dataset(config["dataset"], f"{where}/dataset.json")
     check_tokenizer(config["tokenizer"], f"{where}/tokenizer.json")
     if config["model"] or not config["pretrain"].get("initial_model"):

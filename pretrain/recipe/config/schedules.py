@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from recipe.config.keys import is_type, known_keys, nearest, show, type_name
+from recipe.config.keys import check_keys, is_type, known_keys, nearest, show, type_name
+from recipe.config.ranges import ABOVE_0, BELOW_1, FROM_0, FROM_1, check_ranges, one_of
 from recipe.project import Refused
 
 # (lr_scheduler_kwargs, step, steps of warm-up, steps of the run) -> the learning rate after `step` steps as
@@ -46,9 +47,22 @@ def check_schedule(values: dict[str, Any], where: str) -> None:
                 f"{here}: {key}: {kind} has no such option.{nearest(key, known)} "
                 f"Known: {', '.join(known) or 'none'}"
             )
+    check_keys(options, OPTIONS, here)
+    check_ranges(options, OPTION_RANGES, here)
+    _check_warm_up(values, where)
     check = SCHEDULES[kind].check
     if check:
         check(values, options, where)
+
+
+def _check_warm_up(values: dict[str, Any], where: str) -> None:
+    warmup, total = values.get("warmup_steps") or 0, values.get("max_steps", -1)
+    if warmup > total > 0:
+        raise Refused(
+            f"{where}: warmup_steps: {warmup:g}, more than the {total} steps of the run: the learning rate "
+            "would never reach learning_rate. Lower warmup_steps (a number below 1 is a share of the steps), "
+            "or train for more steps"
+        )
 
 
 def _check_constant(values: dict[str, Any], options: dict[str, Any], where: str) -> None:
@@ -60,6 +74,11 @@ def _check_constant(values: dict[str, Any], options: dict[str, Any], where: str)
 
 
 def _check_polynomial(values: dict[str, Any], options: dict[str, Any], where: str) -> None:
+    end, peak = options.get("lr_end", 1e-7), values.get("learning_rate", 5e-5)
+    if end >= peak:
+        raise Refused(
+            f"{where}: lr_scheduler_kwargs: lr_end: {end}, expected less than learning_rate, {peak}"
+        )
     if values.get("warmup_steps") == values.get("max_steps", -1):
         raise Refused(
             f"{where}: warmup_steps: {values['warmup_steps']}, all of max_steps: polynomial has no step left "
@@ -167,6 +186,29 @@ def _stable_decay(options: dict[str, Any], step: int, warmup: int, total: int) -
     return floor + (1 - floor) * share
 
 
+# The options of all schedules: their types and ranges. Which schedule has which: known_keys.json.
+OPTIONS = {
+    "num_cycles": "float",
+    "power": "float",
+    "lr_end": "float",
+    "timescale": "int|null",
+    "min_lr": "float|null",
+    "min_lr_rate": "float|null",
+    "min_lr_ratio": "float",
+    "num_decay_steps": "int",
+    "num_stable_steps": "int",
+    "decay_type": "str",
+    "warmup_type": "str",
+}
+OPTION_RANGES = {
+    "num_cycles": ABOVE_0,
+    "power": ABOVE_0,
+    "lr_end": FROM_0,
+    "timescale": FROM_1,
+    "min_lr_ratio": BELOW_1,
+    "decay_type": one_of(*_RISES),
+    "warmup_type": one_of(*_RISES),
+}
 # By the value of ``lr_scheduler_type``.
 SCHEDULES = {
     "linear": Schedule(_warmed(_linear)),

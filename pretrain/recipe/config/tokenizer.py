@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from recipe.config.keys import check_keys, nearest, require, show
+from recipe.config.ranges import ABOVE_0, FROM_0, SEED, Range, check_ranges
 from recipe.project import Refused
 
 
@@ -68,6 +69,17 @@ TRAINED_KEYS = {
     "eos_token_id": "int",
     "user_symbols": "list",
 }
+RANGES = {
+    "vocab_size": ABOVE_0,
+    "round_to": ABOVE_0,
+    "training_megabytes": ABOVE_0,
+    "min_frequency": ABOVE_0,
+    "limit_alphabet": ABOVE_0,
+    "new_pieces": FROM_0,
+    "seed": SEED,
+    # The range of SentencePiece.
+    "character_coverage": Range("a number from 0.98 to 1", lambda x: 0.98 <= x <= 1),
+}
 # The control tokens of a trained tokenizer. When no ids are given, they get 0, 1, ... in this order.
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 SEGMENTERS = ("jumanpp", "mecab", "sudachi")
@@ -92,7 +104,7 @@ def check_tokenizer(values: dict[str, Any], where: str) -> None:
     kind = kind_of(values)
     check_keys(values, KEYS | kind.keys | (TRAINED_KEYS if kind.trained else {}), where)
     require(values, ("vocab_size",) if kind.trained else ("published",), where)
-    _check_numbers(values, where)
+    check_ranges(values, RANGES, where)
     if not kind.trained and "round_to" in values and not values.get("new_pieces"):
         raise Refused(f"{where}: round_to: needs new_pieces, because only they can enlarge the vocabulary")
     for key in ("user_symbols", "compare"):
@@ -106,17 +118,6 @@ def check_tokenizer(values: dict[str, Any], where: str) -> None:
             f"{where}: segmenter: unknown {show(values['segmenter'])}.{near} Known: {', '.join(SEGMENTERS)}"
         )
     _check_special_tokens(values, where)
-
-
-def _check_numbers(values: dict[str, Any], where: str) -> None:
-    for key in ("vocab_size", "round_to", "training_megabytes", "min_frequency", "limit_alphabet"):
-        if values.get(key, 1) <= 0:
-            raise Refused(f"{where}: {key}: {values[key]}, expected more than 0")
-    if values.get("new_pieces", 0) < 0:
-        raise Refused(f"{where}: new_pieces: {values['new_pieces']}, expected 0 or more")
-    coverage = values.get("character_coverage", 1.0)
-    if not 0 < coverage <= 1:
-        raise Refused(f"{where}: character_coverage: {coverage}, expected more than 0 and at most 1")
 
 
 def _check_special_tokens(values: dict[str, Any], where: str) -> None:
@@ -133,6 +134,13 @@ def _check_special_tokens(values: dict[str, Any], where: str) -> None:
     for token in names:
         if names.count(token) > 1 or token in values.get("user_symbols", []):
             raise Refused(f"{where}: {show(token)} occurs twice. Give every token its own name")
+    # Every kind but word-bpe spells what it does not know in the 256 bytes.
+    least = len(names) + len(values.get("user_symbols", [])) + (256 if kind.lossless else 1)
+    if values["vocab_size"] < least:
+        raise Refused(
+            f"{where}: vocab_size: {values['vocab_size']}, expected at least {least}: control tokens, user "
+            "symbols and bytes need that many"
+        )
     if kind.needs_unknown and tokens["unk_token"] is None:
         able = ", ".join(name for name, kind in TOKENIZER_KINDS.items() if not kind.needs_unknown)
         raise Refused(f"{where}: unk_token: null, but only {able} can spell every text without it")

@@ -11,6 +11,17 @@ from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, neare
 from recipe.config.known_keys import fields_of
 from recipe.config.model import DEFAULTS, model_values
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
+from recipe.config.ranges import (
+    ABOVE_0,
+    BELOW_1,
+    FROM_1,
+    FROM_2,
+    SEED,
+    STEPS_OR_SHARE,
+    Range,
+    check_ranges,
+    one_of,
+)
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
 from recipe.project import Refused
@@ -58,24 +69,53 @@ NEEDS = {
     "torch_compile_mode": ("torch_compile", (True,), None),
     "torch_compile_backend": ("torch_compile", (True,), None),
 }
-# The smallest and the largest value of a number.
+ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+_LEVELS = one_of("debug", "info", "warning", "error", "critical", "passive", "detail")
+_BETA = Range("at least 0 and at most 0.99999", lambda x: 0 <= x <= 0.99999)
+_LEAST_0 = Range("at least 0", lambda x: x >= 0)
 RANGES = {
-    "learning_rate": (0, math.inf),
-    "muon_learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "max_grad_norm": (0, math.inf),
-    "adam_beta1": (0, 0.99999),
-    "adam_beta2": (0, 0.99999),
-    "adam_epsilon": (0, math.inf),
-    "warmup_steps": (0, math.inf),
-    "logging_steps": (1e-9, math.inf),
-    "save_steps": (1e-9, math.inf),
-    "eval_steps": (1e-9, math.inf),
-    "eval_blocks": (1, math.inf),
+    **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm"), _LEAST_0),
+    **dict.fromkeys(
+        ("adam_epsilon", "eval_delay", "neftune_noise_alpha", "dataloader_num_workers"), _LEAST_0
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _BETA),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), STEPS_OR_SHARE),
+    "warmup_steps": Range(
+        "0, a share of the steps below 1, or a whole number of steps",
+        lambda x: 0 <= x < 1 or x == x // 1 >= 1,
+    ),
+    "max_steps": Range("1 or more (or -1: by num_train_epochs)", lambda x: x >= 1 or x == -1),
+    "num_train_epochs": ABOVE_0,
+    **dict.fromkeys(("global_batch_size", "per_device_train_batch_size"), FROM_1),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_blocks", "eval_accumulation_steps"), FROM_1),
+    **dict.fromkeys(("save_total_limit", "torch_empty_cache_steps", "dataloader_prefetch_factor"), FROM_1),
+    **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), FROM_1),
+    "block_size": FROM_2,
+    "seed": SEED,
+    "z_loss": Range("0 or more (PaLM used 1e-4)", lambda x: x >= 0),
+    "attn_implementation": one_of(*ATTENTION),
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "hub_strategy": one_of("end", "every_save", "checkpoint", "all_checkpoints"),
+    "ddp_backend": one_of("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"),
+    "dataloader_multiprocessing_context": one_of("fork", "spawn", "forkserver"),
+    "debug": Range("underflow_overflow or an empty text", lambda x: x in ("", [], "underflow_overflow")),
+    "torch_compile_mode": one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "include_num_input_tokens_seen": Range(
+        "all, non_padding, no, true or false", lambda x: x in (True, False, "all", "non_padding", "no")
+    ),
+}
+LORA_RANGES = {"r": ABOVE_0, "lora_alpha": ABOVE_0, "lora_dropout": BELOW_1, "quantization": one_of("nf4")}
+# What a run does without when it ends before these steps.
+UNREACHED = {
+    "eval_steps": "the validation loss is measured only at the end",
+    "eval_delay": "the validation loss is measured only at the end",
+    "save_steps": "no checkpoint is saved, and a training that is interrupted starts again",
+    "logging_steps": "no loss is logged",
+    "sample_steps": "no samples are written at those steps",
 }
 # Boards whose module has another name.
 BOARDS = {"azure_ml": "azureml", "flyte": "flytekit"}
-ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> None:
@@ -83,19 +123,7 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
     known = {key: kind for key, kind in known_keys()["training_arguments"].items() if key not in ELSEWHERE}
     check_keys(values, known | TRAINING | more, where)
     require(values, ("global_batch_size", "per_device_train_batch_size", "block_size"), where)
-    for key in ("global_batch_size", "per_device_train_batch_size", "block_size"):
-        if values[key] < 1:
-            raise Refused(f"{where}: {key}: {values[key]}, expected 1 or more")
-    if values.get("attn_implementation", "auto") not in ATTENTION:
-        raise Refused(
-            f"{where}: attn_implementation: {show(values['attn_implementation'])}, expected one of "
-            f"{', '.join(ATTENTION)}"
-        )
-    for key, (least, most) in RANGES.items():
-        value = values.get(key)
-        if value is not None and not least <= value <= most:
-            ending = f" and at most {most:g}" if most < math.inf else ""
-            raise Refused(f"{where}: {key}: {show(value)}, expected at least {least:g}{ending}")
+    check_ranges(values, RANGES, where)
     if values.get("bf16") and values.get("fp16"):
         raise Refused(
             f"{where}: bf16 and fp16 are both true: keep one, or neither to let the hardware decide"
@@ -119,6 +147,12 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
             raise Refused(
                 f"{where}: {key}: {show(values[key])}, expected steps or no: a training is one pass over "
                 "blocks that are shuffled before it, without ends of epochs"
+            )
+    for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        if values.get(key) and not values.get("dataloader_num_workers"):
+            raise Refused(
+                f"{where}: {key}: {show(values[key])} needs workers. Add dataloader_num_workers, or leave "
+                f"{key} out"
             )
     if values.get("activation_checkpointing_kwargs") and not values.get("activation_checkpointing"):
         raise Refused(
@@ -148,7 +182,7 @@ def _check_optimizer(values: dict[str, Any], where: str) -> None:
 
 
 def _check_watching(values: dict[str, Any], where: str) -> None:
-    """Check the names of boards, the steps of samples, and that the z-loss is not negative."""
+    """Check the names of boards and the steps of samples."""
     asked = values.get("report_to") or []
     known = [*known_keys()["boards"], "none"]
     for board in [asked] if isinstance(asked, str) else asked:
@@ -164,20 +198,27 @@ def _check_watching(values: dict[str, Any], where: str) -> None:
                 f"{where}: sample_steps: {show(steps)}, expected a number of steps or a list of steps, each "
                 "1 or more (samples are always written before the first step and after the last)"
             )
-    if values.get("z_loss", 0) < 0:
-        raise Refused(f"{where}: z_loss: {values['z_loss']}, expected 0 or more (PaLM used 1e-4)")
+
+
+def unreached_steps(values: dict[str, Any], steps: int, where: str) -> list[str]:
+    """A line for each key of a training file that names a step after the last of the run's `steps`."""
+    lines = []
+    for key, loss in UNREACHED.items():
+        value = values.get(key)
+        late = [step for step in (value if isinstance(value, list) else [value or 0]) if step > steps]
+        if late:
+            lines.append(f"note: {where}: {key}: {show(value)}, but the run has {steps} steps: {loss}")
+    return lines
 
 
 def _check_lora(values: dict[str, Any], where: str) -> None:
     lora = values["lora"]
     check_keys(lora, LORA, f"{where}: lora")
-    for key in ("r", "lora_alpha"):
-        if lora.get(key, 1) <= 0:
-            raise Refused(f"{where}: lora.{key}: {lora[key]}, expected more than 0")
-    if not 0 <= lora.get("lora_dropout", 0) < 1:
-        raise Refused(f"{where}: lora.lora_dropout: {lora['lora_dropout']}, expected 0 or more and below 1")
-    if lora.get("quantization") not in (None, "nf4"):
-        raise Refused(f"{where}: lora.quantization: {show(lora['quantization'])}, expected nf4 or null")
+    check_ranges(
+        {f"lora.{key}": value for key, value in lora.items()},
+        {f"lora.{key}": r for key, r in LORA_RANGES.items()},
+        where,
+    )
     if "r" not in lora:
         raise Refused(f'{where}: lora: {show(lora)} has no rank. Write {{"r": 16}}, or null for full tuning')
     if values.get("muon_learning_rate"):

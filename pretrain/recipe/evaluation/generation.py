@@ -15,20 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from transformers import (
     GenerationConfig,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from recipe.config.generation import GENERATION
+from recipe.config.generation import GENERATION, NATIVE, RANGES
+from recipe.config.keys import check_keys
+from recipe.config.ranges import check_ranges
 from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
 from recipe.project import Refused, markdown_text
@@ -36,15 +32,6 @@ from recipe.tokenization.encode_text import BYTE_TOKEN
 
 BATCH_SIZE = 8  # prompts at a time: tests/bench/generation.py
 CONTEXT = 8  # ids before a continuation that are decoded with it, so that its first space is kept
-# transformers checks the ranges of these values only when it generates. Here they are checked before.
-_CHECKS = {
-    "temperature": TemperatureLogitsWarper,
-    "top_p": TopPLogitsWarper,
-    "top_k": TopKLogitsWarper,
-    "min_p": MinPLogitsWarper,
-    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
-    "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
-}
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
@@ -59,8 +46,11 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     """The native part of generation.json, with the tokenizer's special ids.
 
     ``num_return_sequences`` is left out: a stage that wants several samples gives the prompt several times.
-    Raises Refused for values that transformers refuses, such as a temperature below 0.
+    Raises Refused for a key, a type or a value that generation.json may not have, such as a temperature of 0.
     """
+    # transformers checks most ranges only when it generates.
+    check_keys(values, NATIVE | GENERATION, "generation.json")
+    check_ranges(values, RANGES, "generation.json")
     native = {k: v for k, v in values.items() if k not in GENERATION and k != "num_return_sequences"}
     # transformers refuses an int for these keys, but JSON, a slider and a user write 1 for 1.0.
     native |= {key: float(native[key]) for key in _FLOATS if type(native.get(key)) is int}
@@ -70,19 +60,10 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
         "eos_token_id": tokenizer.eos_token_id,
     }
     try:
-        for key, check in _CHECKS.items():
-            # None and 0 switch a key off, except for the temperature, which is checked below.
-            if native.get(key):
-                check(native[key])
         config = GenerationConfig(**native | ids)
         config.validate()
     except (ValueError, TypeError) as error:
         raise Refused(f"generation.json: {error}") from error
-    if config.do_sample and native.get("temperature") == 0:
-        raise Refused(
-            "generation.json: temperature: 0, expected more than 0 when do_sample is true. To take the most "
-            "probable token at every step, set do_sample to false"
-        )
     return config
 
 
@@ -157,14 +138,25 @@ def generate_all(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        for i, row in zip(batch, _continue(model, [prompts[i] for i in batch], config), strict=True):
-            stopped = tokenizer.eos_token_id in row
-            row = row[: row.index(tokenizer.eos_token_id)] if stopped else row
+        rows = _continue(model, tokenizer, [prompts[i] for i in batch], config)
+        for i, row in zip(batch, rows, strict=True):
+            row, stopped = _until_end(row, tokenizer)
             answers[i] = Answer(decode_continuation(tokenizer, prompts[i], row), stopped)
     return answers
 
 
-def _continue(model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+def _until_end(row: list[int], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], bool]:
+    """The ids before the end token, and whether there is one."""
+    end = tokenizer.eos_token_id
+    return (row[: row.index(end)], True) if end in row else (row, False)
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+) -> list[list[int]]:
     """The new ids of each prompt of a batch, with padding after an end token."""
     longest = max(map(len, prompts))
     ids = [[config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -173,6 +165,7 @@ def _continue(model: PreTrainedModel, prompts: list[list[int]], config: Generati
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=config,
+        tokenizer=tokenizer,  # for stop_strings
     )
     return output[:, longest:].tolist()
 
@@ -185,9 +178,15 @@ def stream(
     The TextStreamer of transformers waits for a space or a kanji, so that a line in kana appears only when it
     is complete. Here only that is held back which a later token can change: an incomplete character of byte
     tokens. Generation stops when the caller closes the iterator. An error in the generating thread is raised
-    here. Raises Refused for a prompt that is empty or too long.
+    here. With several beams, the text is known only at the end, and comes as one part. Raises Refused for a
+    prompt that is empty or too long.
     """
     check_room(model, prompt, config)
+    if (config.num_beams or 1) > 1:
+        with torch.no_grad():
+            row, _ = _until_end(_continue(model, tokenizer, [prompt], config)[0], tokenizer)
+        yield decode_continuation(tokenizer, prompt, row)
+        return
     tokens: queue.Queue[list[int] | None | Exception] = queue.Queue()
     stop = threading.Event()
 
@@ -198,6 +197,7 @@ def stream(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
+                tokenizer=tokenizer,  # for stop_strings
                 streamer=_Tokens(tokens),
                 stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
             )

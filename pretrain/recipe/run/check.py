@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from recipe.config.recipe import load_recipe
+from recipe.config.training import training_files, unreached_steps
 from recipe.conversations.instructions import pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import source_facts
@@ -50,6 +51,10 @@ def main() -> None:
             # A stage outside this range may run on another machine, with other options.
             if stage.file in config and arguments.first <= stage.number <= arguments.last:
                 launch_of(arguments).check(config, stage.file, glance())
+        for file in training_files(config):
+            if (steps := config[file].get("max_steps", -1)) > 0:
+                for line in unreached_steps(config[file], steps, f"configs/{arguments.recipe}/{file}.json"):
+                    print(line)
         for number, stage_name in ((6, "06_evaluate"), (14, "14_evaluate")):
             # A finished stage that asked the same tasks no longer needs their data.
             if arguments.first <= number <= arguments.last and not asked(

@@ -35,8 +35,9 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from recipe.config.launch import batch_layout
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
+from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
-from recipe.config.training import check_boards, documents_suffice
+from recipe.config.training import check_boards, documents_suffice, unreached_steps
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
 from recipe.model.losses import return_loss_only
@@ -204,6 +205,19 @@ def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -
         else math.ceil(arguments.num_train_epochs * samples / global_batch)
     )
     return steps, math.ceil(steps * global_batch / samples)
+
+
+def check_steps(run: Run, values: dict[str, Any], where: str) -> None:
+    """Check that the schedule fits into the steps of the run, which may follow from the number of epochs.
+
+    values: of the training file `where`. Raises Refused, for example for a warm-up that is longer than the
+    run. Prints a line about each key such as ``eval_steps`` that names a step after the last.
+    """
+    steps = run.arguments.max_steps
+    check_schedule(values | {"max_steps": steps}, where)
+    if run.is_main and not run.probe:
+        for line in unreached_steps(values, steps, where):
+            print(line, flush=True)
 
 
 @contextlib.contextmanager

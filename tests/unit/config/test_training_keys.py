@@ -122,3 +122,11 @@ def lora(config, **values):
 def test_a_fault_is_named_with_the_way_out(change, words):
     message = refusal(change)
     assert all(word in message for word in words), message
+
+
+def test_steps_after_the_last_one_are_said():
+    values = {"eval_steps": 20, "save_steps": 10, "sample_steps": [5, 11], "logging_steps": 0.5}
+    lines = training.unreached_steps(values, 10, "x.json")
+    assert [line.split(": ")[2] for line in lines] == ["eval_steps", "sample_steps"]
+    assert "x.json: eval_steps: 20, but the run has 10 steps: the validation loss" in lines[0]
+    assert training.unreached_steps(values, 20, "x.json") == []

@@ -42,6 +42,22 @@ def test_batched_generation_is_that_of_single_prompts(fast, model):
     assert streamed == [answer.text for answer in together]
 
 
+def test_a_stream_with_several_beams_gives_the_whole_answer(fast, model):
+    prompt, config = prompt_ids(fast, "山"), greedy(fast, num_beams=3)
+    answer = generation.generate_all(model, fast, [prompt], config, 0)[0]
+    assert list(generation.stream(model, fast, prompt, config)) == [answer.text] != [""]
+
+
+def test_stop_strings_end_an_answer(fast, model, monkeypatch):
+    """The answer ends with the token that completes the stop string."""
+    prompt, config = prompt_ids(fast, "山"), greedy(fast, stop_strings=["。"])
+    ids = prompt_ids(fast, "先生は学校で。犬は、今日は、")[1:]
+    forced(model, ids, monkeypatch)
+    assert "".join(generation.stream(model, fast, prompt, config)) == "先生は学校で。"
+    forced(model, ids, monkeypatch)
+    assert generation.generate_all(model, fast, [prompt], config, 0)[0].text == "先生は学校で。"
+
+
 def test_the_seed_decides(fast, model):
     config = generation.generation_config({"max_new_tokens": 12, "do_sample": True}, fast)
     prompts = [prompt_ids(fast, "山")] * 5

@@ -42,8 +42,8 @@ def test_schedule_is_active(train, kind, options, warmup, expected, muon):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
-@pytest.mark.parametrize(("steps", "warmup"), [(2, 8), (2, 2), (1, 0.1)])
-def test_a_warm_up_as_long_as_the_run_or_longer_is_no_fault(train, kind, steps, warmup):
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 2), (1, 0.1)])
+def test_a_warm_up_as_long_as_the_run_is_no_fault(train, kind, steps, warmup):
     """The rates at steps beyond the run differ between libraries and mean nothing."""
     active = train(lr_scheduler_type=kind, warmup_steps=warmup, max_steps=steps)[0]["active"]
     assert max(active["learning_rates"]) == steps

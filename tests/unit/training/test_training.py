@@ -1,6 +1,7 @@
 """The steps of a training."""
 
 import pytest
+from recipe.project import Refused
 from recipe.training import training
 from transformers import TrainingArguments
 
@@ -15,3 +16,24 @@ def test_total_steps(tmp_path, steps, epochs, expected):
     )
     assert training.total_steps(arguments, 100, 8) == expected
     assert expected[1] * 100 >= expected[0] * 8
+
+
+def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monkeypatch, capsys):
+    values = {
+        "block_size": 8,
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 1,
+    }
+    values |= {"warmup_steps": 14, "eval_strategy": "steps", "eval_steps": 20, "bf16": False}
+    plan = {"recipe": "x", "config": {"pretrain": values, "model": {}}, "deepspeed": None, "ranks": 1}
+    plan |= {"fsdp": False, "tensor_parallel": 1, "host": "", "parent": 0, "folder": str(tmp_path)}
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run = training.prepare(plan, "pretrain")
+    run.arguments.max_steps = training.total_steps(run.arguments, 100, 8)[0]
+    with pytest.raises(Refused, match="pretrain.json: warmup_steps: 14, more than the 13 steps of the run"):
+        training.check_steps(run, values, "pretrain.json")
+    training.check_steps(run, values | {"warmup_steps": 13}, "pretrain.json")
+    assert "eval_steps: 20, but the run has 13 steps" in capsys.readouterr().out
