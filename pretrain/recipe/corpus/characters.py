@@ -17,7 +17,8 @@ import neologdn
 
 _LINE_ENDS = re.compile("\r\n?|[\x85\u2028\u2029]")
 _DECOMPOSED = re.compile("[\u3041-\u30ff][\u3099\u309a]")  # kana and a combining voicing mark
-_HALF_WIDTH_KANA = re.compile("[\uff61-\uff9f]+")
+# One at a time, because neologdn shortens runs.
+_HALF_WIDTH_KANA = re.compile("[\u3041-\u30ff\uff61-\uff9f][ﾞﾟ]|[\uff61-\uff9f]")
 _LEADING_LINES = re.compile(r"(?:[^\S\n]*\n)+")
 _FULL_WIDTH_AND_QUOTES = (*map(chr, range(0xFF01, 0xFF5E)), *"‘’“”")
 _TILDES = "∼∾〜〰～"

@@ -47,6 +47,10 @@ def test_tildes_hyphens_kana_and_line_ends():
     assert make_dialogue_normalizer({"nfkc": True})("  ①　㍿") == "  1 株式会社"
 
 
+def test_runs_of_half_width_kana_are_not_shortened():
+    assert make_dialogue_normalizer({})("ﾜｰｰｰ ｶﾞｶﾞ カﾞ ﾊﾟ") == "ワーーー ガガ ガ パ"
+
+
 def test_half_a_surrogate_pair_is_an_error():
     with pytest.raises(UnicodeError):
         make_dialogue_normalizer({})("山\ud800")
