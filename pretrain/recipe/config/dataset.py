@@ -27,6 +27,8 @@ DATASET = {
     "sources": "dict",
     "neologdn": "dict",
     "keep_wave_dash": "bool",
+    "keep_dashes": "bool",
+    "clean_characters": "bool",
     "nfkc": "bool",
     "minimum_characters": "int",
     "minimum_japanese_share": "float",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,17 @@ from recipe.corpus.rules import RULES, make_rules
 _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 
 
-def make_cleaner(config: dict[str, Any], source: dict[str, Any]) -> Callable[[str], tuple[str, str]]:
+def make_cleaner(
+    config: dict[str, Any], source: dict[str, Any], figures: Counter[str] | None = None
+) -> Callable[[str], tuple[str, str]]:
     """A function from a text to the clean text and the reason to drop it, or "".
 
     config: a dataset.json. source: one of its sources. Its key ``rules`` names the set of rules; it may be
     null or missing. ``config["rules"][SET]`` changes the thresholds of a set. minimum_characters and
-    minimum_japanese_share of the config apply to every source: a set can only raise them.
+    minimum_japanese_share of the config apply to every source: a set can only raise them. figures: the counts
+    of the normaliser are added to it.
     """
-    normalize = make_normalizer(config)
+    normalize = make_normalizer(config, figures)
     kind = source.get("rules")
     changes = dict(config.get("rules", {}).get(kind, {}))
     for rule in ("minimum_characters", "minimum_japanese_share"):

@@ -18,9 +18,9 @@ class Funnel:
 
     documents in = out + sum(dropped) and bytes in = out + sum(dropped) + trimmed are exact; `trimmed` is what
     extraction and normalising removed from kept documents. `extraction` has the counts of the source's
-    extractor, such as the readings removed from Aozora Bunko's works. `capped` names the limit at which
-    reading ended. `samples` has, for each reason, a few of the dropped documents: those with the smallest
-    hash of their name, so that the choice does not depend on the shards.
+    extractor and of the normaliser, such as the readings removed from Aozora Bunko's works. `capped` names
+    the limit at which reading ended. `samples` has, for each reason, a few of the dropped documents: those
+    with the smallest hash of their name, so that the choice does not depend on the shards.
     """
 
     documents_in: int = 0

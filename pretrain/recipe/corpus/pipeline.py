@@ -184,9 +184,9 @@ def make_extractor(
     """From (name, raw text) to (clean text, reason for dropping it or ""): the extractor of the kind, then
     cleaning.
 
-    figures: the extractor's counts are added to it.
+    figures: the counts of the extractor and of the normaliser are added to it.
     """
-    clean = make_cleaner(config, spec)
+    clean = make_cleaner(config, spec, figures)
     extract = KINDS[spec["source"]].extract
     if extract is None:
         return lambda name, text: clean(text)

@@ -1,13 +1,19 @@
-"""Normalising: identical to neologdn line by line, for every character, every option and any neighbours."""
+"""Normalising: identical to neologdn line by line, for every character, every option and any neighbours.
+
+What is kept or repaired on top of neologdn is switched off for that, and tested on its own.
+"""
 
 import itertools
 import random
+import unicodedata
+from collections import Counter
 
 import neologdn
 import pytest
 from recipe.config.dataset import TILDES
 from recipe.corpus.normalizing import make_normalizer
 
+EXACT = {"keep_dashes": False, "clean_characters": False}
 BMP = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x10000))]
 # One of each kind that neologdn treats differently, twice the rare ones that stand near each other.
 KINDS = list("  　aZ0-*~é!あうはーカハヴ漢々。、「ｱｶﾊｰﾞﾟ゛゜（！＊ＡΑ９‐−–－―━〜～∼〰\t\x00㐀α①㌔ﾠ") + [
@@ -27,7 +33,7 @@ def assert_same(lines, options, config):
     """The lines as one text give neologdn's output; a difference is shown by its first line."""
     text = "\n".join(lines)
     assert len(text) > 1000  # long enough for the array operations
-    expected, seen = reference(text, options), make_normalizer(config)(text)
+    expected, seen = reference(text, options), make_normalizer(EXACT | config)(text)
     if seen != expected:
         pairs = zip(seen.split("\n"), expected.split("\n"), strict=False)
         pytest.fail(f"{next((pair for pair in pairs if pair[0] != pair[1]), 'another number of lines')}")
@@ -67,14 +73,14 @@ def test_line_ends_are_those_of_splitlines():
     lines = ["行", " ", "\t", "ー", "a", "～"]
     ends = ["\n", "\r", "\r\n", "\n\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
     text = "".join(line + end for line in lines for end in ends) * 3
-    assert make_normalizer({})(text) == reference(text, {"tilde": "ignore"})
+    assert make_normalizer(EXACT)(text) == reference(text, {"tilde": "ignore"})
 
 
 @pytest.mark.parametrize("size", range(130))
 def test_short_and_long_texts_give_the_same(size):
     """neologdn's loop for short texts and the array operations for long ones give the same."""
     text = ("ﾊﾟ～ソコン　ー ー\n \n" * 20)[:size]
-    assert make_normalizer({})(text) == reference(text, {"tilde": "ignore"})
+    assert make_normalizer(EXACT)(text) == reference(text, {"tilde": "ignore"})
 
 
 @pytest.mark.parametrize("length", [1, 100])
@@ -103,3 +109,57 @@ def test_nfkc_is_off_by_default(length):
 @pytest.mark.parametrize("text", ["", "\n", " \n　\n", "～\n", "　" * 200, "\n" * 200])
 def test_empty_text_stays_empty(text):
     assert make_normalizer({"keep_wave_dash": False})(text) == ""
+
+
+@pytest.mark.parametrize("length", [1, 100])
+@pytest.mark.parametrize(
+    ("raw", "kept", "neologdn_alone"),
+    [
+        ("０３－１２３４", "03-1234", "03ー1234"),
+        ("Ｆ－１６", "F-16", "Fー16"),
+        ("東京－大阪", "東京-大阪", "東京ー大阪"),
+        ("（－１）", "(-1)", "(ー1)"),
+        ("１－－２", "1-2", "1ー2"),
+        ("スーパ－とｽｰﾊﾟ－とか－", "スーパーとスーパーとかー", "スーパーとスーパーとかー"),
+        ("雨が――静かに", "雨が――静かに", "雨がー静かに"),
+        ("——あ──い━━う", "——あ──い━━う", "ーあーいーう"),
+        ("a ― b、あ ― い", "a ― b、あ―い", "a ーb、あーい"),
+        ("すごーーい", "すごーい", "すごーい"),
+        ("--help a–b", "--help a-b", "--help a-b"),
+    ],
+)
+def test_dashes(length, raw, kept, neologdn_alone):
+    text = "\n".join([raw] * length)
+    assert make_normalizer({})(text) == "\n".join([kept] * length)
+    assert make_normalizer({"keep_dashes": False})(text) == "\n".join([neologdn_alone] * length)
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_decomposed_characters_are_composed_and_counted(length):
+    text = "\n".join(["ガラスのバケツ、ぱんだ、caféの神"] * length)
+    decomposed = unicodedata.normalize("NFD", text).replace("神", "\ufa19")
+    figures = Counter()
+    # A compatibility ideograph is another character than its NFC.
+    assert make_normalizer({}, figures)(decomposed) == text.replace("神", "\ufa19")
+    assert figures["characters composed"] == 5 * length
+    off = make_normalizer({"clean_characters": False})(decomposed)
+    assert off == reference(decomposed, {"tilde": "ignore"}) and "\u3099" in off
+
+
+@pytest.mark.parametrize("length", [1, 100])
+@pytest.mark.parametrize(
+    "character", [*"\x80\x9f\xad\u200b\u200e\u202e\u2060\u2066\ufeff\ufdd0\ufffe\uffff\U0001fffe\U0010ffff"]
+)
+def test_invisible_characters_are_removed_and_counted(length, character):
+    figures = Counter()
+    text = "\n".join([f"日{character}本か{character}\u3099 {character}語"] * length)
+    assert make_normalizer({}, figures)(text) == "\n".join(["日本が語"] * length)
+    assert figures["invisible characters removed"] == 3 * length
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_visible_characters_and_joiners_stay(length):
+    text = "\n".join(["👨\u200d👩\u200d👧、葛\U000e0100、𠮷、\U0001f3fb、①"] * length)
+    figures = Counter()
+    assert make_normalizer({}, figures)(text) == text
+    assert not figures.total()
