@@ -79,7 +79,7 @@ def make_pair(messages: list[Message], source: str, normalize: Callable[[str], s
     """A conversation as a pair, whose headword is the first question.
 
     What follows the last trained answer is cut: nothing about it is trained. Of two equal system messages at
-    the beginning, one is cut.
+    the beginning, one is cut, and blank ones are cut as well.
     """
 
     def unusable(reason: str) -> Pair:
@@ -94,6 +94,7 @@ def make_pair(messages: list[Message], source: str, normalize: Callable[[str], s
         messages = [message | {"content": _clean(message["content"], normalize)} for message in messages]
     except UnicodeError:
         return unusable("not valid Unicode")
+    messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
     while [message["role"] for message in messages[:2]] == ["system", "system"]:
         if messages[0]["content"] != messages[1]["content"]:
             return unusable("two system messages")

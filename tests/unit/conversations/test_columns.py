@@ -63,6 +63,12 @@ def test_a_system_column_and_a_system_message(tmp_path):
     assert other.dropped == "two system messages"
 
 
+def test_a_blank_system_message_is_none(tmp_path):
+    row = {"messages": [SYSTEM | {"content": " "}, *turns("海は?", "深い")]}
+    assert conversation(tmp_path, row) == turns("海は?", "深い")
+    assert conversation(tmp_path, row | {"system": "丁寧に"}) == [SYSTEM, *turns("海は?", "深い")]
+
+
 def test_columns_that_are_not_used_are_listed(tmp_path):
     chat = {"messages": [m | {"name": "x"} for m in CHAT["messages"]], "id": 3, "output": "浅い"}
     _, unused = read(tmp_path, ALPACA | {"id": 1, "category": "海"}, ALPACA | {"category": None}, chat)
