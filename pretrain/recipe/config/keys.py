@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,22 @@ def check_keys(values: dict[str, Any], known: dict[str, str], where: str) -> Non
 
 
 def nearest(key: str, known: Any) -> str:
-    """The text `` Did you mean X?`` for the nearest known key; empty when no key is near."""
-    close = difflib.get_close_matches(key, list(known), 1, 0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """The text `` Did you mean X?`` for the nearest known key; empty when no key is near.
+
+    All keys are named that differ in one letter only.
+    """
+    close = [name for name in known if _differ_in_one_letter(key, name)]
+    close = close or difflib.get_close_matches(key, list(known), 1, 0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _differ_in_one_letter(a: str, b: str) -> bool:
+    """Whether one letter is replaced, missing, added, or swapped with the next."""
+    head = len(os.path.commonprefix([a, b]))
+    a, b = a[head:], b[head:]
+    tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - tail], b[: len(b) - tail]
+    return max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1])
 
 
 def show(value: Any) -> str:
@@ -133,7 +147,11 @@ def is_type(value: Any, expected: str) -> bool:
 
 
 def require(values: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    """Refuse a file in which one of `keys` is missing."""
+    """Refuse a file in which one of `keys` is missing; a misspelt one is named as such."""
     for key in keys:
         if key not in values:
+            for near in (name for name in values if _differ_in_one_letter(key, name)):
+                raise Refused(
+                    f"{where}: {near}: unknown key (value {show(values[near])}). Did you mean {key!r}?"
+                )
             raise Refused(f"{where}: {key}: missing. Add it")

@@ -45,7 +45,9 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
     the file, the key, the value seen and the value expected.
     """
     folder = CONFIGS / recipe
-    if recipe not in recipes():
+    # Also a folder whose dataset.json has a misspelt name: the next check names it.
+    folders = {path.parent.name for path in CONFIGS.glob("*/*.json") if path.stem in FILES}
+    if recipe not in folders:
         raise Refused(
             f"configs/{recipe}: no such recipe.{nearest(recipe, recipes())} Known: {', '.join(recipes())}"
         )

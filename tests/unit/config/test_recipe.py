@@ -1,12 +1,14 @@
 """A whole recipe: it is checked in a moment, its files agree, and overrides are applied."""
 
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+from recipe.config import recipe as recipe_module
 from recipe.config.recipe import check_recipe, load_recipe, recipes
-from recipe.project import Refused
+from recipe.project import CONFIGS, Refused
 from refusal import pair, preference, refusal, tiny
 
 
@@ -84,3 +86,14 @@ def test_the_variant_of_a_recipe_differs_in_its_tuning_only():
     assert (one["finetune"]["learning_rate"], one["instruction"]["valid_share"]) == (5e-6, 0.1)
     assert other["finetune"]["learning_rate"] == 3e-4
     assert other["finetune"]["lora"]["r"] == other["finetune"]["lora"]["lora_alpha"] == 128
+
+
+def test_a_misspelt_file_name_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_module, "CONFIGS", tmp_path)
+    shutil.copytree(CONFIGS / "tiny", tmp_path / "x")
+    (tmp_path / "x/dataset.json").rename(tmp_path / "x/datase.json")
+    with pytest.raises(Refused, match=r"configs/x/datase\.json: no stage reads this file\. .*'dataset'"):
+        load_recipe("x")
+    (tmp_path / "x/datase.json").unlink()
+    with pytest.raises(Refused, match=r"configs/x/dataset\.json is missing"):
+        load_recipe("x")
