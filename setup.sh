@@ -180,6 +180,7 @@ print=false extras=()
 while (($#)); do
   case $1 in
     --python) print=true ;;
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$here/setup.sh"; exit ;;
     --extra)
       while (($# > 1)) && [[ $2 != -* ]]; do extras+=("$2"); shift; done
       ((${#extras[@]})) || refuse "--extra: expected the names of extras of pyproject.toml, for example: --extra ray" ;;

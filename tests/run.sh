@@ -13,6 +13,7 @@
 # RECIPE_PYTHON=python3 uses that Python as it is, see setup.sh: nothing is installed, missing packages are named.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${1:-} in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit ;; esac
 extras=(tests)
 case ${1:-} in
   lint) marker=none ;;

@@ -270,3 +270,12 @@ def test_every_import_is_pinned():
     modules = set().union(*map(imported, files)) - set(sys.stdlib_module_names) - {"recipe", ""}
     assert len(files) > 50 and "torch" in modules
     assert {NAMES.get(name, name).lower().replace("_", "-") for name in modules} <= pinned
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "tests/run.sh", "run_all.sh"])
+def test_help_shows_the_usage_and_does_nothing_else(script):
+    shown = subprocess.run(
+        ["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+    )
+    assert f"Usage: bash {script}" in shown.stdout
+    assert shown.stderr == "" and "set -euo" not in shown.stdout
