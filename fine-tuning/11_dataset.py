@@ -25,13 +25,12 @@ from recipe.conversations.instructions import (
 )
 from recipe.conversations.read_rows import byte_order_marks
 from recipe.corpus.characters import make_dialogue_normalizer
-from recipe.corpus.download import require_data
 from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS
 from recipe.corpus.shards import read_texts
 from recipe.progress import progress
-from recipe.project import DATA, RecipeError, read_json, write_json
-from recipe.run.stage import Stage, run_stage
+from recipe.project import RecipeError, write_json
+from recipe.run.stage import Stage, require_downloads, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("trained", pa.bool_())]))
@@ -41,9 +40,7 @@ SCHEMA = pa.schema([*((column, pa.string()) for column in TEXTS), ("history", TU
 def main(stage: Stage) -> None:
     """Read the pairs of every entry, split those that are kept, write both sides and the counts."""
     config = stage.config["instruction"]
-    require_data(
-        read_json(stage.inputs["01_download"] / "stage.json")["figures"], stage.config["dataset"], DATA
-    )
+    require_downloads(stage)
     # Packaged pairs are made from the pretraining text; users' own conversations keep their layout.
     normalize_corpus = make_normalizer(stage.config["dataset"])
     normalize_dialogue = make_dialogue_normalizer(stage.config["dataset"])

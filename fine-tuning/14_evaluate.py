@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 from recipe.config.tasks import reads_sources, tasks_of
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import messages_of, no_pairs
-from recipe.corpus.download import require_data
 from recipe.evaluation.tasks.available import check_available
-from recipe.project import DATA, RecipeError, read_json, write_json
-from recipe.run.stage import Stage, run_stage
+from recipe.project import RecipeError, write_json
+from recipe.run.stage import Stage, require_downloads, run_stage
 
 NAME = "14_evaluate"
 ANSWERED = 32  # held-out instructions that are answered, to see whether answers stop by themselves
@@ -82,8 +81,7 @@ def written_tasks(stage: Stage) -> list[dict[str, Any]]:
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
-        record = read_json(stage.inputs["01_download"] / "stage.json")
-        require_data(record["figures"], stage.config["dataset"], DATA)
+        require_downloads(stage)
     names = tasks_of(stage.config, NAME)
     return write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names)
 

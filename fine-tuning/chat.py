@@ -10,13 +10,12 @@ Run:  .venv/bin/python fine-tuning/chat.py --recipe tiny [--base] [--web [--port
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from recipe.config.recipe import load_recipe
+from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import no_pairs
 from recipe.project import RecipeError, Refused, stage_folder
@@ -27,18 +26,7 @@ if TYPE_CHECKING:  # it imports torch, and a refusal should not wait for that
 
 def main() -> None:
     """Read the options, check that the model exists, load it, and talk."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--recipe", default="tiny", help="folder below configs/ (default: tiny)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FILE.KEY=VALUE",
-        dest="overrides",
-        help="override one key, e.g. generation.temperature=0.5",
-    )
+    parser = recipe_options(__doc__)
     parser.add_argument(
         "--base",
         action="store_true",

@@ -5,30 +5,22 @@ Needs stage 16, a tokenizer of kind bpe (or unigram, within limits: see recipe/e
 Run:  .venv/bin/python fine-tuning/to_gguf.py --recipe tiny
 """
 
-import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-from recipe.config.recipe import load_recipe
+from recipe.config.recipe import load_recipe, recipe_options
 from recipe.project import RecipeError, Refused, require_extra, stage_folder
+from recipe.run.stage import errors_in_one_line
 
 PROMPTS, LONGEST = 200, 60  # lines of the validation side; characters of a line
 
 
 def main() -> None:
     """Convert, compare, and keep the file if it is within the limits."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--recipe", default="tiny", help="folder below configs/ (default: tiny)")
-    recipe = parser.parse_args().recipe
-    try:
-        print(export(recipe, load_recipe(recipe)))
-    except RecipeError as error:
-        print(f"to_gguf: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    arguments = recipe_options(__doc__).parse_args()
+    with errors_in_one_line("to_gguf"):
+        print(export(arguments.recipe, load_recipe(arguments.recipe, arguments.overrides)))
 
 
 def export(recipe: str, config: dict) -> str:

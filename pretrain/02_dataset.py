@@ -7,16 +7,15 @@ Run:  python pretrain/02_dataset.py --recipe tiny
 """
 
 from recipe.corpus import funnel, pipeline
-from recipe.corpus.download import require_data
 from recipe.corpus.sources import licence
-from recipe.project import DATA, read_json, write_json
-from recipe.run.stage import Stage, run_stage
+from recipe.project import DATA, write_json
+from recipe.run.stage import Stage, require_downloads, run_stage
 
 
 def main(stage: Stage) -> None:
     """Build the corpus; every document and byte of every source is counted."""
     config = stage.config["dataset"]
-    require_data(read_json(stage.inputs["01_download"] / "stage.json")["figures"], config, DATA)
+    require_downloads(stage)
     funnels, leaks = pipeline.build(config, DATA, stage.folder)
     for name, f in funnels.items():
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in f.documents_dropped.most_common()) or "none"

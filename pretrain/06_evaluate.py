@@ -8,11 +8,10 @@ import shutil
 from typing import Any
 
 from recipe.config.tasks import reads_sources, tasks_of
-from recipe.corpus.download import require_data
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.evaluation.tasks.available import check_available
-from recipe.project import DATA, read_json, write_json
-from recipe.run.stage import Stage, run_stage
+from recipe.project import write_json
+from recipe.run.stage import Stage, require_downloads, run_stage
 
 NAME = "06_evaluate"
 
@@ -50,8 +49,7 @@ def loaded_tasks(stage: Stage) -> Any:
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
-        record = read_json(stage.inputs["01_download"] / "stage.json")
-        require_data(record["figures"], stage.config["dataset"], DATA)
+        require_downloads(stage)
     names = tasks_of(stage.config, NAME)
     return load_tasks(write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names))
 

@@ -138,6 +138,22 @@ def choose(
     where: the file's name, for messages. documents: whether attention by documents can compute this training
     (`recipe.config.training.documents_suffice`). Raises Refused for a value that the hardware cannot meet.
     """
+    precision = _precision(hardware, values, where)
+    attention = _attention(hardware, values, where, documents, precision)
+    if values.get("torch_compile") and not hardware.compiler:
+        raise Refused(
+            f"{where}: torch_compile: true, but there is no g++ on this machine. Install it, or leave the "
+            "key out"
+        )
+    if values.get("tf32") and hardware.capability < (8, 0):
+        raise Refused(
+            f"{where}: tf32: true, but it needs an NVIDIA GPU of capability 8.0 or more; this is "
+            f"{hardware.name}. Leave the key out"
+        )
+    return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
+
+
+def _precision(hardware: Hardware, values: dict[str, Any], where: str) -> str:
     if values.get("bf16"):
         if not hardware.fast_bf16:
             instead = "fp16" if hardware.device == "cuda" else "fp32"
@@ -145,20 +161,23 @@ def choose(
                 f"{where}: bf16: true, but {hardware.name} has no bf16 units (capability "
                 f"{hardware.capability}). Leave the key out, and {instead} is chosen"
             )
-        precision = "bf16"
-    elif values.get("fp16"):
+        return "bf16"
+    if values.get("fp16"):
         if hardware.device == "cpu":
             raise Refused(
                 f"{where}: fp16: true, but fp16 training needs a GPU. Leave the key out, and the best for "
                 "this CPU is chosen"
             )
-        precision = "fp16"
-    elif "bf16" in values or "fp16" in values:
+        return "fp16"
+    if "bf16" in values or "fp16" in values:
         # Both are false.
-        precision = "fp32"
-    else:
-        precision = "bf16" if hardware.fast_bf16 else "fp16" if hardware.device == "cuda" else "fp32"
+        return "fp32"
+    return "bf16" if hardware.fast_bf16 else "fp16" if hardware.device == "cuda" else "fp32"
 
+
+def _attention(
+    hardware: Hardware, values: dict[str, Any], where: str, documents: bool, precision: str
+) -> str:
     attention = values.get("attn_implementation", "auto")
     if attention == "flash_attention_2" and not hardware.flash_attention:
         raise Refused(
@@ -171,7 +190,7 @@ def choose(
         raise Refused(
             f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 9.0 or "
             f"more with FlashAttention-3 (flash_attn_interface) installed; this is {hardware.name}. Write "
-            f"auto"
+            "auto"
         )
     if attention.startswith("flash") and precision == "fp32":
         raise Refused(
@@ -189,22 +208,11 @@ def choose(
             "attention_dropout, attn_pdrop) nor a sliding_window below block_size nor padded preferences. "
             "Write auto or sdpa"
         )
-    if attention == "auto" and hardware.device == "cpu":
-        attention = "documents" if documents else "sdpa"
-    elif attention == "auto":
-        attention = "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
-
-    if values.get("torch_compile") and not hardware.compiler:
-        raise Refused(
-            f"{where}: torch_compile: true, but there is no g++ on this machine. Install it, or leave the "
-            "key out"
-        )
-    if values.get("tf32") and hardware.capability < (8, 0):
-        raise Refused(
-            f"{where}: tf32: true, but it needs an NVIDIA GPU of capability 8.0 or more; this is "
-            f"{hardware.name}. Leave the key out"
-        )
-    return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
+    if attention != "auto":
+        return attention
+    if hardware.device == "cpu":
+        return "documents" if documents else "sdpa"
+    return "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
 
 
 def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -> None:

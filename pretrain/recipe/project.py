@@ -72,6 +72,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a file of JSON Lines. An incomplete last line (an interrupted run) is left out."""
+    # Not splitlines: a string in JSON may hold other line separators, such as U+2028, as they are.
+    lines = path.read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to disk.
 

@@ -1,4 +1,4 @@
-"""What every folder of the package uses: text in Markdown."""
+"""What every folder of the package uses: text in Markdown, and JSON Lines."""
 
 import html
 import random
@@ -6,7 +6,7 @@ import re
 
 import pytest
 from markdown_it import MarkdownIt
-from recipe.project import markdown_text
+from recipe.project import markdown_text, read_json_lines
 
 
 def shown(text):
@@ -35,3 +35,9 @@ def test_any_text_is_shown_as_it_is_written():
         text = "".join(draw.choices(marks, k=draw.randint(1, 12)))
         assert shown(text) == " ".join(text.split()), text
     assert shown("一行目\n二行目\t<b>&amp;") == "一行目 二行目 <b>&amp;"
+
+
+def test_json_lines_may_hold_other_line_separators_and_an_incomplete_last_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "一\u2028二\x85三"}\n{"text": "四"}\n{"tex', "utf-8")
+    assert read_json_lines(path) == [{"text": "一\u2028二\x85三"}, {"text": "四"}]

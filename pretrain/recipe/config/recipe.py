@@ -6,22 +6,16 @@ nearest known one), duplicate keys, wrong types, and files that contradict each 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from typing import Any
 
 from recipe.config.dataset import check_dataset
-from recipe.config.evaluation import (
-    check_evaluation,
-    check_task_source,
-)
+from recipe.config.evaluation import check_evaluation, check_task_source
 from recipe.config.generation import check_generation
 from recipe.config.initial_model import published_config
-from recipe.config.instruction import (
-    check_instruction,
-    check_pair,
-    check_preference,
-)
+from recipe.config.instruction import check_instruction, check_pair, check_preference
 from recipe.config.keys import known_keys, nearest, read_config, show
 from recipe.config.model import FROM_TOKENIZER, check_model, model_values
 from recipe.config.ranges import check_finite
@@ -36,6 +30,23 @@ OPTIONAL_FILES = ("preference",)  # without it, stage 13 is skipped
 def recipes() -> list[str]:
     """The names of the recipes below configs/."""
     return sorted(path.parent.name for path in CONFIGS.glob("*/dataset.json"))
+
+
+def recipe_options(doc: str) -> argparse.ArgumentParser:
+    """A parser with --recipe and --set (``overrides``), which `load_recipe` takes. doc: the help text."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", default="tiny", help="folder below configs/ (default: tiny)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FILE.KEY=VALUE",
+        dest="overrides",
+        help="override one key for an experiment, e.g. pretrain.learning_rate=1e-4",
+    )
+    return parser
 
 
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +92,9 @@ def evaluate_texts(
 ) -> dict[str, float]:
     """Loss, perplexity, bits per byte and bits per character of a model on documents.
 
-    Windows: the documents, as `document_ids` gives them, are packed one after another into blocks of
-    `block_size` tokens without overlap, as in training. A token sees only the tokens before it in its own
-    document and block. Where a document continues in the next block, that part starts without context; its
-    first token is still predicted, from the end of the block before. Every token except the first of a
-    document is predicted once.
-
-    With a start token, every byte of the text is predicted; without one, the bytes of the first token are
-    not. The end token of each document is predicted as well. Bits are the sum over text and end tokens,
-    divided by the UTF-8 bytes (characters) of the text alone.
+    `WINDOW_RULE` says what is predicted from what. The first token of the rest of a cut document is predicted
+    from the end of the block before. With a start token, every byte of the text is predicted; without one,
+    the bytes of the first token are not.
 
     folder: where the tokens are kept during the calculation. name: for the progress line.
     """
@@ -114,24 +107,18 @@ def evaluate_texts(
     loss, count = total_loss(model, samples, batch_size, name, bf16)
     for suffix in (".bin", ".idx"):
         prefix.with_suffix(suffix).unlink()
-    size = sum(len(text.encode("utf-8")) for text in texts)
-    characters = sum(map(len, texts))
-    return {
+    sums = {
         "documents": len(texts),
-        "bytes": size,
-        "characters": characters,
+        "bytes": sum(len(text.encode("utf-8")) for text in texts),
+        "characters": sum(map(len, texts)),
         "tokens": count,
         "loss_sum": loss,
-        "loss": loss / count,
-        "perplexity": math.exp(loss / count),
-        "bits_per_byte": loss / math.log(2) / size,
-        "bits_per_character": loss / math.log(2) / characters,
     }
+    return combine([sums])
 
 
-def combine(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+def combine(parts: list[dict[str, float]]) -> dict[str, float]:
     """The figures of several sets of documents together, calculated from their sums."""
-    parts = list(parts)
     total = {
         key: sum(part[key] for part in parts)
         for key in ("documents", "bytes", "characters", "tokens", "loss_sum")
@@ -146,9 +133,9 @@ def combine(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def repetition(text: str, n: int = 8) -> float:
-    """The share of character n-grams that are repeated in a text: 0 for none, nearly 1 for a loop."""
-    grams = [text[i : i + n] for i in range(len(text) - n + 1)]
+def repetition(text: str) -> float:
+    """The share of character 8-grams that are repeated in a text: 0 for none, nearly 1 for a loop."""
+    grams = [text[i : i + 8] for i in range(len(text) - 7)]
     return 1 - len(Counter(grams)) / len(grams) if grams else 0.0
 
 

@@ -9,14 +9,13 @@ weights of stage 05. The token files of stage 04 already have Megatron-LM's form
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from recipe.config.model import model_values
-from recipe.config.recipe import load_recipe
+from recipe.config.recipe import load_recipe, recipe_options
 from recipe.project import RecipeError, Refused, stage_folder
 from recipe.tokenization.token_files import TokenFile
 
@@ -243,11 +242,7 @@ def _weight_notes(trained: Path, model: Any) -> list[str]:
 
 def main() -> None:
     """Print the arguments for a recipe; exit 2 with the reason when Megatron-LM does not support it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FILE.KEY=VALUE")
+    parser = recipe_options(__doc__)
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="T")
     parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="P")
     arguments = parser.parse_args()

@@ -59,6 +59,9 @@ class _SummedGradient(TensorParallelLayer):
         return module
 
 
+ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", _SummedGradient())
+
+
 def load_without_code() -> None:
     """Let DeepSpeed read only tensors and plain values from its checkpoints: other pickles could run code."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -67,9 +70,6 @@ def load_without_code() -> None:
 
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
-
-
-ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", _SummedGradient())
 
 
 def shard(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
-from recipe.config.recipe import load_recipe
+from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.training import training_files, unreached_steps
 from recipe.conversations.instructions import pair_facts
 from recipe.conversations.preferences import preference_facts
@@ -28,9 +27,7 @@ def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
 
 def main() -> None:
     """Check a recipe with the options of run_all.sh; exit with 2 and a message if it cannot run."""
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser = recipe_options("Check a recipe with the options of run_all.sh; exit with 2 if it cannot run.")
     parser.add_argument(
         "--from", type=int, default=0, dest="first", help="number of the first stage that will run"
     )

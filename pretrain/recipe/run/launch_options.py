@@ -115,7 +115,7 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
         )
     hosts = read_hostfile(Path(arguments.hostfile)) if arguments.hostfile else {}
     return Launch(
-        processes=max(hosts.values()) if hosts else arguments.nproc or default_ranks(),
+        processes=max(hosts.values()) if hosts else arguments.nproc or max(1, visible),
         nodes=nodes,
         node_rank=node_rank,
         master_addr=arguments.master_addr,
@@ -149,11 +149,6 @@ def read_hostfile(path: Path) -> dict[str, int]:
             "`apt-get install pdsh`"
         )
     return hosts
-
-
-def default_ranks() -> int:
-    """One rank per visible GPU; one rank without a GPU."""
-    return max(1, count_gpus())
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

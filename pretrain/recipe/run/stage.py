@@ -27,10 +27,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.config.recipe import load_recipe
+from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.staleness import deciding_keys
+from recipe.corpus.download import require_data
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import (
+    DATA,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -92,6 +94,12 @@ class Stage:
     def say(self, message: str) -> None:
         """Print one line with the time and the stage."""
         print(f"{time.strftime('%H:%M:%S')} {self.name}  {message}", flush=True)
+
+
+def require_downloads(stage: Stage) -> None:
+    """Raise RecipeError when the data of stage 01, which `stage` reads, are no longer complete."""
+    record = read_json(stage.inputs["01_download"] / "stage.json")
+    require_data(record["figures"], stage.config["dataset"], DATA)
 
 
 @dataclass(frozen=True)
@@ -162,18 +170,7 @@ class Decision:
 
 def stage_arguments(doc: str) -> argparse.ArgumentParser:
     """The options every stage has."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--recipe", default="tiny", help="folder below configs/ (default: tiny)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FILE.KEY=VALUE",
-        dest="overrides",
-        help="override one key for an experiment, e.g. pretrain.learning_rate=1e-4",
-    )
+    parser = recipe_options(doc)
     parser.add_argument(
         "--force", action="store_true", help="redo a finished or stale stage; its old output is deleted"
     )

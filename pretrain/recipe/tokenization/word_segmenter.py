@@ -18,7 +18,6 @@ those of the text.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import multiprocessing
@@ -28,13 +27,14 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipe.config.keys import nearest
 from recipe.config.tokenizer import SEGMENTERS
 from recipe.corpus.packages import download_packages
 from recipe.project import RecipeError, Refused, fsync_tree, require_extra
@@ -76,21 +76,17 @@ def join(text: str) -> str:
     return _FORM.sub(lambda match: _FROM_FORM[match[0]], "".join(text.split()))
 
 
-def make_segmenter(name: str | None, data: Path) -> Segmenter | None:
-    """The segmenter that tokenizer.json names by ``segmenter``: jumanpp, mecab or sudachi; None for None.
+def make_segmenter(name: str, data: Path) -> Segmenter:
+    """The segmenter that tokenizer.json names by ``segmenter``: jumanpp, mecab or sudachi.
 
     data: the project's data folder. If the system lacks MeCab or the JUMAN dictionary, both are downloaded
     into ``.tools`` there. The segmenter is tested on a sentence before it is returned. Raises Refused for an
     unknown name or a missing program, saying what to install, and RecipeError when the download fails.
     """
-    if name is None:
-        return None
     if name not in SEGMENTERS:
-        close = difflib.get_close_matches(str(name), SEGMENTERS, 1, 0.6)
         raise Refused(
-            f"tokenizer.json: segmenter: unknown segmenter {name!r}."
-            + (f" Did you mean {close[0]!r}?" if close else "")
-            + f" Known: {', '.join(SEGMENTERS)}"
+            f"tokenizer.json: segmenter: unknown segmenter {name!r}.{nearest(name, SEGMENTERS)} "
+            f"Known: {', '.join(SEGMENTERS)}"
         )
     if name == "jumanpp":
         segmenter = Segmenter(name, _jumanpp_command())
@@ -117,8 +113,6 @@ class Segmenter:
     name: str
     command: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-
-    join = staticmethod(join)
 
     def segment(self, texts: list[str]) -> list[str]:
         """Segment each text; the result has as many lines as the text, and `join` restores the text.
@@ -175,24 +169,6 @@ class Segmenter:
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-    def round_trip(
-        self, texts: list[str], through: Callable[[str], str] = lambda segmented: segmented
-    ) -> dict[str, Any]:
-        """How many texts come back exactly after segmenting, and the first one that does not.
-
-        through: what is done to a segmented text in between, such as a tokenizer's encode and decode.
-        Returns ``texts``, ``exact``, ``exact_share`` and ``first_loss`` ({"text", "returned"} or None).
-        """
-        returned = [join(through(segmented)) for segmented in self.segment(texts)]
-        losses = [(a, b) for a, b in zip(texts, returned, strict=True) if a != b]
-        exact = len(texts) - len(losses)
-        return {
-            "texts": len(texts),
-            "exact": exact,
-            "exact_share": exact / max(1, len(texts)),
-            "first_loss": {"text": losses[0][0], "returned": losses[0][1]} if losses else None,
-        }
 
     def probe(self) -> None:
         """Raise RecipeError unless the segmenter finds words in a sentence."""

@@ -16,14 +16,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recipe.hardware import peak_memory
+from recipe.project import read_json_lines
 from recipe.training.watchdog import SignsOfLife
 
 METRICS = "metrics.jsonl"  # one row for each log and each evaluation
-
-
-def logged_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows that `Progress` has written for the training in a folder."""
-    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
 
 
 class StopOnSignal(TrainerCallback):
@@ -243,8 +239,7 @@ def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
-    kept = [row for row in map(json.loads, lines) if row["step"] <= step]
+    kept = [row for row in read_json_lines(path) if row["step"] <= step]
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "utf-8")
     part.rename(path)

@@ -9,14 +9,13 @@ recipe's name (its stage 05), a folder with metrics.jsonl, or such a file.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipe.project import OUTPUTS, RecipeError, Refused
+from recipe.project import OUTPUTS, RecipeError, Refused, read_json_lines
 
 # Runs are compared by the first of these that all of them have. Bits per byte compare also different
 # tokenizers.
@@ -29,7 +28,7 @@ def write_curves(folder: Path, title: str, with_perplexity: bool = True) -> None
 
     with_perplexity: False for a loss that is not a cross entropy of tokens (preferences).
     """
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = read_json_lines(folder / "metrics.jsonl")
     learning_curve(rows, folder / "learning_curve.png", title, with_perplexity)
     (folder / "metrics.md").write_text(f"# {title}\n\n{metrics_table(rows, with_perplexity)}", "utf-8")
 
@@ -112,9 +111,7 @@ def read_run(name: str) -> list[dict[str, Any]]:
     paths += [OUTPUTS / name / folder / "metrics.jsonl" for folder in ("05_pretrain", ".05_pretrain.work")]
     for path in paths:
         if path.is_file():
-            lines = path.read_text("utf-8").splitlines()
-            # The last line of a running training may be incomplete.
-            return [json.loads(line) for line in lines if line.endswith("}")]
+            return read_json_lines(path)
     raise Refused(
         f"{name}: no run found; expected a recipe that stage 05 has trained, or a folder with metrics.jsonl. "
         f"Looked for {', '.join(map(str, paths))}"

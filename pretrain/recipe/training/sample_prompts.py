@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from recipe.evaluation.generation import generate_all, generation_config, side_by_side
+from recipe.project import read_json_lines
 from recipe.training.callbacks import keep_rows
 
 
@@ -82,8 +83,7 @@ class Samples(TrainerCallback):
                 row = {"step": state.global_step, **facts, "prompt": prompt}
                 row |= {"text": answer.text, "stopped": answer.stopped}
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        (self.folder / "samples.md").write_text(by_prompt(rows), "utf-8")
+        (self.folder / "samples.md").write_text(by_prompt(read_json_lines(path)), "utf-8")
 
 
 def by_prompt(rows: list[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from recipe.project import RecipeError
+from recipe.project import RecipeError, read_json_lines
 from recipe.training.callbacks import gather
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ class Guard(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Read which steps earlier runs have skipped."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text("utf-8").splitlines() if line.endswith("}")]
-            self.skipped = {json.loads(line)["step"] for line in lines}
+            self.skipped = {row["step"] for row in read_json_lines(self.path)}
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any

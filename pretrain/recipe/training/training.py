@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import math
 import os
 import platform
@@ -43,8 +42,8 @@ from recipe.model.build import flops_per_token
 from recipe.model.losses import return_loss_only
 from recipe.model.sharding import load_without_code, shard
 from recipe.progress import write_lines_without_a_terminal
-from recipe.project import EXIT_TERMINATED, RecipeError
-from recipe.training.callbacks import Heartbeat, Meter, Progress, StopOnSignal, logged_rows
+from recipe.project import EXIT_TERMINATED, RecipeError, read_json, read_json_lines
+from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal
 from recipe.training.checkpoints import newest_good_checkpoint
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
@@ -400,7 +399,8 @@ def _speed(folder: Path, flops_share: float) -> dict[str, float]:
 
     flops_share: what one token costs, as a share of the hardware's peak FLOP/s.
     """
-    speeds = [row["tokens_per_second"] for row in logged_rows(folder) if "tokens_per_second" in row]
+    rows = read_json_lines(folder / METRICS)
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     if not speeds:
         return {}
     speed = median_high(speeds)
@@ -417,7 +417,7 @@ def speed_of(figures: dict[str, Any]) -> str:
 def run_script(work: Callable[[dict[str, Any]], None]) -> None:
     """Call a training script's main function with its plan; an error that a user can fix ends in one line."""
     write_lines_without_a_terminal()
-    plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    plan = read_json(Path(sys.argv[1]))
     faulthandler.register(STACKS)
     code = 0
     try:

@@ -77,9 +77,8 @@ class Watchdog:
         self.old = {path.name: path.read_text("utf-8") for path in folder.glob("rank*[0-9]")}
         self.last = clock()
         self.found = ""  # the last answer of `stalled`
-        self.silence: dict[
-            str, tuple[str, float]
-        ] = {}  # by rank: its sign, and for how many seconds it has not changed
+        # By rank: its sign, and for how many seconds it has not changed.
+        self.silence: dict[str, tuple[str, float]] = {}
 
     def stalled(self) -> str:
         """The stalled ranks, and for how long; empty if there are none. To be called about every second."""

@@ -64,7 +64,7 @@ def test_trackio_holds_the_figures(train, monkeypatch, tmp_path):
     assert b"rank0/memory_gib" in content
 
 
-def test_rows_of_a_cut_off_try_are_dropped(tmp_path):
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": 3}\n{"step": 5}\n{"st')
     assert callbacks.keep_rows(path, 3) == [{"step": 1}, {"step": 3}] == rows_of(path)
