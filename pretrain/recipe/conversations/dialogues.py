@@ -1,4 +1,4 @@
-"""Rows as conversations.
+"""Rows as conversations: Alpaca, chat, ShareGPT and trees of replies.
 
 The columns of a row decide its form:
 
