@@ -18,8 +18,8 @@ mwparserfromhell parses what remains: brackets within brackets, and unbalanced m
 Not handled:
 
 - Templates that compute (``#if``, ``#expr``, 年齢, 和暦), or have prose in other parameters than listed, are
-  removed, with the part of a sentence that they show. ``convert`` shows its first quantity only, a quotation
-  is shown without its source, and a hatnote (``{{main}}``) is removed.
+  removed, with the part of a sentence that they show. ``convert`` and ``cvt`` show only their first quantity
+  or range, a quotation is shown without its source, and a hatnote (``{{main}}``) is removed.
 - A link label with a single bracket in it, ``[[川|北川]がある]]``, keeps that bracket, as in MediaWiki.
 - After an unclosed ``{{`` or an unclosed ``<ref>``, the rest of the line is lost.
 - A tag with an unknown name is removed, and its content kept. Language conversion ``-{ }-`` is not changed.
@@ -45,12 +45,13 @@ CUT = ("脚注", "関連項目", "出典", "参照", "外部リンク", "参考�
 TEMPLATES = {
     name.replace("_", " "): form
     for form, names in {
-        "{1}": "nowrap small smaller big large larger strong em kbd code tt mono var mvar math unicode ipa "
+        "{1}": "nowrap nobr small smaller big large larger strong em kbd code tt mono var mvar math unicode "
+        "ipa "
         "sup sub underline 下線 取消線 傍点 縦中横 abbr tooltip visible_anchor vanc flag flagcountry "
         "要出典範囲 要検証範囲 要説明範囲 補助漢字フォント 拡張漢字 jis90フォント jis2004フォント "
         "cp932フォント railgauge center",
         "{2}": "lang ラテン翻字 color fontcolor fontsize audio",
-        "{label|1}": "仮リンク ill2 link-en 日本語版にない記事リンク",
+        "{label|1}": "仮リンク ill ill2 link-en 日本語版にない記事リンク",
         "{2|1}": "by columns-list",
         "{3|2}": "transl",
         "[{1}]": "ipa-all ipa-ar ipa-de ipa-en ipa-es ipa-fr ipa-it ipa-ja ipa-ko ipa-pt ipa-ru ipa-zh",
@@ -121,6 +122,13 @@ UNITS = {
     "ha": "ヘクタール", "acre": "エーカー", "sqmi": "平方マイル", "m3": "立方メートル", "l": "リットル",
     "km/h": "キロメートル毎時", "mph": "マイル毎時", "kn": "ノット", "hp": "馬力", "kw": "キロワット",
     "c": "℃",
+}  # fmt: skip
+
+# {{convert|20|-|30|m}} shows 20-30メートル: the signs between two numbers.
+_RANGES = {
+    "-": "-", "–": "–", "〜": "〜", "～": "〜", "~": "〜", "±": "±", "×": "×", "から": "から", "to": "から",
+    "to(-)": "-", "to about": "から約", "and": "と", "and(-)": "-", "or": "または", "x": "×", "by": "×",
+    "+/-": "±",
 }  # fmt: skip
 
 DISAMBIGUATION = "aimai|disambig(?:uation)?|曖昧さ回避|[^{}|]*の曖昧さ回避|hndis|geodis|mathdab"
@@ -361,9 +369,15 @@ def _group_digits(number: str) -> str:
 
 def _convert(values: dict[str, str]) -> str:
     number, unit = values.get("1", ""), values.get("2", "")
+    if sign := _RANGES.get(unit.lower()):  # {{convert|20|-|30|m}}
+        number, unit = f"{number}{sign}{values.get('3', '')}", values.get("4", "")
     if values.get("abbr") == "on" or unit.lower() not in UNITS:
         return f"{number} {unit}".strip()
     return number + UNITS[unit.lower()]
+
+
+def _abbreviated(values: dict[str, str]) -> str:
+    return _convert({"abbr": "on"} | values)
 
 
 def _value(values: dict[str, str]) -> str:
@@ -383,6 +397,9 @@ def _formula(values: dict[str, str]) -> str:
 
 _COMPUTED: dict[str, Callable[[dict[str, str]], str]] = {
     "convert": _convert,
+    "cvt": _abbreviated,
+    "gaps": _formula,
+    "nts": lambda values: _group_digits(values.get("1", "")),
     "val": _value,
     "frac": _fraction,
     "sfrac": _fraction,
