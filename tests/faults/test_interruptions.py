@@ -251,3 +251,24 @@ def test_a_training_that_ends_in_nan_publishes_nothing(prepared):
     assert not prepared.output("nan", "05_pretrain").exists()
     work = prepared.folder / "outputs/nan/.05_pretrain.work"
     assert not list(work.glob("*.safetensors")) and not list(work.glob("checkpoints/checkpoint-*"))
+
+
+def test_training_with_only_damaged_checkpoints_is_refused_until_it_is_forced(prepared):
+    project = prepared
+    copy_recipe(project, "damaged")
+    line = ("pretrain/05_pretrain.sh", "--recipe", "damaged", "--set", "pretrain.seed=9", *SLOW_STEPS)
+    run = project.start(*line)
+    wait_for(lambda: steps_done(project, "damaged") >= 12)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=120)
+    work = project.folder / "outputs/damaged/.05_pretrain.work/checkpoints"
+    damaged = sorted(path.name for path in work.iterdir())
+    assert len(damaged) == 2
+    for name in damaged:
+        (work / name / "rng_state.pth").write_bytes(b"")
+    result = project.run(*line, check=False)
+    assert result.returncode == 2, result.stdout
+    assert all(f"{name}: rng_state.pth is damaged" in result.stderr for name in damaged)
+    project.run(*line, "--force")
+    steps = [step for step, _, _ in curve(project, "damaged")]
+    assert steps == list(range(1, 61))

@@ -82,6 +82,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     if not launch.node_rank:
         check_room(stage, launch, file)
     plan = training_plan(stage.recipe, stage.config, stage.inputs, launch, deepspeed, stage.folder)
+    plan["force"] = stage.arguments.force
     write_json(plans / "plan.json", plan)
     line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible_devices())
     stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))

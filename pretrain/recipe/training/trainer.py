@@ -15,7 +15,7 @@ from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
 from recipe.project import RecipeError
 from recipe.training.callbacks import Meter, gather
-from recipe.training.checkpoints import MANIFEST, list_checkpoints, write_manifest
+from recipe.training.checkpoints import delete_old, write_manifest
 
 
 class RecipeTrainer(ShardedTrainer):
@@ -139,9 +139,7 @@ class RecipeTrainer(ShardedTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             write_manifest(checkpoint)
-            good = [path for path in list_checkpoints(folder) if (path / MANIFEST).exists()]
-            for old in good[limit:] if limit else []:
-                shutil.rmtree(old)
+            delete_old(folder, limit)
         self.accelerator.wait_for_everyone()
 
 

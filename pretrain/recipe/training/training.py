@@ -43,8 +43,8 @@ from recipe.model.losses import return_loss_only
 from recipe.model.sharding import load_without_code, shard
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import EXIT_TERMINATED, RecipeError, read_json, read_json_lines
-from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal
-from recipe.training.checkpoints import newest_good_checkpoint
+from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
+from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
 from recipe.training.skip_bad_steps import Guard
@@ -58,7 +58,8 @@ class Run:
 
     folder: the stage's work folder. deepspeed: path of a DeepSpeed file. tensor_parallel: ranks that share
     each matrix. ranks: their number on all machines. parent: the process whose end stops the training.
-    probe: only speed and memory are measured, and no model is saved.
+    probe: only speed and memory are measured, and no model is saved. force: a training whose checkpoints are
+    all damaged starts over.
     """
 
     settings: Settings
@@ -73,6 +74,7 @@ class Run:
     ranks: int
     parent: int
     probe: bool
+    force: bool
 
     @property
     def sharded(self) -> bool:
@@ -126,6 +128,7 @@ def prepare(
         # The training stops when its launcher has ended. Ranks on other machines cannot see the launcher.
         parent=plan["parent"] if plan["host"] == platform.node() else os.getpid(),
         probe=plan.get("probe", False),
+        force=plan.get("force", False),
     )
 
 
@@ -336,8 +339,7 @@ def _callbacks(
 
 def _train_to_the_end(run: Run, trainer: RecipeTrainer) -> None:
     """Train, from the newest good checkpoint if there is one. Raises SystemExit if stopped before."""
-    checkpoint = newest_good_checkpoint(Path(run.arguments.output_dir))
-    _agree_on(checkpoint)
+    checkpoint = _find_checkpoint(run)
     if checkpoint and run.is_main:
         print(f"continues from {checkpoint.name}", flush=True)
     if dist.is_initialized():
@@ -355,17 +357,31 @@ def _train_to_the_end(run: Run, trainer: RecipeTrainer) -> None:
         raise SystemExit(EXIT_TERMINATED)
 
 
-def _agree_on(checkpoint: Path | None) -> None:
-    """Raise RecipeError when another rank would continue from another checkpoint than this one."""
-    if not dist.is_initialized():
-        return
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, checkpoint.name if checkpoint else None)
-    if len(set(found)) > 1:
-        raise RecipeError(
-            f"the ranks see different checkpoints: {sorted(set(map(str, found)))}. Several nodes must share "
-            "the project's folder (outputs/) over a network file system"
-        )
+def _find_checkpoint(run: Run) -> Path | None:
+    """The checkpoint to continue from, None at the start; rank 0 checks the files, and all ranks agree.
+
+    Raises on every rank what rank 0 raises, and RecipeError when a rank does not see the checkpoint.
+    """
+    folder = Path(run.arguments.output_dir)
+    found: list[Path | RecipeError | None] = [None]
+    if run.is_main:
+        try:
+            found = [newest_good_checkpoint(folder, run.force)]
+        except RecipeError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    (checkpoint,) = found
+    if isinstance(checkpoint, RecipeError):
+        raise checkpoint
+    if checkpoint and dist.is_initialized():
+        seen = gather([float((checkpoint / MANIFEST).is_file())], run.arguments.device)
+        if blind := [rank for rank, (sees,) in enumerate(seen) if not sees]:
+            raise RecipeError(
+                f"{checkpoint} does not exist for rank {blind[0]}. Several nodes must share the project's "
+                "folder (outputs/) over a network file system"
+            )
+    return checkpoint
 
 
 def _final_eval_loss(trainer: Trainer) -> float:
