@@ -62,7 +62,9 @@ def main(stage: Stage) -> None:
         for row, answer in zip(rows, answers, strict=True):
             row[name] = answer.text
     write_json(stage.folder / "answers.json", rows)
-    (stage.folder / "answers.md").write_text(side_by_side(rows), "utf-8")
+    # answers.json keeps its key; people read a plainer word.
+    shown = [{"reference" if key == "wanted" else key: row[key] for key in row} for row in rows]
+    (stage.folder / "answers.md").write_text(side_by_side(shown), "utf-8")
     rate = sum(repetition(row["after"]) for row in rows) / len(rows)
     stopped = sum(answer.stopped for answer in answers)
     stage.figures = {"answers": rows, "repetition": rate, "stop_rate": stopped / len(rows)}
