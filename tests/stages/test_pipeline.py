@@ -1,6 +1,7 @@
 """The whole pipeline on a small recipe, as a user runs it, and its outputs."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -186,7 +187,8 @@ def test_copied_recipe_takes_finished_stages(project):
     project.edit("copy", "pretrain", max_steps=3)
     output = project.run("run_all.sh", "--recipe", "copy", "--to", "04").stdout
     for stage in STAGES[:4]:
-        assert f"taken from outputs/mini/{stage}" in output
+        # From whichever recipe of these tests has the same result.
+        assert re.search(rf"taken from outputs/\w+/{stage}", output)
         assert project.output("copy", stage).read_bytes() == project.output("mini", stage).read_bytes()
     result = project.run("pretrain/05_pretrain.sh", "--recipe", "copy")
     assert "3 steps" in result.stdout and "\r" not in result.stderr

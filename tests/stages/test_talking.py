@@ -51,7 +51,7 @@ def test_the_terminal_answers_and_obeys(project):
     assert result.stdout.count("Assistant: ") == 3
     assert '"temperature": 1' in result.stdout
     assert "temprature: unknown key (value 1). Did you mean 'temperature'?" in result.stdout
-    assert "`temperature` (=-1.0) has to be a strictly positive float" in result.stdout
+    assert "temperature: -1, expected more than 0" in result.stdout
     assert "the model has 256 positions" in result.stdout
     assert "unknown command /bye" in result.stdout
     assert re.search(r"mini, stage 12_finetune, [\d,]+ parameters", result.stdout)

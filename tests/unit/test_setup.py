@@ -249,7 +249,12 @@ def test_an_extra_that_is_missing_is_refused_before_anything_starts(make_project
 # Pins
 
 # Modules whose package has another name.
-NAMES = {"google": "protobuf", "markdown_it": "markdown-it-py", "megatron": "megatron-core"}
+NAMES = {
+    "google": "protobuf",
+    "markdown_it": "markdown-it-py",
+    "megatron": "megatron-core",
+    "yaml": "PyYAML",
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -101,7 +101,9 @@ def test_a_hung_run_is_killed_with_all_its_ranks(tmp_path):
 def test_an_interrupted_probe_ends_with_one_line_and_all_its_ranks(tmp_path, number, code):
     line = torchrun(tmp_path, HANGING)
     code_of_probe = (
-        "import os, sys; from pathlib import Path; from recipe.run import launch, probe\n"
+        "import os, signal, sys; from pathlib import Path; from recipe.run import launch, probe\n"
+        # A shell starts its background jobs with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"run = lambda script: probe.attempt({line!r}, Path({str(tmp_path)!r}), dict(os.environ))\n"
         "probe.main = run; sys.argv = ['launch', 'run_clm.py', '--probe']; launch.main()"
     )
