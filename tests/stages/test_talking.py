@@ -179,7 +179,7 @@ def test_the_page_answers_through_its_server(project):
         outputs = job.outputs()
         assert len(outputs) > 3 and outputs[-1] == answer
         assert all(later.startswith(earlier) for earlier, later in zip(outputs, outputs[1:], strict=False))
-        assert client.predict(QUESTION, 0, 1, 48, api_name="/chat") != answer  # a turn stands before it now
+        assert client.predict(QUESTION, 0, 1, 48, api_name="/chat") != answer  # a turn is before it now
         assert Client(address, verbose=False).predict(QUESTION, 0, 1, 48, api_name="/chat") == answer
         with pytest.raises(AppError, match="the model has 256 positions"):
             client.predict("長" * 400, 0, 1, 48, api_name="/chat")

@@ -52,7 +52,7 @@ RUNS.append(("lm_eval", "20"))
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """What stands in the log of each run: all at once, because they mostly wait."""
+    """The log of each run: all at once, because they mostly wait."""
     script = tmp_path_factory.mktemp("bars") / "bars.py"
     script.write_text(BARS)
     pipe = subprocess.PIPE

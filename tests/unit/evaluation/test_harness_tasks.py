@@ -27,7 +27,7 @@ NAMES = (
 
 @pytest.mark.parametrize(("name", "count", "task", "data"), NAMES)
 def test_tasks_groups_and_tags_are_found(name, count, task, data):
-    """A task, a group, a group of groups of tags, and a tag that stands only in an included file."""
+    """A task, a group, a group of groups of tags, and a tag that is only in an included file."""
     found = task_files.single_tasks(name)
     assert len(found) == count
     assert (found[task]["dataset_path"], found[task]["dataset_name"]) == data
