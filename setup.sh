@@ -129,13 +129,14 @@ pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install -q
 has_flash_attention() { "$venv/bin/python" -c 'import flash_attn' 2>/dev/null; }
 
 install_flash_attention() {
-  local gpu=$1 instead="PyTorch's SDPA computes attention instead"
+  # Nothing is lost without it: PyTorch 2.11 and newer carry FlashAttention's kernels (attention `varlen`).
+  local gpu=$1 instead="the FlashAttention in PyTorch itself is used instead"
   local package=(-c "$here/requirements.txt" "flash-attn>=2.8,<3")
   if [[ -z $gpu ]]; then
     say "flash-attn: not installed, no NVIDIA GPU found"
     return
   elif ((gpu < 80)); then
-    say "flash-attn: not installed, it needs compute capability 8.0 and this GPU has ${gpu%?}.${gpu: -1}; $instead"
+    say "flash-attn: not installed, it needs compute capability 8.0 and this GPU has ${gpu%?}.${gpu: -1}; PyTorch's SDPA is used instead"
     return
   elif has_flash_attention; then
     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import resource
@@ -15,6 +16,12 @@ from typing import Any, NamedTuple
 
 from recipe.project import Refused
 
+# Package and least compute capability of each version of FlashAttention.
+FLASH_ATTENTION = {
+    2: ("flash_attn", (8, 0)),
+    3: ("flash_attn_interface", (9, 0)),
+    4: ("flash_attn.cute", (9, 0)),
+}
 GPU_COLUMNS = "uuid,name,compute_cap,memory.total,memory.free"
 
 
@@ -23,18 +30,33 @@ class Hardware:
     """What a device and its software can do.
 
     device: ``cuda`` or ``cpu``. name: for people. capability: CUDA compute capability, (0, 0) on a CPU.
-    fast_bf16: whether it has bf16 units. flash_attention: whether FlashAttention-2 can be used. compiler:
-    whether there is a C++ compiler for torch.compile. bitsandbytes: whether that library, which has the 8-bit
-    optimizers, is installed.
+    torch: PyTorch's version. fast_bf16: whether it has bf16 units. flash_attention: the versions of
+    FlashAttention that are installed and run on this device. compiler: whether there is a C++ compiler for
+    torch.compile. bitsandbytes: whether that library, which has the 8-bit optimizers, is installed.
     """
 
     device: str
     name: str
     capability: tuple[int, int]
+    torch: tuple[int, int]
     fast_bf16: bool
-    flash_attention: bool
+    flash_attention: tuple[int, ...]
     compiler: bool
     bitsandbytes: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What the attention of a training has to compute, beyond causal attention inside packed documents.
+
+    dropout: of the attention weights. window: a sliding window below the block. padded: the batches are
+    padded pairs, not packed blocks. head_size: numbers in a head; None if it is not known.
+    """
+
+    dropout: bool = False
+    window: bool = False
+    padded: bool = False
+    head_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,16 +136,34 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
 
 
 def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
-    flash = importlib.util.find_spec("flash_attn") is not None
-    # Ampere (8.0) is the first generation with bf16 units. FlashAttention-2 needs it, too.
+    flash = tuple(
+        version
+        for version, (package, least) in FLASH_ATTENTION.items()
+        if capability >= least and _is_installed(package)
+    )
+    # Ampere (8.0) is the first generation with bf16 units.
     ampere = capability >= (8, 0)
-    bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    return Hardware("cuda", name, capability, ampere, flash and ampere, _compiler(), bitsandbytes)
+    bitsandbytes = _is_installed("bitsandbytes")
+    return Hardware("cuda", name, capability, _torch_version(), ampere, flash, _compiler(), bitsandbytes)
 
 
 def _cpu() -> Hardware:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return Hardware("cpu", "CPU", (0, 0), "avx512_bf16" in flags or "amx_bf16" in flags, False, _compiler())
+    fast_bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
+    return Hardware("cpu", "CPU", (0, 0), _torch_version(), fast_bf16, (), _compiler())
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        # The package that `package` belongs to is not installed.
+        return False
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = importlib.metadata.version("torch").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _compiler() -> bool:
@@ -131,15 +171,18 @@ def _compiler() -> bool:
 
 
 def choose(
-    hardware: Hardware, values: dict[str, Any], where: str = "pretrain.json", documents: bool = True
+    hardware: Hardware,
+    values: dict[str, Any],
+    where: str = "pretrain.json",
+    needs: AttentionNeeds = AttentionNeeds(),  # noqa: B008 - a constant
 ) -> Choice:
     """What to use: the values of a training file, or else the best that the hardware has.
 
-    where: the file's name, for messages. documents: whether attention by documents can compute this training
-    (`recipe.config.training.documents_suffice`). Raises Refused for a value that the hardware cannot meet.
+    where: the file's name, for messages. needs: what the attention has to compute
+    (`recipe.config.training.attention_needs`). Raises Refused for a value that the hardware cannot meet.
     """
     precision = _precision(hardware, values, where)
-    attention = _attention(hardware, values, where, documents, precision)
+    attention = _attention(hardware, values, where, needs, precision)
     if values.get("torch_compile") and not hardware.compiler:
         raise Refused(
             f"{where}: torch_compile: true, but there is no g++ on this machine. Install it, or leave the "
@@ -176,43 +219,78 @@ def _precision(hardware: Hardware, values: dict[str, Any], where: str) -> str:
 
 
 def _attention(
-    hardware: Hardware, values: dict[str, Any], where: str, documents: bool, precision: str
+    hardware: Hardware, values: dict[str, Any], where: str, needs: AttentionNeeds, precision: str
 ) -> str:
-    attention = values.get("attn_implementation", "auto")
-    if attention == "flash_attention_2" and not hardware.flash_attention:
-        raise Refused(
-            f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 8.0 or "
-            f"more with flash-attn installed; this is {hardware.name}. Write auto or sdpa"
+    """The kernel of the attention: the one asked for, or else the fastest that computes what is needed."""
+    asked = values.get("attn_implementation", "auto")
+    reasons = {
+        "documents": _why_not_documents(hardware, needs),
+        "varlen": _why_not_varlen(hardware, needs, precision),
+        "flex_attention": _why_not_flex(hardware, needs),
+    } | {
+        f"flash_attention_{version}": _why_not_flash(hardware, version, precision)
+        for version in FLASH_ATTENTION
+    }
+    if asked == "auto":
+        return next((name for name in ("documents", "varlen") if not reasons[name]), "sdpa")
+    if reasons.get(asked):
+        raise Refused(f"{where}: attn_implementation: {asked} {reasons[asked]}. Write auto or sdpa")
+    return asked
+
+
+def _why_not_documents(hardware: Hardware, needs: AttentionNeeds) -> str:
+    """Why `recipe.model.attention.documents` cannot be used here; empty if it can."""
+    if hardware.device != "cpu":
+        return f"is for CPUs; this is {hardware.name}"
+    if needs.dropout or needs.window or needs.padded:
+        return (
+            "computes neither dropout of attention (model.json: attention_dropout, attn_pdrop) nor a "
+            "sliding_window below block_size nor padded preferences"
         )
-    if attention == "flash_attention_3" and (
-        hardware.capability < (9, 0) or importlib.util.find_spec("flash_attn_interface") is None
-    ):
-        raise Refused(
-            f"{where}: attn_implementation: {attention}, but it needs an NVIDIA GPU of capability 9.0 or "
-            f"more with FlashAttention-3 (flash_attn_interface) installed; this is {hardware.name}. Write "
-            "auto"
+    return ""
+
+
+def _why_not_varlen(hardware: Hardware, needs: AttentionNeeds, precision: str) -> str:
+    """Why PyTorch's own FlashAttention over packed documents cannot be used here; empty if it can.
+
+    PyTorch has it from 2.10 on, with the arguments that `recipe.model.attention.varlen` uses from 2.11 on.
+    """
+    if hardware.device != "cuda" or hardware.capability < (8, 0):
+        return f"needs an NVIDIA GPU of capability 8.0 or more; this is {hardware.name}"
+    if hardware.torch < (2, 11):
+        return f"needs PyTorch 2.11 or newer; this is {hardware.torch[0]}.{hardware.torch[1]}"
+    if precision == "fp32":
+        return "computes in bf16 or fp16 only, but fp32 is asked for"
+    if needs.dropout or needs.padded:
+        return (
+            "computes neither dropout of attention (model.json: attention_dropout, attn_pdrop) nor padded "
+            "preferences"
         )
-    if attention.startswith("flash") and precision == "fp32":
-        raise Refused(
-            f"{where}: attn_implementation: {attention} computes in bf16 or fp16 only, but fp32 is "
-            "asked for. Write auto or sdpa"
+    if needs.head_size and (needs.head_size > 256 or needs.head_size % 8):
+        return f"needs heads of a multiple of 8 numbers, at most 256; model.json makes it {needs.head_size}"
+    return ""
+
+
+def _why_not_flex(hardware: Hardware, needs: AttentionNeeds) -> str:
+    """Why PyTorch's flex_attention cannot be used here; empty if it can."""
+    if hardware.device != "cuda":
+        return f"has no gradient on a CPU, and needs an NVIDIA GPU; this is {hardware.name}"
+    if not hardware.compiler:
+        return "must be compiled, but there is no g++ on this machine"
+    if needs.dropout:
+        return "computes no dropout of attention (model.json: attention_dropout, attn_pdrop)"
+    return ""
+
+
+def _why_not_flash(hardware: Hardware, version: int, precision: str) -> str:
+    """Why a version of FlashAttention cannot be used here; empty if it can."""
+    package, (major, minor) = FLASH_ATTENTION[version]
+    if version not in hardware.flash_attention:
+        return (
+            f"needs an NVIDIA GPU of capability {major}.{minor} or more with {package} installed; this is "
+            f"{hardware.name}"
         )
-    if attention == "documents" and hardware.device != "cpu":
-        raise Refused(
-            f"{where}: attn_implementation: documents is for CPUs; this is {hardware.name}. Write auto, "
-            "sdpa or flash_attention_2"
-        )
-    if attention == "documents" and not documents:
-        raise Refused(
-            f"{where}: attn_implementation: documents computes neither dropout of attention (model.json: "
-            "attention_dropout, attn_pdrop) nor a sliding_window below block_size nor padded preferences. "
-            "Write auto or sdpa"
-        )
-    if attention != "auto":
-        return attention
-    if hardware.device == "cpu":
-        return "documents" if documents else "sdpa"
-    return "flash_attention_2" if hardware.flash_attention and precision != "fp32" else "sdpa"
+    return "computes in bf16 or fp16 only, but fp32 is asked for" if precision == "fp32" else ""
 
 
 def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -> None:

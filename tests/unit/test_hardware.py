@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 from recipe import hardware
-from recipe.config.training import documents_suffice
+from recipe.config.training import attention_needs
 from recipe.hardware import (
+    AttentionNeeds,
     Choice,
     Gpu,
     Hardware,
@@ -19,24 +20,25 @@ from recipe.hardware import (
 )
 from recipe.project import Refused
 
-A100 = Hardware("cuda", "A100", (8, 0), True, True, True)
-A100_WITHOUT_FLASH = Hardware("cuda", "A100", (8, 0), True, False, True)
-A100_WITH_BITSANDBYTES = Hardware("cuda", "A100", (8, 0), True, True, True, True)
-T4 = Hardware("cuda", "T4", (7, 5), False, False, True)
-ZEN4 = Hardware("cpu", "CPU", (0, 0), True, False, True)
-OLD_CPU = Hardware("cpu", "CPU", (0, 0), False, False, False)
+TORCH = (2, 13)
+A100 = Hardware("cuda", "A100", (8, 0), TORCH, True, (2,), True)
+A100_WITHOUT_FLASH = replace(A100, flash_attention=())
+A100_WITH_BITSANDBYTES = replace(A100, bitsandbytes=True)
+T4 = Hardware("cuda", "T4", (7, 5), TORCH, False, (), True)
+ZEN4 = Hardware("cpu", "CPU", (0, 0), TORCH, True, (), True)
+OLD_CPU = Hardware("cpu", "CPU", (0, 0), TORCH, False, (), False)
 
 
 @pytest.mark.parametrize(
     ("hardware", "values", "expected"),
     [
-        (A100, {}, Choice("bf16", "flash_attention_2", True)),
-        (A100_WITHOUT_FLASH, {}, Choice("bf16", "sdpa", True)),
+        (A100, {}, Choice("bf16", "varlen", True)),
+        (A100_WITHOUT_FLASH, {}, Choice("bf16", "varlen", True)),
         (T4, {}, Choice("fp16", "sdpa", True)),
         (ZEN4, {}, Choice("bf16", "documents", True)),
         (OLD_CPU, {}, Choice("fp32", "documents", False)),
         (A100, {"bf16": False}, Choice("fp32", "sdpa", True)),
-        (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "flash_attention_2", False)),
+        (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "varlen", False)),
         (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
     ],
 )
@@ -44,30 +46,48 @@ def test_choice(hardware, values, expected):
     assert choose(hardware, values) == expected
 
 
-def test_attention_by_documents_is_chosen_only_where_it_can_compute():
-    """For dropout in attention, a sliding window and padded preferences PyTorch's attention is used."""
-    assert choose(ZEN4, {}, documents=False).attention == "sdpa"
-    with pytest.raises(Refused, match="attn_implementation: documents computes neither"):
-        choose(ZEN4, {"attn_implementation": "documents"}, documents=False)
-    assert choose(A100, {}, documents=False).attention == "flash_attention_2"
+@pytest.mark.parametrize(
+    ("seen", "needs", "expected"),
+    [
+        (ZEN4, AttentionNeeds(), "documents"),
+        (ZEN4, AttentionNeeds(dropout=True), "sdpa"),
+        (ZEN4, AttentionNeeds(window=True), "sdpa"),
+        (ZEN4, AttentionNeeds(padded=True), "sdpa"),
+        (A100, AttentionNeeds(head_size=128), "varlen"),
+        (A100, AttentionNeeds(window=True), "varlen"),
+        (A100, AttentionNeeds(dropout=True), "sdpa"),
+        (A100, AttentionNeeds(padded=True), "sdpa"),
+        (A100, AttentionNeeds(head_size=36), "sdpa"),
+        (A100, AttentionNeeds(head_size=288), "sdpa"),
+        (replace(A100, torch=(2, 11)), AttentionNeeds(), "varlen"),
+        (replace(A100, torch=(2, 10)), AttentionNeeds(), "sdpa"),
+        (replace(A100, capability=(12, 0)), AttentionNeeds(), "varlen"),
+        (T4, AttentionNeeds(), "sdpa"),
+    ],
+)
+def test_the_kernel_that_is_chosen_computes_what_is_needed(seen, needs, expected):
+    assert choose(seen, {}, needs=needs).attention == expected
 
 
 @pytest.mark.parametrize(
     ("model", "file", "expected"),
     [
-        ({"model_type": "qwen3"}, "pretrain", True),
-        ({"model_type": "mistral", "sliding_window": 64}, "pretrain", True),
-        ({"model_type": "mistral", "sliding_window": 32}, "pretrain", False),
-        ({"model_type": "mistral"}, "pretrain", True),
-        ({"model_type": "llama", "attention_dropout": 0.1}, "pretrain", False),
-        ({"model_type": "gpt2"}, "finetune", False),
-        ({"model_type": "gpt2", "attn_pdrop": 0.0}, "finetune", True),
-        ({"model_type": "qwen3"}, "preference", False),
+        ({"model_type": "qwen3"}, "pretrain", AttentionNeeds(head_size=128)),
+        ({"model_type": "mistral", "sliding_window": 64}, "pretrain", AttentionNeeds(head_size=128)),
+        (
+            {"model_type": "mistral", "sliding_window": 32},
+            "pretrain",
+            AttentionNeeds(window=True, head_size=128),
+        ),
+        ({"model_type": "llama", "attention_dropout": 0.1}, "pretrain", AttentionNeeds(True, head_size=128)),
+        ({"model_type": "gpt2"}, "finetune", AttentionNeeds(True, head_size=64)),
+        ({"model_type": "gpt2", "attn_pdrop": 0.0, "n_embd": 96}, "finetune", AttentionNeeds(head_size=8)),
+        ({"model_type": "qwen3", "head_dim": 48}, "preference", AttentionNeeds(padded=True, head_size=48)),
     ],
 )
-def test_what_attention_by_documents_can_compute(model, file, expected):
+def test_what_the_attention_of_a_training_needs(model, file, expected):
     config = dict.fromkeys(("pretrain", "finetune", "preference"), {"block_size": 64}) | {"model": model}
-    assert documents_suffice(config, file) is expected
+    assert attention_needs(config, file) == expected
 
 
 def test_nf4_needs_a_gpu_and_bitsandbytes():
@@ -79,11 +99,22 @@ def test_nf4_needs_a_gpu_and_bitsandbytes():
             check_quantization(seen, values, "finetune.json")
 
 
-def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
-    hopper = replace(A100_WITHOUT_FLASH, capability=(9, 0))
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name)
-    values = {"attn_implementation": "flash_attention_3"}
-    assert choose(hopper, values) == Choice("bf16", "flash_attention_3", True)
+@pytest.mark.parametrize(
+    "name", ["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+)
+def test_other_kernels_are_a_choice_by_name(name):
+    hopper = replace(A100, capability=(9, 0), flash_attention=(2, 3))
+    assert choose(hopper, {"attn_implementation": name}) == Choice("bf16", name, True)
+
+
+def test_installed_versions_of_flash_attention_count_where_they_run(monkeypatch):
+    installed = {"flash_attn", "flash_attn_interface"}
+    monkeypatch.setattr(
+        hardware.importlib.util, "find_spec", lambda name: name if name in installed else None
+    )
+    assert hardware._gpu("T4", (7, 5)).flash_attention == ()
+    assert hardware._gpu("A100", (8, 0)).flash_attention == (2,)
+    assert hardware._gpu("H100", (9, 0)).flash_attention == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +130,13 @@ def test_flash_attention_3_does_not_ask_for_version_2(monkeypatch):
         (OLD_CPU, {"torch_compile": True}, r"no g\+\+"),
         (T4, {"tf32": True}, "capability 8.0 or more; this is T4"),
         (A100, {"attn_implementation": "flash_attention_3"}, "capability 9.0"),
+        (A100, {"attn_implementation": "flash_attention_4"}, r"flash_attn\.cute installed"),
+        (ZEN4, {"attn_implementation": "varlen"}, "needs an NVIDIA GPU"),
+        (T4, {"attn_implementation": "varlen"}, "capability 8.0"),
+        (A100, {"attn_implementation": "varlen", "bf16": False}, "fp32 is asked for"),
+        (replace(A100, torch=(2, 10)), {"attn_implementation": "varlen"}, "this is 2.10"),
+        (ZEN4, {"attn_implementation": "flex_attention"}, "no gradient on a CPU"),
+        (replace(A100, compiler=False), {"attn_implementation": "flex_attention"}, r"no g\+\+"),
     ],
 )
 def test_impossible_value_is_refused(hardware, values, words):

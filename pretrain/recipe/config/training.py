@@ -9,7 +9,7 @@ from typing import Any
 
 from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show
 from recipe.config.known_keys import fields_of
-from recipe.config.model import DEFAULTS, model_values
+from recipe.config.model import DEFAULTS, attention_heads, model_values
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
 from recipe.config.ranges import (
     ABOVE_0,
@@ -24,6 +24,7 @@ from recipe.config.ranges import (
 )
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
+from recipe.hardware import FLASH_ATTENTION, AttentionNeeds
 from recipe.project import Refused
 
 # The keys of ours with their JSON types: those of every training file; in pretrain.json also a published
@@ -69,7 +70,10 @@ NEEDS = {
     "torch_compile_mode": ("torch_compile", (True,), None),
     "torch_compile_backend": ("torch_compile", (True,), None),
 }
-ATTENTION = ("auto", "documents", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+ATTENTION = (
+    *("auto", "documents", "varlen", "sdpa", "eager", "flex_attention"),
+    *(f"flash_attention_{version}" for version in FLASH_ATTENTION),
+)
 _LEVELS = one_of("debug", "info", "warning", "error", "critical", "passive", "detail")
 _BETA = Range("at least 0 and at most 0.99999", lambda x: 0 <= x <= 0.99999)
 _LEAST_0 = Range("at least 0", lambda x: x >= 0)
@@ -230,16 +234,20 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
         raise Refused(f"{where}: z_loss: an adapter does not train the output matrix. Remove it, or lora")
 
 
-def documents_suffice(config: Mapping[str, dict[str, Any]], file: str) -> bool:
-    """Whether the attention "documents" can compute a training: packed blocks, no dropout in it, no window.
+def attention_needs(config: Mapping[str, dict[str, Any]], file: str) -> AttentionNeeds:
+    """What the attention of a training has to compute.
 
     file: ``pretrain``, ``finetune`` or ``preference``.
     """
     model = model_values(config)
     model = DEFAULTS.get(model.get("model_type", ""), {}) | model
-    dropout = model.get("attention_dropout") or model.get("attn_pdrop")
-    window = model.get("sliding_window") or math.inf
-    return file != "preference" and not dropout and config[file]["block_size"] <= window
+    width, heads = model.get("hidden_size") or model.get("n_embd"), attention_heads(model)
+    return AttentionNeeds(
+        dropout=bool(model.get("attention_dropout") or model.get("attn_pdrop")),
+        window=config[file]["block_size"] > (model.get("sliding_window") or math.inf),
+        padded=file == "preference",
+        head_size=model.get("head_dim") or (width // heads if width and heads else None),
+    )
 
 
 def check_boards(asked: str | list[str] | None, file: str) -> list[str]:

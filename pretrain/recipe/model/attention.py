@@ -2,7 +2,7 @@
 
 PyTorch's attention computes every pair of positions of a block and masks most of them: later keys, and keys
 of other documents. Here a chunk of queries uses only the keys from the start of its first query's document to
-its last query. On a GPU FlashAttention-2 does the same, from the same ``position_ids``.
+its last query. On a GPU `recipe.model.varlen` does the same.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 import recipe.model.attention  # registers the attention "documents" in transformers
+import recipe.model.varlen  # registers the attention "varlen"
 from recipe.config.initial_model import NewPieces
 from recipe.config.model import FROM_TOKENIZER
 from recipe.project import RecipeError, Refused

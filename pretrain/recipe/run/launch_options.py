@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from recipe.config.launch import check_launch, check_tensor_parallel
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
-from recipe.config.training import check_boards, documents_suffice
+from recipe.config.training import check_boards, attention_needs
 from recipe.hardware import Hardware, check_quantization, choose, count_gpus
 from recipe.project import Refused
 
@@ -87,7 +87,7 @@ class Launch:
         if hardware and not self.hosts:
             check_quantization(hardware, config[file], f"{file}.json")
             check_optimizer_hardware(hardware, config[file], f"{file}.json")
-            choose(hardware, config[file], f"{file}.json", documents_suffice(config, file))
+            choose(hardware, config[file], f"{file}.json", attention_needs(config, file))
         path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
         check_tensor_parallel(model_values(config), self.tensor_parallel)
         return path

@@ -6,6 +6,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +97,35 @@ class PackedBlocks(Dataset):
         if len(tokens) == 1:
             return tokens[0], starts[0]
         return np.concatenate(tokens), np.concatenate(starts)
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of samples of a packed dataset: each tensor int64 [rows, block_size]."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def collate_with_bounds(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """`collate`, and where documents begin, for attention that needs no mask, by transformers' names.
+
+    ``cu_seq_lens_q``, ``cu_seq_lens_k``: the same tensor, int32 [capacity + 1]: where in rows x block_size
+    each document begins, then the end again and again. The capacity is that of documents of 32 tokens, or
+    the next power of two above it that suffices, so that a compiled model hardly ever sees another shape.
+    ``max_length_q``, ``max_length_k``: block_size.
+    """
+    batch: dict[str, Any] = collate(samples)
+    positions = batch["position_ids"].flatten()
+    starts = (positions == 0).nonzero().flatten()
+    capacity = max(1, len(positions) // 32)
+    while capacity < len(starts):
+        capacity *= 2
+    bounds = torch.full((capacity + 1,), len(positions), dtype=torch.int32)
+    bounds[: len(starts)] = starts
+    block = batch["position_ids"].shape[1]
+    return (
+        batch
+        | dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+        | dict.fromkeys(("max_length_q", "max_length_k"), block)
+    )
 
 
 def epoch_segments(file: TokenFile, sources: Sequence[Source], epoch: int) -> list[tuple[int, int]]:

@@ -36,13 +36,14 @@ from recipe.config.launch import batch_layout
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
-from recipe.config.training import check_boards, documents_suffice, unreached_steps
+from recipe.config.training import check_boards, attention_needs, unreached_steps
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
 from recipe.model.losses import return_loss_only
 from recipe.model.sharding import load_without_code, shard
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import EXIT_TERMINATED, RecipeError, read_json, read_json_lines
+from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
@@ -146,7 +147,7 @@ def _choose(
     """Precision, attention and compiling, and the optimizer; sharded models are never compiled."""
     where = f"{file}.json"
     check_optimizer_hardware(hardware, values, where)
-    choice = choose(hardware, values, where, documents_suffice(plan["config"], file))
+    choice = choose(hardware, values, where, attention_needs(plan["config"], file))
     sharded = plan["deepspeed"] or plan["fsdp"] or plan["tensor_parallel"] > 1
     return replace(choice, compile=choice.compile and not sharded), OPTIMIZERS[optimizer_name(values)]
 
@@ -282,6 +283,9 @@ def train_model(
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
         return_loss_only(model, settings.z_loss)
+    if trainer_class is RecipeTrainer:
+        by_bounds = run.choice.attention.startswith(("varlen", "flash_attention"))
+        trainer_keywords["data_collator"] = collate_with_bounds if by_bounds else collate
     trainer = trainer_class(
         settings,
         run.optimizer,

@@ -19,8 +19,8 @@ from recipe.run.preflight import PROFILES, setting_of
 from shapes import SMALL, read
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-A100 = Hardware("cuda", "A100", (8, 0), True, True, True)
-CPU = Hardware("cpu", "CPU", (0, 0), True, False, True)
+A100 = Hardware("cuda", "A100", (8, 0), (2, 13), True, (2,), True)
+CPU = Hardware("cpu", "CPU", (0, 0), (2, 13), True, (), True)
 ON_CPU = [name for name, entry in OPTIMIZERS.items() if not entry.bitsandbytes]
 BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 4}
 
@@ -85,7 +85,7 @@ def test_bitsandbytes_needs_a_gpu_and_the_library(name):
     for hardware, words in ((CPU, "needs an NVIDIA GPU; this is CPU"), (A100, "setup.sh --extra")):
         with pytest.raises(Refused, match=f"pretrain.json: optim: {name} .*{words}.*Write adamw_torch_fused"):
             check_optimizer_hardware(hardware, {"optim": name}, "pretrain.json")
-    with_library = Hardware("cuda", "A100", (8, 0), True, True, True, True)
+    with_library = Hardware("cuda", "A100", (8, 0), (2, 13), True, (2,), True, True)
     check_optimizer_hardware(with_library, {"optim": name}, "pretrain.json")
     check_optimizer_hardware(CPU, {"muon_learning_rate": 0.02}, "pretrain.json")
 

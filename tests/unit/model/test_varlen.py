@@ -1,0 +1,118 @@
+"""Attention by bounds of documents: the kernel needs a GPU, so that a loop over the documents stands in."""
+
+import pytest
+import torch
+from conftest import SHAPE
+from recipe.model import varlen
+from recipe.tokenization.packing import collate_with_bounds, pack
+from transformers import AutoConfig, AutoModelForCausalLM
+
+QWEN3 = {"model_type": "qwen3"} | SHAPE
+GROUPED = QWEN3 | {"num_key_value_heads": 1}
+WINDOW = {"model_type": "mistral", "sliding_window": 8} | SHAPE
+
+
+def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes, by its documentation, with its checks."""
+    assert cu_q.dtype == torch.int32 and query.dtype == key.dtype == value.dtype
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    out = torch.zeros_like(query)
+    for begin, end in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
+        assert end - begin <= max_q
+        if begin == end:
+            continue
+        distance = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        parts = (part[begin:end].transpose(0, 1) for part in (query, key, value))
+        one = torch.nn.functional.scaled_dot_product_attention(
+            *parts, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
+        out[begin:end] = one.transpose(0, 1)
+    return out
+
+
+def packed(*rows):
+    """A batch of rows, each given by the lengths of its documents; the last of a row may be padding."""
+    torch.manual_seed(0)
+    block = sum(rows[0])
+    samples = []
+    for lengths in rows:
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).numpy()
+        samples.append(pack(torch.randint(3, 90, (block + 1,)).numpy(), starts, block, pad=0))
+    return collate_with_bounds(samples)
+
+
+def loss_and_gradients(attention, batch, **values):
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(vocab_size=97, use_cache=False, **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    loss = model.train()(**batch).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["2.12 and later", "2.11"])
+@pytest.mark.parametrize(
+    "values",
+    [QWEN3, GROUPED, WINDOW],
+    ids=["whole", "grouped heads", "sliding window"],
+)
+def test_same_loss_and_gradients_as_with_a_mask(monkeypatch, values, grouped):
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen, "GROUPS", grouped)
+    batch = packed([20, 1, 11], [32], [5, 27])
+    ours, theirs = (loss_and_gradients(name, batch, **values) for name in ("varlen", "sdpa"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    alone = loss_and_gradients("varlen", packed([32], [32], [32]) | {"labels": batch["labels"]}, **values)
+    assert abs(ours[0] - alone[0]) > 1e-4
+
+
+def test_a_training_batch_without_bounds_is_refused():
+    batch = {key: value for key, value in packed([20, 12]).items() if not key.startswith(("cu_", "max_"))}
+    with pytest.raises(RuntimeError, match="does not say where its documents begin"):
+        loss_and_gradients("varlen", batch, **QWEN3)
+
+
+def test_generation_uses_the_other_attention():
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(vocab_size=97, **QWEN3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="varlen").eval()
+    prompts = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    options = {"attention_mask": (prompts > 0).long(), "max_new_tokens": 5, "do_sample": False}
+    written = model.generate(prompts, **options)
+    model.set_attn_implementation("sdpa")
+    assert written.tolist() == model.generate(prompts, **options).tolist()
+
+
+def test_bounds_have_one_shape_and_end_with_the_total():
+    few, many = packed([60, 4]), packed([16, 16, 16, 16])
+    assert few["cu_seq_lens_q"].tolist() == [0, 60, 64]
+    assert many["cu_seq_lens_q"].tolist() == [0, 16, 32, 48, 64]
+    assert few["max_length_q"] == 64
+    one = packed([256], [256])
+    assert one["cu_seq_lens_k"].tolist() == [0, 256, *[512] * 15]
+    assert one["cu_seq_lens_k"].shape == packed([100, 156], [1, 255])["cu_seq_lens_k"].shape
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_real_kernel_takes_these_arguments(window):
+    """On tensors without values: shapes, types and arguments are checked as on a GPU."""
+    query, key, value = (
+        torch.empty(2, heads, 32, 16, dtype=kind, device="meta", requires_grad=True)
+        for heads, kind in ((4, torch.float32), (2, torch.float32), (2, torch.bfloat16))
+    )
+    bounds = torch.empty(5, dtype=torch.int32, device="meta")
+    out, _ = varlen.attend(
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        0.25,
+        sliding_window=window,
+        cu_seq_lens_q=bounds,
+        max_length_q=32,
+    )
+    assert (out.shape, out.dtype) == ((2, 32, 4, 16), torch.bfloat16)
+    out.sum().backward()
+    assert key.grad.shape == key.shape
