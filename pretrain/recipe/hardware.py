@@ -174,7 +174,7 @@ def choose(
     hardware: Hardware,
     values: dict[str, Any],
     where: str = "pretrain.json",
-    needs: AttentionNeeds = AttentionNeeds(),  # noqa: B008 - a constant
+    needs: AttentionNeeds = AttentionNeeds(),
 ) -> Choice:
     """What to use: the values of a training file, or else the best that the hardware has.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from recipe.config.launch import check_launch, check_tensor_parallel
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
-from recipe.config.training import check_boards, attention_needs
+from recipe.config.training import attention_needs, check_boards
 from recipe.hardware import Hardware, check_quantization, choose, count_gpus
 from recipe.project import Refused
 

@@ -36,7 +36,7 @@ from recipe.config.launch import batch_layout
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
-from recipe.config.training import check_boards, attention_needs, unreached_steps
+from recipe.config.training import attention_needs, check_boards, unreached_steps
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
 from recipe.model.losses import return_loss_only
