@@ -25,11 +25,12 @@ def main(stage: Stage) -> None:
     """Make the tokenizer from the training side and save it; check and measure it on held-out text."""
     from recipe.config.recipe import check_special_ids
     from recipe.tokenization.report import describe, draw_report, report_tables
+    from recipe.tokenization.save import save_tokenizer
     from transformers import AutoTokenizer
 
     config, dataset = stage.config["tokenizer"], stage.inputs["02_dataset"]
     tokenizer, model = make(stage)
-    tokenizer.save_pretrained(stage.folder)
+    save_tokenizer(tokenizer, stage.folder)
     if model:
         (stage.folder / "spm.model").write_bytes(model)
     # From here on the saved folder is tested, as a user loads it.

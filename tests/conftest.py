@@ -184,7 +184,7 @@ class Project:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked ``extra(NAME)`` where that extra of pyproject.toml is not installed."""
     for mark in item.iter_markers("extra"):
-        if missing := missing_packages(mark.args[0]):
+        if mark.args and (missing := missing_packages(mark.args[0])):
             names = ", ".join(missing)
             pytest.skip(f"could not run: not installed: {names} (bash setup.sh --extra {mark.args[0]})")
 

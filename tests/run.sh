@@ -7,7 +7,8 @@
 #   slow       tests of more than a minute: launchers on 2 ranks, DeepSpeed, kill and resume
 #   gpu        tests that need a GPU; without one, each says why it could not run
 #   browser    the chat page in headless Chromium (chromium on PATH); installs playwright
-#   extras     tests of Ray, Sudachi, Megatron-LM and GGUF; installs these extras of pyproject.toml
+#   extras     tests of Ray, Sudachi, Megatron-LM and GGUF; installs these extras of pyproject.toml.
+#              Also of transformers 4, which goes into a folder of its own
 #   all        everything; installs all these
 #
 # RECIPE_PYTHON=python3 uses that Python as it is, see setup.sh: nothing is installed, missing packages are named.

@@ -22,6 +22,15 @@ def test_the_folder_loads_and_is_the_tuned_model(project):
         assert (folder / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_folder_is_saved_for_transformers_4_too(project):
+    for stage in ("03_tokenizer", "05_pretrain", "12_finetune", "16_export"):
+        tokenizer = json.loads(project.output("mini", stage, "tokenizer_config.json").read_text())
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast", stage
+        assert stage == "03_tokenizer" or (
+            json.loads(project.output("mini", stage, "config.json").read_text())["rope_theta"] == 10_000
+        ), stage
+
+
 def test_the_card_says_what_was_measured(project):
     card = project.output("mini", "16_export", "README.md").read_text("utf-8")
     head = yaml.safe_load(card.split("---")[1])

@@ -130,7 +130,7 @@ def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any
 
 def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str:
     values = config["generation"]
-    text = "" if repository else "In the folder of this card:\n\n"
+    text = f"With transformers 4.57 or 5{'' if repository else ', in the folder of this card'}:\n\n"
     if tuned:
         question = (values.get("questions") or values["prompts"])[0]
         ask = _CHAT.format(question=json.dumps(question, ensure_ascii=False))

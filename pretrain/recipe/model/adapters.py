@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from recipe.model.build import load_model
+from recipe.model.save import complete_configs
 from recipe.project import RecipeError, read_json, write_json
 
 ADAPTER = "adapter"
@@ -66,6 +67,7 @@ def finish_adapter(base: Path, folder: Path) -> None:
     """Merge the adapter that training left in `folder`, save the model, and the base weights' digest."""
     write_json(folder / ADAPTER / BASE, {"weights_sha256": weights_digest(base)})
     merge_adapter(base, folder / ADAPTER).save_pretrained(folder)
+    complete_configs(folder)
 
 
 def merge_adapter(base: Path, adapter: Path) -> PreTrainedModel:

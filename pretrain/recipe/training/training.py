@@ -40,10 +40,12 @@ from recipe.config.training import attention_needs, check_boards, unreached_step
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
 from recipe.model.losses import return_loss_only
+from recipe.model.save import complete_configs
 from recipe.model.sharding import load_without_code, shard
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import EXIT_TERMINATED, RecipeError, read_json, read_json_lines
 from recipe.tokenization.packing import collate, collate_with_bounds
+from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
@@ -409,7 +411,9 @@ def _save(run: Run, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> Non
     target = run.folder / "adapter" if run.settings.lora else run.folder
     trainer.save_model(str(target))
     if run.is_main:
-        tokenizer.save_pretrained(run.folder)
+        save_tokenizer(tokenizer, run.folder)
+        if not run.settings.lora:
+            complete_configs(run.folder)
         # A pickle, whose content is in stage.json.
         (target / "training_args.bin").unlink(missing_ok=True)
 

@@ -58,7 +58,8 @@ def test_the_card_tells_what_was_measured(finished):
     card = model_card("mine", "", CONFIG, finished)
     assert "12,345 parameters" in card and "678 tokens" in card
     assert "| web | unknown | 3 | 2 | 0.00 | short 1 |" in card
-    assert "In the folder of this card" in card and "from_pretrained('.')" in card
+    assert "With transformers 4.57 or 5, in the folder of this card:" in card
+    assert "from_pretrained('.')" in card
     assert json.dumps(CONFIG["pretrain"], indent=2) in card
 
 

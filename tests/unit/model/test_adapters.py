@@ -7,7 +7,7 @@ import torch
 from conftest import SHAPE, sentences
 from recipe.model import adapters
 from recipe.model.build import build_model, load_model
-from recipe.project import RecipeError
+from recipe.project import RecipeError, read_json
 from recipe.tokenization.train import train_tokenizer
 
 ARGUMENTS = SimpleNamespace(seed=1, activation_checkpointing=False)
@@ -61,6 +61,7 @@ def test_merge_is_the_base_with_its_adapter(trained, bases):
 def test_an_adapter_of_another_model_is_named(trained, bases):
     folder, _ = trained
     adapters.finish_adapter(bases["one"], folder)
+    assert read_json(folder / "config.json")["rope_theta"] == 10_000  # for transformers 4, too
     with pytest.raises(
         RecipeError, match=r"this adapter belongs to another base model: .* of SHA-256 .*tune again"
     ):
