@@ -20,6 +20,7 @@ from recipe.config.tokenizer import vocabulary_size
 from recipe.corpus.fetch import free_bytes, require_space
 from recipe.hardware import glance, gpus, host_memory
 from recipe.project import CONFIGS, DATA, OUTPUTS, read_json, stage_folder
+from recipe.run.cards import ASSUMED_MFU, CARDS
 from recipe.run.launch_options import Launch
 from recipe.run.memory import Setting, Shape, activation_bytes, memory, shape_of
 from recipe.run.stage import Stage
@@ -61,16 +62,17 @@ class Device:
     kind: str = "cuda"
 
 
-PROFILES = (
-    Device("8 GB RTX 4060", 8, 30e12, True),
-    Device("12 GB RTX 3060", 12, 25e12, True),
-    Device("16 GB T4 (fp16, no FlashAttention-2)", 16, 65e12, False),
-    Device("24 GB RTX 4090", 24, 165e12, True),
-    Device("40 GB A100", 40, 312e12, True),
-    Device("80 GB A100", 80, 312e12, True),
+PROFILES = tuple(
+    Device(label, CARDS[key].gigabytes, CARDS[key].flops, CARDS[key].bf16)
+    for label, key in (
+        ("8 GB RTX 4060", "rtx4060"),
+        ("12 GB RTX 3060", "rtx3060"),
+        ("16 GB T4 (fp16, no FlashAttention-2)", "t4"),
+        ("24 GB RTX 4090", "rtx4090"),
+        ("40 GB A100", "a100-40gb"),
+        ("80 GB A100", "a100-80gb"),
+    )
 )
-# An assumption. The published 98 hours of `mistral-300m` on an RTX 4090 (10.7e9 tokens) are 39 %.
-ASSUMED_MFU = 0.4
 # The usable share of a GPU's memory. The driver and fragmentation take the rest.
 USABLE = 0.94
 
@@ -301,20 +303,21 @@ def check_room(stage: Stage, launch: Launch, file: str) -> None:
 
 
 def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] | None:
-    """FLOP/s of `ranks` together, from an earlier training on such a device, and its origin in words.
+    """FLOP/s of `ranks` together, from an earlier training or probe, and its origin in words.
 
-    This recipe's own record comes first, then the newest of the others. Each GPU is expected to be as fast as
-    one was then. Ranks on a CPU share its cores, so together they are as fast as the ranks were then.
+    It was on a device of the same name. This recipe's own record comes first, then the newest of the others.
+    Each GPU is expected to be as fast as one was then. Ranks on a CPU share its cores, so together they are
+    as fast as the ranks were then.
     """
-    records = sorted(
-        OUTPUTS.glob("*/05_pretrain/stage.json"), key=lambda p: (p.parts[-3] == recipe, p.stat().st_mtime)
-    )
-    for path in reversed(records):
+    trained = [(path.parts[-3], path) for path in OUTPUTS.glob("*/05_pretrain/stage.json")]
+    probed = [(path.parts[-2], path) for path in OUTPUTS.glob("*/probe.json")]
+    records = sorted(trained + probed, key=lambda record: (record[0] == recipe, record[1].stat().st_mtime))
+    for name, path in reversed(records):
         figures = read_json(path)["figures"]
         if figures.get("hardware") == device.name and figures.get("mfu"):
             then = (figures.get("active") or {}).get("ranks", 1)
             rate = figures["mfu"] * figures["gemm_peak_flops"]
-            return rate * (ranks if device.kind == "cuda" else then), f"measured, recipe {path.parts[-3]}"
+            return rate * (ranks if device.kind == "cuda" else then), f"measured, recipe {name}"
     return None
 
 

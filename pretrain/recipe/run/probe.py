@@ -2,8 +2,8 @@
 
 ``bash pretrain/05_pretrain.sh --probe`` trains a few steps with each combination, each in its own process
 under the launcher that the training itself would use. A combination that runs out of memory, crashes or is
-killed does not stop the others. The table is written to ``outputs/<recipe>/probe.md``, and the options of the
-fastest combination to ``probe.options`` in the same folder.
+killed does not stop the others. The table is written to ``outputs/<recipe>/probe.md``, and the
+fastest combination to ``probe.options`` (its options) and ``probe.json`` (its figures) in the same folder.
 """
 
 from __future__ import annotations
@@ -281,12 +281,14 @@ def main(script: Path) -> None:
     measured = [row for row in rows if row["outcome"] == "ok"]
     if not measured:
         raise RecipeError(f"every setting failed:\n{shown}\nTry what `05_pretrain.sh --dry-run` suggests")
-    options = options_of(max(measured, key=lambda row: row["tokens_per_second"]), arguments.overrides)
+    fastest = max(measured, key=lambda row: row["tokens_per_second"])
+    options = options_of(fastest, arguments.overrides)
     if arguments.nproc:
         options += f" --nproc {arguments.nproc}"
     folder = OUTPUTS / recipe
     (folder / "probe.md").write_text(f"{shown}\n\nfastest: {options}\n", "utf-8")
     (folder / "probe.options").write_text(options + "\n", "utf-8")
+    write_json(folder / "probe.json", {"figures": fastest})
     print(f"\n{shown}\n\nfastest: {options}", flush=True)
     print(
         f"To train with it: bash run_all.sh --recipe {recipe} $(cat outputs/{recipe}/probe.options)",

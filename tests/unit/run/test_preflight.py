@@ -184,6 +184,11 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
     assert preflight.measured_rate("a", cpu, 2) == (1e12, "measured, recipe a")
     assert preflight.measured_rate("new", cpu, 2) == (5e11, "measured, recipe b")
     assert preflight.measured_rate("a", dataclasses.replace(gpu, name="H100"), 2) is None
+    # A probe counts, too.
+    figures = {"hardware": "L4", "gemm_peak_flops": 1e12, "mfu": 0.25, "active": {"ranks": 1}}
+    (tmp_path / "b/probe.json").write_text(json.dumps({"figures": figures}))
+    l4 = dataclasses.replace(gpu, name="L4")
+    assert preflight.measured_rate("a", l4, 1) == (2.5e11, "measured, recipe b")
     # Twice the GPUs are twice as fast; ranks on a CPU share its cores.
     assert preflight.measured_rate("a", gpu, 4) == (2e12, "measured, recipe c")
     assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")

@@ -275,6 +275,8 @@ def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
     assert all(row[-1] == "ok" for row in rows)
     speeds = [float(row[4].replace(",", "")) for row in rows]
     assert speeds == sorted(speeds, reverse=True)
+    figures = json.loads((folder / "probe.json").read_text())["figures"]
+    assert {"hardware", "mfu", "gemm_peak_flops", "active"} <= figures.keys()  # read by the preflight
     options = (folder / "probe.options").read_text().split()
     assert f"pretrain.per_device_train_batch_size={rows[0][0]}" in options
     assert f"fastest: {' '.join(options)}" in result.stdout

@@ -1,0 +1,412 @@
+"""Which model to train in the hours that you have: a table of what fits, and a recipe of the row you take.
+
+``.venv/bin/python -m recipe.run.plan --hours 3`` prints a row for each size of model: the tokens that the
+hours allow, the micro-batch, the expected loss. Memory and FLOPs are those of the preflight. Nothing is
+measured here, and torch is not imported.
+
+The rules, each with its source:
+
+- **Shapes**: Qwen3 with 64 of width, one head and half a key-value head per layer, an intermediate size of
+  three times the width, and tied embeddings. `tiny` is the one with 4 layers. Within wide limits, the ratio
+  of width to depth matters little (Kaplan et al., 2020).
+- **Tokens**: 20 for each parameter are compute-optimal (Hoffmann et al., 2022). Less is a model that is too
+  large for its hours. More is a smaller model that is trained on: it costs little (twice as many tokens at
+  equal FLOPs: about 0.01 in the loss by that law) and is cheaper to use.
+- **Repeats**: up to 4 epochs are nearly as good as new text (Muennighoff et al., 2023); more are not planned.
+- **Batch and rate**: 0.58 D^0.571 tokens in a step, and a rate of 1.79 N^-0.713 D^0.307, for AdamW with N
+  parameters outside the embeddings and D tokens (Li et al., 2025, "Step Law"; 0.06 to 1e9 parameters). For
+  `tiny` they give 2,960 and 4.2e-3; what was found by trying is 4,096 and 4.5e-3 (tests/bench/rates.py).
+- **Loss**: the law of Kaplan et al. (2020), fitted to English web text in 50,257 tokens, times 0.85 to 1.36.
+  These are the factors of the two trainings whose results are known here (`LOSS_FACTORS`). Other text and
+  other tokenizers give other losses: compare bits per byte, not losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from recipe.config.keys import nearest
+from recipe.config.recipe import FILES, load_recipe, recipes
+from recipe.project import CONFIGS, RecipeError, Refused, read_json, stage_folder, write_json
+from recipe.run import preflight
+from recipe.run.cards import CARDS, Card, card, seen_card
+from recipe.run.launch_options import Launch
+from recipe.run.memory import Setting, Shape, memory, shape_of
+from recipe.run.preflight import GIB, USABLE, Device
+
+LAYERS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+WIDTH_PER_LAYER = 64
+POSITIONS = 2048
+# Tokens per parameter: compute-optimal (Hoffmann et al., 2022), and the fewest that are planned (`tiny` has
+# 0.6).
+OPTIMAL, FEWEST = 20, 0.5
+LONGEST = 100
+EPOCHS = 4
+# Kaplan et al. (2020), section 4: nats per token from parameters outside the embeddings and tokens.
+KAPLAN = {"N": 6.4e13, "D": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103}
+# Measured losses divided by the law's: `tiny` (4.2612, README.md; manual pages and short sentences are easy),
+# and the published loss of japanese-mistral-300m (3.5582 after 10.7e9 tokens of Wikipedia and CC-100).
+LOSS_FACTORS = (0.85, 1.36)
+# Bytes for each token by the size of the vocabulary, measured by stage 03 on the held-out text of `tiny`
+# (8,000: README.md; 32,000: --set tokenizer.kind=bpe --set tokenizer.vocab_size=32000 --set
+# tokenizer.training_megabytes=28).
+BYTES_PER_TOKEN = {8_000: 4.81, 32_000: 5.97}
+# What a step really took, divided by what is computed for it: 11 % more on an H200 (README.md).
+MEMORY_MARGIN = 1.11
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def model_of(layers: int) -> dict[str, Any]:
+    """The model.json of a model with so many layers (an even number)."""
+    width = WIDTH_PER_LAYER * layers
+    return {
+        "model_type": "qwen3",
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": layers,
+        "num_key_value_heads": layers // 2,
+        "head_dim": WIDTH_PER_LAYER,
+        "max_position_embeddings": POSITIONS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+    }
+
+
+def learning_rate(parameters: float, tokens: float) -> float:
+    """AdamW's peak rate by Step Law, two digits. parameters: those outside the embeddings.
+
+    More tokens than `LONGEST` for each parameter raise it no further: the law was not fitted to such
+    trainings.
+    """
+    return float(f"{1.79 * parameters**-0.713 * min(tokens, LONGEST * parameters) ** 0.307:.1e}")
+
+
+def batch_size(tokens: float, block: int, ranks: int) -> int:
+    """Sequences in a step by Step Law: for each rank, the power of two that is nearest."""
+    sequences = 0.58 * tokens**0.571 / block / ranks
+    return ranks * 2 ** max(0, round(math.log2(sequences)))
+
+
+def expected_loss(parameters: float, tokens: float) -> tuple[float, float]:
+    """The range of the loss in nats per token. parameters: those outside the embeddings."""
+    law = (KAPLAN["N"] / parameters) ** (KAPLAN["alpha_N"] / KAPLAN["alpha_D"]) + KAPLAN["D"] / tokens
+    loss = law ** KAPLAN["alpha_D"]
+    return loss * LOSS_FACTORS[0], loss * LOSS_FACTORS[1]
+
+
+# ---------------------------------------------------------------------------------------- machine and corpus
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trains. free: bytes for each rank. rate: FLOP/s of all ranks, and origin: where it is from."""
+
+    device: Device
+    launch: Launch
+    free: float
+    rate: float
+    origin: str
+
+
+def machine_of(gpu: str | None, gpus: int | None) -> Machine:
+    """The machine that a user names, or this one. Raises Refused for a GPU whose speed is not known."""
+    if gpu:
+        named, launch = card(gpu), Launch(processes=gpus or 1)
+        kind = "cuda" if named.capability > (0, 0) else "cpu"
+        device = Device(named.name, named.gigabytes, named.flops, named.bf16 or kind == "cpu", kind)
+        rate, origin = named.rate()
+        return Machine(device, launch, named.gigabytes * GIB * USABLE, rate * launch.ranks, origin)
+    launch = Launch(processes=gpus or max(1, len(preflight.gpus())))
+    device, free = preflight.this_machine(launch)
+    if measured := preflight.measured_rate("", device, launch.ranks):
+        return Machine(device, launch, free, *measured)
+    if device.kind == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        rate, origin = CARDS["cpu"].rate()
+        return Machine(device, launch, free, rate * cores / 2, f"{origin}, for {cores} cores")
+    known: Card | None = seen_card(device.name, device.gigabytes)
+    if known is None:
+        raise Refused(
+            f"{device.name}: its speed is not known. Name a similar card (--gpu {', '.join(CARDS)}), or "
+            "measure: `bash run_all.sh --to 04`, then `bash pretrain/05_pretrain.sh --probe`"
+        )
+    rate, origin = known.rate()
+    return Machine(device, launch, free, rate * launch.ranks, origin)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text. base: the recipe that the other files come from. tokens: of one epoch, None if unknown."""
+
+    base: str
+    config: dict[str, dict[str, Any]]
+    vocabulary: int
+    tokens: float | None
+    origin: str
+
+
+def corpus_of(text: str, default: str) -> Corpus:
+    """The corpus that a user names: a size such as ``2GB``, or a recipe. Raises Refused."""
+    size = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B", text, re.I)
+    base = default if size else text
+    if base not in recipes():
+        raise Refused(
+            f"--corpus {text}: expected a size, such as 2GB, or a recipe.{nearest(text, recipes())} Known: "
+            f"{', '.join(recipes())}"
+        )
+    config = load_recipe(base)
+    vocabulary, _ = preflight.vocabulary_of(base, config)
+    counted = preflight.training_tokens(base, config["dataset"])
+    if counted and not size:
+        return Corpus(base, config, vocabulary, counted, f"counted by stage 04 of {base}")
+    per_token, where = bytes_per_token(base, vocabulary)
+    sources = [one for one in config["dataset"]["sources"].values() if not one.get("held_out")]
+    if size:
+        total: float | None = float(size[1]) * UNITS[size[2].upper()]
+    elif all("maximum_megabytes" in one for one in sources):
+        total = sum(one["maximum_megabytes"] for one in sources) * 1e6
+    else:
+        return Corpus(base, config, vocabulary, None, f"size unknown before stage 04 of {base}: not limited")
+    train = total * (1 - config["dataset"].get("valid_share", 0.05))
+    return Corpus(
+        base,
+        config,
+        vocabulary,
+        train / per_token,
+        f"{total / 1e9:.3g} GB, {per_token} bytes/token ({where})",
+    )
+
+
+def bytes_per_token(recipe: str, vocabulary: int) -> tuple[float, str]:
+    """Bytes of text for each token, and where the figure comes from."""
+    record = stage_folder(recipe, "04_tokenize") / "stage.json"
+    if record.exists():
+        totals = read_json(record)["figures"]["totals"]["train"]
+        return round(totals["bytes"] / totals["tokens"], 2), f"measured, {recipe}"
+    near = min(BYTES_PER_TOKEN, key=lambda size: abs(math.log(size / vocabulary)))
+    return BYTES_PER_TOKEN[near], f"measured for {near:,} tokens on the text of tiny"
+
+
+# -------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row. values: its pretrain.json. peak: computed bytes per device. missing: why it cannot be taken."""
+
+    layers: int
+    shape: Shape
+    values: dict[str, Any]
+    setting: Setting
+    peak: float
+    tokens: int
+    seconds: float
+    missing: str = ""
+
+    @property
+    def per_parameter(self) -> float:
+        """Tokens for each parameter."""
+        return self.tokens / self.shape.parameters
+
+
+def plan(layers: int, hours: float, machine: Machine, corpus: Corpus) -> Plan:
+    """The row for a model with so many layers."""
+    shape = shape_of(model_of(layers), corpus.vocabulary)
+    block = corpus.config["pretrain"]["block_size"]
+    per_token = shape.flops_per_token(block)
+    most = EPOCHS * corpus.tokens if corpus.tokens else math.inf
+    values, setting, peak = settle(shape, min(hours * 3600 * machine.rate / per_token, most), block, machine)
+    if setting.checkpointing:
+        per_token *= 4 / 3
+    step = values["global_batch_size"] * block
+    tokens = min(hours * 3600 * machine.rate / per_token, most)
+    steps = max(1, int(tokens / step))
+    values |= {
+        "max_steps": steps,
+        "eval_steps": max(1, steps // 5),
+        "save_steps": max(1, steps // 20),
+        "learning_rate": learning_rate(shape.matrices, tokens),
+    }
+    missing = ""
+    if peak * MEMORY_MARGIN > machine.free:
+        missing = f"needs {peak * MEMORY_MARGIN / GIB:.1f} GiB, {machine.free / GIB:.1f} can be used"
+    elif most < FEWEST * shape.parameters:
+        need = FEWEST * shape.parameters / EPOCHS / corpus.tokens
+        missing = f"the corpus is too small: {need:.3g} times as much is needed"
+    elif tokens < FEWEST * shape.parameters:
+        need = FEWEST * shape.parameters * per_token / machine.rate / 3600
+        missing = f"needs {math.ceil(need * 100) / 100:.2f} hours"
+    return Plan(
+        layers, shape, values, setting, peak, steps * step, steps * step * per_token / machine.rate, missing
+    )
+
+
+def settle(
+    shape: Shape, tokens: float, block: int, machine: Machine
+) -> tuple[dict[str, Any], Setting, float]:
+    """The values of pretrain.json, the setting and its bytes: the largest micro-batch that fits.
+
+    Activations are checkpointed only where one sequence at a time does not fit.
+    """
+    ranks = machine.launch.ranks
+    batch = batch_size(tokens, block, ranks)
+    for checkpointing in (False, True):
+        micro = min(batch // ranks, 64)
+        while micro:
+            values = {
+                "block_size": block,
+                "global_batch_size": batch,
+                "per_device_train_batch_size": micro,
+                "activation_checkpointing": checkpointing,
+            }
+            setting = preflight.setting_of(values, machine.device, machine.launch)
+            peak = memory(shape, setting)["peak"]
+            if peak * MEMORY_MARGIN <= machine.free:
+                return values, setting, peak
+            micro //= 2
+    return values, setting, peak
+
+
+def plans(hours: float, machine: Machine, corpus: Corpus) -> list[Plan]:
+    """All rows. Raises Refused when none can be taken; the message names the nearest one that could be."""
+    rows = [plan(layers, hours, machine, corpus) for layers in LAYERS]
+    if all(row.missing for row in rows):
+        smallest = rows[0]
+        raise Refused(
+            f"nothing fits: the smallest model, {smallest.layers} layers with "
+            f"{smallest.shape.parameters:,} parameters, {smallest.missing}"
+        )
+    return rows
+
+
+def best(rows: list[Plan]) -> Plan:
+    """The row whose tokens per parameter are nearest to compute-optimal, as a ratio."""
+    return min(
+        (row for row in rows if not row.missing), key=lambda row: abs(math.log(row.per_parameter / OPTIMAL))
+    )
+
+
+def chosen(rows: list[Plan], layers: int | None) -> Plan:
+    """The row with so many layers, or the best one. Raises Refused, naming the nearest row that fits."""
+    if layers is None:
+        return best(rows)
+    fitting = [row for row in rows if not row.missing]
+    for row in rows:
+        if row.layers == layers and not row.missing:
+            return row
+    near = min(fitting, key=lambda row: abs(row.layers - layers))
+    why = next((row.missing for row in rows if row.layers == layers), f"the table has {LAYERS}")
+    raise Refused(f"--layers {layers}: {why}. The nearest that fits: --layers {near.layers}")
+
+
+def report(rows: list[Plan], machine: Machine, corpus: Corpus) -> Iterator[str]:
+    """The lines of the table."""
+    ranks = machine.launch.ranks
+    yield (
+        f"machine   {ranks} x {machine.device.name}, {machine.free / GIB:.1f} GiB usable; "
+        f"{machine.rate / 1e12:.3g} TFLOP/s in training ({machine.origin})"
+    )
+    tokens = f"{corpus.tokens:.3g} tokens; " if corpus.tokens else ""
+    yield f"corpus    {tokens}{corpus.origin}; at most {EPOCHS} epochs. Vocabulary {corpus.vocabulary:,}"
+    yield "          layers  parameters  tokens  per param.  epochs  batch x accum.   GiB  hours  loss"
+    star = best(rows)
+    for row in rows:
+        head = f"{'-> ' if row is star else '':>10}{row.layers:>6}  {row.shape.parameters:>10.3g}"
+        if row.missing:
+            yield f"{head}  {row.missing}"
+            continue
+        epochs = f"{row.tokens / corpus.tokens:.2f}" if corpus.tokens else "?"
+        again = " checkpointing" if row.setting.checkpointing else ""
+        low, high = expected_loss(row.shape.matrices, row.tokens)
+        micro = f"{row.setting.micro_batch} x {row.setting.accumulation}"
+        yield (
+            f"{head}  {row.tokens:>6.2g}  {row.per_parameter:>10.1f}  {epochs:>6}  {micro:>14}  "
+            f"{row.peak / GIB:>4.1f}  {row.seconds / 3600:>5.2f}  {low:.2f} to {high:.2f}{again}"
+        )
+    yield (
+        f"->        nearest to {OPTIMAL} tokens per parameter (Hoffmann et al., 2022). Hours: of stage 05, "
+        "without evaluation and compiling"
+    )
+    yield (
+        "          GiB: computed, as by --dry-run; 11 % are left free. loss: the expected range in nats per "
+        "token. Rules and sources: pretrain/recipe/run/plan.py"
+    )
+
+
+def write(name: str, row: Plan, corpus: Corpus) -> None:
+    """Write a row as a recipe that extends that of the corpus. Raises Refused for a name that is taken."""
+    folder = CONFIGS / name
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "deepspeed":
+        raise Refused(f"--write {name}: expected a name of letters, digits, - and _")
+    if folder.exists():
+        raise Refused(f"--write {name}: configs/{name} exists. Give another name")
+    tuning = corpus.config["finetune"]
+    micro = min(tuning["per_device_train_batch_size"], row.setting.micro_batch)
+    own = {
+        "model": model_of(row.layers),
+        "pretrain": row.values
+        | {
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.02,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "max_grad_norm": 1.0,
+            "seed": 42,
+            "logging_steps": 10,
+            "eval_strategy": "steps",
+            "eval_blocks": 256,
+            "save_total_limit": 2,
+        },
+        "finetune": {"extends": corpus.base, "per_device_train_batch_size": micro},
+    }
+    folder.mkdir()
+    try:
+        for file in FILES:
+            write_json(folder / f"{file}.json", own.get(file, {"extends": corpus.base}))
+        load_recipe(name)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def main() -> None:
+    """Print the table, and write a recipe if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--hours", type=float, required=True, help="hours of pretraining")
+    parser.add_argument("--gpu", help=f"a card: {', '.join(CARDS)} (default: this machine)")
+    parser.add_argument("--gpus", type=int, help="how many (default: those of this machine, or 1)")
+    parser.add_argument("--corpus", default="tiny", help="a size such as 2GB, or a recipe (default: tiny)")
+    parser.add_argument("--layers", type=int, help="the row to write (default: the one with the arrow)")
+    parser.add_argument("--write", metavar="NAME", help="write the row as the recipe configs/NAME")
+    arguments = parser.parse_args()
+    try:
+        if not 0 < arguments.hours < math.inf:
+            raise Refused(f"--hours {arguments.hours}: expected more than 0")
+        if arguments.gpus is not None and arguments.gpus < 1:
+            raise Refused(f"--gpus {arguments.gpus}: expected 1 or more")
+        machine, corpus = machine_of(arguments.gpu, arguments.gpus), corpus_of(arguments.corpus, "tiny")
+        rows = plans(arguments.hours, machine, corpus)
+        row = chosen(rows, arguments.layers)
+        for line in report(rows, machine, corpus):
+            print(line)
+        if arguments.write:
+            write(arguments.write, row, corpus)
+            print(
+                f"wrote     configs/{arguments.write}: bash run_all.sh --recipe {arguments.write} --dry-run"
+            )
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The planner against a real run, published figures and the preflight; the recipe it writes; its refusals."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from recipe import project
+from recipe.config import recipe as recipes_module
+from recipe.config.recipe import load_recipe
+from recipe.project import Refused
+from recipe.run import cards, plan, preflight
+from recipe.run.launch_options import Launch
+from recipe.run.memory import memory, shape_of
+from shapes import SHIPPED, read
+
+ABOUT_TINY = 935.3 / 3600, 3_112_960, 4.2612  # hours, tokens, loss: README.md, 2 cores with 167 GFLOP/s
+
+
+@pytest.fixture(autouse=True)
+def no_outputs(tmp_path, monkeypatch):
+    """What was trained on this machine decides nothing here."""
+    for module in (project, preflight):
+        monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
+
+
+def rows(hours, gpu="rtx4090", corpus="6GB", gpus=1):
+    return plan.plans(hours, plan.machine_of(gpu, gpus), plan.corpus_of(corpus, "tiny"))
+
+
+def test_the_real_run_of_tiny():
+    """On the machine of README.md, in its seconds: the shape, tokens, loss and rates found there."""
+    hours, tokens, loss = ABOUT_TINY
+    found = plan.best(rows(hours, "cpu", "tiny"))
+    assert plan.model_of(4) | {"max_position_embeddings": 1024} == read("tiny", "model")
+    assert found.layers == 4 and found.shape.parameters == 5_196_544
+    assert found.tokens == pytest.approx(tokens, rel=0.1)
+    low, high = plan.expected_loss(found.shape.matrices, found.tokens)
+    assert low < loss < high
+    tuned = read("tiny", "pretrain")
+    assert found.values["learning_rate"] == pytest.approx(tuned["learning_rate"], rel=0.1)
+    assert found.values["global_batch_size"] == tuned["global_batch_size"]
+
+
+def test_system_a_takes_the_hours_and_reaches_the_loss_its_author_published():
+    """One epoch of 551,057 x 19 blocks on an RTX 4090: 98 hours, a loss of 3.5582."""
+    tokens = 551_057 * 1024 * 19
+    shape = shape_of(read("mistral-300m", "model"), 50_000)
+    rate, origin = cards.card("rtx4090").rate()
+    assert tokens * shape.flops_per_token(1024) / rate / 3600 == pytest.approx(98, rel=0.1)
+    assert origin == "tabulated 165 TFLOP/s x 40%"
+    assert plan.expected_loss(shape.matrices, tokens)[1] == pytest.approx(3.5582, rel=0.01)
+    # Its batch was 256 x 1,024 tokens.
+    assert plan.batch_size(tokens, 1024, 1) == 256
+
+
+def test_the_best_row_is_nearest_to_compute_optimal():
+    found = plan.best(rows(4))
+    assert found.layers == 12 and 10 < found.per_parameter < 40
+    assert plan.best(rows(40)).layers > 12 > plan.best(rows(0.5)).layers
+
+
+def test_more_gpus_take_more_tokens_and_share_the_batch():
+    one, four = (next(row for row in rows(4, gpus=count) if row.layers == 14) for count in (1, 4))
+    assert four.tokens == pytest.approx(4 * one.tokens, rel=0.01)
+    batch = four.setting.micro_batch * four.setting.accumulation * 4
+    assert batch == four.values["global_batch_size"]
+
+
+def test_a_small_corpus_limits_the_tokens():
+    machine, corpus = plan.machine_of("rtx4090", 1), plan.corpus_of("100MB", "tiny")
+    assert corpus.tokens == pytest.approx(0.95 * 100e6 / 4.81)
+    found = plan.plan(4, 4, machine, corpus)
+    assert found.tokens == pytest.approx(4 * corpus.tokens, rel=0.01)
+    assert found.seconds < 0.1 * 4 * 3600
+
+
+def test_the_corpus_of_a_recipe_is_its_limits_or_what_stage_04_counted(tmp_path):
+    assert plan.corpus_of("tiny", "tiny").tokens is None
+    folder = tmp_path / "outputs/tiny/04_tokenize"
+    folder.mkdir(parents=True)
+    figures = {
+        "sources": {"train": {"manpages": {"tokens": 700}, "tatoeba": {"tokens": 300}}},
+        "totals": {"train": {"bytes": 5000, "tokens": 1000}},
+    }
+    project.write_json(folder / "stage.json", {"figures": figures})
+    assert plan.corpus_of("tiny", "tiny").tokens == 1000
+    # A size in place of the recipe: the bytes per token that were measured for it.
+    assert plan.corpus_of("10kb", "tiny").tokens == pytest.approx(0.95 * 10e3 / 5)
+
+
+@pytest.mark.parametrize("base", SHIPPED)
+def test_a_written_recipe_is_accepted_and_takes_the_memory_of_its_row(base, tmp_path, monkeypatch):
+    for module in (plan, recipes_module):
+        monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
+    (tmp_path / "configs").symlink_to(project.CONFIGS)
+    with pytest.raises(Refused, match="configs/tiny exists"):
+        plan.write("tiny", None, plan.corpus_of(base, "tiny"))
+    (tmp_path / "configs").unlink()
+    (tmp_path / "configs").mkdir()
+    for folder in project.CONFIGS.iterdir():
+        (tmp_path / "configs" / folder.name).symlink_to(folder)
+    machine, corpus = plan.machine_of("t4", 1), plan.corpus_of(base, "tiny")
+    row = plan.best(plan.plans(3, machine, corpus))
+    plan.write("mine", row, corpus)
+    config = load_recipe("mine")
+    setting = preflight.setting_of(config["pretrain"], machine.device, Launch())
+    assert setting == row.setting and setting.precision == "fp16"
+    vocabulary, _ = preflight.vocabulary_of(base, config)
+    peak = memory(shape_of(config["model"], vocabulary), setting)["peak"]
+    assert peak == row.peak and peak * plan.MEMORY_MARGIN <= machine.free
+    assert config["dataset"] == read(base, "dataset")
+    tokens = config["pretrain"]["max_steps"] * row.values["global_batch_size"] * row.values["block_size"]
+    assert tokens == row.tokens
+
+
+def test_a_faulty_recipe_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "CONFIGS", tmp_path)
+    row = plan.best(rows(3))
+    with pytest.raises(Refused, match="no such recipe"):
+        plan.write("mine", row, plan.corpus_of("6GB", "tiny"))  # not where load_recipe looks
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(Refused, match="expected a name"):
+        plan.write("../mine", row, plan.corpus_of("6GB", "tiny"))
+
+
+@pytest.mark.parametrize(
+    ("hours", "gpu", "corpus", "message"),
+    [
+        (0.001, "cpu", "6GB", r"the smallest model, 4 layers with 5,196,544 parameters, needs 0\.20 hours"),
+        (3, "rtx4090", "1MB", r"4 layers.*the corpus is too small: 3\.2\d times as much"),
+        (3, "rtx4080ti", "6GB", r"--gpu rtx4080ti: not in the table of cards\. Did you mean rtx4080\?"),
+        (3, "rtx4090", "tyny", r"--corpus tyny: .* such as 2GB, or a recipe\. Did you mean 'tiny'\?"),
+    ],
+)
+def test_what_fits_nothing_is_refused_and_the_nearest_is_named(hours, gpu, corpus, message):
+    with pytest.raises(Refused, match=message):
+        rows(hours, gpu, corpus)
+
+
+def test_a_gpu_that_is_too_small_or_unknown(monkeypatch):
+    small = preflight.Device("Tesla T4", 1, 0.0, False)
+    monkeypatch.setattr(preflight, "this_machine", lambda launch: (small, 1.0 * preflight.GIB))
+    with pytest.raises(Refused, match=r"4 layers .* needs [\d.]+ GiB, 1\.0 can be used"):
+        plan.plans(3, plan.machine_of(None, 1), plan.corpus_of("6GB", "tiny"))
+    unknown = preflight.Device("Radeon VII", 16, 0.0, False)
+    monkeypatch.setattr(preflight, "this_machine", lambda launch: (unknown, 16.0 * preflight.GIB))
+    with pytest.raises(Refused, match="Radeon VII: its speed is not known. Name a similar card"):
+        plan.machine_of(None, 1)
+
+
+def test_a_row_that_does_not_fit_names_the_nearest():
+    found = rows(4)
+    assert plan.chosen(found, 10).layers == 10
+    with pytest.raises(Refused, match=r"--layers 32: needs 3\d\.\d GiB.*The nearest that fits: --layers 20"):
+        plan.chosen(found, 32)
+    with pytest.raises(Refused, match=r"--layers 11: the table has .*The nearest that fits: --layers 10"):
+        plan.chosen(found, 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "key"),
+    [
+        ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("Tesla T4", 15, "t4"),
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", 80, "a100-80gb"),
+        ("NVIDIA H200", 140, "h200"),
+        ("NVIDIA GeForce RTX 4070 Ti", 12, None),
+        ("NVIDIA RTX 6000 Ada Generation", 48, None),
+    ],
+)
+def test_the_card_of_a_name_by_nvidia_smi(name, gibibytes, key):
+    assert cards.seen_card(name, gibibytes) == (cards.CARDS[key] if key else None)
+
+
+def test_the_table_says_where_the_speed_comes_from(tmp_path):
+    machine, corpus = plan.machine_of("h200", 1), plan.corpus_of("6GB", "tiny")
+    found = plan.plans(1, machine, corpus)
+    lines = list(plan.report(found, machine, corpus))
+    assert "322 TFLOP/s in training (measured, `mistral-300m` on an H200)" in lines[0]
+    assert "1.19e+09 tokens; 6 GB, 4.81 bytes/token" in lines[1]
+    assert len([line for line in lines if line.lstrip().startswith("->  ")]) == 2
+    assert len(lines) == 3 + len(plan.LAYERS) + 2
+
+
+def test_every_rule_gives_finite_values_over_the_whole_table():
+    for hours, gpu in ((0.3, "cpu"), (3, "t4"), (1000, "h200")):
+        for row in rows(hours, gpu):
+            assert all(math.isfinite(value) for value in plan.expected_loss(row.shape.matrices, row.tokens))
+            assert row.missing or 1e-4 < row.values["learning_rate"] < 2e-2
+
+
+def test_it_does_not_import_torch(tmp_path):
+    code = (
+        "import sys\nfrom recipe.run import plan\n"
+        "sys.argv = ['plan', '--hours', '3', '--gpu', 'rtx4090', '--gpus', '1']\nplan.main()\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "Hoffmann" in result.stdout, result.stderr
