@@ -21,6 +21,7 @@ from recipe.run import preflight, probe
 from recipe.run.launch_options import Launch
 from recipe.run.memory import memory
 
+STEPS = 12  # of a cut-down recipe whose steps are given
 KANJI = [chr(code) for code in range(0x4E00, 0x5800, 5)]
 KANA = [chr(code) for code in range(0x3042, 0x3094)]
 
@@ -102,12 +103,17 @@ def sources(tmp_path_factory):
     write_dump(folder / "jawiki-latest-pages-articles-multistream.xml.bz2", 40)
     cc100 = "\n\n".join("\n".join(article((n, line), 5) for line in range(4)) for n in range(40))
     (folder / "ja.txt.xz").write_bytes(lzma.compress((cc100 + "\n").encode()))
-    for name, configuration in (("wikipedia", "20231101.ja"), ("aozora", ".")):
-        rows = {"text": [article((name, n)) for n in range(40)], "title": [f"題{n}" for n in range(40)]}
+    for name, configuration, others in (
+        ("wikipedia", "20231101.ja", ("id", "url", "title")),
+        ("web", "sample_10BT", ("id", "dump", "url", "date")),
+        ("aozora", ".", ("title",)),
+    ):
         (folder / name / configuration).mkdir(parents=True)
-        datasets.Dataset.from_dict(rows).to_parquet(
-            folder / name / configuration / "train-00000-of-00001.parquet"
-        )
+        for shard in range(2):
+            rows = {"text": [article((name, shard, n)) for n in range(20)]}
+            rows |= {column: [f"{column} {n}" for n in range(20)] for column in others}
+            path = folder / name / configuration / f"train-{shard:05d}-of-00002.parquet"
+            datasets.Dataset.from_dict(rows).to_parquet(path)
     published_tokenizer(folder / "rinna")
     published_checkpoint(folder / "rinna")
     write_pairs(folder)
@@ -115,7 +121,7 @@ def sources(tmp_path_factory):
 
 
 def write_pairs(folder):
-    """Write pairs in the form of kunishou/databricks-dolly-15k-ja and llm-jp/oasst1-21k-ja."""
+    """Write pairs in the form of databricks-dolly-15k-ja, oasst1-21k-ja and magpie-sft-v1.0."""
     dolly = [
         {
             "index": str(n),
@@ -137,7 +143,17 @@ def write_pairs(folder):
         }
         for n in range(80)
     ]
-    for name, rows in (("dolly", dolly), ("oasst", oasst)):
+    magpie = [
+        {
+            "id": n,
+            "conversations": [
+                {"role": "user", "content": f"{n}番を説明してください。"},
+                {"role": "assistant", "content": article(("magpie", n), 2)},
+            ],
+        }
+        for n in range(80)
+    ]
+    for name, rows in (("dolly", dolly), ("oasst", oasst), ("magpie", magpie)):
         (folder / name).mkdir()
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         (folder / name / "train.jsonl").write_text(text, "utf-8")
@@ -176,10 +192,11 @@ def cut_down(project, recipe, sources):
     values, tuning = shipped(recipe, "pretrain"), shipped(recipe, "finetune")
     micro = values["per_device_train_batch_size"]
     small = {"logging_steps": 1, "save_steps": 0.5, "torch_compile": False}  # compiling takes a minute
+    steps = {"max_steps": STEPS, "eval_steps": STEPS} if "max_steps" in values else {}
     most = micro * (2 if micro > 3 else 8)
     warmup = min(values["warmup_steps"], 1)
     batch = min(values["global_batch_size"], most)
-    project.edit(recipe, "pretrain", global_batch_size=batch, warmup_steps=warmup, **small)
+    project.edit(recipe, "pretrain", global_batch_size=batch, warmup_steps=warmup, **small, **steps)
     if "lora" in tuning:
         small["lora"] = tuning["lora"] | {"quantization": None}  # 4 bits need a GPU
     project.edit(recipe, "finetune", global_batch_size=4, **small)
@@ -228,6 +245,8 @@ SHIPPED = [
     pytest.param("mistral-3b", {"wikipedia": 40, "cc100": 40}, marks=pytest.mark.slow),
     pytest.param("gpt2-medium-aozora", {"aozora": 40}, marks=pytest.mark.slow),
     pytest.param("gpt2-small", {"wikipedia": 40}),
+    pytest.param("small", {"wikipedia": 40, "web": 40}, marks=pytest.mark.slow),
+    pytest.param("colab-t4", {"wikipedia": 40}, marks=pytest.mark.slow),
     pytest.param(
         "gpt2-xl",
         {"wikipedia": 40, "cc100": 40},
@@ -278,7 +297,8 @@ def check_batch_and_epochs(project, recipe):
     blocks = math.ceil(
         len(TokenFile(project.output(recipe, "04_tokenize", "train")).tokens) / values["block_size"]
     )
-    assert figures["steps"] == math.ceil(values["num_train_epochs"] * blocks / active["global_batch"])
+    expected = values.get("num_train_epochs", 0) * blocks / active["global_batch"]
+    assert figures["steps"] == (STEPS if "max_steps" in values else math.ceil(expected))
     assert active["tokens_per_step"] == active["global_batch"] * values["block_size"]
     assert active["micro_batch"] == values["per_device_train_batch_size"]
     assert active["accumulation"] > 1 or values["global_batch_size"] == active["micro_batch"]
@@ -378,6 +398,18 @@ def test_mistral_300m_is_tuned_in_the_form_of_alpaca(project, sources):
     measured = project.figures(recipe, "14_evaluate")
     assert measured["conversations"] == len_of(project.output(recipe, "11_dataset", "valid.parquet"))
     assert measured["after"]["response_loss"] != measured["before"]["response_loss"]
+
+
+@pytest.mark.slow
+def test_small_goes_through_all_its_stages(project, sources):
+    """From the data sets of the hub to the folder to take away, with pairs in both forms."""
+    cut_down(project, "small", sources)
+    project.edit("small", "finetune", max_steps=6)
+    project.run("run_all.sh", "--recipe", "small", timeout=600)
+    pairs = project.figures("small", "11_dataset")["pairs"]
+    assert {name: counts["out"] for name, counts in pairs.items()} == {"magpie": 80, "dolly": 80}
+    assert len(project.figures("small", "15_generate")["answers"]) == 6
+    assert project.output("small", "16_export", "README.md").exists()
 
 
 def len_of(path):

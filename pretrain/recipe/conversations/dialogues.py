@@ -8,6 +8,7 @@ columns                                     form
 instruction, output; input if there is one  Alpaca (e.g. databricks-dolly-15k-ja)
 messages: a list of role and content        chat
 conversations: a list of from and value     chat as in ShareGPT (e.g. oasst1-21k-ja)
+conversations: a list of role and content   chat (e.g. magpie-sft-v1.0)
 message_id, parent_id, role, text_ja, text  a tree of replies, one row a message (e.g. oasst1-89k-ja)
 ==========================================  ==========================================================
 
@@ -75,10 +76,10 @@ def read_dialogues(rows: Iterable[Row], unused: Counter[str]) -> Iterator[Dialog
 
 
 def _dialogue(where: str, row: dict[str, Any], unused: Counter[str]) -> list[Message]:
-    for column, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+    for column in ("messages", "conversations"):
         if column in row:
             check_columns(where, row, (column, *BEFORE, *ROW_MARKS), unused)
-            turns = chat_messages(f"{where}: {column}", row[column], unused, role, content)
+            turns = chat_messages(f"{where}: {column}", row[column], unused, *_keys(column, row[column]))
             break
     else:
         for key in ("instruction", "output"):
@@ -89,6 +90,14 @@ def _dialogue(where: str, row: dict[str, Any], unused: Counter[str]) -> list[Mes
         answer = {"role": "assistant", "content": text_of(where, row, "output")}
         turns = [{"role": "user", "content": question}, answer]
     return prepend(said_before(where, row, unused), _marked(where, row, turns))
+
+
+def _keys(column: str, messages: Any) -> tuple[str, str]:
+    """The keys of the messages of a column: those of ShareGPT in `conversations`, unless it has role."""
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if column == "conversations" and not (isinstance(first, dict) and "role" in first):
+        return "from", "value"
+    return "role", "content"
 
 
 def said_before(where: str, row: dict[str, Any], unused: Counter[str]) -> list[Message]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from recipe.corpus.readers import unreadable
 from recipe.project import ROOT, RecipeError, glob_files
 
 # role (system, user or assistant) and content; `trained`, which is False, if an answer is only context
@@ -114,4 +115,4 @@ def _data_set_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
             for number, row in enumerate(builder.as_streaming_dataset(split), 1):
                 yield f"{file}: row {number}", row
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"{where}: cannot read the data set {name}: {error}") from error
+        raise unreadable(where, name, error) from error

@@ -417,7 +417,25 @@ def read_hub(name: str, spec: dict[str, Any]) -> Iterator[Document]:
         for document in _rows(f"sources.{name}: {source}", rows, spec.get("column", "text"), tolerant):
             yield document._replace(name=document.name.rpartition(":")[2])
     except (OSError, ValueError) as error:
-        raise RecipeError(f"sources.{name}: cannot read the data set {source}: {error}") from error
+        raise unreadable(f"sources.{name}", source, error) from error
+
+
+def unreadable(where: str, name: str, error: Exception) -> RecipeError:
+    """The error for a data set that `datasets` cannot read, with what to do. where: its entry."""
+    said, advice = str(error).removesuffix("."), ""
+    if "is a gated dataset" in said:
+        advice = ". Accept its terms on that page, then `hf auth login` (or set HF_TOKEN)"
+    elif "doesn't exist on the Hub" in said:
+        advice = (
+            f". Look for {name!r} on huggingface.co: it may have another name now. A private one needs "
+            "`hf auth login`"
+        )
+    elif "Couldn't reach" in said:
+        advice = (
+            f". Check the network. Without one, fetch it elsewhere (`hf download --repo-type dataset {name} "
+            "--local-dir FOLDER`) and write the folder's path as `dataset`"
+        )
+    return RecipeError(f"{where}: cannot read the data set {name}: {said}{advice}")
 
 
 def _rows(where: str, rows: Any, column: str, tolerant: bool) -> Iterator[Document]:

@@ -42,6 +42,8 @@ from recipe.run.launch_options import Launch
 from recipe.run.memory import Setting, Shape, memory, shape_of
 from recipe.run.preflight import GIB, USABLE, Device
 
+# The recipe that gives the other files where --corpus is a size.
+BASE = "small"
 LAYERS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 WIDTH_PER_LAYER = 64
 POSITIONS = 2048
@@ -384,7 +386,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, required=True, help="hours of pretraining")
     parser.add_argument("--gpu", help=f"a card: {', '.join(CARDS)} (default: this machine)")
     parser.add_argument("--gpus", type=int, help="how many (default: those of this machine, or 1)")
-    parser.add_argument("--corpus", default="tiny", help="a size such as 2GB, or a recipe (default: tiny)")
+    parser.add_argument("--corpus", default=BASE, help=f"a size such as 2GB, or a recipe (default: {BASE})")
     parser.add_argument("--layers", type=int, help="the row to write (default: the one with the arrow)")
     parser.add_argument("--write", metavar="NAME", help="write the row as the recipe configs/NAME")
     arguments = parser.parse_args()
@@ -393,7 +395,7 @@ def main() -> None:
             raise Refused(f"--hours {arguments.hours}: expected more than 0")
         if arguments.gpus is not None and arguments.gpus < 1:
             raise Refused(f"--gpus {arguments.gpus}: expected 1 or more")
-        machine, corpus = machine_of(arguments.gpu, arguments.gpus), corpus_of(arguments.corpus, "tiny")
+        machine, corpus = machine_of(arguments.gpu, arguments.gpus), corpus_of(arguments.corpus, BASE)
         rows = plans(arguments.hours, machine, corpus)
         row = chosen(rows, arguments.layers)
         for line in report(rows, machine, corpus):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ def hold(folder: Path, name: str) -> Iterator[int]:
 
     The kernel releases the lock when its last holder ends, so a killed process never blocks a later run.
     name: what the holder does, for the message of a second run. Raises Refused when another run holds it, and
-    when `folder` cannot be made because it is a link to a folder that does not exist.
+    when `folder` cannot be made because it is a link to a folder that does not exist. Where the file system
+    has no locks, a warning says so, and the run goes on.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,16 +35,28 @@ def hold(folder: Path, name: str) -> Iterator[int]:
         ) from error
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
-            raise Refused(f"{folder} is in use by {holder}. Wait until it has ended, or stop it") from None
+        _lock(descriptor, folder)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} ({name})".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Lock a file; a warning where the file system has no locks, like some mounted drives."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
+            raise Refused(f"{folder} is in use by {holder}. Wait until it has ended, or stop it") from None
+        print(
+            f"warning: {folder}: this file system has no locks ({error.strerror}), so a second run there "
+            "would not be noticed. Start only one at a time",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def publish(work: Path, final: Path) -> None:

@@ -11,7 +11,8 @@ from recipe.config.recipe import load_recipe, recipes
 from recipe.model.build import build_model, parameter_count
 from recipe.project import CONFIGS, Refused
 
-REFERENCES = [name for name in recipes() if name != "tiny"]
+OWN = ("tiny", "small", "colab-t4")  # they follow no published system
+REFERENCES = [name for name in recipes() if name not in OWN]
 NEWER = {  # what the later Mistrals share
     "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine_with_min_lr",
@@ -131,6 +132,10 @@ def test_every_folder_is_known_here():
         ("gpt2-medium-aozora", 32_000, 1024, 336_128_000),
         ("gpt2-small", 30_000, 1024, 108_882_432),
         ("gpt2-xl", 50_000, 1024, 1_557_200_000),
+        # Our own: the figures of configs/README.md.
+        ("tiny", 8_000, 1024, 5_196_544),
+        ("small", 32_000, 2048, 109_531_392),
+        ("colab-t4", 16_000, 2048, 33_367_552),
     ],
 )
 def test_a_model_has_the_published_size(recipe, size, positions, parameters):
@@ -156,12 +161,23 @@ def test_pretraining_has_the_figures_of_the_original(recipe):
     assert {key: values.get(key) for key in PRETRAINING[recipe]} == PRETRAINING[recipe]
 
 
-@pytest.mark.parametrize("recipe", REFERENCES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_what_the_hardware_decides_is_left_to_it(recipe):
     """One recipe runs on a T4 (fp16, SDPA), on a 4090 (bf16, FlashAttention-2) and on a CPU."""
     values = load_recipe(recipe)
     for file in training.training_files(values):
         assert not {"bf16", "fp16", "torch_compile", "attn_implementation", "optim"} & values[file].keys()
+
+
+@pytest.mark.parametrize("recipe", ["small", "colab-t4"])
+def test_what_llama_cpp_and_others_read(recipe):
+    """A tokenizer that llama.cpp computes exactly, an architecture without code of its own; licences."""
+    values = load_recipe(recipe)
+    assert values["tokenizer"]["kind"] == "bpe" and values["model"]["model_type"] == "qwen3"
+    assert all(source["licence"] for source in values["dataset"]["sources"].values())
+    # Reading stops there: neither data set is fetched as a whole.
+    assert all(source["maximum_megabytes"] <= 5000 for source in values["dataset"]["sources"].values())
+    assert values["finetune"]["block_size"] <= values["model"]["max_position_embeddings"]
 
 
 # (micro-batch, accumulation) on the ranks of the originals.

@@ -18,6 +18,7 @@ def turns(*contents):
 
 CHAT = {"messages": turns("海は?", "深い")}
 SHAREGPT = {"conversations": [{"from": "human", "value": "海は?"}, {"from": "gpt", "value": "深い"}]}
+ROLES = {"conversations": turns("海は?", "深い")}  # as in llm-jp/magpie-sft-v1.0
 
 
 def read(tmp_path, *rows):
@@ -33,7 +34,9 @@ def conversation(tmp_path, row):
     return messages_of(pair._asdict())
 
 
-@pytest.mark.parametrize("row", [ALPACA, CHAT, SHAREGPT], ids=["alpaca", "messages", "sharegpt"])
+@pytest.mark.parametrize(
+    "row", [ALPACA, CHAT, SHAREGPT, ROLES], ids=["alpaca", "messages", "sharegpt", "roles"]
+)
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
 @pytest.mark.parametrize(
     "history",
@@ -118,7 +121,9 @@ def test_a_mask_of_a_row_has_a_value_for_each_message(tmp_path):
     assert found == [first, second | {"trained": False}, *rest]
 
 
-@pytest.mark.parametrize("row", [ALPACA, CHAT, SHAREGPT], ids=["alpaca", "messages", "sharegpt"])
+@pytest.mark.parametrize(
+    "row", [ALPACA, CHAT, SHAREGPT, ROLES], ids=["alpaca", "messages", "sharegpt", "roles"]
+)
 def test_a_row_without_a_trained_answer_is_dropped(tmp_path, row):
     pairs, _ = read(tmp_path, row | {"weight": 0}, row | {"weight": 1}, row | {"train": None})
     assert [pair.dropped for pair in pairs] == ["no trained answer", "", ""]

@@ -6,9 +6,11 @@ import bz2
 import json
 import lzma
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from recipe.corpus import pipeline
@@ -199,6 +201,49 @@ def test_a_killed_run_is_continued_with_the_same_counts(tmp_path, monkeypatch):
     # Reading again would fail: what is complete is not done again.
     (tmp_path / "a.jsonl").unlink()
     funnels, again, _ = build(tmp_path, {"a": source})
+    assert funnels == expected and again == rows
+
+
+def write_hub(folder: Path, configuration: str, texts: list[str], shards: int) -> dict:
+    """A source of the kind ``hub``: a card, and a folder with the shards of a configuration."""
+    (folder / configuration).mkdir(parents=True)
+    each = len(texts) // shards
+    for shard in range(shards):
+        part = texts[shard * each : (shard + 1) * each]
+        rows = {"text": part, "id": [f"<urn:uuid:{n}>" for n in range(each)], "score": [2.5] * each}
+        path = folder / configuration / f"train-{shard:05d}-of-{shards:05d}.parquet"
+        pq.write_table(pa.table(rows), path)
+    files = f"  data_files:\n  - split: train\n    path: {configuration}/train-*\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {configuration}\n{files}---\n")
+    return {"source": "hub", "dataset": str(folder), "configuration": configuration}
+
+
+def test_a_data_set_of_the_hub_is_read_up_to_its_limit_and_no_further(tmp_path):
+    """A shard behind the limit is not opened: here it is no Parquet."""
+    texts = [prose(("hub", seed), 100) for seed in range(3000)]
+    source = write_hub(tmp_path / "web", "sample_10BT", texts, 3)
+    (tmp_path / "web/sample_10BT/train-00002-of-00003.parquet").write_text("not fetched yet")
+    most = sum(len(text.encode()) for text in texts[:1500]) / 1e6
+    funnels, rows, _ = build(tmp_path, {"web": source | {"maximum_megabytes": most}}, minhash=None)
+    assert sorted(row["text"] for row in rows["train"] + rows["valid"]) == sorted(texts[:1500])
+    with pytest.raises(RecipeError, match=r"web.*sample_10BT|cannot read the data set"):
+        build(tmp_path, {"web": source}, minhash=None)
+
+
+def test_an_interrupted_stream_is_read_again_and_finished_sources_are_not(tmp_path):
+    texts = {name: [prose((name, seed)) for seed in range(600)] for name in ("wikipedia", "web")}
+    sources = {name: write_hub(tmp_path / name, "one", texts[name], 2) for name in texts}
+    (tmp_path / "whole").mkdir()
+    expected, rows, _ = build(tmp_path / "whole", sources, minhash=None)
+    # The connection breaks after the first shard of the second source.
+    shard = tmp_path / "web/one/train-00001-of-00002.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000])
+    with pytest.raises(RecipeError, match=r"sources\.web: cannot read the data set"):
+        build(tmp_path, sources, minhash=None)
+    shard.write_bytes(whole)
+    shutil.rmtree(tmp_path / "wikipedia")
+    funnels, again, _ = build(tmp_path, sources, minhash=None)
     assert funnels == expected and again == rows
 
 

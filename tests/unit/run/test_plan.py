@@ -42,8 +42,28 @@ def test_the_real_run_of_tiny():
     assert found.values["global_batch_size"] == tuned["global_batch_size"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "layers", "gpu", "gibibytes", "hours"),
+    [("small", 12, "rtx4090", 12, (2, 4)), ("colab-t4", 8, "t4", 15, (1.5, 2.5))],
+)
+def test_our_own_recipes_follow_the_rules(recipe, layers, gpu, gibibytes, hours):
+    """Shape, batch and rate; the hours on their card; the memory, with room, also on a smaller card."""
+    config = load_recipe(recipe)
+    values = config["pretrain"]
+    shape = shape_of(config["model"], preflight.vocabulary_of(recipe, config)[0])
+    tokens = values["max_steps"] * values["global_batch_size"] * values["block_size"]
+    assert config["model"] == plan.model_of(layers)
+    assert values["learning_rate"] == plan.learning_rate(shape.matrices, tokens)
+    assert values["global_batch_size"] == plan.batch_size(tokens, values["block_size"], 1)
+    machine, corpus = plan.machine_of(gpu, 1), plan.corpus_of(recipe, "tiny")
+    assert hours[0] < tokens * shape.flops_per_token(values["block_size"]) / machine.rate / 3600 < hours[1]
+    peak = memory(shape, preflight.setting_of(values, machine.device, Launch()))["peak"]
+    assert peak * plan.MEMORY_MARGIN < gibibytes * preflight.GIB * preflight.USABLE
+    assert tokens < plan.EPOCHS * corpus.tokens and 5 < tokens / shape.parameters < 40
+
+
 def test_system_a_takes_the_hours_and_reaches_the_loss_its_author_published():
-    """One epoch of 551,057 x 19 blocks on an RTX 4090: 98 hours, a loss of 3.5582."""
+    """One epoch of 551,057 x 19 blocks on an RT, "tiny").tokens is None 4090: 98 hours, a loss of 3.5582."""
     tokens = 551_057 * 1024 * 19
     shape = shape_of(read("mistral-300m", "model"), 50_000)
     rate, origin = cards.card("rtx4090").rate()
