@@ -73,7 +73,7 @@ def train(corpus, tmp_path, monkeypatch):
 
     def run(name="run", **changes):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # the same name again continues
         config = {"pretrain": VALUES | changes, "generation": GENERATION, "model": GPT2}
         plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder)}
         plan |= {

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
+
+
+@dataclass(frozen=True)
+class SpikeRule:
+    """The keys of ``spikes``.
+
+    deviations: a loss or a gradient norm that is so many robust standard deviations above the median of the
+    last `window` steps is a spike. back: checkpoints to go back after one; 0: only its batch is skipped.
+    skip: batches around the spike that are skipped after going back. rate: factor of the learning rate from
+    the checkpoint on.
+    """
+
+    deviations: float = 8.0
+    window: int = 100
+    back: int = 0
+    skip: int = 1
+    rate: float = 1.0
 
 
 @dataclass
@@ -18,6 +35,7 @@ class Settings:
     validation side that are measured during training; absent: all (stage 06 always measures all).
     z_loss: coefficient of the z-loss, 0 for no z-loss. sample_steps: every so many steps, or after the steps
     of a list, measure the validation side and continue the prompts of generation.json.
+    spikes: which steps are spikes and what follows, by the fields of `SpikeRule`; None: no step is one.
     lora: train an adapter instead of all weights (see `recipe.model.adapters`).
     initial_model, initial_revision: a published checkpoint to start from (see `recipe.config.initial_model`).
     """
@@ -30,6 +48,7 @@ class Settings:
     z_loss: float = 0.0
     # HfArgumentParser accepts no int | list | None; it sees Any.
     sample_steps: Annotated[Any, int | list | None] = None
+    spikes: dict | None = field(default_factory=dict)
     lora: dict | None = None
     initial_model: str | None = None
     initial_revision: str | None = None

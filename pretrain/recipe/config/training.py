@@ -13,7 +13,9 @@ from recipe.config.model import DEFAULTS, attention_heads, model_values
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
 from recipe.config.ranges import (
     ABOVE_0,
+    ABOVE_0_TO_1,
     BELOW_1,
+    FROM_0,
     FROM_1,
     FROM_2,
     SEED,
@@ -23,7 +25,7 @@ from recipe.config.ranges import (
     one_of,
 )
 from recipe.config.schedules import check_schedule
-from recipe.config.settings import Settings
+from recipe.config.settings import Settings, SpikeRule
 from recipe.hardware import FLASH_ATTENTION, AttentionNeeds
 from recipe.project import Refused
 
@@ -58,6 +60,7 @@ UNFIT = {
     "include_for_metrics": "an evaluation measures the loss and nothing else",
     "eval_use_gather_object": "an evaluation measures the loss and nothing else",
     "label_names": "the labels are those of packed blocks",
+    "restore_callback_states_from_checkpoint": "the stage restores what its own callbacks need",
     "optim_args": "none of the optimizers that can be chosen here reads it",
     "optim_target_modules": "none of the optimizers that can be chosen here reads it",
 }
@@ -110,6 +113,14 @@ RANGES = {
     ),
 }
 LORA_RANGES = {"r": ABOVE_0, "lora_alpha": ABOVE_0, "lora_dropout": BELOW_1, "quantization": one_of("nf4")}
+SPIKES = fields_of(SpikeRule)
+SPIKE_RANGES = {
+    "deviations": Range("3 or more (8 sees a loss that rises from 2 to 8)", lambda x: x >= 3),
+    "window": Range("20 or more (steps)", lambda x: x >= 20),
+    "back": FROM_0,
+    "skip": FROM_1,
+    "rate": ABOVE_0_TO_1,
+}
 # What a run does without when it ends before these steps.
 UNREACHED = {
     "eval_steps": "the validation loss is measured only at the end",
@@ -165,6 +176,8 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
     _check_optimizer(values, where)
     check_schedule(values, where)
     _check_watching(values, where)
+    if values.get("spikes") is not None:
+        _check_spikes(values, where)
     if values.get("lora") is not None:
         _check_lora(values, where)
 
@@ -213,6 +226,30 @@ def unreached_steps(values: dict[str, Any], steps: int, where: str) -> list[str]
         if late:
             lines.append(f"note: {where}: {key}: {show(value)}, but the run has {steps} steps: {loss}")
     return lines
+
+
+def _check_spikes(values: dict[str, Any], where: str) -> None:
+    """Check the keys of spikes, and that the checkpoints to go back to are kept. Raises Refused."""
+    spikes, here = values["spikes"], f"{where}: spikes"
+    check_keys(spikes, SPIKES, here)
+    check_ranges(spikes, SPIKE_RANGES, here)
+    back, kept = spikes.get("back", 0), values.get("save_total_limit")
+    for key in ("skip", "rate"):
+        if key in spikes and not back:
+            raise Refused(
+                f'{here}: {key}: {show(spikes[key])} does nothing without "back". Add "back": 1 (checkpoints '
+                f"to go back), or leave {key} out"
+            )
+    if back and values.get("save_strategy") == "no":
+        raise Refused(
+            f'{here}: back: {back}, but save_strategy "no" saves no checkpoint to go back to. Remove one of '
+            "the two"
+        )
+    if kept and back > kept:
+        raise Refused(
+            f"{here}: back: {back}, but save_total_limit keeps only {kept} checkpoints. Raise "
+            "save_total_limit, or lower back"
+        )
 
 
 def _check_lora(values: dict[str, Any], where: str) -> None:

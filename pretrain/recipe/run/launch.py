@@ -48,6 +48,7 @@ from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 from recipe.run.preflight import check_room, report
 from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
 from recipe.run.stage import Stage, errors_in_one_line, run_stage, stage_arguments
+from recipe.training.spikes import read_skipped
 from recipe.training.watchdog import Watchdog, call_webhook, dump_stacks
 
 # Why a recipe does without a training stage, by the stage's name.
@@ -89,9 +90,14 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     for_hosts = stage.folder / "deepspeed_env" if launch.hostfile else None
     environment = child_environment(os.environ, launch.processes, for_hosts)
     lock = () if launch.node_rank else (stage.lock,)
-    watchdog = Watchdog(stage.folder / "ranks")
-    child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
-    code = _wait(child, stage, watchdog, published)
+    while True:
+        times_back = len(read_skipped(stage.folder).back)
+        watchdog = Watchdog(stage.folder / "ranks")
+        child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
+        code = _wait(child, stage, watchdog, published)
+        if not code or len(read_skipped(stage.folder).back) == times_back:
+            break
+        stage.say("the training goes back to an earlier checkpoint; the warning above says why")
     if code == EXIT_REFUSED:
         raise Refused("the training refused to start; the lines above say why")
     if code:

@@ -11,6 +11,28 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+def scheduler_of(trainer: Trainer) -> Any:
+    """The scheduler that sets the rates, without accelerate's wrapper."""
+    scheduler: Any = trainer.lr_scheduler
+    while hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
+def set_rates(trainer: Trainer) -> None:
+    """Set the optimizer's rates to those that the scheduler gives for its step.
+
+    Does nothing for a scheduler that is not a function of the step.
+    """
+    scheduler = scheduler_of(trainer)
+    if not hasattr(scheduler, "lr_lambdas"):
+        return
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [base * shape(scheduler.last_epoch) for base, shape in rates]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
+
+
 def check_rates(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     """The learning rates that a running Trainer's scheduler gives at a few steps, and a list of faults.
 
@@ -19,9 +41,7 @@ def check_rates(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     function of the step.
     """
     args, state = trainer.args, trainer.state
-    scheduler: Any = trainer.lr_scheduler
-    while hasattr(scheduler, "scheduler"):  # accelerate's wrapper, under DeepSpeed
-        scheduler = scheduler.scheduler
+    scheduler = scheduler_of(trainer)
     if not hasattr(scheduler, "lr_lambdas"):
         return {}, []
     kind, total = args.lr_scheduler_type.value, state.max_steps
@@ -37,7 +57,7 @@ def check_rates(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     rates = {}
     for step in sorted({warmup // 2, warmup, (warmup + total) // 2, total - 1, total}):
         rates[step] = peak * shape(step)
-        expected = formula(options, step, warmup, total)
+        expected = formula(options, step, warmup, total) * trainer.rate(step)
         if not math.isclose(shape(step), expected, rel_tol=1e-6, abs_tol=1e-9):
             wrong.append(
                 f"learning rate at step {step}: {kind} is {peak * expected:.4g}, active is {rates[step]:.4g}"

@@ -2,51 +2,72 @@
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 
-from recipe.project import RecipeError, read_json_lines
+from recipe.config.settings import SpikeRule
+from recipe.project import EXIT_FAILED, RecipeError
 from recipe.training.callbacks import gather
+from recipe.training.checkpoints import MANIFEST, list_checkpoints
+from recipe.training.spikes import Step, add_row, read_skipped, spike, window_to_skip
 
 if TYPE_CHECKING:
     from recipe.training.trainer import RecipeTrainer
 
-SPIKE = 20  # a loss of so many times the recent ones, and at least so many nats, is a spike
-RECENT = 50  # steps whose losses are remembered
-MOST_IN_A_ROW = 5  # steps that may be skipped one after the other
+MOST_IN_A_ROW = 5  # new steps that may be skipped one after the other
+MOST_BACK = 5  # times that a training may go back to the same checkpoint
 
 
-class Guard(TrainerCallback):
-    """Skip a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike.
+class Guard(TrainerCallback, ExportableState):
+    """Skip a step whose loss or gradient norm is NaN or infinite, or a spike by `recipe.training.spikes`.
 
     It checks after the backward pass and before the optimizer's step, so that nothing must be rolled back.
-    PaLM restarted before a spike and skipped its batches (Chowdhery et al., 2022, section 5.1); here only the
-    batch itself is skipped. ``skipped.jsonl`` lists these steps: a training that continues from an earlier
-    checkpoint skips the same ones. All ranks decide the same. After `MOST_IN_A_ROW` skipped steps one after
-    the other it raises RecipeError. A checkpoint that is due meanwhile is saved after the next good step.
+    ``skipped.jsonl`` lists these steps: a training that continues from an earlier checkpoint skips the same
+    ones. All ranks decide the same. After `MOST_IN_A_ROW` new ones one after the other it raises RecipeError,
+    and the next run judges them afresh. A checkpoint that is due meanwhile is saved after the next good step.
 
-    Under DeepSpeed the optimizer's step is part of the backward pass. In bf16 and fp16 DeepSpeed itself skips
-    NaN and infinity, and they are only recorded here; in float32 it does not, and the training ends at once.
-    Spikes are not skipped under DeepSpeed: their gradients are clipped.
+    With ``"back": N``, a bad step ends the process, and the launcher starts it again from the Nth newest
+    checkpoint, with the batches around the step skipped: as PaLM was trained (Chowdhery et al., 2022, section
+    5.1). The same follows under DeepSpeed also without ``back``, from the newest checkpoint, because there
+    the optimizer's step is part of the backward pass. NaN and infinity in bf16 and fp16 are skipped by
+    DeepSpeed itself, and are only recorded here.
+
+    rule: None judges no spikes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "skipped.jsonl"
+    def __init__(self, folder: Path, rule: SpikeRule | None) -> None:
+        self.folder, self.rule = folder, rule
         self.trainer: RecipeTrainer | None = None
-        self.losses: deque[float] = deque(maxlen=RECENT)
-        self.in_a_row = 0
-        self.skipped: set[int] = set()
+        self.window: deque[Step] = deque(maxlen=rule.window if rule else 0)
+        self.new: list[int] = []  # the new steps that were skipped one after the other
+        self.known = read_skipped(folder)
+
+    @property
+    def skipped(self) -> set[int]:
+        """The steps that were skipped, or will be."""
+        return self.known.steps
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a spike is judged equally on both sides of a resume."""
+        return {"args": {}, "attributes": {"window": list(self.window), "times_back": len(self.known.back)}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Read which steps earlier runs have skipped."""
-        if self.path.exists():
-            self.skipped = {row["step"] for row in read_json_lines(self.path)}
+        """Read which steps earlier runs have skipped, and the window of the checkpoint."""
+        self.known = read_skipped(self.folder)
+        # A checkpoint of an earlier release has none.
+        kept = state.stateful_callbacks.setdefault("Guard", self.state())["attributes"]
+        self.window.extend((loss, norm) for loss, norm in kept["window"])
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Under DeepSpeed, train nothing in a listed step: its backward pass would change the weights."""
+        assert self.trainer is not None
+        listed = state.global_step + 1 in self.skipped
+        self.trainer.forward_only = listed and self.trainer.is_deepspeed_enabled
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any
@@ -56,39 +77,39 @@ class Guard(TrainerCallback):
         assert trainer is not None
         own = float(trainer.step_loss)
         trainer.step_loss = 0.0
+        step = state.global_step + 1
+        listed = step in self.skipped
         losses = [loss for (loss,) in gather([own], args.device)]
         loss = sum(losses) / len(losses)
         # The loss scaler of fp16 checks the gradients itself, and skips some of the first steps.
         norm = None if args.fp16 or trainer.gradient_norm is None else float(trainer.gradient_norm)
-        step = state.global_step + 1
-        deepspeed = trainer.is_deepspeed_enabled
-        reason = self._reason(loss, norm, math.inf if deepspeed else SPIKE)
-        if reason and deepspeed and not (args.bf16 or args.fp16):
-            raise RecipeError(
-                f"step {step}: {reason}, which DeepSpeed has put into the weights. Run the same command "
-                "again: it continues from the last checkpoint, before this step"
-            )
-        if not reason and step not in self.skipped:
-            self.losses.append(loss)
-            self.in_a_row = 0
-            trainer.skipping = False
+        reason = "" if listed else self._reason(loss, norm)
+        trainer.skipping = bool(listed or reason)
+        if not trainer.skipping:
+            self.window.append((loss, norm))
+            self.new.clear()
             return
+        row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
+        if reason:
+            self._go_back_if_due(args, state, row, math.isfinite(loss) and math.isfinite(norm or 0))
         for parameter in objects["model"].parameters():
             parameter.grad = None
-        self.in_a_row += 1
-        trainer.skipping = True
-        if step not in self.skipped and state.is_world_process_zero:
-            row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
-            with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
+        if listed:
+            return
+        if state.is_world_process_zero:
+            add_row(self.folder, row)
             print(f"warning: step {step} is skipped: {reason}", flush=True)
         self.skipped.add(step)
-        if self.in_a_row >= MOST_IN_A_ROW:
-            why = reason or "as in an earlier run"
+        if step not in self.known.doubted:
+            self.new.append(step)
+        if len(self.new) >= MOST_IN_A_ROW:
+            if state.is_world_process_zero:
+                add_row(self.folder, {"step": step, "stopped": self.new})
             raise RecipeError(
-                f"{MOST_IN_A_ROW} steps in a row were skipped, the last is {step}: {why}. "
-                "The weights are those before these steps, and checkpoints are kept. Start again with "
-                "--force and a lower learning_rate, or with z_loss; or check the data of these steps"
+                f"{MOST_IN_A_ROW} steps in a row were skipped, the last is {step}: {reason}. "
+                "The weights are those before these steps, and checkpoints are kept. The same command "
+                "continues from the newest, and judges these steps afresh. If they are bad again, start over "
+                "with --force and a lower learning_rate, or with z_loss; or check the data of these steps"
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -98,12 +119,43 @@ class Guard(TrainerCallback):
         if trainer.save_postponed and not trainer.skipping and state.global_step < state.max_steps:
             control.should_save = True
 
-    def _reason(self, loss: float, norm: float | None, spike: float) -> str:
+    def _reason(self, loss: float, norm: float | None) -> str:
         if not math.isfinite(loss):
             return f"a loss of {loss}"
         if norm is not None and not math.isfinite(norm):
             return f"a gradient norm of {norm}"
-        usual = statistics.median(self.losses) if self.losses else math.inf
-        if loss > spike * max(usual, 1.0):
-            return f"a loss of {loss:.4g} after {usual:.4g}"
-        return ""
+        return spike(self.window, loss, norm, self.rule.deviations) if self.rule else ""
+
+    def _go_back_if_due(self, args: Any, state: TrainerState, row: dict[str, Any], finite: bool) -> None:
+        """End the process if the rule says so, or if DeepSpeed has put the step into the weights.
+
+        Raises SystemExit on every rank, and RecipeError when the training has gone back to the same
+        checkpoint too often.
+        """
+        assert self.trainer is not None
+        rule = self.rule or SpikeRule()
+        in_weights = self.trainer.is_deepspeed_enabled and (finite or not (args.bf16 or args.fp16))
+        if not rule.back and not in_weights:
+            return
+        step = row["step"]
+        complete = [path for path in list_checkpoints(Path(args.output_dir)) if (path / MANIFEST).exists()]
+        steps = [int(path.name.removeprefix("checkpoint-")) for path in complete]
+        back_to = steps[: max(rule.back, 1)][-1] if steps else 0
+        if [target for target, _ in self.known.back].count(back_to) >= MOST_BACK:
+            raise RecipeError(
+                f"step {step}: {row['reason']}; the training has already gone back to step {back_to} "
+                f"{MOST_BACK} times. Start over with --force and a lower learning_rate, or with z_loss; or "
+                "check the data of the steps in skipped.jsonl"
+            )
+        first, last = window_to_skip(step, back_to, rule.skip)
+        # All ranks have listed the checkpoints before one of them writes.
+        gather([0.0], args.device)
+        if state.is_world_process_zero:
+            add_row(self.folder, row | {"back_to": back_to, "skip": [first, last], "rate": rule.rate})
+            batches = f"step {first} is" if first == last else f"steps {first} to {last} are"
+            print(
+                f"warning: step {step}: {row['reason']}. The training goes back to step {back_to}; "
+                f"{batches} skipped",
+                flush=True,
+            )
+        raise SystemExit(EXIT_FAILED)

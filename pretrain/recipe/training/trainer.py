@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
 from recipe.project import RecipeError
 from recipe.training.callbacks import Meter, gather
+from recipe.training.check_schedule import set_rates
 from recipe.training.checkpoints import delete_old, write_manifest
 
 
@@ -32,6 +35,8 @@ class RecipeTrainer(ShardedTrainer):
         self.gradient_norm: torch.Tensor | float | None = None  # before clipping
         self.clipped_at: float | None = None  # the limit, once gradients were clipped
         self.skipping = False  # the last step was skipped
+        self.forward_only = False  # this step's loss is measured, and nothing is trained
+        self.rate: Callable[[int], float] = lambda step: 1.0  # factor of the schedule at a step
         self.save_postponed = False  # a checkpoint was due while steps were skipped
         super().__init__(**keywords)
 
@@ -42,9 +47,33 @@ class RecipeTrainer(ShardedTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """The Trainer's step over one micro-batch, whose sequences are counted for `ActiveCheck`."""
         self.sequences += len(inputs["input_ids"]) // self.rows_per_sample
-        loss = super().training_step(model, inputs, *rest)
+        with self._without_backward() if self.forward_only else contextlib.nullcontext():
+            loss = super().training_step(model, inputs, *rest)
         self.step_loss = self.step_loss + loss
         return loss
+
+    @contextlib.contextmanager
+    def _without_backward(self) -> Iterator[None]:
+        self.accelerator.backward = lambda *_, **__: None
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            del self.accelerator.backward  # the method of the class is there again
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's scheduler, whose rates are multiplied by `rate`."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [
+                lambda step, shape=shape: shape(step) * self.rate(step) for shape in scheduler.lr_lambdas
+            ]
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both; the rates are those of this run, also when `rate` has changed since the checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        set_rates(self)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         self.clipped_at = self.args.max_grad_norm

@@ -35,7 +35,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from recipe.config.launch import batch_layout
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
 from recipe.config.schedules import check_schedule
-from recipe.config.settings import Settings
+from recipe.config.settings import Settings, SpikeRule
 from recipe.config.training import attention_needs, check_boards, unreached_steps
 from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
@@ -51,6 +51,7 @@ from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
 from recipe.training.skip_bad_steps import Guard
+from recipe.training.spikes import delete_given_up, read_skipped
 from recipe.training.trainer import RecipeTrainer
 from recipe.training.watchdog import STACKS, SignsOfLife
 
@@ -281,7 +282,8 @@ def train_model(
     flops = flops_per_token(model, settings.block_size)
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
-    check, guard = ActiveCheck(_asked(run), tokens_per_step), Guard(run.folder)
+    rule = None if settings.spikes is None else SpikeRule(**settings.spikes)
+    check, guard = ActiveCheck(_asked(run), tokens_per_step), Guard(run.folder, rule)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
         return_loss_only(model, settings.z_loss)
@@ -301,6 +303,7 @@ def train_model(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     check.trainer = guard.trainer = trainer
+    trainer.rate = read_skipped(run.folder).rate
     _train_to_the_end(run, trainer)
     eval_loss = None
     if not run.probe:
@@ -372,6 +375,7 @@ def _find_checkpoint(run: Run) -> Path | None:
     found: list[Path | RecipeError | None] = [None]
     if run.is_main:
         try:
+            delete_given_up(run.folder)
             found = [newest_good_checkpoint(folder, run.force)]
         except RecipeError as error:
             found = [error]

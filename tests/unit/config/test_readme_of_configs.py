@@ -41,6 +41,7 @@ TABLES = {
     | tokenizer.TRAINED_KEYS
     | {key: type_ for kind in tokenizer.TOKENIZER_KINDS.values() for key, type_ in kind.keys.items()},
     "Our keys of all three": training.TRAINING,
+    "All three: spikes": training.SPIKES,
     "pretrain.json": training.INITIAL,
     "finetune.json": training.TUNING,
     "finetune.json: lora": training.LORA,

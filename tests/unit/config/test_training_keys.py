@@ -34,6 +34,11 @@ def schedule(kind, options=None, **values):
     return lambda config: config["pretrain"].update(values)
 
 
+def spikes(**values):
+    """A change of the rule for spikes in pretrain.json."""
+    return lambda config: config["pretrain"].update(spikes=values)
+
+
 def lora(config, **values):
     """Tune an adapter, with AdamW."""
     config["finetune"].pop("muon_learning_rate", None)
@@ -112,6 +117,17 @@ def lora(config, **values):
             ["adam_beta2: optim sgd does not read it"],
         ),
         (schedule("greedy"), ["lr_scheduler_type: greedy", "cosine"]),
+        (spikes(deviation=6), ["pretrain.json: spikes: deviation: unknown key", "'deviations'"]),
+        (spikes(deviations=1), ["spikes: deviations: 1", "3 or more"]),
+        (spikes(skip=50), ['skip: 50 does nothing without "back"', '"back": 1']),
+        (spikes(back=3), ["back: 3", "save_total_limit keeps only 2"]),
+        (
+            lambda c: (
+                c["pretrain"].pop("save_steps"),
+                c["pretrain"].update(save_strategy="no", spikes={"back": 1}),
+            ),
+            ["back: 1", 'save_strategy "no"'],
+        ),
         (lambda c: lora(c, ranks=4), ["finetune.json: lora: ranks: unknown key"]),
         (lambda c: lora(c, r=0), ["lora.r: 0", "more than 0"]),
         (lambda c: lora(c, quantization="int8"), ['lora.quantization: "int8"', "nf4"]),

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from recipe.project import RecipeError
+from recipe.project import RecipeError, read_json
 from recipe.training import trainer
-from recipe.training.skip_bad_steps import MOST_IN_A_ROW, Guard
+from recipe.training.skip_bad_steps import MOST_BACK, MOST_IN_A_ROW, Guard
+from safetensors.torch import load_file
 from tiny_training import losses_of
 
 pytest_plugins = ["tiny_training"]
@@ -19,18 +20,19 @@ STEPS = {"logging_steps": 1, "lr_scheduler_type": "constant"}
 def inject(monkeypatch):
     """Multiply the loss of chosen steps by a factor: gradients follow.
 
-    Returns the weights before each step.
+    Returns the weights before each step. ``start.steps`` are the chosen steps, which may be changed.
     """
     seen = {}
 
     def start(factor, *steps):
+        start.steps = set(steps)
         stock = trainer.RecipeTrainer.compute_loss
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             step = self.state.global_step + 1
             seen.setdefault(step, torch.cat([p.detach().flatten() for p in self.model.parameters()]))
             loss, outputs = stock(self, model, inputs, True, num_items_in_batch)
-            loss = loss * factor if step in steps else loss
+            loss = loss * factor if step in start.steps else loss
             return (loss, outputs) if return_outputs else loss
 
         monkeypatch.setattr(trainer.RecipeTrainer, "compute_loss", compute_loss)
@@ -118,7 +120,7 @@ def test_the_same_steps_are_skipped_again_after_an_interruption(train, inject, m
     stock = Guard.on_train_begin
 
     def with_a_list(guard, *arguments, **objects):
-        guard.path.write_text('{"step": 2}\n{"step": 4}\n{"st')
+        (guard.folder / "skipped.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"st')
         stock(guard, *arguments, **objects)
 
     monkeypatch.setattr(Guard, "on_train_begin", with_a_list)
@@ -134,6 +136,122 @@ def test_too_many_skipped_steps_in_a_row_stop_the_training(train, inject):
     ):
         train(**STEPS | {"max_steps": 12})
     assert max(weights) == MOST_IN_A_ROW + 1 and torch.equal(weights[2], weights[MOST_IN_A_ROW + 1])
+
+
+def test_the_next_run_judges_afresh_where_one_has_stopped(train, inject):
+    """Step 2 is good now; steps that are bad again are no new ones, and stop nothing."""
+    weights = inject(math.nan, *range(2, 20))
+    with pytest.raises(RecipeError, match="5 steps in a row were skipped"):
+        train(**STEPS | {"max_steps": 9})
+    weights.clear()
+    inject.steps = {3, 4, 5, 6, 7, 8}
+    assert train(**STEPS | {"max_steps": 9})[0]["skipped_steps"] == [3, 4, 5, 6, 7, 8]
+    assert not torch.equal(weights[2], weights[3]) and torch.equal(weights[3], weights[9])
+
+
+def test_a_listed_window_may_be_longer_than_five_steps(train, inject, tmp_path):
+    weights = inject(1.0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/skipped.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(2, 9)))
+    assert train(**STEPS | {"max_steps": 9})[0]["skipped_steps"] == list(range(2, 9))
+    assert torch.equal(weights[2], weights[9])
+
+
+SLOW = STEPS | {"learning_rate": 1e-4, "max_steps": 30, "save_strategy": "steps", "save_steps": 10}
+
+
+def final_weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal(one, other):
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_spike_is_judged_equally_on_both_sides_of_a_resume(train, inject, monkeypatch):
+    """The spike comes three steps after the checkpoint, so only the kept window can tell it."""
+    inject(2.0, 23)
+    figures, _, straight = train("straight", **SLOW)
+    assert figures["skipped_steps"] == [23]
+    with monkeypatch.context() as patch:
+        stock = Guard.on_step_end
+
+        def kill(guard, args, state, control, **objects):
+            stock(guard, args, state, control, **objects)
+            if state.global_step == 21:
+                raise Killed
+
+        patch.setattr(Guard, "on_step_end", kill)
+        with pytest.raises(Killed):
+            train("stopped", **SLOW)
+    figures, _, stopped = train("stopped", **SLOW)
+    assert figures["skipped_steps"] == [23]
+    assert (stopped / "skipped.jsonl").read_text() == (straight / "skipped.jsonl").read_text()
+    assert_equal(final_weights(straight), final_weights(stopped))
+
+
+def test_without_a_rule_only_nan_and_infinity_are_skipped(train, inject):
+    inject(2.0, 23)
+    assert train(**SLOW | {"spikes": None})[0]["skipped_steps"] == []
+
+
+def test_the_training_goes_back_and_skips_a_window_at_a_lower_rate(train, inject, monkeypatch):
+    """A run that goes back, a run that is stopped after that and continues: the same weights."""
+    settings = SLOW | {"spikes": {"back": 2, "skip": 4, "rate": 0.5}, "save_steps": 5}
+    inject(2.0, 23)
+    for name in ("one", "two"):
+        with pytest.raises(SystemExit) as stopped:
+            train(name, **settings)
+        assert stopped.value.code == 1
+    with monkeypatch.context() as patch:
+        stock = Guard.on_step_end
+
+        def kill(guard, args, state, control, **objects):
+            stock(guard, args, state, control, **objects)
+            if state.global_step == 27:
+                raise Killed
+
+        patch.setattr(Guard, "on_step_end", kill)
+        with pytest.raises(Killed):
+            train("two", **settings)
+    results = [train(name, **settings) for name in ("one", "two")]
+    for figures, rows, folder in results:
+        assert figures["skipped_steps"] == [21, 22, 23, 24]
+        (row,) = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+        assert (row["step"], row["back_to"], row["skip"], row["rate"]) == (23, 15, [21, 24], 0.5)
+        rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
+        assert rates[15] == 1e-4 and rates[16] == rates[30] == 5e-5
+    assert_equal(final_weights(results[0][2]), final_weights(results[1][2]))
+
+
+def test_checkpoints_of_the_way_that_was_given_up_are_deleted(train, inject):
+    settings = SLOW | {"spikes": {"back": 2}, "save_steps": 5}
+    inject(2.0, 23)
+    with pytest.raises(SystemExit):
+        train(**settings)
+    _, rows, folder = train(**settings)
+    (row,) = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    assert row["back_to"] == 15 and [row["step"] for row in rows if "loss" in row] == list(range(1, 31))
+    states = {path.parent.name: read_json(path) for path in folder.glob("checkpoints/*/trainer_state.json")}
+    times = {
+        name: state["stateful_callbacks"]["Guard"]["attributes"]["times_back"]
+        for name, state in states.items()
+    }
+    assert times == {f"checkpoint-{step}": int(step > 15) for step in (5, 10, 15, 20, 25)}
+
+
+def test_going_back_to_the_same_checkpoint_ends_after_some_times(train, inject):
+    settings = STEPS | {"learning_rate": 1e-4, "max_steps": 12, "spikes": {"back": 1}}
+    inject(math.nan, *range(3, 12))
+    for _ in range(MOST_BACK):
+        with pytest.raises(SystemExit):
+            train(**settings, save_steps=100)
+    with pytest.raises(RecipeError, match=f"step 8: a loss of nan; .*gone back to step 0 {MOST_BACK} times"):
+        train(**settings, save_steps=100)
 
 
 def test_a_loss_that_falls_or_doubles_is_no_spike(train, inject):
