@@ -5,8 +5,10 @@ tokenizer that the converter leaves at their defaults are set. llama.cpp itself 
 the file for the comparison.
 
 - kind ``bpe``: llama.cpp merges tokens as SentencePiece's BPE does; the ids are identical.
-- kind ``unigram``: the tokenizer "t5" of llama.cpp finds the best path of Unigram, but has no byte fallback.
-  A character outside the vocabulary is unknown, also the line end unless it is one of ``user_symbols``.
+- kind ``unigram``: llama.cpp has two tokenizers of Unigram, and neither gives the same ids. "t5", used here,
+  finds the same path but has no byte fallback: a character outside the vocabulary is unknown, also the line
+  end unless it is one of ``user_symbols``. "plamo2" has byte fallback, but decides between two paths with the
+  same score from the other end of the text; our scores are rounded, so that such ties are frequent.
 - other kinds: the converter refuses pre-tokenizers that it does not know by name.
 """
 

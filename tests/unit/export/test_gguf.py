@@ -5,7 +5,9 @@ from conftest import SHAPE, sentences
 from recipe.config.chat_templates import chat_template
 from recipe.export.gguf import LIMITS, compare_with_llama_cpp, write_gguf
 from recipe.model.build import build_model
+from recipe.model.save import complete_configs
 from recipe.project import Refused
+from recipe.tokenization.save import save_tokenizer
 from recipe.tokenization.train import train_tokenizer
 
 TEXTS = [*sentences(190, 9), *(f"{i}匹の🐈と𠮷野家 ▁ へ  行く。" for i in range(10))]
@@ -27,7 +29,8 @@ def converted(kind, tmp_path):
     folder, work = tmp_path / "model", tmp_path / "work"
     work.mkdir()
     model.save_pretrained(folder)
-    trained.tokenizer.save_pretrained(folder)
+    save_tokenizer(trained.tokenizer, folder)
+    complete_configs(folder)
     spm = tmp_path / "spm.model"
     spm.write_bytes(trained.sentencepiece)
     return trained.tokenizer, model, write_gguf(folder, spm, kind, work)
