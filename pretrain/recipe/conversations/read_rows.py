@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipe.corpus.readers import unreadable
+import fsspec
+
+from recipe.corpus.data_sets import data_set_files, naming_data_set
 from recipe.project import ROOT, RecipeError, glob_files
 
 # role (system, user or assistant) and content; `trained`, which is False, if an answer is only context
@@ -91,28 +92,12 @@ def _data_set_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:
     JSON is parsed here: datasets takes the type of a column from the first rows of a file, and fails when
     they are null and later ones are texts.
     """
-    import datasets
-    import fsspec
-
-    name, split = spec["dataset"], spec.get("split", "train")
-    folder = ROOT / Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else name
-    try:
-        builder = datasets.load_dataset_builder(
-            source, spec.get("configuration"), revision=spec.get("revision")
-        )
-        files = builder.config.data_files or {}
-        if split not in files:
-            raise ValueError(f"it has no split {split!r}, only {', '.join(map(str, files))}")
-        declared = builder.info.features
-        for file in files[split]:
-            if builder.name == "json" and re.search(r"\.jsonl?(\.gz)?$", file):
-                with fsspec.open(file, "rb", compression="infer") as handle:
+    for file in data_set_files(where, spec):
+        with naming_data_set(where, spec, file.path):
+            if file.form == "json":
+                with fsspec.open(file.path, "rb", compression="infer") as handle:
                     content = handle.read()
-                yield from _objects(file, _parse(file, content))
-                continue
-            builder.config.data_files, builder.info.features = {split: [file]}, declared
-            for number, row in enumerate(builder.as_streaming_dataset(split), 1):
-                yield f"{file}: row {number}", row
-    except (OSError, ValueError, TypeError) as error:
-        raise unreadable(where, name, error) from error
+                yield from _objects(file.path, _parse(file.path, content))
+            else:
+                for number, row in enumerate(file.rows(), 1):
+                    yield f"{file.path}: row {number}", row

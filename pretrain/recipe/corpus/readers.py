@@ -7,7 +7,7 @@ form                           a document is
 ``.jsonl`` ``.json``           a line: one JSON object with the text in a column
 ``.parquet``                   a row: the text in a column of any string type of Arrow
 a folder of ``datasets``       a row, as `datasets.load_from_disk` opens it
-a data set on the hub          a row, streamed
+a data set on the hub          a row, streamed file by file
 =============================  ===========================================================================
 
 The text forms may be compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``, by their name (``ja.txt.xz``). Text is
@@ -30,11 +30,12 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import zstandard
 
+from recipe.corpus.data_sets import data_set_files, naming_data_set
 from recipe.project import RecipeError
 
 MAXIMUM_BYTES = 64 * 2**20  # of one document; a longer one is a fault ("too long")
@@ -135,22 +136,27 @@ def read_file(path: Path, column: str = "text", tolerant: bool = False) -> Itera
     fault; a file without any document is one.
     Strict: raises RecipeError at the first fault. An unknown kind of file always raises it.
     """
-    compression = path.suffix if path.suffix in _DECOMPRESSORS else ""
-    kind = Path(path.name.removesuffix(compression)).suffix
+    document = None
+    for document in _documents(str(path), column, tolerant):
+        yield document
+    if document is None:
+        yield fault(str(path), "empty file", "", "no document in it. Delete it or get it again", tolerant)
+
+
+def _documents(path: str, column: str, tolerant: bool) -> Iterator[Document]:
+    """As `read_file`, for a path or a URL that fsspec opens. A file without any document is no fault."""
+    kind, compression = PurePath(path).suffix, ""
+    if kind in _DECOMPRESSORS:
+        kind, compression = PurePath(path).with_suffix("").suffix, kind
     if kind == ".parquet" and not compression:
-        documents = _read_parquet(path, column, tolerant)
+        yield from _read_parquet(path, column, tolerant)
     elif kind in _KINDS:
-        documents = _read_text(str(path), kind, compression, column, tolerant)
+        yield from _read_text(path, kind, compression, column, tolerant)
     else:
         raise RecipeError(
             f"{path}: unknown kind of file {kind + compression!r}; expected .txt, .jsonl or .json (plain or "
             f"with {', '.join(_DECOMPRESSORS)}) or .parquet"
         )
-    document = None
-    for document in documents:
-        yield document
-    if document is None:
-        yield fault(str(path), "empty file", "", "no document in it. Delete it or get it again", tolerant)
 
 
 def _read_text(path: str, kind: str, compression: str, column: str, tolerant: bool) -> Iterator[Document]:
@@ -258,7 +264,7 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
     All streams of the file are read, and only zeros are skipped between them. (`bz2.open` and `lzma.open`
     ignore unknown bytes there, and zstandard's reader ignores a truncated end.)
     """
-    with open(path, "rb") as handle:
+    with _open(path) as handle:
         if not compression:
             while chunk := handle.read(_CHUNK):
                 yield chunk
@@ -280,6 +286,15 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
                     decoder = None
     if decoder is not None or not started:
         raise _Damage("truncated archive", "it ends too early. Get the file again")
+
+
+def _open(path: str) -> Any:
+    """A local file, or a URL, to read bytes from."""
+    if "://" not in path:
+        return open(path, "rb")
+    import fsspec
+
+    return fsspec.open(path, "rb")
 
 
 def _merged(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -309,14 +324,14 @@ def _decoded(decoder: Any, data: bytes) -> Iterator[bytes]:
         yield decoder.decompress(b"", _CHUNK)
 
 
-def _read_parquet(path: Path, column: str, tolerant: bool) -> Iterator[Document]:
+def _read_parquet(path: str, column: str, tolerant: bool) -> Iterator[Document]:
     """A document for each row. If the column is missing or not of strings, every row is a fault."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as handle, pq.ParquetFile(handle) as file:
             names = file.schema_arrow.names
             if column not in names:
                 for row in range(file.metadata.num_rows):
@@ -341,9 +356,7 @@ def _no_column(name: str, column: str, names: list[str], tolerant: bool) -> Docu
     return fault(name, "no text", "", f"no column {column!r}; it has {names}. Set `column`", tolerant)
 
 
-def _column_documents(
-    path: Path | str, first: int, column: str, values: Any, tolerant: bool
-) -> Iterator[Document]:
+def _column_documents(path: str, first: int, column: str, values: Any, tolerant: bool) -> Iterator[Document]:
     """A document for each value of an Arrow array or chunked array, which begins at row `first`."""
     import pyarrow as pa
 
@@ -393,49 +406,29 @@ def read_folder(path: Path, column: str = "text", tolerant: bool = False) -> Ite
 
 
 def read_hub(name: str, spec: dict[str, Any]) -> Iterator[Document]:
-    """Documents of a data set on the Hugging Face hub, or in a local copy of one, streamed, named by row.
+    """Documents of a data set on the Hugging Face hub, or in a local copy of one, streamed file by file.
 
-    spec: ``dataset``, and optionally ``configuration``, ``split`` (train), ``revision``, ``column`` (text)
-    and ``maximum_bad_share`` (above 0: tolerant). A local folder without a card (README.md) is a plain copy
-    of data files: there a configuration is a subfolder (wikimedia/wikipedia has one for each dump).
-    Raises RecipeError for a data set that cannot be read or lacks the column.
+    spec: the keys of `recipe.corpus.data_sets.data_set_files`, and optionally ``column`` (text) and
+    ``maximum_bad_share`` (above 0: tolerant). A document is named as by `read_file`.
+    Raises RecipeError for a data set that cannot be read or a file that lacks the column.
     """
-    import datasets
-
-    source, configuration = spec["dataset"], spec.get("configuration")
-    bare = Path(source).is_dir() and not Path(source, "README.md").exists()
-    try:
-        rows = datasets.load_dataset(
-            source,
-            name=None if bare else configuration,
-            data_dir=configuration if bare else None,
-            split=spec.get("split", "train"),
-            revision=spec.get("revision"),
-            streaming=True,
-        )
-        tolerant = spec.get("maximum_bad_share", 0.0) > 0
-        for document in _rows(f"sources.{name}: {source}", rows, spec.get("column", "text"), tolerant):
-            yield document._replace(name=document.name.rpartition(":")[2])
-    except (OSError, ValueError) as error:
-        raise unreadable(f"sources.{name}", source, error) from error
+    where, column = f"sources.{name}", spec.get("column", "text")
+    tolerant = spec.get("maximum_bad_share", 0.0) > 0
+    for file in data_set_files(where, spec):
+        with naming_data_set(where, spec, file.path):
+            if file.form and not _is_json_list(file.path):
+                yield from _documents(file.path, column, tolerant)
+            else:
+                yield from _rows(file.path, file.rows(), column, tolerant)
 
 
-def unreadable(where: str, name: str, error: Exception) -> RecipeError:
-    """The error for a data set that `datasets` cannot read, with what to do. where: its entry."""
-    said, advice = str(error).removesuffix("."), ""
-    if "is a gated dataset" in said:
-        advice = ". Accept its terms on that page, then `hf auth login` (or set HF_TOKEN)"
-    elif "doesn't exist on the Hub" in said:
-        advice = (
-            f". Look for {name!r} on huggingface.co: it may have another name now. A private one needs "
-            "`hf auth login`"
-        )
-    elif "Couldn't reach" in said:
-        advice = (
-            f". Check the network. Without one, fetch it elsewhere (`hf download --repo-type dataset {name} "
-            "--local-dir FOLDER`) and write the folder's path as `dataset`"
-        )
-    return RecipeError(f"{where}: cannot read the data set {name}: {said}{advice}")
+def _is_json_list(path: str) -> bool:
+    """Whether a file named .json is one JSON list, which `datasets` reads as a whole."""
+    if not re.search(r"\.json(\.\w+)?$", path):
+        return False
+    compression = path.rpartition(".json")[2]
+    first = next(_decompress(path, compression), b"")
+    return first.removeprefix(_BOM).lstrip().startswith(b"[")
 
 
 def _rows(where: str, rows: Any, column: str, tolerant: bool) -> Iterator[Document]:

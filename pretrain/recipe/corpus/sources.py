@@ -158,7 +158,7 @@ KINDS = {
         extract=_extract_aozora,
     ),
     "hub": Kind(
-        reads="a data set of the Hugging Face hub, streamed",
+        reads="a data set of the Hugging Face hub, streamed file by file",
         needs="the hub, or a local folder of the data set",
         licence="as the dataset's card says",
         download="",

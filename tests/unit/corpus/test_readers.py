@@ -8,11 +8,13 @@ import struct
 import tracemalloc
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 from recipe.corpus import readers
+from recipe.corpus.data_sets import DataFile
 from recipe.corpus.readers import Document, cap_bad, read_file, read_folder, read_hub
 from recipe.project import RecipeError
 
@@ -500,7 +502,8 @@ def test_hub_configuration_in_a_local_folder(tmp_path, card):
     spec = {"dataset": source, "configuration": "20231101.ja"}
     read = list(read_hub("wiki", spec))
     assert texts(read) == [f"ja {shard} {row}" for shard in range(2) for row in range(300)]
-    assert [d.name for d in read] == [str(number) for number in range(600)]
+    files = [f"{source}/20231101.ja/train-0000{shard}-of-00002.parquet" for shard in range(2)]
+    assert [d.name for d in read] == [f"{file}:{row}" for file in files for row in range(300)]
     with pytest.raises(RecipeError, match=r"no column 'body'; it has \['id', 'url', 'title', 'text'\]"):
         list(read_hub("wiki", spec | {"column": "body"}))
     with pytest.raises(RecipeError, match=r"sources\.wiki: cannot read the data set .*wikipedia"):
@@ -511,11 +514,11 @@ def test_hub_fault_is_strict_unless_a_share_is_allowed(tmp_path):
     (tmp_path / "set").mkdir()
     write_parquet(tmp_path / "set/train.parquet", ["a", None])
     spec = {"dataset": str(tmp_path / "set")}
-    with pytest.raises(RecipeError, match=r"sources\.h: .*set:1: no text: 'text' is null"):
+    with pytest.raises(RecipeError, match=r"set/train\.parquet:1: no text: 'text' is null"):
         list(read_hub("h", spec))
     assert list(read_hub("h", spec | {"maximum_bad_share": 0.5})) == [
-        Document("0", "a"),
-        Document("1", "", "no text"),
+        Document(f"{tmp_path}/set/train.parquet:0", "a"),
+        Document(f"{tmp_path}/set/train.parquet:1", "", "no text"),
     ]
 
 
@@ -523,3 +526,86 @@ def test_hub_data_set_of_string_views_is_read(tmp_path):
     (tmp_path / "set").mkdir()
     write_parquet(tmp_path / "set/train.parquet", LINES[:3], kind=pa.string_view())
     assert texts(read_hub("h", {"dataset": str(tmp_path / "set")})) == LINES[:3]
+
+
+def write_list(path, rows):
+    path.write_text(json.dumps(rows), "utf-8")
+
+
+def write_lines(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+
+
+def write_gzip(path, rows):
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+
+
+def write_csv(path, rows):
+    path.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]))
+
+
+def write_rows(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize(
+    ("ending", "write"),
+    [
+        ("json", write_list),
+        ("jsonl", write_lines),
+        ("json.gz", write_gzip),
+        ("parquet", write_rows),
+        ("csv", write_csv),
+    ],
+)
+def test_files_of_a_data_set_with_other_columns_and_types(tmp_path, ending, write, card):
+    """datasets refuses them: null and then text, a number and then text, another column, another order."""
+    none = "" if ending == "csv" else None
+    write(tmp_path / f"a.{ending}", [{"text": "一", "title": none, "n": 1}])
+    write(tmp_path / f"b.{ending}", [{"title": "題", "n": "x", "text": "二", "more": 3}])
+    write(tmp_path / f"c.{ending}", [{"text": "三"}])
+    if card:
+        features = "".join(f"  - name: {name}\n    dtype: string\n" for name in ("text", "title", "n"))
+        (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features:\n{features}---\n")
+    assert texts(read_hub("h", {"dataset": str(tmp_path)})) == ["一", "二", "三"]
+
+
+def test_types_of_a_card_turn_digits_of_a_table_into_text(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"text": "42"}])
+    with pytest.raises(RecipeError, match=r"a\.csv:0: no text: 'text' is of type int64, expected a string"):
+        list(read_hub("h", {"dataset": str(tmp_path)}))
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n---\n"
+    )
+    assert texts(read_hub("h", {"dataset": str(tmp_path)})) == ["42"]
+
+
+@pytest.mark.parametrize(("ending", "write", "row"), [("jsonl", write_lines, 1), ("parquet", write_rows, 0)])
+def test_a_text_of_another_type_is_named_by_file(tmp_path, ending, write, row):
+    write(tmp_path / f"a.{ending}", [{"text": "一"}])
+    write(tmp_path / f"b.{ending}", [{"text": 2}])
+    with pytest.raises(
+        RecipeError, match=rf"b\.{ending}:{row}: no text: .*'text' is (int|of type int64), expected a string"
+    ):
+        list(read_hub("h", {"dataset": str(tmp_path)}))
+    tolerant = {"dataset": str(tmp_path), "maximum_bad_share": 0.5}
+    assert [d.dropped for d in read_hub("h", tolerant)] == ["", "no text"]
+
+
+def test_a_data_set_by_url_is_read_as_a_stream(tmp_path, monkeypatch):
+    """fsspec opens what `datasets` lists, as the hub's files are."""
+    fsspec.filesystem("memory").pipe("/set/a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "y"}'))
+    write_rows(tmp_path / "b.parquet", [{"text": "z"}])
+    fsspec.filesystem("memory").put(str(tmp_path / "b.parquet"), "/set/b.parquet")
+    files = [
+        DataFile("memory://set/a.jsonl.gz", "json", None),
+        DataFile("memory://set/b.parquet", "parquet", None),
+    ]
+    monkeypatch.setattr("recipe.corpus.readers.data_set_files", lambda where, spec: files)
+    read = list(read_hub("h", {"dataset": "owner/name"}))
+    assert [d[:2] for d in read] == [
+        ("memory://set/a.jsonl.gz:1", "x"),
+        ("memory://set/a.jsonl.gz:2", "y"),
+        ("memory://set/b.parquet:0", "z"),
+    ]

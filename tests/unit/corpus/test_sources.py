@@ -71,7 +71,7 @@ def test_hub_dataset_is_streamed_from_a_local_folder(tmp_path):
     (tmp_path / "set/train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     spec = {"source": "hub", "dataset": str(tmp_path / "set"), "column": "body"}
     assert [d.text for d in sources.read("h", spec, tmp_path)] == ["一", "二"]
-    with pytest.raises(RecipeError, match=r"no column 'text'; it has \['body'\]"):
+    with pytest.raises(RecipeError, match=r"train\.jsonl:1: no text: it has \['body'\]"):
         list(sources.read("h", {"source": "hub", "dataset": str(tmp_path / "set")}, tmp_path))
 
 

@@ -1,0 +1,98 @@
+"""The files of a data set on the Hugging Face hub, or in a local folder, so that each is read on its own.
+
+datasets takes the names and types of the columns from the first file, or from the card, and refuses a file
+with other columns, or with text where the first rows of the first file have null.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipe.project import ROOT, RecipeError
+
+_JSON = re.compile(r"\.jsonl?(\.(gz|bz2|xz|zst))?$")
+
+
+class DataFile(NamedTuple):
+    """A file of a data set.
+
+    path: of a local file, or a URL that fsspec opens. form: "json" (a list, or JSON Lines), "parquet", or ""
+    for a form that only `datasets` reads. rows: opens the file by `datasets`, as an IterableDataset.
+    """
+
+    path: str
+    form: str
+    rows: Callable[[], Any]
+
+
+def data_set_files(where: str, spec: dict[str, Any]) -> Iterator[DataFile]:
+    """The files of one split of a data set, in the order of `datasets`.
+
+    where: names the entry in messages. spec: ``dataset``, and optionally ``configuration``, ``split`` (train)
+    and ``revision``. A local folder without a card (README.md) is a plain copy of data files: there a
+    configuration is a subfolder (wikimedia/wikipedia has one for each dump).
+    Raises RecipeError for a data set or a split that cannot be found.
+    """
+    import datasets
+
+    split, configuration = spec.get("split", "train"), spec.get("configuration")
+    folder = ROOT / Path(spec["dataset"]).expanduser()
+    bare = folder.is_dir() and not (folder / "README.md").exists()
+    with naming_data_set(where, spec):
+        builder = datasets.load_dataset_builder(
+            str(folder) if folder.is_dir() else spec["dataset"],
+            name=None if bare else configuration,
+            data_dir=configuration if bare else None,
+            revision=spec.get("revision"),
+        )
+        files = builder.config.data_files or {}
+        if split not in files:
+            raise ValueError(f"it has no split {split!r}, only {', '.join(map(str, files))}")
+    declared = builder.info.features
+
+    def rows(file: str) -> Any:
+        builder.config.data_files, builder.info.features = {split: [file]}, None
+        found = builder.as_streaming_dataset(split)
+        if declared is not None and set(next(iter(found), ())) == set(declared):
+            builder.info.features = declared  # the card's types: digits in a .csv can be text
+            found = builder.as_streaming_dataset(split)
+        return found
+
+    for file in files[split]:
+        form = "json" if builder.name == "json" and _JSON.search(file) else ""
+        if file.endswith(".parquet"):
+            form = "parquet"
+        yield DataFile(file, form, lambda file=file: rows(file))
+
+
+@contextmanager
+def naming_data_set(where: str, spec: dict[str, Any], file: str = "") -> Iterator[None]:
+    """Errors of `datasets` become RecipeError with `where`, the data set, the file, and what to do."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise unreadable(where, spec["dataset"], error, file) from error
+
+
+def unreadable(where: str, name: str, error: Exception, file: str = "") -> RecipeError:
+    """The error for a data set that `datasets` cannot read, with what to do. where: its entry."""
+    said, advice = str(error).removesuffix("."), ""
+    if "is a gated dataset" in said:
+        advice = ". Accept its terms on that page, then `hf auth login` (or set HF_TOKEN)"
+    elif "doesn't exist on the Hub" in said:
+        advice = (
+            f". Look for {name!r} on huggingface.co: it may have another name now. A private one needs "
+            "`hf auth login`"
+        )
+    elif "Couldn't reach" in said:
+        advice = (
+            f". Check the network. Without one, fetch it elsewhere (`hf download --repo-type dataset {name} "
+            "--local-dir FOLDER`) and write the folder's path as `dataset`"
+        )
+    return RecipeError(f"{where}: cannot read the data set {file or name}: {said}{advice}")
