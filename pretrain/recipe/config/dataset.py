@@ -18,7 +18,7 @@ from recipe.config.ranges import (
     check_ranges,
     one_of,
 )
-from recipe.corpus import rules
+from recipe.corpus import rules, wikitext
 from recipe.corpus.sources import kind_of
 from recipe.project import Refused
 
@@ -128,12 +128,42 @@ def _check_source(source: dict[str, Any], here: str) -> None:
             raise Refused(f"{here}: {key}: {show(entries)}, expected one or more strings")
     if kind.download == "index":
         _check_sdist(source, here)
+    if kind.learn is not None:
+        _check_templates(source.get("templates", {}), f"{here}: templates")
     if source.get("rules") is not None:
         rules.check_rules(source["rules"], {}, f"{here}: rules")
     check_ranges(source, SOURCE_RANGES, here)
     least, most = source.get("minimum_megabytes", 0), source.get("maximum_megabytes", math.inf)
     if least > most:
         raise Refused(f"{here}: minimum_megabytes: {least}, expected at most maximum_megabytes, {most}")
+
+
+def _check_templates(values: dict[str, Any], where: str) -> None:
+    """Check how templates of Wikipedia are read. Raises Refused."""
+    known = [*wikitext.TEMPLATES, *wikitext.COMPUTED, *map(wikitext.template_name, values)]
+    names: dict[str, str] = {}
+    for name, form in values.items():
+        here = f"{where}.{name}"
+        if not wikitext.template_name(name):
+            raise Refused(f"{here}: expected the name of a template")
+        other = names.setdefault(wikitext.template_name(name), name)
+        if other != name:
+            raise Refused(f"{here}: the same template as {other!r}. Keep one")
+        if type(form) not in (int, str) or (type(form) is int and form < 1):
+            raise Refused(
+                f"{here}: {show(form)}, expected the number of the parameter that is shown (from 1), a form "
+                'such as "{1}（{2}）", or the name of a template that is read in the same way'
+            )
+        if isinstance(form, str) and ("{" in form or "}" in form):
+            if re.search(r"[{}]", re.sub(r"\{[^{}|]+(?:\|[^{}|]+)*\}", "", form)):
+                raise Refused(
+                    f"{here}: {show(form)}, expected each parameter in braces, as in {{1}} or {{label|1}}"
+                )
+        elif form and isinstance(form, str) and wikitext.template_name(form) not in known:
+            raise Refused(
+                f"{here}: no template {show(form)} is known, and the form has no parameter in braces."
+                f"{nearest(wikitext.template_name(form), known)}"
+            )
 
 
 def _check_sdist(source: dict[str, Any], here: str) -> None:

@@ -71,11 +71,15 @@ def data_set_files(where: str, spec: dict[str, Any]) -> Iterator[DataFile]:
 
 @contextmanager
 def naming_data_set(where: str, spec: dict[str, Any], file: str = "") -> Iterator[None]:
-    """Errors of `datasets` become RecipeError with `where`, the data set, the file, and what to do."""
+    """Every error names the entry, `where`. Those of `datasets` also name the data set or the file, with what
+    to do.
+    """
     import pyarrow as pa
 
     try:
         yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise unreadable(where, spec["dataset"], error, file) from error
 

@@ -10,6 +10,8 @@ from typing import Any
 
 SAMPLES = 5  # dropped documents shown per source and reason
 SAMPLE_CHARACTERS = 300
+TEMPLATES = 1000  # that a shard hands on, and a source remembers: the most frequent ones
+TEMPLATES_SHOWN = 30
 
 
 @dataclass
@@ -21,6 +23,10 @@ class Funnel:
     extractor and of the normaliser, such as the readings removed from Aozora Bunko's works. `capped` names
     the limit at which reading ended. `samples` has, for each reason, a few of the dropped documents: those
     with the smallest hash of their name, so that the choice does not depend on the shards.
+
+    `templates` has the templates of Wikipedia that showed nothing because they are not known: uses, uses in a
+    line of text, and an example of each. Only the TEMPLATES most frequent ones of each shard and of the
+    source are kept, so that memory does not grow with the dump; the counts of rare ones can be too low.
     """
 
     documents_in: int = 0
@@ -35,6 +41,7 @@ class Funnel:
     extraction: Counter[str] = field(default_factory=Counter)
     capped: str = ""
     samples: dict[str, list[list[str]]] = field(default_factory=dict)
+    templates: dict[str, list[Any]] = field(default_factory=dict)
 
     def drop(self, reason: str, size: int, name: str, text: str) -> None:
         """Count a document of `size` bytes as dropped."""
@@ -47,6 +54,16 @@ class Funnel:
 
     def _sample(self, reason: str, *samples: list[str]) -> None:
         self.samples[reason] = sorted([*self.samples.get(reason, []), *samples])[:SAMPLES]
+
+    def close_templates(self) -> None:
+        """Count the uses of all templates of a shard, and keep the most frequent templates."""
+        if self.templates:
+            self.extraction["unknown templates"] += sum(uses for uses, _, _ in self.templates.values())
+        self._keep_frequent_templates()
+
+    def _keep_frequent_templates(self) -> None:
+        order = sorted(self.templates.items(), key=lambda item: (-item[1][1], -item[1][0], item[0]))
+        self.templates = dict(order[:TEMPLATES])
 
     def add(self, other: Funnel) -> None:
         """Add the counts and samples of another part of the same source."""
@@ -65,6 +82,13 @@ class Funnel:
         self.extraction += other.extraction
         for reason, samples in other.samples.items():
             self._sample(reason, *samples)
+        for name, (uses, in_a_line, example) in other.templates.items():
+            mine = self.templates.setdefault(name, [0, 0, ""])
+            if not mine[0] or (in_a_line and not mine[1]):
+                mine[2] = example
+            mine[0] += uses
+            mine[1] += in_a_line
+        self._keep_frequent_templates()
 
     def check(self, source: str) -> None:
         """Raise AssertionError unless every document and byte is counted."""
@@ -136,11 +160,33 @@ def funnel_table(funnels: dict[str, Funnel]) -> str:
         counts = ", ".join(f"{figure} {count:,}" for figure, count in funnel.extraction.items() if count)
         lines += ["", f"Found in {name}: {counts}."] if counts else []
     for name, funnel in funnels.items():
+        lines += _template_lines(name, funnel)
+    for name, funnel in funnels.items():
         for reason in sorted(funnel.samples):
             lines += ["", f"### {name}: {reason} ({funnel.documents_dropped[reason]:,} documents)", ""]
             for _, document, text in funnel.samples[reason]:
                 lines.append(f"- {_code(document)}: {_code(text)}")
     return "\n".join(lines) + "\n"
+
+
+def _template_lines(source: str, funnel: Funnel) -> list[str]:
+    """The most frequent templates that showed nothing, as a table."""
+    if not funnel.templates:
+        return []
+    lines = [
+        "",
+        f"### {source}: templates that are not known and showed nothing",
+        "",
+        f"The {TEMPLATES_SHOWN} most frequent ones; first those in a line of text, where they leave a hole. "
+        f"`templates` of sources.{source} in dataset.json says how to read one.",
+        "",
+        "| template | uses | in a line of text | example |",
+        "|---|---:|---:|---|",
+    ]
+    for name, (uses, in_a_line, example) in list(funnel.templates.items())[:TEMPLATES_SHOWN]:
+        shown = _code(example).replace("|", "\\|")
+        lines.append(f"| {_code(name)} | {uses:,} | {in_a_line:,} | {shown} |")
+    return lines
 
 
 def _code(text: str) -> str:

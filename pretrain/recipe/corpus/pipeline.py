@@ -3,7 +3,8 @@
 Every phase is a set of tasks for `recipe.corpus.engine`. A task writes its files under another name and
 renames them, so that every file is complete.
 
-1. `Read`, a task per source: its documents as they are, in Parquet shards of SHARD_BYTES.
+1. `Read`, a task per source: its documents as they are, in Parquet shards of SHARD_BYTES; and what the
+   dropped ones tell about the others (redirects of templates).
 2. `Clean`, a task per shard: extraction, normalising, rules; and the hash of every text that remains.
 3. `recipe.corpus.dedup`: exact and near duplicates over all shards. A source that comes earlier in
    dataset.json has priority.
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,11 +84,15 @@ class Read:
         with _replacing(self.folder / name) as part:
             writer, size, shard = None, 0, 0
             reached: list[str] = []
+            make_learn = KINDS[spec["source"]].learn
+            learn, learned = make_learn and make_learn(spec), dict[str, str]()
             documents = capped(read(name, spec, self.data), spec, reached)
             for document in cap_bad(documents, f"sources.{name}", spec.get("maximum_bad_share", 0.0)):
                 if writer is None:
                     writer, size, shard = ShardWriter(part / f"{shard:05d}.parquet", RAW), 0, shard + 1
                 writer.write(raw_row(document))
+                if learn and document.dropped and (fact := learn(document)):
+                    learned.update([fact])
                 size += len(document.text)
                 if size * 3 >= SHARD_BYTES:  # a Japanese character is 3 bytes
                     writer.close()
@@ -96,6 +100,7 @@ class Read:
             if writer is not None:
                 writer.close()
             write_json(part / "capped.json", reached)
+            write_json(part / "learned.json", learned)
 
 
 def raw_row(document: Any) -> dict[str, str]:
@@ -142,7 +147,8 @@ class Clean:
     def __call__(self, _: object, rank: int, tasks: int) -> None:
         source, path = self.shards[rank]
         funnel, hashes = Funnel(), bytearray()
-        clean = make_extractor(self.config, self.config["sources"][source], funnel.extraction)
+        learned = json.loads((path.parent / "learned.json").read_text("utf-8"))
+        clean = make_extractor(self.config, self.config["sources"][source], learned, funnel)
         writer = ShardWriter(self.folder / f"{rank:05d}.parquet", CLEAN)
         for row in shard_rows(path):
             raw, name = row["text"], row["name"]
@@ -167,6 +173,7 @@ class Clean:
                 }
             )
         writer.close()
+        funnel.close_templates()
         _save(self.folder / f"{rank:05d}.npy", np.frombuffer(bytes(hashes), "V16"))
         write_json(self.folder / f"{rank:05d}.json", to_record(funnel))
 
@@ -179,21 +186,23 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def make_extractor(
-    config: dict[str, Any], spec: dict[str, Any], figures: Counter[str]
+    config: dict[str, Any], spec: dict[str, Any], learned: dict[str, str], funnel: Funnel
 ) -> Callable[[str, str], tuple[str, str]]:
     """From (name, raw text) to (clean text, reason for dropping it or ""): the extractor of the kind, then
     cleaning.
 
-    figures: the counts of the extractor and of the normaliser are added to it.
+    learned: what the kind's `learn` found. The counts of the extractor and of the normaliser are added to the
+    funnel.
     """
-    clean = make_cleaner(config, spec, figures)
-    extract = KINDS[spec["source"]].extract
-    if extract is None:
+    clean = make_cleaner(config, spec, funnel.extraction)
+    make_extract = KINDS[spec["source"]].extract
+    if make_extract is None:
         return lambda name, text: clean(text)
+    extract = make_extract(spec, learned, funnel.templates)
 
     def extract_and_clean(name: str, text: str) -> tuple[str, str]:
         prose, reason, counts = extract(name, text)
-        figures.update(counts)
+        funnel.extraction.update(counts)
         return ("", reason) if reason else clean(prose)
 
     return extract_and_clean

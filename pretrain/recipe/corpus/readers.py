@@ -325,11 +325,14 @@ def _decoded(decoder: Any, data: bytes) -> Iterator[bytes]:
 
 
 def _read_parquet(path: str, column: str, tolerant: bool) -> Iterator[Document]:
-    """A document for each row. If the column is missing or not of strings, every row is a fault."""
+    """A document for each row. If the column is missing or not of strings, every row is a fault.
+
+    A stream that breaks is never tolerated: the rows after it are not damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = 0
+    row, is_local = 0, "://" not in path
     try:
         with _open(path) as handle, pq.ParquetFile(handle) as file:
             names = file.schema_arrow.names
@@ -346,10 +349,11 @@ def _read_parquet(path: str, column: str, tolerant: bool) -> Iterator[Document]:
                 except (pa.ArrowException, OSError) as error:
                     advice = f"{error}. Get the file again"
                     for lost in range(row, end):
-                        yield fault(f"{path}:{lost}", "damaged Parquet", "", advice, tolerant)
+                        yield fault(f"{path}:{lost}", "damaged Parquet", "", advice, tolerant and is_local)
                 row = end
     except (pa.ArrowException, OSError) as error:
-        yield fault(f"{path}:{row}", "damaged Parquet", "", f"{error}. Get the file again", tolerant)
+        advice = f"{error}. Get the file again"
+        yield fault(f"{path}:{row}", "damaged Parquet", "", advice, tolerant and is_local)
 
 
 def _no_column(name: str, column: str, names: list[str], tolerant: bool) -> Document:

@@ -21,6 +21,10 @@ from recipe.project import ROOT, Refused
 Reader = Callable[[str, dict[str, Any], Path], Iterator[Document]]
 # (name of the document, raw text) -> text, reason to drop it or "", counts for the funnel
 Extractor = Callable[[str, str], tuple[str, str, dict[str, int]]]
+# (the source's entry in dataset.json, what `learn` found, `Funnel.templates`) -> an extractor
+MakeExtractor = Callable[[dict[str, Any], dict[str, str], dict[str, list[Any]]], Extractor]
+# the source's entry in dataset.json -> (a document that is dropped -> a fact that it tells, or None)
+MakeLearner = Callable[[dict[str, Any]], Callable[[Document], tuple[str, str] | None]]
 
 
 class Kind(NamedTuple):
@@ -34,7 +38,8 @@ class Kind(NamedTuple):
     key ``requirement``; "url" the files in the key ``url``, unless there are own ``paths``; "" nothing.
     read: its documents, as they are. Every document is given exactly once, also one that cannot be used:
     that one carries the reason, so that stage 02 counts it.
-    extract: takes the prose out of a raw text. None: the raw text is prose already.
+    extract: makes the function that takes the prose out of a raw text. None: the raw text is prose already.
+    learn: makes the function that finds in dropped documents what `extract` must know about the others.
     """
 
     reads: str
@@ -45,7 +50,8 @@ class Kind(NamedTuple):
     required: dict[str, str] = {}
     optional: dict[str, str] = {}
     tools: tuple[str, ...] = ()
-    extract: Extractor | None = None
+    extract: MakeExtractor | None = None
+    learn: MakeLearner | None = None
 
 
 def read(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
@@ -112,13 +118,30 @@ def _read_hub(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]
     return read_hub(name, spec)
 
 
-def _extract_wikitext(name: str, text: str) -> tuple[str, str, dict[str, int]]:
-    return *wikitext.extract(name, text), {}
+def _extract_wikitext(
+    spec: dict[str, Any], redirects: dict[str, str], dropped: dict[str, list[Any]]
+) -> Extractor:
+    templates = wikitext.Templates(spec.get("templates"), redirects, dropped)
+    return lambda name, text: (*wikitext.extract(name, text, templates=templates), {})
 
 
-def _extract_aozora(name: str, text: str) -> tuple[str, str, dict[str, int]]:
-    prose, counts = aozora.prose(text)
-    return prose, "", counts
+def _learn_redirects(spec: dict[str, Any]) -> Callable[[Document], tuple[str, str] | None]:
+    """The redirects of the Template namespace that point to a template that is known."""
+    templates = wikitext.Templates(spec.get("templates"))
+
+    def learn(document: Document) -> tuple[str, str] | None:
+        redirect = wikitext.template_redirect(document.name, document.text)
+        return redirect if redirect and templates.knows(redirect[1]) else None
+
+    return learn
+
+
+def _extract_aozora(spec: dict[str, Any], *_: object) -> Extractor:
+    def extract(name: str, text: str) -> tuple[str, str, dict[str, int]]:
+        prose, counts = aozora.prose(text)
+        return prose, "", counts
+
+    return extract
 
 
 # Either `paths` (files of a user's own), or `url` with the hashes of its files.
@@ -145,8 +168,9 @@ KINDS = {
         licence="CC BY-SA 4.0 (wikipedia.org)",
         download="url",
         read=_read_wikipedia,
-        optional=_PATHS_OR_URL,
+        optional=_PATHS_OR_URL | {"templates": "dict"},
         extract=_extract_wikitext,
+        learn=_learn_redirects,
     ),
     "aozora": Kind(
         reads="works of Aozora Bunko, `.txt` or `.zip`",

@@ -5,7 +5,8 @@
 - A paragraph, a heading, a list item and a line of a poem become one line each. Lines of the source that
   MediaWiki shows as one paragraph are joined. A heading without text under it is removed.
 - Removed: comments, references, tables, galleries, blocks of code, files with their captions, categories,
-  interlanguage links, magic words, and every template that is not in the tables below.
+  interlanguage links, magic words, and every template that is not in the tables below. `Templates` adds a
+  table of the user's own and the redirects of a dump, and counts the templates that it does not know.
 - Readings follow their base in parentheses, as in articles: 紫陽花（あじさい）. This applies to
   ``{{読み仮名}}``, ``{{ruby}}``, ``{{ルビ}}``, ``{{ふりがな}}`` and ``<ruby>``.
 - A formula stays as its TeX source. A superscript number becomes Unicode (10¹²), a subscript plain (H2O).
@@ -20,6 +21,7 @@ Not handled:
 - Templates that compute (``#if``, ``#expr``, 年齢, 和暦), or have prose in other parameters than listed, are
   removed, with the part of a sentence that they show. ``convert`` and ``cvt`` show only their first quantity
   or range, a quotation is shown without its source, and a hatnote (``{{main}}``) is removed.
+- A redirect of a template that points to another redirect, as in MediaWiki.
 - A link label with a single bracket in it, ``[[川|北川]がある]]``, keeps that bracket, as in MediaWiki.
 - After an unclosed ``{{`` or an unclosed ``<ref>``, the rest of the line is lost.
 - A tag with an unknown name is removed, and its content kept. Language conversion ``-{ }-`` is not changed.
@@ -29,7 +31,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import mwparserfromhell
 from mwparserfromhell.nodes import Heading, Template, Wikilink
@@ -41,7 +44,7 @@ from mwparserfromhell.wikicode import Wikicode
 CUT = ("脚注", "関連項目", "出典", "参照", "外部リンク", "参考文献", "脚註", "注釈", "註釈", "注", "関連文献")
 
 # What a template shows: {2} is its second parameter, {label|1} `label` or else the first. Names are in lower
-# case, with _ for a space. A template that is not in these tables shows nothing.
+# case, with _ for a space. A template that is not in these tables shows nothing, and is counted.
 TEMPLATES = {
     name.replace("_", " "): form
     for form, names in {
@@ -57,7 +60,10 @@ TEMPLATES = {
         "[{1}]": "ipa-all ipa-ar ipa-de ipa-en ipa-es ipa-fr ipa-it ipa-ja ipa-ko ipa-pt ipa-ru ipa-zh",
         "{1}（{2}、{3}）": "読み仮名 読み仮名_ruby不使用",
         "{1}（{2}）": "ruby ルビ ふりがな",
-        "\n\n{1}\n\n": "quotation quote blockquote cquote",
+        "\n\n{1}\n\n": "quotation quote blockquote cquote squote",
+        # Notes, and marks of what is doubtful: no part of a sentence.
+        "": "sfn sfnp sfnm efn efn2 refn refnest r rp main see_also anchor anchors reflist nowrap_begin "
+        "nowrap_end ntsh clear - 要出典 要検証 要説明 要ページ番号 要追加記述 誰 いつ どこ 誰によって",
     }.items()
     for name in names.split()
 } | {
@@ -131,6 +137,9 @@ _RANGES = {
     "+/-": "±",
 }  # fmt: skip
 
+# Magic words that show nothing: {{DEFAULTSORT:かわ}}.
+MAGIC_WORDS_OUT = ("defaultsort", "デフォルトソート", "displaytitle", "#tag")
+
 DISAMBIGUATION = "aimai|disambig(?:uation)?|曖昧さ回避|[^{}|]*の曖昧さ回避|hndis|geodis|mathdab"
 # Links with these prefixes show nothing: files, categories, and the same article in another language.
 PREFIXES_OUT = re.compile(
@@ -145,7 +154,8 @@ PREFIXES_OUT = re.compile(
 
 # ------------------------------------------------------------------------------------------------- prose
 
-_REDIRECT = re.compile(r"\s*[#＃](?:redirect|転送|リダイレクト)\s*:?\s*\[\[", re.I)
+_REDIRECT = re.compile(r"\s*[#＃](?:redirect|転送|リダイレクト)\s*:?\s*\[\[([^\[\]|#]*)", re.I)
+_TEMPLATE_NAMESPACE = re.compile(r"\s*:?\s*(?:template|テンプレート)\s*:", re.I)
 _DISAMBIGUATION = re.compile(rf"\{{\{{\s*(?:{DISAMBIGUATION})\s*[|}}]|__DISAMBIG__", re.I)
 _HEADING = re.compile(r"^(={1,6})[ \t]*(\S.*?)[ \t]*\1[ \t]*$", re.M)
 
@@ -155,7 +165,7 @@ _OPAQUE = re.compile(
     r"<(?:!--.*?(?:-->|\Z)"
     r"|ref(?:\s[^<>]*?)?(?:/>|>[^<]*(?:<(?!/?ref[\s/>])[^<]*)*</ref\s*>)"
     r"|(?P<literal>nowiki|math|chem|ce|poem)\b[^>]*>(?P<content>.*?)</(?P=literal)\s*>"
-    r"|(?P<block>gallery|syntaxhighlight|source|pre|score|timeline|imagemap|mapframe|graph|hiero|table)\b[^>]*>"
+    r"|(?P<block>gallery|syntaxhighlight|source|pre|score|timeline|imagemap|mapframe|graph|hiero|table|includeonly)\b[^>]*>"
     r".*?</(?P=block)\s*>"
     r")",
     re.I | re.S,
@@ -184,25 +194,98 @@ _SPACES = re.compile(r"[ \t\u00a0]+")
 _EMPTY_PARENTHESES = re.compile(r"（[\s、,;；:：]*）|(?<![\w\])])[ ]?\([\s、,;:]*\)", re.A)
 _AFTER_OPENING = re.compile(r"（[ ]*(?:[、,;；][ ]*)+")
 _BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,；])+[ ]*）")  # without ;, which ends entities
+_POWER = re.compile(r"(?<=[a-z])[23]$")  # of a unit: km2
 _ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in "&{}[]|<>'=*#:;_-"})
 _SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
 
 
-def extract(title: str, text: str, cut: tuple[str, ...] = CUT) -> tuple[str, str]:
+class Templates:
+    """How the templates of a wiki are read: by a user's own table, by our tables, by redirects between them.
+
+    own: the key ``templates`` of a source: the number of the parameter that a template shows, or a form as in
+    `TEMPLATES`, or the name of a template that is read in the same way. aliases: redirects of the Template
+    namespace, from `template_redirect`. Names may be written as in an article.
+    dropped: for each template that is not known: its uses, those in a line of text, where it leaves a hole,
+    and an example. It grows with the text that is extracted.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[str, int | str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        dropped: dict[str, list[Any]] | None = None,
+    ) -> None:
+        self.own: dict[str, str] = {}
+        self.aliases = dict(aliases or {})
+        self.dropped = {} if dropped is None else dropped
+        for name, form in (own or {}).items():
+            if isinstance(form, int):
+                self.own[template_name(name)] = f"{{{form}}}"
+            elif form and "{" not in form:
+                self.aliases[template_name(name)] = template_name(form)
+            else:
+                self.own[template_name(name)] = form
+        names = [name for name, target in self.aliases.items() if re.fullmatch(DISAMBIGUATION, target)]
+        names = sorted(re.escape(name).replace(r"\ ", "[ _]") for name in names)
+        self.disambiguation = re.compile(rf"\{{\{{\s*(?:{'|'.join(names)})\s*[|}}]", re.I) if names else None
+
+    def knows(self, name: str) -> bool:
+        """Whether a template, by its `template_name`, has a reading."""
+        if name in self.own or name in self.aliases or name in TEMPLATES or name in COMPUTED:
+            return True
+        return name in COUNTRIES or name.startswith("lang-") or bool(re.fullmatch(DISAMBIGUATION, name))
+
+    def drop(self, name: str, parameters: list[str], text: str, start: int, end: int) -> None:
+        """Count a template that is not known, which is between `start` and `end` of a text."""
+        word, colon, _ = name.partition(":")
+        if word in MAGIC_WORDS_OUT:
+            return
+        before = text[text.rfind("\n", 0, start) + 1 : start]
+        after = text[end : end + 20].partition("\n")[0]
+        in_another = before.rfind("{{") > before.rfind("}}") or before.lstrip()[:1] in ("|", "!")
+        in_a_line = not in_another and bool((before + after).strip(" *#:;"))
+        entry = self.dropped.setdefault((word + colon)[:60], [0, 0, ""])
+        entry[0] += 1
+        entry[1] += in_a_line
+        if entry[in_a_line] == 1:  # the first one, or better: the first one in a line of text
+            entry[2] = f"{before[-40:]}{{{{{'|'.join([name, *parameters])[:80]}}}}}{after}"
+
+
+def template_name(name: str) -> str:
+    """A template's name as in our tables: {{Template:Nowrap_}} is nowrap."""
+    name = name.strip().replace("_", " ").lower().strip()
+    return _TEMPLATE_NAMESPACE.sub("", name).strip() if ":" in name else name
+
+
+def template_redirect(title: str, text: str) -> tuple[str, str] | None:
+    """The names of a template and of the one that it redirects to, if a page is such a redirect."""
+    redirect = _REDIRECT.match(text) if _TEMPLATE_NAMESPACE.match(title) else None
+    if redirect is None or not _TEMPLATE_NAMESPACE.match(redirect[1]):
+        return None
+    return template_name(title), template_name(redirect[1])
+
+
+def extract(
+    title: str, text: str, cut: tuple[str, ...] = CUT, templates: Templates | None = None
+) -> tuple[str, str]:
     """The prose of an article's wikitext and "", or "" and the reason why it has no prose.
 
     The reasons: "redirect", "disambiguation", "empty". cut: names of sections to remove; a heading that
-    combines several of them (脚注・出典, 脚注と参考文献) is removed, too. Never raises, for any wikitext.
+    combines several of them (脚注・出典, 脚注と参考文献) is removed, too. templates: how they are read; those
+    that are not known are counted in it. Never raises, for any wikitext.
     """
+    templates = templates or Templates()
     if _REDIRECT.match(text):
         return "", "redirect"
     text = _OPAQUE.sub(_opaque, text)
     if title.endswith("(曖昧さ回避)") or _DISAMBIGUATION.search(text):
         return "", "disambiguation"
+    if templates.disambiguation and templates.disambiguation.search(text):
+        return "", "disambiguation"
     text = _drop_sections(text, frozenset(cut))
     text = _QUOTES.sub(_unquote, _resolve_tags(text))
     text = _drop_tables(text)
-    text = _resolve(text, title)
+    text = _resolve(text, title, templates)
     text = _EMPTY_PARENTHESES.sub("", text)
     text = _BEFORE_CLOSING.sub("）", _AFTER_OPENING.sub("（", text))
     prose = "\n".join(_lines(_drop_remains(text)))
@@ -271,14 +354,17 @@ def _drop_tables(text: str) -> str:
     return text
 
 
-def _resolve(text: str, title: str) -> str:
+def _resolve(text: str, title: str, templates: Templates) -> str:
     """Replace links and templates by the text that they show."""
 
     def template(match: re.Match[str]) -> str:
         if "[[" in match[1]:
             return match[0]  # a link with markup in it: its | does not separate parameters
         name, *parameters = match[1].split("|")
-        return _template(name, parameters, title)
+        shown = _template(name, parameters, title, templates)
+        if shown is None:
+            templates.drop(template_name(name), parameters, match.string, *match.span())
+        return shown or ""
 
     text = _PARAMETER.sub(lambda parameter: parameter[1] or "", text)
     text = _EXTERNAL_LINK.sub(lambda link: link[1] or "", text)
@@ -289,7 +375,7 @@ def _resolve(text: str, title: str) -> str:
         if text == before:
             break
     if "{{" in text or "[[" in text:
-        text = _render(mwparserfromhell.parse(text, skip_style_tags=True), title)
+        text = _render(mwparserfromhell.parse(text, skip_style_tags=True), title, templates)
     return text
 
 
@@ -300,22 +386,28 @@ def _drop_remains(text: str) -> str:
     return text
 
 
-def _render(code: Wikicode, title: str) -> str:
+def _render(code: Wikicode, title: str, templates: Templates) -> str:
     """As `_resolve`, for markup within markup, from the nodes of a parse."""
     parts = []
     for node in code.nodes:
         if isinstance(node, Wikilink):
-            label = None if node.text is None else _render(node.text, title)
-            parts.append(_link(_render(node.title, title), label))
+            label = None if node.text is None else _render(node.text, title, templates)
+            parts.append(_link(_render(node.title, title, templates), label))
         elif isinstance(node, Template):
             parameters = [
-                (f"{parameter.name}=" if parameter.showkey else "") + _render(parameter.value, title)
+                (f"{parameter.name}=" if parameter.showkey else "")
+                + _render(parameter.value, title, templates)
                 for parameter in node.params
             ]
-            parts.append(_template(_render(node.name, title), parameters, title))
+            name = _render(node.name, title, templates)
+            shown = _template(name, parameters, title, templates)
+            if shown is None:
+                before = "".join(parts)
+                templates.drop(template_name(name), parameters, before, len(before), len(before))
+            parts.append(shown or "")
         elif isinstance(node, Heading):
             marks = "=" * node.level
-            parts.append(f"{marks}{_render(node.title, title)}{marks}")
+            parts.append(f"{marks}{_render(node.title, title, templates)}{marks}")
         else:
             parts.append(str(node))
     return "".join(parts)
@@ -330,10 +422,13 @@ def _link(target: str, label: str | None) -> str:
     return label.strip() if label else target.removeprefix(":")
 
 
-def _template(name: str, parameters: list[str], title: str) -> str:
-    """What a template shows according to the tables above; "" for one that is not in them."""
-    name = name.strip().replace("_", " ").lower()
-    form = TEMPLATES.get(name)
+def _template(name: str, parameters: list[str], title: str, templates: Templates) -> str | None:
+    """What a template shows according to the tables above; None for one that is not in them."""
+    name = template_name(name)
+    form = templates.own.get(name)
+    if form is None:
+        name = templates.aliases.get(name, name)
+        form = templates.own.get(name, TEMPLATES.get(name))
     if form is None:
         if name in ("pagename", "fullpagename"):
             return title
@@ -341,8 +436,8 @@ def _template(name: str, parameters: list[str], title: str) -> str:
             return _group_digits(name.removeprefix("formatnum:"))
         if name in COUNTRIES:
             return COUNTRIES[name]
-        if not (name.startswith("lang-") or name in _COMPUTED):
-            return ""
+        if not (name.startswith("lang-") or name in COMPUTED):
+            return None
     values: dict[str, str] = {}
     for parameter in parameters:
         key, equals, value = parameter.partition("=")
@@ -354,8 +449,8 @@ def _template(name: str, parameters: list[str], title: str) -> str:
         return _PLACEHOLDER.sub(
             lambda keys: next(filter(None, map(values.get, keys[1].split("|"))), ""), form
         )
-    if name in _COMPUTED:
-        return _COMPUTED[name](values)
+    if name in COMPUTED:
+        return COMPUTED[name](values)
     code = name.removeprefix("lang-")
     names = LANGUAGE_NAMES.get(code.removesuffix("-short"), ("", ""))
     language = names[code.endswith("-short")]
@@ -368,11 +463,20 @@ def _group_digits(number: str) -> str:
 
 
 def _convert(values: dict[str, str]) -> str:
-    number, unit = values.get("1", ""), values.get("2", "")
-    if sign := _RANGES.get(unit.lower()):  # {{convert|20|-|30|m}}
-        number, unit = f"{number}{sign}{values.get('3', '')}", values.get("4", "")
+    number, unit, after = values.get("1", ""), values.get("2", ""), 3
+    while sign := _RANGES.get(unit.lower()):  # {{convert|20|-|30|m}}
+        number = f"{number}{sign}{values.get(str(after), '')}"
+        unit, after = values.get(str(after + 1), ""), after + 2
+    shown = _quantity(number, unit, values)
+    more, unit = values.get(str(after), ""), values.get(str(after + 1), "")
+    if more.isdecimal() and unit.lower() in UNITS:  # {{convert|5|ft|6|in|m}}
+        shown += (" " if values.get("abbr") == "on" else "") + _quantity(more, unit, values)
+    return shown
+
+
+def _quantity(number: str, unit: str, values: dict[str, str]) -> str:
     if values.get("abbr") == "on" or unit.lower() not in UNITS:
-        return f"{number} {unit}".strip()
+        return f"{number} {_POWER.sub(lambda power: power[0].translate(_SUPERSCRIPTS), unit)}".strip()
     return number + UNITS[unit.lower()]
 
 
@@ -391,11 +495,15 @@ def _fraction(values: dict[str, str]) -> str:
     return " ".join([*whole[2:], f"{top}/{bottom}"])
 
 
+def _date(values: dict[str, str]) -> str:
+    return "".join(values[key] + unit for key, unit in zip("123", "年月日", strict=True) if values.get(key))
+
+
 def _formula(values: dict[str, str]) -> str:
     return "".join(value for key, value in values.items() if key.isdigit())
 
 
-_COMPUTED: dict[str, Callable[[dict[str, str]], str]] = {
+COMPUTED: dict[str, Callable[[dict[str, str]], str]] = {
     "convert": _convert,
     "cvt": _abbreviated,
     "gaps": _formula,
@@ -404,6 +512,7 @@ _COMPUTED: dict[str, Callable[[dict[str, str]], str]] = {
     "frac": _fraction,
     "sfrac": _fraction,
     "chem": _formula,
+    "年月日": _date,
 }
 
 

@@ -4,6 +4,12 @@ import pytest
 from refusal import refusal
 
 
+def templates(config, table):
+    """Add a source of Wikipedia with a table of templates."""
+    wikipedia = {"source": "wikipedia", "paths": ["*.xml.bz2"], "templates": table}
+    config["dataset"]["sources"]["w"] = wikipedia
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -14,6 +20,25 @@ from refusal import refusal
         (
             lambda c: c["dataset"]["sources"].update(w={"source": "wikipedia"}),
             ["sources.w: expected either `paths`", "or `url`"],
+        ),
+        (
+            lambda c: templates(c, {"語": 0}),
+            ["sources.w: templates.語: 0, expected the number", "{1}（{2}）"],
+        ),
+        (lambda c: templates(c, {"語": True}), ["templates.語: true, expected the number"]),
+        (lambda c: templates(c, {"語": [1]}), ["templates.語: [1], expected the number"]),
+        (lambda c: templates(c, {"語": "{1"}), ['templates.語: "{1", expected each parameter in braces']),
+        (lambda c: templates(c, {"語": "{}"}), ['templates.語: "{}", expected each parameter in braces']),
+        (lambda c: templates(c, {"語": "{a|}"}), ["expected each parameter in braces"]),
+        (
+            lambda c: templates(c, {"語": "convret"}),
+            ['templates.語: no template "convret" is known', "Did you mean 'convert'?"],
+        ),
+        (lambda c: templates(c, {"a_b": 1, "A b": 2}), ["templates.A b: the same template as 'a_b'"]),
+        (lambda c: templates(c, {" ": 1}), ["expected the name of a template"]),
+        (
+            lambda c: c["dataset"]["sources"]["tatoeba"].update(templates={}),
+            ["sources.tatoeba: templates: unknown key"],
         ),
         (
             lambda c: c["dataset"]["sources"]["tatoeba"].update(rules="wep"),

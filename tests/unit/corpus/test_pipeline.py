@@ -171,6 +171,48 @@ def test_formats_of_the_reference_systems(tmp_path):
     assert any(text.count("\n") == 2 for text in texts)
 
 
+def test_templates_of_a_dump(tmp_path):
+    """Redirects come after the articles that use them; what is not known is listed in the table."""
+    pages = [
+        *(
+            (0, f"山{n}", f"高さ{{{{換算|{n}|m}}}}、{{{{標高|{n}}}}}の{{{{語|a|峰}}}}。{prose(n)}")
+            for n in range(3)
+        ),
+        (10, "Template:換算", "#転送 [[Template:Convert]]"),
+        (10, "Template:標高2", "#転送 [[Template:標高]]"),
+    ]
+    dump = "".join(
+        f"<page><title>{title}</title><ns>{space}</ns><id>{n}</id><revision><id>1</id><text>{text}</text></revision>"
+        "</page>"
+        for n, (space, title, text) in enumerate(pages)
+    )
+    (tmp_path / "dump.xml").write_text(f"<mediawiki>{dump}</mediawiki>", "utf-8")
+    source = {"source": "wikipedia", "paths": [str(tmp_path / "dump.xml")], "templates": {"語": 2}}
+    funnels, out, _ = build(tmp_path, {"w": source}, minhash=None)
+    texts = sorted(row["text"] for row in out["train"] + out["valid"])
+    assert [text.partition("。")[0] for text in texts] == [f"高さ{n}メートル、の峰" for n in range(3)]
+    assert funnels["w"].documents_dropped == {"not an article": 2}
+    table = funnel_table(funnels)
+    assert "Found in w: unknown templates 3.\n" in table
+    assert "| `標高` | 3 | 3 | `高さ{{換算\\|0\\|m}}、{{標高\\|0}}の{{語\\|a\\|峰}}。" in table
+
+
+def test_the_table_of_templates_is_bounded():
+    """The most frequent ones of each shard are kept; all uses are counted."""
+    whole = Funnel()
+    for shard in range(3):
+        part = Funnel()
+        part.templates = {f"t{shard}-{n}": [1, 0, "example"] for n in range(1500)} | {
+            "often": [9, 8, f"{shard}"]
+        }
+        part.close_templates()
+        assert len(part.templates) == 1000
+        whole.add(part)
+    assert len(whole.templates) == 1000 and next(iter(whole.templates.items())) == ("often", [27, 24, "0"])
+    assert whole.extraction["unknown templates"] == 3 * 1509
+    assert funnel_table({"w": whole}).count("`example`") == 29
+
+
 def test_strict_names_the_line_and_tolerant_counts_it(tmp_path):
     lines = [json.dumps({"text": prose(seed)}) for seed in range(99)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:40], "{broken", *lines[40:]]), "utf-8")
@@ -239,7 +281,7 @@ def test_an_interrupted_stream_is_read_again_and_finished_sources_are_not(tmp_pa
     shard = tmp_path / "web/one/train-00001-of-00002.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000])
-    with pytest.raises(RecipeError, match=r"sources\.web: cannot read the data set"):
+    with pytest.raises(RecipeError, match=r"sources\.web: .*train-00001-of-00002\.parquet:0: damaged"):
         build(tmp_path, sources, minhash=None)
     shard.write_bytes(whole)
     shutil.rmtree(tmp_path / "wikipedia")

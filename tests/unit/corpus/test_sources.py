@@ -91,7 +91,7 @@ def test_new_kind_is_one_entry_of_the_table(tmp_path, monkeypatch):
         read=read_haiku,
         required={"poems": "int"},
         optional={"season": "str"},
-        extract=strip_brackets,
+        extract=lambda spec, learned, templates: strip_brackets,
     )
     monkeypatch.setitem(sources.KINDS, "haiku", kind)
     config = {"sources": {"poems": {"source": "haiku", "poems": 2}}, "minhash": None}

@@ -66,7 +66,14 @@ def test_parser_and_regular_expressions_agree(monkeypatch):
         ("{{frac|1|2}}、{{frac|3|1|2}}、{{frac|4}}", "1/2、3 1/2、1/4"),
         ("{{chem|H|2|O}}、{{formatnum:1234567}}、{{formatnum:x}}", "H2O、1,234,567、x"),
         ("{{lang|1=en|2=a=b}}", "a=b"),
-        ("{{Lang_|en|x}}{{ Nowrap\n| y }}", "y"),
+        ("{{Lang_|en|x}}{{ Nowrap\n| y }}{{Template:nobr|z}}", "xyz"),
+        (
+            "{{cvt|5|km2}}、{{convert|2|x|4|x|6|m}}、{{convert|5|ft|6|in|m}}",
+            "5 km²、2×4×6メートル、5フィート6インチ",
+        ),
+        ("{{convert|20|m|2}}、{{cvt|5|ft|6|in|m|1}}", "20メートル、5 ft 6 in"),
+        ("{{年月日|2020|1|2}}、{{年月日|2020|1}}", "2020年1月2日、2020年1月"),
+        ("文{{sfn|川|2010}}と<includeonly>見えない</includeonly>", "文と"),
         ("{{lang|en|{{small|[[海|{{nowrap|Sea}}]]}}}}", "Sea"),
         ("{{{1|既定}}}{{{2}}}", "既定"),
         ("{{未知|文}}後", "後"),
@@ -136,6 +143,47 @@ def test_reason_to_drop(title, wikitext, reason):
 def test_mention_of_disambiguation_is_not_a_disambiguation_page():
     wikitext = "{{Otheruses||川 (曖昧さ回避)}}[[川]]{{要曖昧さ回避}}の<!-- {{Aimai}} -->文#REDIRECT [[x]]"
     assert extract("題", wikitext) == ("川の文#REDIRECT x", "")
+
+
+def test_templates_of_ones_own_and_redirects():
+    own = {"単位": "convert", "語_の名": 2, "異名": "{1}（{2}）", "印": "", "Template:cvt": 1, "山": "単位"}
+    redirects = {"換算": "convert", "言": "語 の名", "曖": "aimai"}
+    templates = wikitext.Templates(own, redirects)
+    text = "{{単位|5|km}}{{語 の名|a|b}}{{異名|花|華}}{{印|x}}{{Cvt|3|m}}{{換算|2|m}}{{言|c|d}}"
+    assert extract("題", text, templates=templates) == ("5キロメートルb花（華）32メートルd", "")
+    assert extract("題", "* [[川]]\n{{曖|x}}", templates=templates) == ("", "disambiguation")
+    assert extract("題", "* [[川]]\n{{曖昧}}", templates=templates) == ("川", "")
+    assert list(templates.dropped) == ["曖昧"]
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "redirect"),
+    [
+        ("Template:換算", "#転送 [[Template:Convert]]", ("換算", "convert")),
+        ("テンプレート:Nb", "#REDIRECT [[ :テンプレート:Nowrap_|x]]\n{{Rcat}}", ("nb", "nowrap")),
+        ("Template:換算", "{{#switch}}", None),
+        ("Template:換算", "#転送 [[川]]", None),
+        ("換算", "#転送 [[Template:Convert]]", None),
+    ],
+)
+def test_redirect_of_a_template(title, text, redirect):
+    assert wikitext.template_redirect(title, text) == redirect
+
+
+def test_templates_that_are_not_known_are_counted_with_an_example():
+    templates = wikitext.Templates()
+    text = (
+        "{{Infobox 山\n| 高さ = {{標高|9}}\n}}\n{{DEFAULTSORT:やま}}\n"
+        "高さ{{標高|3776|[[川|{{小|x}}]]}}の山。\n"
+        "{{標高|1}}は低い。\n* {{標高|2}}\n{{#if: 1 | a}}\n{{sfn|a}}"
+    )
+    extract("題", text, templates=templates)
+    assert templates.dropped == {
+        "標高": [4, 2, "{{標高|1}}は低い。"],
+        "小": [1, 0, "高さ{{標高|3776|[[川|{{小|x}}]]}}の山。"],
+        "infobox 山": [1, 0, "{{infobox 山| 高さ = \n}}"],
+        "#if:": [1, 0, "{{#if: 1| a}}"],
+    }
 
 
 def test_sections_to_cut_are_an_argument():
