@@ -25,6 +25,7 @@ from recipe.project import Refused
 # The keys with their JSON types. Those of each kind of source are in `recipe.corpus.sources.KINDS`.
 DATASET = {
     "sources": "dict",
+    "layout": "str",
     "neologdn": "dict",
     "keep_wave_dash": "bool",
     "keep_dashes": "bool",
@@ -53,6 +54,7 @@ SOURCE = {
 }
 TILDES = ("remove", "ignore", "normalize", "normalize_zenkaku")  # of neologdn
 RANGES = {
+    "layout": one_of("neologdn", "keep"),
     "minimum_characters": FROM_0,
     "minimum_japanese_share": BELOW_1,
     "valid_share": BETWEEN_0_AND_1,
@@ -109,11 +111,24 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     check_ranges(values, RANGES, where)
     check_ranges(values.get("neologdn", {}), NEOLOGDN_RANGES, f"{where}: neologdn")
+    if values.get("layout") == "keep":
+        _check_kept_layout(values, where)
     for kind, changes in values.get("rules", {}).items():
         rules.check_rules(kind, changes, f"{where}: rules.{kind}")
     check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
     check_ranges(values.get("minhash") or {}, MINHASH_RANGES, f"{where}: minhash")
     _check_engine(values.get("engine", {}), f"{where}: engine")
+
+
+def _check_kept_layout(values: dict[str, Any], where: str) -> None:
+    """Refuse what changes the layout or belongs to neologdn's rules. Raises Refused."""
+    without = [f"neologdn.{key}" for key in values.get("neologdn", {}) if key != "tilde"]
+    without += ["keep_dashes"] if values.get("keep_dashes") is False else []
+    if without:
+        raise Refused(
+            f"{where}: {without[0]} does nothing with layout: keep, which leaves spaces, repeats and dashes "
+            "as they are. Leave it out, or write layout: neologdn"
+        )
 
 
 def _check_source(source: dict[str, Any], here: str) -> None:

@@ -14,6 +14,15 @@ from recipe.corpus.rules import RULES, make_rules
 _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 
 
+_LINE_ENDS = re.compile(r"\s*\n\s*")
+_SPACES = re.compile(r"[^\S\n]+")
+
+
+def _without_layout(text: str) -> str:
+    """The lines of a text that are not empty, without indentation, and one space for each run of spaces."""
+    return _SPACES.sub(" ", _LINE_ENDS.sub("\n", text.strip()))
+
+
 def make_cleaner(
     config: dict[str, Any], source: dict[str, Any], figures: Counter[str] | None = None
 ) -> Callable[[str], tuple[str, str]]:
@@ -31,11 +40,15 @@ def make_cleaner(
         own = (RULES[kind] | changes)[rule] if kind else None
         changes[rule] = max(own or 0, config.get(rule, 0)) or None
     first_failure = make_rules(kind, changes)
+    keeps_layout = config.get("layout") == "keep"
 
     def clean_text(text: str) -> tuple[str, str]:
         if _NOT_TEXT.search(text):
             return text, "control characters"
         text = normalize(text)
-        return text, first_failure(text) if text else "empty"
+        if not text:
+            return text, "empty"
+        # The thresholds of the rules are for text without a layout: indentation is no repetition.
+        return text, first_failure(_without_layout(text) if keeps_layout else text)
 
     return clean_text

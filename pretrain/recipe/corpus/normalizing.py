@@ -11,6 +11,8 @@ neologdn also changes what is not the same character: it deletes wave dashes and
 marks. keep_wave_dash and keep_dashes keep these, and clean_characters repairs what neologdn leaves. With the
 three options off, the output is identical (tests/unit/corpus/test_normalizing.py). tests/bench/cleaning.py
 measures the speed.
+
+``"layout": "keep"`` uses none of this: only single characters are replaced (`recipe.corpus.characters`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any, NamedTuple
 
 import neologdn
 import numpy as np
+
+from recipe.corpus.characters import make_dialogue_normalizer
 
 _BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines splits
 _SPACE, _NEWLINE = 0x20, 0x0A
@@ -109,6 +113,8 @@ def _voiced() -> tuple[re.Pattern[str], dict[str, str]]:
 def make_normalizer(config: dict[str, Any], figures: Counter[str] | None = None) -> Callable[[str], str]:
     """The normaliser that a dataset.json describes: neologdn line by line, without the empty lines.
 
+    ``layout``: with ``keep`` only characters are replaced, as in dialogues (`make_dialogue_normalizer`):
+    indentation, empty lines, spaces, list marks and dashes stay as they are. The default is ``neologdn``.
     ``keep_wave_dash`` (on by default): 〜 (U+301C) and its look-alike ～ (U+FF5E) stay, as 〜. neologdn
     alone deletes both, which turns 10〜20時 into 1020時. An ASCII ``~`` is never changed, because
     paths contain it.
@@ -125,6 +131,9 @@ def make_normalizer(config: dict[str, Any], figures: Counter[str] | None = None)
     figures: the numbers of invisible characters removed, and of characters composed, are added to it.
     The normaliser raises UnicodeError for half of a surrogate pair.
     """
+    figures = Counter() if figures is None else figures
+    if config.get("layout") == "keep":
+        return _make_layout_keeper(config, figures)
     options = {"tilde": "ignore" if config.get("keep_wave_dash", True) else "remove"}
     options |= config.get("neologdn", {})
     repeat, longest = options.get("repeat", 0), options.get("max_repeat_substr_length", 8)
@@ -135,7 +144,6 @@ def make_normalizer(config: dict[str, Any], figures: Counter[str] | None = None)
     special = re.compile(
         f"[{''.join(_to_fix(*fixes).values()) + _DASHES * fixes[0]}]" if any(fixes) else "(?!)"
     )
-    figures = Counter() if figures is None else figures
 
     def normalize(text: str) -> str:
         if config.get("nfkc", False):
@@ -153,6 +161,19 @@ def make_normalizer(config: dict[str, Any], figures: Counter[str] | None = None)
             units = units[tables.rare[units] != _DELETED]
         text = _normalize(units, tables, remove_space)
         return _shorten_repeats(text, repeat, longest) if repeat else text
+
+    return normalize
+
+
+def _make_layout_keeper(config: dict[str, Any], figures: Counter[str]) -> Callable[[str], str]:
+    """The normaliser of ``"layout": "keep"``; figures: see `make_normalizer`."""
+    replace_characters = make_dialogue_normalizer(config)
+    rare = re.compile(f"[{_INVISIBLE}{_LAST}{_MARKS}]")
+
+    def normalize(text: str) -> str:
+        if config.get("clean_characters", True) and rare.search(text):
+            text = _fix(text, _IS_INVISIBLE | _IS_LAST | _IS_MARK, figures)
+        return replace_characters(text)
 
     return normalize
 

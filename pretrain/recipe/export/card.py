@@ -39,7 +39,7 @@ _LIMITS = (
     "Its texts were not checked for truth, bias or harm. Expect fluent false statements, more of them the "
     "smaller the model is. The figures below were measured; nothing else is claimed."
 )
-_NORMALISING = ("neologdn", "keep_wave_dash", "keep_dashes", "clean_characters", "nfkc")
+_NORMALISING = ("layout", "neologdn", "keep_wave_dash", "keep_dashes", "clean_characters", "nfkc")
 _CHAT = """messages = [{{"role": "user", "content": {question}}}]
 inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)"""
 _CONTINUE = """inputs = tokenizer({prompt}, return_tensors="pt")"""
@@ -138,7 +138,8 @@ def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str
         ask = _CONTINUE.format(prompt=json.dumps(values["prompts"][0], ensure_ascii=False))
     text += _USE.format(name=repository or ".", ask=ask, length=values["max_new_tokens"])
     rules = {key: v for key, v in config["dataset"].items() if key in _NORMALISING}
-    text += "\n\nThe training text was normalised by neologdn"
+    by = "character by character" if rules.get("layout") == "keep" else "by neologdn"
+    text += f"\n\nThe training text was normalised {by}"
     text += f" ({json.dumps(rules)[1:-1]})" if rules else ""
     text += ". Normalise your prompts in the same way."
     segmenter = config["tokenizer"].get("segmenter")

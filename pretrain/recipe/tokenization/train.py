@@ -84,6 +84,8 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
+            # Indentation costs one token, where the text has any (dataset.json, layout).
+            allow_whitespace_only_pieces=True,
             # These characters get a token even when the sample lacks them: a space, which would come back as
             # U+2581 if it was spelled in bytes, and the characters of control and byte tokens.
             required_chars="".join(

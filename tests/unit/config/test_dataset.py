@@ -52,6 +52,15 @@ def templates(config, table):
         (lambda c: c["dataset"].update(minhash={"rows": 0}), ["minhash: rows: 0", "from 1 to 2^32 - 1"]),
         (lambda c: c["dataset"].update(minhash={"seed": -1}), ["minhash: seed: -1", "from 0 to"]),
         (lambda c: c["dataset"].update(minhash={"seed": 2**32}), ["minhash: seed: 4294967296"]),
+        (lambda c: c["dataset"].update(layout="plain"), ['layout: "plain"', "neologdn, keep"]),
+        (
+            lambda c: c["dataset"].update(layout="keep", neologdn={"repeat": 1}),
+            ["neologdn.repeat does nothing with layout", "Leave it out"],
+        ),
+        (
+            lambda c: c["dataset"].update(layout="keep", neologdn={}, keep_dashes=False),
+            ["keep_dashes does nothing with layout"],
+        ),
         (lambda c: c["dataset"].update(neologdn={"repeat": -1}), ["neologdn: repeat: -1", "0 or more"]),
         (lambda c: c["dataset"].update(neologdn={"tilde": "keep"}), ["tilde", '"keep"', "remove, ignore"]),
         (

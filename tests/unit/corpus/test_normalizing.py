@@ -163,3 +163,35 @@ def test_visible_characters_and_joiners_stay(length):
     figures = Counter()
     assert make_normalizer({}, figures)(text) == text
     assert not figures.total()
+
+
+LAYOUT = """# 見出し
+
+次の関数を使います。
+
+```python
+def kazoeru(n):
+    for i in range(n):
+\tif i % 2 == 0:
+            print(i)   # 表示
+```
+
+- 親の項目
+  - 子の項目
+* ＡＢＣ ﾊﾟﾝ  がく​、１０～２０時 ――０３－１２３４"""
+
+
+def test_a_layout_that_is_kept_comes_back_exactly():
+    """Only characters change; what is removed or composed is counted."""
+    figures = Counter()
+    expected = LAYOUT.replace("ＡＢＣ ﾊﾟﾝ  がく​、１０～２０時", "ABC パン  がく、10〜20時")
+    expected = expected.replace("０３－１２３４", "03-1234")
+    assert make_normalizer({"layout": "keep"}, figures)(f"\r\n{LAYOUT}\n\n") == expected
+    assert figures == {"invisible characters removed": 1, "characters composed": 1}
+
+
+@pytest.mark.parametrize(("tilde", "expected"), [("remove", "1020"), ("normalize", "10~20")])
+def test_tildes_of_a_kept_layout(tilde, expected):
+    assert make_normalizer({"layout": "keep", "neologdn": {"tilde": tilde}})("10〜20") == expected
+    kept = make_normalizer({"layout": "keep", "clean_characters": False})
+    assert kept("a​b⁠") == "a​b⁠"
