@@ -68,6 +68,8 @@ main() {
 
   local started=$SECONDS python stage number ran=0
   python=$(bash "$here/setup.sh" --python)
+  # A notebook sets it to a module that this Python may not have. The stages draw into files.
+  export MPLBACKEND=agg
   export PYTHONPATH=$here/pretrain${PYTHONPATH:+:$PYTHONPATH}
   ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
   # If this shell is killed, the running stage is stopped too, and can be continued.

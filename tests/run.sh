@@ -7,7 +7,7 @@
 #   slow       tests of more than a minute: launchers on 2 ranks, DeepSpeed, kill and resume
 #   gpu        tests that need a GPU; without one, each says why it could not run
 #   browser    the chat page in headless Chromium (chromium on PATH); installs playwright
-#   extras     tests of Ray, Sudachi, Megatron-LM and GGUF; installs these extras of pyproject.toml.
+#   extras     tests of Ray, Sudachi, Megatron-LM, GGUF and a notebook; installs these extras of pyproject.toml.
 #              Also of transformers 4, which goes into a folder of its own
 #   all        everything; installs all these
 #
@@ -20,8 +20,8 @@ case ${1:-} in
   lint) marker=none ;;
   slow | gpu) marker=$1 ;;
   browser) marker=$1 extras+=(browser) ;;
-  extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf) ;;
-  all) marker="slow or not slow" extras+=(ray sudachi megatron gguf browser) ;;
+  extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf notebook) ;;
+  all) marker="slow or not slow" extras+=(ray sudachi megatron gguf notebook browser) ;;
   *) marker="not slow and not gpu and not browser and not extra" ;;
 esac
 case ${1:-} in lint | slow | gpu | browser | extras | all) shift ;; esac

@@ -10,6 +10,10 @@ from recipe.config.chat_templates import chat_template
 from recipe.config.recipe import load_recipe, recipes
 from recipe.model.build import build_model, parameter_count
 from recipe.project import CONFIGS, Refused
+from recipe.run import preflight
+from recipe.run.launch_options import Launch
+from recipe.run.memory import shape_of
+from recipe.tokenization.train import expected_memory
 
 OWN = ("tiny", "small", "colab-t4")  # they follow no published system
 REFERENCES = [name for name in recipes() if name not in OWN]
@@ -178,6 +182,20 @@ def test_what_llama_cpp_and_others_read(recipe):
     # Reading stops there: neither data set is fetched as a whole.
     assert all(source["maximum_megabytes"] <= 5000 for source in values["dataset"]["sources"].values())
     assert values["finetune"]["block_size"] <= values["model"]["max_position_embeddings"]
+
+
+def test_colab_t4_stays_within_the_limits_of_its_host():
+    """12 GB of memory in stage 03, 78 GB of disk: what is computed or estimated before the start."""
+    values = load_recipe("colab-t4")
+    assert expected_memory(values["tokenizer"]) < 2e9
+    shape = shape_of(values["model"], tokenizer.vocabulary_size(values["tokenizer"]))
+    t4 = next(device for device in preflight.PROFILES if "T4" in device.name)
+    setting = preflight.setting_of(values["pretrain"], t4, Launch())
+    disk = preflight.training_disk(shape, setting, values["pretrain"], values["pretrain"]["max_steps"])
+    assert setting.precision == "fp16" and disk < 1.5e9
+    assert values["dataset"]["disk_gigabytes"] * 1e9 + disk < 15e9
+    # At most a tenth of the training is repeated after a cut.
+    assert values["pretrain"]["save_steps"] * 10 <= values["pretrain"]["max_steps"]
 
 
 # (micro-batch, accumulation) on the ranks of the originals.

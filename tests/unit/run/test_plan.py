@@ -1,5 +1,6 @@
 """The planner against a real run, published figures and the preflight; the recipe it writes; its refusals."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -78,6 +79,17 @@ def test_the_best_row_is_nearest_to_compute_optimal():
     found = plan.best(rows(4))
     assert found.layers == 12 and 10 < found.per_parameter < 40
     assert plan.best(rows(40)).layers > 12 > plan.best(rows(0.5)).layers
+
+
+def test_the_micro_batch_is_the_largest_that_fits():
+    machine, sizes = plan.machine_of("rtx4060", 1), set()
+    for row in (row for row in rows(6, "rtx4060") if not row.missing):
+        micro = row.setting.micro_batch
+        assert row.peak * plan.MEMORY_MARGIN <= machine.free
+        larger = memory(row.shape, dataclasses.replace(row.setting, micro_batch=2 * micro))["peak"]
+        assert larger * plan.MEMORY_MARGIN > machine.free or micro == 64 or row.setting.accumulation == 1
+        sizes.add(micro)
+    assert len(sizes) > 2
 
 
 def test_more_gpus_take_more_tokens_and_share_the_batch():
