@@ -6,7 +6,7 @@
 #
 #   --recipe NAME    folder below configs/ (default: tiny)
 #   --from, --to NN  number of the first and of the last stage to run
-#   --force          redo these stages even if they are done; their old output is replaced
+#   --force          start these stages over, even if they are done; their old output is replaced
 #   --dry-run        check the configuration and say what would be done
 #   --list           list the stages
 #   --set FILE.KEY=VALUE   override one key of the recipe, e.g. --set pretrain.learning_rate=1e-4

@@ -29,7 +29,7 @@ from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS
 from recipe.corpus.shards import read_texts
 from recipe.progress import progress
-from recipe.project import RecipeError, write_json
+from recipe.project import RecipeError, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
@@ -77,7 +77,7 @@ def main(stage: Stage) -> None:
     stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
     stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}
     write_json(stage.folder / "funnel.json", stage.figures)
-    (stage.folder / "funnel.md").write_text(pairs_table(funnel, stage.config, overlap), "utf-8")
+    write_text(stage.folder / "funnel.md", pairs_table(funnel, stage.config, overlap))
     stage.headline = f"{len(sides['train']):,} training pairs, {len(sides['valid']):,} for validation"
 
 

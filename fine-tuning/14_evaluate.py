@@ -14,7 +14,7 @@ from recipe.config.tasks import reads_sources, tasks_of
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import messages_of, no_pairs
 from recipe.evaluation.tasks.available import check_available
-from recipe.project import RecipeError, write_json
+from recipe.project import RecipeError, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
 NAME = "14_evaluate"
@@ -53,7 +53,7 @@ def main(stage: Stage) -> None:
 
     before, after = figures["before"], figures["after"]
     tables = (comparison(before, after), scores_table({"before": before["tasks"], "after": after["tasks"]}))
-    (stage.folder / "metrics.md").write_text("\n".join(tables), "utf-8")
+    write_text(stage.folder / "metrics.md", "\n".join(tables))
     write_json(stage.folder / "metrics.json", figures)
     stage.figures = figures
     stage.headline = (

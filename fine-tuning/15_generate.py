@@ -7,7 +7,7 @@ Run:  python fine-tuning/15_generate.py --recipe tiny
 import pyarrow.parquet as pq
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import messages_of, no_pairs
-from recipe.project import RecipeError, write_json
+from recipe.project import RecipeError, write_json, write_text
 from recipe.run.stage import Stage, run_stage
 
 HELD_OUT = 5  # conversations of the validation side whose last answer is asked for as well
@@ -64,7 +64,7 @@ def main(stage: Stage) -> None:
     write_json(stage.folder / "answers.json", rows)
     # answers.json keeps its key; people read a plainer word.
     shown = [{"reference" if key == "wanted" else key: row[key] for key in row} for row in rows]
-    (stage.folder / "answers.md").write_text(side_by_side(shown), "utf-8")
+    write_text(stage.folder / "answers.md", side_by_side(shown))
     rate = sum(repetition(row["after"]) for row in rows) / len(rows)
     stopped = sum(answer.stopped for answer in answers)
     stage.figures = {"answers": rows, "repetition": rate, "stop_rate": stopped / len(rows)}

@@ -7,6 +7,7 @@ Run:  python fine-tuning/16_export.py --recipe tiny
 
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import no_pairs
+from recipe.project import write_text
 from recipe.run.freshness import hub
 from recipe.run.stage import Stage, run_stage
 
@@ -33,7 +34,7 @@ def main(stage: Stage) -> None:
     copy_curves(stage.inputs, stage.folder)
     repository = target["repository"]
     card = model_card(repository or stage.recipe, repository or "", stage.config, stage.inputs)
-    (stage.folder / "README.md").write_text(card, "utf-8")
+    write_text(stage.folder / "README.md", card)
     size = sum(path.stat().st_size for path in stage.folder.iterdir())
     stage.headline = f"{size / 1e6:,.1f} MB to take away, card included"
     stage.figures = {"bytes": size, "from": last_model(stage.config)}

@@ -22,7 +22,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.corpus.characters import make_dialogue_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
-    from recipe.project import RecipeError, write_json
+    from recipe.project import RecipeError, write_json, write_text
     from recipe.training.curves import write_curves
     from recipe.training.preference_trainer import PreferenceTrainer, in_order
     from transformers import AutoTokenizer
@@ -81,7 +81,7 @@ def main(plan: dict[str, Any]) -> None:
                 finish_adapter(base, folder)
             figures["trained_parameters"] = model.num_parameters(only_trainable=True)
         write_curves(folder, f"preferences, recipe {plan['recipe']}", with_perplexity=False)
-        (folder / "funnel.md").write_text(preferences_table(funnel), "utf-8")
+        write_text(folder / "funnel.md", preferences_table(funnel))
         figures |= {"pairs": funnel, "left_out": left_out}
         headline = f"{figures['steps']:,} steps, valid preference loss {figures['eval_loss']:.4f}"
         write_json(folder / "result.json", figures | {"headline": headline})

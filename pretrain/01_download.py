@@ -8,8 +8,7 @@ Run:  python pretrain/01_download.py --recipe tiny
 import time
 
 from recipe.corpus.download import download, missing_bytes, require_data
-from recipe.corpus.fetch import require_space
-from recipe.project import DATA
+from recipe.project import DATA, require_space
 from recipe.run.preflight import require_data_space
 from recipe.run.publication import hold
 from recipe.run.stage import Stage, run_stage

@@ -8,7 +8,7 @@ Run:  python pretrain/02_dataset.py --recipe tiny
 
 from recipe.corpus import funnel, pipeline
 from recipe.corpus.sources import licence
-from recipe.project import DATA, write_json
+from recipe.project import DATA, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
 
@@ -25,7 +25,7 @@ def main(stage: Stage) -> None:
     write_json(
         stage.folder / "funnel.json", {"sources": stage.figures, "licences": licences, "leakage": leaks}
     )
-    (stage.folder / "funnel.md").write_text(funnel.funnel_table(funnels), "utf-8")
+    write_text(stage.folder / "funnel.md", funnel.funnel_table(funnels))
     funnel.picture(funnels, stage.folder / "funnel.png")
     pipeline.remove_scaffold(stage.folder)
     kept, read = (sum(getattr(f, key) for f in funnels.values()) / 1e6 for key in ("bytes_out", "bytes_in"))

@@ -13,7 +13,7 @@ from typing import Any
 from recipe.config.tokenizer import SPECIAL_TOKENS, kind_of
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.progress import progress
-from recipe.project import DATA, RecipeError, write_json
+from recipe.project import DATA, RecipeError, write_json, write_text
 from recipe.run.freshness import weights
 from recipe.run.stage import Stage, run_stage
 
@@ -42,7 +42,7 @@ def main(stage: Stage) -> None:
     others, missing = published_to_compare(config.get("compare", []))
     described = describe({"this": tokenizer, **others}, valid)
     write_json(stage.folder / "report.json", {"proof": check, "tokenizers": described, "missing": missing})
-    (stage.folder / "report.md").write_text(report_tables(described, check, missing), "utf-8")
+    write_text(stage.folder / "report.md", report_tables(described, check, missing))
     draw_report(described, stage.folder / "report.png")
     held_out = {name for name, spec in stage.config["dataset"]["sources"].items() if spec.get("held_out")}
     sources = described["this"]["sources"]

@@ -10,7 +10,7 @@ from typing import Any
 from recipe.config.tasks import reads_sources, tasks_of
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.evaluation.tasks.available import check_available
-from recipe.project import write_json
+from recipe.project import write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
 NAME = "06_evaluate"
@@ -38,7 +38,7 @@ def main(stage: Stage) -> None:
         text += f"\n{table}"
 
     write_json(stage.folder / "metrics.json", stage.figures)
-    (stage.folder / "metrics.md").write_text(text, "utf-8")
+    write_text(stage.folder / "metrics.md", text)
     shown = [f"{name.replace('_', ' ')} {figures['bits_per_byte']:.4f}" for name, figures in domains.items()]
     stage.headline = "bits per byte: " + ", ".join(shown)
 

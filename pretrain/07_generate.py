@@ -4,7 +4,7 @@ Edit: configs/<recipe>/generation.json. Writes: samples.json, samples.md.
 Run:  python pretrain/07_generate.py --recipe tiny
 """
 
-from recipe.project import write_json
+from recipe.project import write_json, write_text
 from recipe.run.stage import Stage, run_stage
 
 
@@ -55,7 +55,7 @@ def main(stage: Stage) -> None:
             row[name] = texts if count > 1 else texts[0]
     rate = sum(repetition(answer.text) for answer in answers) / len(answers)
     write_json(stage.folder / "samples.json", rows)
-    (stage.folder / "samples.md").write_text(side_by_side(rows), "utf-8")
+    write_text(stage.folder / "samples.md", side_by_side(rows))
     stage.figures = {"samples": rows, "repetition": rate}
     stage.headline = f"{len(answers)} samples, repetition {rate:.1%} of character 8-grams"
 

@@ -25,7 +25,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.config.initial_model import check_rows, describe_initial, find_initial, read_new_pieces
     from recipe.evaluation.generation import clean_prompt
     from recipe.model.build import build_model, continued_model, parameter_count
-    from recipe.project import read_json, write_json
+    from recipe.project import read_record, write_json
     from recipe.tokenization.encode_text import prompt_ids
     from recipe.tokenization.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
     from recipe.tokenization.token_files import TokenFile
@@ -39,7 +39,7 @@ def main(plan: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["03_tokenizer"])
     tokens = Path(plan["inputs"]["04_tokenize"])
     train_file, valid_file = TokenFile(tokens / "train"), TokenFile(tokens / "valid")
-    counted = read_json(tokens / "stage.json")["figures"]
+    counted = read_record(tokens, "figures")["figures"]
     totals = counted["totals"]
     sources = weighted_sources(counted["sources"]["train"], plan["config"]["dataset"]["sources"])
 

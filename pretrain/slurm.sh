@@ -22,6 +22,11 @@ done
 for option; do
   if [[ $option == --recipe=* ]]; then recipe=${option#*=}; fi
 done
+# A job that is queued again continues: --force would start over each time.
+options=()
+for option; do
+  if [[ $option != --force || ${SLURM_RESTART_COUNT:-0} == 0 ]]; then options+=("$option"); fi
+done
 # Set up once, before all nodes do it at the same time.
 bash setup.sh --python >/dev/null
 
@@ -30,7 +35,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
   bash -c 'exec bash "$0" "$@" --node-rank "$SLURM_NODEID"' "$stage" --nnodes "$SLURM_JOB_NUM_NODES" \
-  --master-addr "$head" --master-port $((20000 + SLURM_JOB_ID % 10000)) "$@" &
+  --master-addr "$head" --master-port $((20000 + SLURM_JOB_ID % 10000)) "${options[@]}" &
 training=$!
 
 near_the_limit=false

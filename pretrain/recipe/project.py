@@ -1,13 +1,19 @@
-"""Paths of the project, errors with their exit codes, JSON on disk, and text in Markdown."""
+"""Paths of the project, errors with their exit codes, files on disk, and text in Markdown."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import functools
 import glob
 import json
 import os
 import re
+import shutil
+import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,13 @@ DATA = ROOT / "data"
 OUTPUTS = ROOT / "outputs"
 CONFIGS = ROOT / "configs"
 
+RECORD = "stage.json"  # written last into the folder of a finished stage
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or limit of the file size reached
+# How safetensors, torch and numpy report a failed write: without an errno.
+_FAILED_WRITE = re.compile(
+    r"os error (28|122|27)\b|unexpected pos \d+ vs|PytorchStreamWriter|iostream error"
+    r"|requested and \d+ written"
+)
 # Linux's request to let two files share their blocks until one of them is changed (man 2 ioctl_ficlone).
 FICLONE = 0x40049409
 
@@ -62,21 +75,161 @@ def require_extra(extra: str, where: str) -> None:
         raise Refused(f"{where}: not installed: {', '.join(missing)}. Run `bash setup.sh --extra {extra}`")
 
 
+# ---------------------------------------------------------------------------------------------- files on disk
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that holds `folder`, or will hold it."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def disk_of(folder: Path) -> Path:
+    """Where the disk that holds `folder`, or will hold it, is mounted."""
+    found = _existing(folder).resolve()
+    return next(path for path in (found, *found.parents) if path.is_mount())
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise Refused unless the disk of `folder` (which need not exist yet) has `needed` bytes free."""
+    free = free_bytes(folder)
+    if needed > free:
+        raise Refused(
+            f"{folder}: {what} needs {needed:,} bytes, and {free:,} bytes are free on the disk mounted at "
+            f"{disk_of(folder)}. Free some space, or replace the folder by a link to a larger disk, and run "
+            "again"
+        )
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a full disk, quota or limit of the file size into a RecipeError.
+
+    Its message names the file (`path`, if the system's error names none), its disk, and the bytes that are
+    needed and free. needed: None where the size of the file is not known before.
+    """
+    try:
+        yield
+    except RecipeError:  # it has a name already
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) not in NO_SPACE and not _FAILED_WRITE.search(str(error)):
+            raise
+        raise full_disk(path, error, needed) from error
+
+
+def full_disk(path: Path, error: Exception, needed: int | None = None) -> RecipeError:
+    """The error for a file that could not be written; see `naming_full_disk`."""
+    known = getattr(error, "errno", None)
+    reason = os.strerror(known) if known else str(error).splitlines()[0]
+    file = Path(getattr(error, "filename", None) or path)
+    need = f"{needed:,} bytes are needed" if needed is not None else "its size is not known before"
+    return RecipeError(
+        f"{file}: {reason}: {need}, {free_bytes(file):,} bytes are free on the disk mounted at "
+        f"{disk_of(file)}. Free some space and run the same command again: finished work is kept"
+    )
+
+
+def write_text(path: Path, text: str, flush: bool = True) -> None:
+    """Write a file of UTF-8 whole or not at all: as ``<name>.part``, which is flushed to disk and renamed.
+
+    flush: False for a file that need not survive a power failure. Raises RecipeError when the disk is full.
+    """
+    part, content = path.with_name(f"{path.name}.part"), text.encode("utf-8")
+    try:
+        with naming_full_disk(path, len(content)), part.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            if flush:
+                os.fsync(handle.fileno())
+    except RecipeError:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people: UTF-8, indented, a final newline."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    """Write JSON for people, whole or not at all (`write_text`): indented, with a final newline."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file of JSON Lines, whole or not at all (`write_text`)."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_json_line(path: Path, row: dict[str, Any]) -> None:
+    """Append one object to a file of JSON Lines. Raises RecipeError when the disk is full."""
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    if path.exists() and _ends_in_a_line(path):
+        line = b"\n" + line
+    with naming_full_disk(path, len(line)), path.open("ab") as handle:
+        handle.write(line)
+
+
+def _ends_in_a_line(path: Path) -> bool:
+    """Whether the last line of a file was cut short, as by a full disk."""
+    with path.open("rb") as handle:
+        if not handle.seek(0, os.SEEK_END):
+            return False
+        handle.seek(-1, os.SEEK_END)
+        return handle.read(1) != b"\n"
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON that a stage wrote."""
-    return json.loads(path.read_text("utf-8"))
+    """Read JSON that a stage wrote. Raises RecipeError, with the path, when it cannot be read."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not valid JSON: {error}"
+        raise RecipeError(f"{path}: cannot be read ({reason}). Redo its stage with --force") from error
+
+
+def read_state(path: Path, *keys: str) -> Any:
+    """Read bookkeeping; None where there is none.
+
+    keys: what an object must have. A file that cannot be read counts as absent, and one line says so.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if value is None or (keys and not (isinstance(value, dict) and value.keys() >= set(keys))):
+        warn(f"{path}: cannot be read, so it counts as absent")
+        return None
+    return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a file of JSON Lines. An incomplete last line (an interrupted run) is left out."""
+    """Read the objects of a file of JSON Lines. An incomplete last line (an interrupted run) is left out.
+
+    So is any other line that cannot be read, which a line on stderr says.
+    """
     # Not splitlines: a string in JSON may hold other line separators, such as U+2028, as they are.
-    lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            warn(f"{path}: line {number} cannot be read, so it is left out")
+    return rows
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Print a warning on stderr; the same one only once."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def fsync_tree(folder: Path) -> None:
@@ -87,7 +240,8 @@ def fsync_tree(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with naming_full_disk(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -113,6 +267,34 @@ def glob_files(pattern: str) -> list[Path]:
 def stage_folder(recipe: str, stage: str) -> Path:
     """The folder of a finished stage."""
     return OUTPUTS / recipe / stage
+
+
+def read_record(folder: Path, *keys: str) -> dict[str, Any]:
+    """``stage.json`` of a finished stage. Raises Refused when it cannot be read, or lacks one of `keys`."""
+    path = folder / RECORD
+    try:
+        record = read_json(path)
+        parts = [record[key] for key in keys if record[key] is not None]
+        whole = isinstance(record, dict) and len(parts) == len(keys)
+        if not whole or ("wanted" in keys and not {"config", "inputs"} <= record["wanted"].keys()):
+            raise KeyError
+    except (RecipeError, LookupError, TypeError, AttributeError) as error:
+        raise Refused(f"{path}: cannot be read. {redo(folder)}") from error
+    return record
+
+
+def known_record(folder: Path, *keys: str) -> dict[str, Any] | None:
+    """As `read_record`; None, and a warning, where that raises."""
+    try:
+        return read_record(folder, *keys)
+    except Refused:
+        warn(f"{folder / RECORD}: cannot be read, so this stage is passed over")
+        return None
+
+
+def redo(folder: Path) -> str:
+    """What to do about a stage's folder that is damaged, for an error message."""
+    return f"Run it again: bash run_all.sh --recipe {folder.parent.name} --from {folder.name[:2]} --force"
 
 
 # What Markdown would not show as it is written. An underscore within a word, a lone < or & and a backslash

@@ -123,13 +123,13 @@ def read_config_of(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        values = read_json(path)
+        values = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise Refused(
             f"pretrain.json: initial_model: {path}: {error.strerror}. Give the folder of a model as "
             "save_pretrained writes it"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise Refused(f"pretrain.json: initial_model: {path}: not valid JSON ({error})") from error
     if values.get("quantization_config"):
         raise Refused(

@@ -6,7 +6,6 @@ another name and renamed. Nothing is installed or run.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from recipe.corpus.fetch import HASHES, announced_size, digest_of, fetch, part_o
 from recipe.corpus.packages import download_descriptions, download_packages, find_sdist
 from recipe.corpus.source_files import file_facts, is_own, own_files, pinned_urls
 from recipe.corpus.sources import kind_of, licence
-from recipe.project import RecipeError, fsync_tree, write_json
+from recipe.project import RecipeError, fsync_tree, read_state, write_json
 
 
 def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
@@ -66,9 +65,8 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
         files = pinned_urls(name, spec)
     record["files"] = {url_name(url): fetch(url, folder / url_name(url), **pins) for url, pins in files}
     _remove_former_files(folder, set(record["files"]))
-    write_json(folder / "source.json.part", record)
     fsync_tree(folder)
-    (folder / "source.json.part").rename(folder / "source.json")
+    write_json(folder / "source.json", record)
     return record
 
 
@@ -88,10 +86,9 @@ def _downloaded_part(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _complete_record(spec: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """The record of a source if its files are complete for this spec, with the recorded sizes; else None."""
-    path = folder / "source.json"
-    if not path.exists():
+    record = read_state(folder / "source.json", "spec", "files")
+    if not record:
         return None
-    record = json.loads(path.read_text("utf-8"))
     same = record["spec"] == _downloaded_part(spec) and all(
         (folder / file).is_file() and (folder / file).stat().st_size == facts["bytes"]
         for file, facts in record["files"].items()

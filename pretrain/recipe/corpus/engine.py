@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.progress import progress
-from recipe.project import RecipeError, require_extra
+from recipe.project import RecipeError, naming_full_disk, require_extra
 
 # A task: called with (None or the documents of the step before, rank, number of tasks).
 Task = Callable[[Any, int, int], Any]
@@ -103,7 +103,8 @@ class Engine:
         try:
             for future in progress(as_completed(futures), phase, "tasks", len(futures)):
                 rank = futures[future]
-                future.result()
+                with naming_full_disk(self.logs / phase):  # datatrove's own files
+                    future.result()
         except RecipeError:
             raise
         except BrokenProcessPool as error:

@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
-import errno
 import hashlib
 import http.client
-import json
 import os
 import random
 import re
-import shutil
 import ssl
 import string
 import sys
@@ -30,7 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from recipe.progress import byte_progress
-from recipe.project import RecipeError, Refused, write_json
+from recipe.project import (
+    NO_SPACE,
+    RecipeError,
+    Refused,
+    disk_of,
+    free_bytes,
+    read_state,
+    require_space,
+    write_json,
+)
 
 # Key of a source, or parameter of `fetch`: the number of hexadecimal digits.
 HASHES = {"sha256": 64, "sha1": 40, "md5": 32}
@@ -38,30 +44,12 @@ HASHES = {"sha256": 64, "sha1": 40, "md5": 32}
 ATTEMPTS = 8
 LONGEST_PAUSE = 60.0  # seconds between two attempts
 LONGEST_RETRY_AFTER = 600.0  # seconds; if the server asks for more, the download fails
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or limit of the file size reached
 
 
 def digest_of(path: Path, algorithm: str = "sha256") -> str:
     """The hexadecimal hash of a file, which is read in blocks."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, algorithm).hexdigest()
-
-
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise Refused unless the disk of `folder` (which need not exist yet) has `needed` bytes free."""
-    free = free_bytes(folder)
-    if needed > free:
-        raise Refused(
-            f"{folder}: {what} needs {needed:,} bytes, and {free:,} bytes are free. Free some space, or "
-            "replace the folder by a link to a larger disk, and run again"
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that holds `folder`, or will hold it."""
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
 
 
 class _Temporary(Exception):
@@ -142,7 +130,7 @@ def fetch(
         _warn(f"{target.name}: {difference}; a part of it was from an earlier attempt: starts again")
     state = _read_state(target, url)
     facts = _facts(url, part, digest, state)
-    _write_state(target, state | facts)
+    write_json(_state_path(target), state | facts)
     with part.open("rb") as handle:
         os.fsync(handle.fileno())
     part.rename(target)
@@ -183,17 +171,8 @@ def _state_path(target: Path) -> Path:
 
 def _read_state(target: Path, url: str) -> dict[str, Any]:
     """What the server told about the file when its download from this URL began; empty if not known."""
-    try:
-        state = json.loads(_state_path(target).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):  # ValueError: cut off by a power failure
-        return {}
-    return state if state["url"] == url else {}
-
-
-def _write_state(target: Path, state: dict[str, Any]) -> None:
-    aside = target.with_name(f".{target.name}.json.part")
-    write_json(aside, state)
-    aside.rename(_state_path(target))
+    state = read_state(_state_path(target), "url", "bytes", "etag", "last_modified")
+    return state if state and state["url"] == url else {}
 
 
 def _forget(target: Path) -> None:
@@ -278,7 +257,8 @@ def _receive(url: str, target: Path, pins: dict[str, str], size: int | None, tim
             if not resumed:
                 state = {"url": url, "bytes": total, "etag": response.headers.get("ETag", "")}
                 state["last_modified"] = response.headers.get("Last-Modified", "")
-                _write_state(target, state)  # after the old part is emptied, before a new byte is written
+                # After the old part is emptied, before a new byte is written.
+                write_json(_state_path(target), state)
             require_space(part.parent, (total or have) - have, target.name)
             for block in byte_progress(_blocks(response), target.name, total, have):
                 out.write(block)
@@ -288,7 +268,7 @@ def _receive(url: str, target: Path, pins: dict[str, str], size: int | None, tim
                     raise RecipeError(f"{target}: {url} has more than the expected {size:,} bytes")
     if total is not None and have < total:
         raise _Temporary(f"the connection ended at {have:,} of {total:,} bytes")
-    _write_state(target, state | {"bytes": have})
+    write_json(_state_path(target), state | {"bytes": have})
     return resumed
 
 
@@ -341,7 +321,8 @@ def _room_for(target: Path, total: int | None) -> Iterator[None]:
         needed = f"{total - have:,}" if total is not None else "an unknown number of"
         raise RecipeError(
             f"{part}: {error.strerror}: {needed} bytes are still missing, {free_bytes(part.parent):,} "
-            f"are free. {have:,} bytes are kept: free some space and run again, and it continues from there"
+            f"are free on the disk mounted at {disk_of(part.parent)}. {have:,} bytes are kept: free some "
+            "space and run again, and it continues from there"
         ) from error
 
 

@@ -133,8 +133,7 @@ def drop_leaks(folder: Path, clean: Path, funnels: dict[str, Funnel]) -> dict[st
             for row in _leaked(path, ids):
                 # Of equal texts, the first one was kept.
                 rows.setdefault(row["id"], row)
-        write_json(record.with_suffix(".part"), {"rows": list(rows.values()), "figures": found.figures})
-        record.with_suffix(".part").replace(record)
+        write_json(record, {"rows": list(rows.values()), "figures": found.figures})
     leaks = read_json(record)
     for row in leaks["rows"]:
         funnel = funnels[row["source"]]

@@ -17,7 +17,6 @@ disk.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from recipe.corpus.readers import cap_bad
 from recipe.corpus.shards import ShardWriter, shard_rows
 from recipe.corpus.sources import KINDS, read
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import RecipeError, write_json
+from recipe.project import RecipeError, naming_full_disk, read_json, write_json
 
 SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: about ten seconds of cleaning
 RAW = pa.schema([("name", pa.string()), ("text", pa.large_string()), ("dropped", pa.string())])
@@ -180,7 +179,7 @@ class Clean:
 
 def _save(path: Path, array: np.ndarray) -> None:
     part = path.with_suffix(".npy.part")
-    with part.open("wb") as handle:
+    with naming_full_disk(path, array.nbytes), part.open("wb") as handle:
         np.save(handle, array)
     part.replace(path)
 
@@ -225,7 +224,7 @@ class Write:
         source, number = self.shards[rank]
         spec = self.config["sources"][source]
         reasons = {int(row): reason for reason, rows in self.removed(rank).items() for row in rows}
-        funnel = from_record(json.loads((self.clean / f"{rank:05d}.json").read_text("utf-8")))
+        funnel = from_record(read_json(self.clean / f"{rank:05d}.json"))
         writers = {
             side: ShardWriter(
                 self.folder / f"{side}-{source}-{number:05d}.parquet", DATASET, keep_empty=False
@@ -272,7 +271,7 @@ def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, F
     funnels = _merge_funnels(clean, numbered, sources)
     leaks = drop_leaks(folder, clean, funnels)
     for name, funnel in funnels.items():
-        funnel.capped = ", ".join(json.loads((raw / name / "capped.json").read_text("utf-8")))
+        funnel.capped = ", ".join(read_json(raw / name / "capped.json"))
         funnel.check(name)
         check_size(name, sources[name], funnel)
     return funnels, leaks
@@ -302,8 +301,7 @@ def _merge_funnels(clean: Path, shards: list[tuple[str, int]], sources: Iterable
     """The funnel of every source, from those that `Write` wrote for its shards."""
     funnels = {source: Funnel() for source in sources}
     for rank, (source, _) in enumerate(shards):
-        path = clean / f"{rank:05d}.funnel.json"
-        funnels[source].add(from_record(json.loads(path.read_text("utf-8"))))
+        funnels[source].add(from_record(read_json(clean / f"{rank:05d}.funnel.json")))
     return funnels
 
 

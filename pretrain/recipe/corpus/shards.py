@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipe.project import RecipeError
+from recipe.project import RecipeError, naming_full_disk
 
 SIDES = ("train", "valid")
 BATCH = 1024  # documents in a row group: a worker holds so many at once
@@ -34,9 +34,10 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(self.part, self.schema, compression="zstd")
-        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        with naming_full_disk(self.path):
+            if self.writer is None:
+                self.writer = pq.ParquetWriter(self.part, self.schema, compression="zstd")
+            self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
         self.rows.clear()
 
     def close(self) -> None:
@@ -44,7 +45,8 @@ class ShardWriter:
         if self.rows or (self.keep_empty and self.writer is None):
             self._flush()
         if self.writer is not None:
-            self.writer.close()
+            with naming_full_disk(self.path):
+                self.writer.close()
             self.part.replace(self.path)
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.model import model_values
-from recipe.corpus.fetch import require_space
 from recipe.export.html_report import flat_figures
-from recipe.project import RecipeError, read_json, share_blocks
+from recipe.project import RecipeError, read_record, require_space, share_blocks
 
 # The files of a model folder that AutoModelForCausalLM and AutoTokenizer load.
 MODEL_FILES = (
@@ -70,12 +69,9 @@ def model_card(
 
     name: the title. repository: the name on the hub to load the model from; empty for the folder of the card.
     config: the recipe. folders: the finished stages by name: 02, 03, 05, 06 and 07, and for a tuned model
-    also 11, 12, 14 and 15. Raises RecipeError when a stage.json cannot be read.
+    also 11, 12, 14 and 15. Raises Refused when a stage.json cannot be read.
     """
-    try:
-        records = {stage: read_json(folder / "stage.json") for stage, folder in folders.items()}
-    except OSError as error:
-        raise RecipeError(f"{error.filename}: cannot be read ({error.strerror}). Run that stage") from error
+    records = {stage: read_record(folder, "figures", "headline") for stage, folder in folders.items()}
     tuned = "15_generate" in folders
     sections = [
         _front_matter(),

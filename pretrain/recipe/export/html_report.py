@@ -19,7 +19,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from recipe import project
-from recipe.project import RecipeError, Refused, read_json
+from recipe.project import RECORD, RecipeError, Refused, known_record, write_text
 
 # The results: a heading, and the files of the stages that are shown under it, each under its own title.
 RESULTS = {
@@ -48,7 +48,10 @@ def write_report(recipe: str) -> Path:
     out. Raises Refused when no stage is finished.
     """
     folder = project.OUTPUTS / recipe
-    records = [read_json(path) for path in sorted(folder.glob("[0-9]*/stage.json"))]
+    known = (
+        known_record(path.parent, "stage", "finished") for path in sorted(folder.glob(f"[0-9]*/{RECORD}"))
+    )
+    records = [record for record in known if record]
     if not records:
         raise Refused(f"recipe {recipe!r} has no finished stage. Run `bash run_all.sh --recipe {recipe}`")
     last = max(records, key=lambda record: record["finished"])
@@ -68,9 +71,7 @@ def write_report(recipe: str) -> Path:
         details="\n".join(_stage(folder, record) for record in records),
         versions=html.escape(versions),
     )
-    part = folder / ".report.html.part"
-    part.write_text(page, "utf-8")
-    part.rename(folder / "report.html")
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from recipe.project import OUTPUTS, ROOT, read_json
+from recipe.project import OUTPUTS, RECORD, ROOT, known_record
+
+KEYS = ("stage", "seconds", "peak_memory_bytes", "headline")
 
 
 def summary(recipe: str) -> str:
     """The finished stages of a recipe with seconds, peak memory and result; then the files to look at."""
     rows = []
-    for path in sorted(OUTPUTS.joinpath(recipe).glob("[0-9]*/stage.json")):
-        done = read_json(path)
+    for path in sorted(OUTPUTS.joinpath(recipe).glob(f"[0-9]*/{RECORD}")):
+        if not (done := known_record(path.parent, *KEYS)):
+            continue
         memory = f"{done['peak_memory_bytes'] / 2**20:,.0f} MiB"
         rows.append((done["stage"], f"{done['seconds']:.1f}", memory, done["headline"]))
     lines = [f"{'stage':15} {'seconds':>8} {'peak memory':>12}  result"]
@@ -19,9 +22,9 @@ def summary(recipe: str) -> str:
         f"{stage:15} {seconds:>8} {memory:>12}  {headline}" for stage, seconds, memory, headline in rows
     ]
     lines.append(f"{'total':15} {sum(float(row[1]) for row in rows):>8.1f}")
-    download = OUTPUTS / recipe / "01_download" / "stage.json"
-    if download.exists():
-        seconds = read_json(download)["figures"]["download_seconds"]
+    download = OUTPUTS / recipe / "01_download"
+    if (download / RECORD).exists() and (done := known_record(download, "figures")):
+        seconds = done["figures"]["download_seconds"]
         lines.append(f"{'of this':15} {seconds:>8.1f} {'':>12}  spent downloading")
     folder = OUTPUTS / recipe
     shown = sorted(path for kind in ("png", "md") for path in folder.glob(f"[0-9]*/*.{kind}"))

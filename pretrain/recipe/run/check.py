@@ -12,16 +12,17 @@ from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import source_facts
 from recipe.evaluation.tasks.available import check_available
 from recipe.hardware import glance
-from recipe.project import EXIT_REFUSED, RecipeError, read_json, require_extra, stage_folder
+from recipe.project import EXIT_REFUSED, RECORD, RecipeError, known_record, require_extra, stage_folder
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 
 
 def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
     """Whether a finished stage has asked the tasks that evaluation.json names now."""
-    path = stage_folder(recipe, stage) / "stage.json"
-    if not path.exists():
+    folder = stage_folder(recipe, stage)
+    record = known_record(folder, "wanted") if (folder / RECORD).exists() else None
+    if not record:
         return False
-    before = read_json(path)["wanted"]["config"]["evaluation"]
+    before = record["wanted"]["config"]["evaluation"]
     return before.get("tasks", {}) == config["evaluation"].get("tasks", {})
 
 

@@ -14,7 +14,7 @@ from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import data_identity, source_facts
 from recipe.corpus.source_files import file_facts
-from recipe.project import ROOT, Refused, read_json, stage_folder
+from recipe.project import RECORD, ROOT, Refused, read_record, stage_folder
 
 
 def weights(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def input_identity(folder: Path) -> str:
     other stage it is the digest of ``stage.json``.
     """
     if folder.name == "01_download":
-        identity = data_identity(read_json(folder / "stage.json")["figures"])
+        identity = data_identity(read_record(folder, "figures")["figures"])
         return _digest(json.dumps(identity, sort_keys=True).encode())
-    return _digest((folder / "stage.json").read_bytes())
+    return _digest((folder / RECORD).read_bytes())
 
 
 def input_changes(recorded: Mapping[str, str], folders: Mapping[str, Path]) -> list[str]:
@@ -90,7 +90,7 @@ def input_changes(recorded: Mapping[str, str], folders: Mapping[str, Path]) -> l
     """
     now = {}
     for stage, folder in folders.items():
-        digest = _digest((folder / "stage.json").read_bytes())
+        digest = _digest((folder / RECORD).read_bytes())
         now[stage] = digest if recorded.get(stage) == digest else input_identity(folder)
     return differences(recorded, now, "inputs")
 
@@ -107,9 +107,9 @@ def stale_inputs(
     Yields each with its changed keys.
     """
     for stage in inputs:
-        path = stage_folder(recipe, stage) / "stage.json"
-        if path.exists():
-            recorded = read_json(path)["wanted"]
+        folder = stage_folder(recipe, stage)
+        if (folder / RECORD).exists():
+            recorded = read_record(folder, "wanted")["wanted"]
             yield from stale_inputs(recipe, sorted(recorded["inputs"]), config)
             now = {section: deciding_keys(section, config[section]) for section in recorded["config"]}
             changes = differences(recorded["config"], now)

@@ -36,10 +36,12 @@ from recipe.project import (
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_TERMINATED,
+    RECORD,
     Interrupted,
     RecipeError,
     Refused,
     read_json,
+    read_state,
     stage_folder,
     write_json,
 )
@@ -59,11 +61,11 @@ def run_training(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
     result = stage.folder / "result.json"
     # With a result, an earlier run has finished the training and was stopped before the publication.
-    if not result.exists():
+    if not read_state(result, "headline"):
         (stage.folder / "stop").unlink(missing_ok=True)
         shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
         _run_child(stage, script, stage.folder)
-        if not result.exists():
+        if not read_state(result, "headline"):
             raise RecipeError("the training ended without a result; the lines above say why")
     stage.figures = read_json(result)
     stage.headline = stage.figures.pop("headline")
@@ -83,7 +85,6 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     if not launch.node_rank:
         check_room(stage, launch, file)
     plan = training_plan(stage.recipe, stage.config, stage.inputs, launch, deepspeed, stage.folder)
-    plan["force"] = stage.arguments.force
     write_json(plans / "plan.json", plan)
     line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible_devices())
     stage.say("runs: " + " ".join(Path(part).name if part == sys.executable else part for part in line))
@@ -123,7 +124,7 @@ def join(name: str, doc: str, script: Path) -> None:
             print(f"{name:15} nothing to do on this node: {reason}")
             return
         final = stage_folder(arguments.recipe, name)
-        if (final / "stage.json").exists() and not arguments.force:
+        if (final / RECORD).exists() and not arguments.force:
             print(f"{name:15} nothing to do on this node: {final} is already there; see the output of node 0")
             return
         # Node 0's work folder, which it makes before the ranks find each other.
@@ -134,11 +135,9 @@ def join(name: str, doc: str, script: Path) -> None:
             launch_of(arguments).check(config, training.file, glance())
             print(f"{name:15} would join node 0 at {arguments.master_addr}")
             return
-        before = _identity(final / "stage.json")
+        before = _identity(final / RECORD)
         with tempfile.TemporaryDirectory() as plans:
-            _run_child(
-                stage, script, Path(plans), lambda: _identity(final / "stage.json") not in (None, before)
-            )
+            _run_child(stage, script, Path(plans), lambda: _identity(final / RECORD) not in (None, before))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -35,7 +35,15 @@ from typing import Any
 
 from recipe.config.keys import nearest
 from recipe.config.recipe import FILES, load_recipe, recipes
-from recipe.project import CONFIGS, RecipeError, Refused, read_json, stage_folder, write_json
+from recipe.project import (
+    CONFIGS,
+    RECORD,
+    RecipeError,
+    Refused,
+    read_record,
+    stage_folder,
+    write_json,
+)
 from recipe.run import preflight
 from recipe.run.cards import CARDS, Card, card, seen_card
 from recipe.run.launch_options import Launch
@@ -190,9 +198,9 @@ def corpus_of(text: str, default: str) -> Corpus:
 
 def bytes_per_token(recipe: str, vocabulary: int) -> tuple[float, str]:
     """Bytes of text for each token, and where the figure comes from."""
-    record = stage_folder(recipe, "04_tokenize") / "stage.json"
-    if record.exists():
-        totals = read_json(record)["figures"]["totals"]["train"]
+    folder = stage_folder(recipe, "04_tokenize")
+    if (folder / RECORD).exists():
+        totals = read_record(folder, "figures")["figures"]["totals"]["train"]
         return round(totals["bytes"] / totals["tokens"], 2), f"measured, {recipe}"
     near = min(BYTES_PER_TOKEN, key=lambda size: abs(math.log(size / vocabulary)))
     return BYTES_PER_TOKEN[near], f"measured for {near:,} tokens on the text of tiny"

@@ -17,9 +17,19 @@ from recipe.config.launch import batch_layout, offloads_optimizer
 from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name
 from recipe.config.tokenizer import vocabulary_size
-from recipe.corpus.fetch import free_bytes, require_space
 from recipe.hardware import glance, gpus, host_memory
-from recipe.project import CONFIGS, DATA, OUTPUTS, read_json, stage_folder
+from recipe.project import (
+    CONFIGS,
+    DATA,
+    OUTPUTS,
+    RECORD,
+    free_bytes,
+    read_json,
+    read_record,
+    read_state,
+    require_space,
+    stage_folder,
+)
 from recipe.run.cards import ASSUMED_MFU, CARDS
 from recipe.run.launch_options import Launch
 from recipe.run.memory import Setting, Shape, activation_bytes, memory, shape_of
@@ -36,9 +46,9 @@ def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, 
     size = vocabulary_size(config["tokenizer"])
     if size:
         return size, ""
-    record = stage_folder(recipe, "03_tokenizer") / "stage.json"
-    if record.exists():
-        return read_json(record)["figures"]["vocabulary"]["size"], " (stage 03)"
+    folder = stage_folder(recipe, "03_tokenizer")
+    if (folder / RECORD).exists():
+        return read_record(folder, "figures")["figures"]["vocabulary"]["size"], " (stage 03)"
     model = model_values(config)
     if "vocab_size" in model:
         return model["vocab_size"], " (model.json or the published checkpoint)"
@@ -204,10 +214,10 @@ def training_tokens(recipe: str, dataset: dict[str, Any]) -> int | None:
 
     A source of weight 2 is read twice, as in `recipe.tokenization.packing`. None: stage 04 has not run.
     """
-    record = stage_folder(recipe, "04_tokenize") / "stage.json"
-    if not record.exists():
+    folder = stage_folder(recipe, "04_tokenize")
+    if not (folder / RECORD).exists():
         return None
-    counts = read_json(record)["figures"]["sources"]["train"]
+    counts = read_record(folder, "figures")["figures"]["sources"]["train"]
     weights = {name: source.get("weight", 1) for name, source in dataset["sources"].items()}
     # A source that dataset.json no longer names makes stage 04 stale; that is reported elsewhere.
     return round(sum(count["tokens"] * weights.get(name, 1) for name, count in counts.items()))
@@ -313,7 +323,7 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
     probed = [(path.parts[-2], path) for path in OUTPUTS.glob("*/probe.json")]
     records = sorted(trained + probed, key=lambda record: (record[0] == recipe, record[1].stat().st_mtime))
     for name, path in reversed(records):
-        figures = read_json(path)["figures"]
+        figures = (read_state(path, "figures") or {"figures": {}})["figures"]
         if figures.get("hardware") == device.name and figures.get("mfu"):
             then = (figures.get("active") or {}).get("ranks", 1)
             rate = figures["mfu"] * figures["gemm_peak_flops"]

@@ -24,7 +24,7 @@ from typing import Any
 from recipe.config.initial_model import find_initial
 from recipe.config.launch import batch_layout
 from recipe.config.recipe import check_recipe, load_recipe
-from recipe.project import OUTPUTS, RecipeError, Refused, read_json, stage_folder, write_json
+from recipe.project import OUTPUTS, RecipeError, Refused, read_json, stage_folder, write_json, write_text
 from recipe.run import preflight
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import memory
@@ -286,8 +286,8 @@ def main(script: Path) -> None:
     if arguments.nproc:
         options += f" --nproc {arguments.nproc}"
     folder = OUTPUTS / recipe
-    (folder / "probe.md").write_text(f"{shown}\n\nfastest: {options}\n", "utf-8")
-    (folder / "probe.options").write_text(options + "\n", "utf-8")
+    write_text(folder / "probe.md", f"{shown}\n\nfastest: {options}\n")
+    write_text(folder / "probe.options", options + "\n")
     write_json(folder / "probe.json", {"figures": fastest})
     print(f"\n{shown}\n\nfastest: {options}", flush=True)
     print(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.hardware import count_gpus
-from recipe.project import DATA
+from recipe.project import DATA, write_text
 from recipe.run.launch_options import Launch
 
 
@@ -86,7 +86,7 @@ def child_environment(
     defaults = _defaults(processes)
     chosen = defaults | dict(environment)
     if for_hosts:
-        for_hosts.write_text("".join(f"{name}={chosen[name]}\n" for name in defaults), "utf-8")
+        write_text(for_hosts, "".join(f"{name}={chosen[name]}\n" for name in defaults))
         chosen["DS_ENV_FILE"] = str(for_hosts)
     return chosen
 

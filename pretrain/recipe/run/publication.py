@@ -13,8 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipe.corpus.fetch import require_space
-from recipe.project import Refused, fsync_tree, read_json, share_blocks
+from recipe.project import (
+    RECORD,
+    Refused,
+    fsync_tree,
+    known_record,
+    naming_full_disk,
+    require_space,
+    share_blocks,
+)
+
+# Bookkeeping in a work folder: what the run is made from, and its working time in seconds so far.
+WANTED, SECONDS = ".wanted.json", ".seconds"
 
 
 @contextlib.contextmanager
@@ -37,7 +47,8 @@ def hold(folder: Path, name: str) -> Iterator[int]:
     try:
         _lock(descriptor, folder)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} ({name})".encode(), 0)
+        with naming_full_disk(folder / ".lock"):
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} ({name})".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -67,9 +78,35 @@ def publish(work: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     work.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-    for name in (".wanted.json", ".seconds", "stop"):
+    for folder in (old, set_aside(work)):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in (WANTED, SECONDS, "stop"):
         (final / name).unlink(missing_ok=True)
+
+
+def has_checkpoints(work: Path) -> bool:
+    """Whether an unfinished training has saved a checkpoint in its work folder."""
+    return any(work.glob("checkpoints/checkpoint-*"))
+
+
+def set_aside(work: Path) -> Path:
+    """The folder of the last attempt that was given up, until the stage is finished."""
+    return work.with_suffix(".aside")
+
+
+def clear(work: Path) -> None:
+    """Remove a work folder. One with checkpoints is set aside instead, which one line says."""
+    if has_checkpoints(work):
+        aside = set_aside(work)
+        earlier = ", in place of those of an earlier one" if aside.exists() else ""
+        shutil.rmtree(aside, ignore_errors=True)
+        work.rename(aside)
+        print(
+            f"starts over: the checkpoints of the unfinished run are set aside in {aside}{earlier}. They are "
+            "deleted when the stage is finished",
+            flush=True,
+        )
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def finish_publication(work: Path, final: Path, is_current: Callable[[dict[str, Any]], bool]) -> None:
@@ -79,7 +116,8 @@ def finish_publication(work: Path, final: Path, is_current: Callable[[dict[str, 
     ``wanted`` of its ``stage.json``); only then is it published.
     """
     old = final.with_name(f".{final.name}.old")
-    if (work / "stage.json").exists() and is_current(read_json(work / "stage.json")["wanted"]):
+    finished = known_record(work, "wanted") if (work / RECORD).exists() else None
+    if finished and is_current(finished["wanted"]):
         publish(work, final)
     elif old.exists() and not final.exists():
         old.rename(final)
@@ -91,7 +129,7 @@ def copy_stage(source: Path, target: Path) -> None:
     ``stage.json`` is copied last, so that an interrupted copy does not look like a finished stage. Raises
     Refused when the disk has no room for the copy.
     """
-    record = source / "stage.json"
+    record = source / RECORD
     paths = sorted(source.rglob("*"), key=lambda path: path == record)
     target.mkdir(parents=True)
     share = True
@@ -106,5 +144,6 @@ def copy_stage(source: Path, target: Path) -> None:
             size = sum(path.stat().st_size for path in paths if path.is_file())
             require_space(target, size, f"copying {source}")
         if not share:
-            shutil.copyfile(path, copy)
+            with naming_full_disk(copy, path.stat().st_size):
+                shutil.copyfile(path, copy)
         shutil.copystat(path, copy)

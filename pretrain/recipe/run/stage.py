@@ -16,7 +16,6 @@ import os
 import platform
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,17 +35,32 @@ from recipe.project import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
+    NO_SPACE,
     OUTPUTS,
+    RECORD,
     ROOT,
     Interrupted,
     RecipeError,
     Refused,
-    read_json,
+    full_disk,
+    known_record,
+    naming_full_disk,
+    read_record,
+    read_state,
     stage_folder,
     write_json,
 )
 from recipe.run.freshness import FACTS, differences, input_changes, input_identity, stale_inputs
-from recipe.run.publication import copy_stage, finish_publication, hold, publish
+from recipe.run.publication import (
+    SECONDS,
+    WANTED,
+    clear,
+    copy_stage,
+    finish_publication,
+    has_checkpoints,
+    hold,
+    publish,
+)
 
 # The packages whose versions are written into stage.json.
 VERSIONED = (
@@ -98,7 +112,7 @@ class Stage:
 
 def require_downloads(stage: Stage) -> None:
     """Raise RecipeError when the data of stage 01, which `stage` reads, are no longer complete."""
-    record = read_json(stage.inputs["01_download"] / "stage.json")
+    record = read_record(stage.inputs["01_download"], "figures")
     require_data(record["figures"], stage.config["dataset"], DATA)
 
 
@@ -151,7 +165,7 @@ class Description:
     @property
     def missing(self) -> list[str]:
         """The earlier stages that have not been run."""
-        return [stage for stage, folder in self.folders.items() if not (folder / "stage.json").exists()]
+        return [stage for stage, folder in self.folders.items() if not (folder / RECORD).exists()]
 
 
 @dataclass(frozen=True)
@@ -172,7 +186,9 @@ def stage_arguments(doc: str) -> argparse.ArgumentParser:
     """The options every stage has."""
     parser = recipe_options(doc)
     parser.add_argument(
-        "--force", action="store_true", help="redo a finished or stale stage; its old output is deleted"
+        "--force",
+        action="store_true",
+        help="start over: the old output is deleted, checkpoints of an unfinished run are set aside",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and say what would be done; change nothing"
@@ -235,14 +251,14 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         print(f"\n{name}: interrupted. Run the same command again to continue.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        path = error.filename or OUTPUTS
+        if error.errno in NO_SPACE:
+            message = str(full_disk(Path(path), error))
+        elif error.errno in (errno.EROFS, errno.EACCES):
+            message = f"cannot use {path}: {error.strerror}. Fix the permissions, then run again"
+        else:
             raise
-        free = shutil.disk_usage(ROOT).free
-        print(
-            f"{name}: error: cannot use {error.filename or OUTPUTS}: {error.strerror} ({free:,} bytes "
-            "free). Make room or fix the permissions, then run again",
-            file=sys.stderr,
-        )
+        print(f"{name}: error: {message}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
 
@@ -296,9 +312,10 @@ def decide(description: Description) -> Decision:
         remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force"
         return Decision("refuse", f"its input {stage} is stale: {'; '.join(changes)}", remedy)
 
-    record = description.final / "stage.json"
-    if record.exists() and not arguments.force:
-        done = read_json(record)
+    if arguments.force:
+        return Decision("run", "would start over (--force)")
+    if (description.final / RECORD).exists():
+        done = read_record(description.final, "wanted", "seconds", "headline")
         changes = description.changes(done["wanted"])
         if not changes:
             return Decision("done before", f"done before ({done['seconds']:.0f} s)  {done['headline']}")
@@ -308,18 +325,18 @@ def decide(description: Description) -> Decision:
         reason = f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}"
         return Decision("refuse", reason, remedy)
 
-    unfinished = description.work / ".wanted.json"
-    if description.definition.resumable and unfinished.exists():
-        changes = description.changes(read_json(unfinished))
+    if description.definition.resumable and (description.work / WANTED).exists():
+        unfinished = read_state(description.work / WANTED, "config", "inputs")
+        changes = description.changes(unfinished) if unfinished else [f"{WANTED} cannot be read"]
         if not changes:
             return Decision("continue", "would continue")
-        if not arguments.force and any(description.work.glob("checkpoints/checkpoint-*")):
+        if has_checkpoints(description.work):
             reason = "an unfinished run with other settings has checkpoints in "
             reason += f"{description.work.relative_to(ROOT)}. Changed: {'; '.join(changes)}"
             remedy = "Set the old values again to continue it, or start over with --force (its checkpoints "
-            remedy += f"are deleted), or work on a copy: cp -r configs/{recipe} configs/NAME"
+            remedy += f"are set aside), or work on a copy: cp -r configs/{recipe} configs/NAME"
             return Decision("refuse", reason, remedy)
-    twin = None if arguments.force else _find_twin(description)
+    twin = _find_twin(description)
     if twin:
         return Decision("take over", f"would be taken from {twin.relative_to(ROOT)}", twin=twin)
     return Decision("run", "would run")
@@ -328,9 +345,11 @@ def decide(description: Description) -> Decision:
 def _find_twin(description: Description) -> Path | None:
     """The same stage of another recipe, finished from equal settings and inputs, and still complete."""
     definition, recipe = description.definition, description.arguments.recipe
-    for path in sorted(OUTPUTS.glob(f"*/{definition.name}/stage.json")):
-        record = read_json(path)
-        if path.parent.parent.name == recipe or description.changes(record["wanted"]):
+    for path in sorted(OUTPUTS.glob(f"*/{definition.name}/{RECORD}")):
+        if path.parent.parent.name == recipe:
+            continue
+        record = known_record(path.parent, "wanted", "figures")
+        if not record or description.changes(record["wanted"]):
             continue
         try:
             if definition.reusable:
@@ -347,29 +366,30 @@ def act(decision: Decision, description: Description, lock: int) -> None:
     if decision.action == "refuse":
         raise Refused(f"{decision.reason}.\n  {decision.remedy}")
     if decision.action == "done before":
-        _warn_of_versions(name, read_json(final / "stage.json"))
+        _warn_of_versions(name, read_record(final, "versions"))
         print(f"{name:15} {decision.reason}")
         return
     if decision.action != "continue":
-        shutil.rmtree(work, ignore_errors=True)
+        clear(work)
     if decision.twin:
         copy_stage(decision.twin, work)
         publish(work, final)
         print(f"{name:15} taken from {decision.twin.relative_to(ROOT)}: same settings, same inputs")
         return
     work.mkdir(parents=True, exist_ok=True)
-    write_json(work / ".wanted.json", description.expected)
+    if decision.action != "continue":
+        write_json(work / WANTED, description.expected)
     arguments, config = description.arguments, description.config
     stage = Stage(name, arguments.recipe, config, description.folders, work, arguments, lock)
     write_lines_without_a_terminal()
     stage.say("continues" if decision.action == "continue" else "starts")
     started = time.monotonic()
     try:
-        description.definition.work(stage)
+        with naming_full_disk(work):
+            description.definition.work(stage)
     finally:
         seconds = _add_seconds(work, time.monotonic() - started)
-    write_json(work / ".stage.json.part", _record(stage, description, seconds))
-    (work / ".stage.json.part").rename(work / "stage.json")
+    write_json(work / RECORD, _record(stage, description, seconds))
     publish(work, final)
     stage.say(f"done in {seconds:.1f} s  {stage.headline}")
 
@@ -393,10 +413,11 @@ def _record(stage: Stage, description: Description, seconds: float) -> dict[str,
 
 def _add_seconds(folder: Path, seconds: float) -> float:
     """The working time over all runs of a resumed stage, kept in the work folder."""
-    path = folder / ".seconds"
-    total = seconds + (float(path.read_text()) if path.exists() else 0.0)
-    if folder.exists():
-        path.write_text(str(total))
+    before = read_state(folder / SECONDS)
+    total = seconds + (before if isinstance(before, (int, float)) else 0.0)
+    # On a full disk the reason of the failure counts, not that this figure is lost.
+    with contextlib.suppress(OSError, RecipeError):
+        write_json(folder / SECONDS, total)
     return total
 
 

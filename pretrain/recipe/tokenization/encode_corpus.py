@@ -114,9 +114,7 @@ class ShardEncoder:
                 f"{shard}: {rows} rows, but {counts['documents']} documents were encoded. "
                 "Run stage 02 with --force"
             )
-        record = prefix.with_suffix(".json.part")
-        write_json(record, counts)
-        record.rename(prefix.with_suffix(".json"))
+        write_json(prefix.with_suffix(".json"), counts)
 
 
 def encode_shard(

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from recipe.project import RecipeError
+from recipe.project import RecipeError, naming_full_disk
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -85,7 +85,8 @@ def join_token_files(parts: Sequence[Path], prefix: Path) -> tuple[int, int]:
             f"{prefix}: its {len(files)} parts have {len(dtypes)} dtypes, expected 1. "
             "Run stage 04 with --force"
         )
-    with _written(prefix.with_suffix(".bin")) as handle:
+    size = sum(file.tokens.nbytes for file in files)
+    with _written(prefix.with_suffix(".bin"), size) as handle:
         for part in parts:
             with part.with_suffix(".bin").open("rb") as source:
                 shutil.copyfileobj(source, handle, 2**22)
@@ -95,10 +96,13 @@ def join_token_files(parts: Sequence[Path], prefix: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write. It gets the name `path` only when everything is written and flushed to disk."""
+def _written(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """A file to write. It gets the name `path` only when everything is written and flushed to disk.
+
+    size: its bytes, where they are known before.
+    """
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as handle:
+    with naming_full_disk(path, size), part.open("wb") as handle:
         yield handle
         handle.flush()
         os.fsync(handle.fileno())
@@ -110,7 +114,7 @@ def write_index(path: Path, dtype: np.dtype, parts: list[np.ndarray]) -> None:
     documents = sum(map(len, parts))
     code = next(code for code, known in _DTYPE_CODES.items() if known == dtype)
     batches = [part[i : i + _INDEX_BATCH] for part in parts for i in range(0, len(part), _INDEX_BATCH)]
-    with _written(path) as handle:
+    with _written(path, _index_size(documents)) as handle:
         handle.write(_HEADER.pack(_MAGIC, 1, code, documents, documents + 1))
         for lengths in batches:
             handle.write(lengths.tobytes())
@@ -121,6 +125,11 @@ def write_index(path: Path, dtype: np.dtype, parts: list[np.ndarray]) -> None:
             position = int(ends[-1])
         for begin in range(0, documents + 1, _INDEX_BATCH):
             handle.write(np.arange(begin, min(begin + _INDEX_BATCH, documents + 1), dtype="<i8").tobytes())
+
+
+def _index_size(documents: int) -> int:
+    """Bytes of an ``.idx``: header, lengths (int32), offsets and document bounds (int64)."""
+    return _HEADER.size + 12 * documents + 8 * (documents + 1)
 
 
 class TokenFile:
@@ -156,7 +165,7 @@ class TokenFile:
                 f"{index}: {bounds - 1} documents in {documents} sequences, expected one sequence per "
                 "document. Run stage 04 with --force"
             )
-        expected = _HEADER.size + 12 * documents + 8 * bounds
+        expected = _index_size(documents)
         if size != expected:
             raise RecipeError(
                 f"{index}: truncated or damaged: {size} bytes, expected {expected}. Run stage 04 with --force"

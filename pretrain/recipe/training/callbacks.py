@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recipe.hardware import peak_memory
-from recipe.project import read_json_lines
+from recipe.project import append_json_line, read_json_lines, write_json_lines
 from recipe.training.watchdog import SignsOfLife
 
 METRICS = "metrics.jsonl"  # one row for each log and each evaluation
@@ -202,8 +201,7 @@ class Progress(TrainerCallback):
             "seconds": round(self.seconds_before + time.perf_counter() - self.started, 3),
         }
         row |= {key: value for key, value in logs.items() if key not in NOT_WRITTEN}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        append_json_line(self.path, row)
         shown = "  ".join(text.format(row[key]) for key, text in SHOWN.items() if key in row)
         if "seconds_left" in row:  # tqdm's own estimate would go by the first step, which compiles
             shown += f"  {tqdm.format_interval(row['seconds_left'])} left"
@@ -240,7 +238,5 @@ def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     kept = [row for row in read_json_lines(path) if row["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "utf-8")
-    part.rename(path)
+    write_json_lines(path, kept)
     return kept

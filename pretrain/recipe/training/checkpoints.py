@@ -31,9 +31,7 @@ def write_manifest(checkpoint: Path) -> None:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
             os.fsync(handle.fileno())
         files[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "sha256": digest}
-    part = checkpoint / f"{MANIFEST}.part"
-    write_json(part, files)
-    part.rename(checkpoint / MANIFEST)
+    write_json(checkpoint / MANIFEST, files)
 
 
 def damage(checkpoint: Path) -> str:
@@ -70,15 +68,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
-def newest_good_checkpoint(folder: Path, force: bool = False) -> Path | None:
+def newest_good_checkpoint(folder: Path) -> Path | None:
     """The newest undamaged checkpoint of a training, None when it has saved none yet.
 
     This also tidies the folder, with a warning for each change: a checkpoint without a manifest, which a
     killed run has left, is deleted. A damaged one that is newer than the result is renamed to
     ``damaged-checkpoint-N``: its number would otherwise make `delete_old` keep it and delete better ones.
 
-    Raises Refused when all checkpoints are damaged, and changes nothing then; with `force` they are renamed
-    as well, and the training starts over.
+    Raises Refused when all checkpoints are damaged, and changes nothing then.
     """
     for checkpoint in list_checkpoints(folder):
         if not (checkpoint / MANIFEST).exists():
@@ -94,7 +91,7 @@ def newest_good_checkpoint(folder: Path, force: bool = False) -> Path | None:
             good = checkpoint
             break
         damaged[checkpoint] = reason
-    if damaged and not good and not force:
+    if damaged and not good:
         reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
         raise Refused(
             f"{folder}: no checkpoint is good, so the training cannot continue: {reasons}. Restore the files "

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipe.project import OUTPUTS, RecipeError, Refused, read_json_lines
+from recipe.project import OUTPUTS, RecipeError, Refused, read_json_lines, write_text
 
 # Runs are compared by the first of these that all of them have. Bits per byte compare also different
 # tokenizers.
@@ -30,7 +30,7 @@ def write_curves(folder: Path, title: str, with_perplexity: bool = True) -> None
     """
     rows = read_json_lines(folder / "metrics.jsonl")
     learning_curve(rows, folder / "learning_curve.png", title, with_perplexity)
-    (folder / "metrics.md").write_text(f"# {title}\n\n{metrics_table(rows, with_perplexity)}", "utf-8")
+    write_text(folder / "metrics.md", f"# {title}\n\n{metrics_table(rows, with_perplexity)}")
 
 
 def perplexity(loss: float) -> float:

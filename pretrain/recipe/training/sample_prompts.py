@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import (
 )
 
 from recipe.evaluation.generation import generate_all, generation_config, side_by_side
-from recipe.project import read_json_lines
+from recipe.project import append_json_line, read_json_lines, write_text
 from recipe.training.callbacks import keep_rows
 
 
@@ -78,12 +77,10 @@ class Samples(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = self.folder / "samples.jsonl"
-        with path.open("a", encoding="utf-8") as handle:
-            for prompt, answer in zip(self.prompts, answers, strict=True):
-                row = {"step": state.global_step, **facts, "prompt": prompt}
-                row |= {"text": answer.text, "stopped": answer.stopped}
-                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-        (self.folder / "samples.md").write_text(by_prompt(read_json_lines(path)), "utf-8")
+        for prompt, answer in zip(self.prompts, answers, strict=True):
+            row = {"step": state.global_step, **facts, "prompt": prompt}
+            append_json_line(path, row | {"text": answer.text, "stopped": answer.stopped})
+        write_text(self.folder / "samples.md", by_prompt(read_json_lines(path)))
 
 
 def by_prompt(rows: list[dict[str, Any]]) -> str:

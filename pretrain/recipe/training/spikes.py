@@ -5,7 +5,6 @@ Nothing here imports torch: the launcher reads the list, too.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.settings import SpikeRule
-from recipe.project import read_json, read_json_lines
+from recipe.project import append_json_line, read_json_lines, read_state
 from recipe.training.checkpoints import list_checkpoints
 
 SKIPPED = "skipped.jsonl"
@@ -112,8 +111,7 @@ def read_skipped(folder: Path) -> Skipped:
 
 def add_row(folder: Path, row: dict[str, Any]) -> None:
     """Append a row to ``skipped.jsonl``."""
-    with (folder / SKIPPED).open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row) + "\n")
+    append_json_line(folder / SKIPPED, row)
 
 
 def window_to_skip(step: int, back_to: int, count: int) -> tuple[int, int]:
@@ -135,10 +133,10 @@ def delete_given_up(folder: Path) -> None:
         step = int(checkpoint.name.removeprefix("checkpoint-"))
         if step <= back[-1][0]:
             continue
+        state = read_state(checkpoint / "trainer_state.json")
         try:
-            state = read_json(checkpoint / "trainer_state.json")
             times = state["stateful_callbacks"]["Guard"]["attributes"]["times_back"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             times = 0
         if times < len(back):
             shutil.rmtree(checkpoint)

@@ -15,10 +15,10 @@ from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
 from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
-from recipe.project import RecipeError
+from recipe.project import RecipeError, naming_full_disk
 from recipe.training.callbacks import Meter, gather
 from recipe.training.check_schedule import set_rates
-from recipe.training.checkpoints import delete_old, write_manifest
+from recipe.training.checkpoints import MANIFEST, delete_old, list_checkpoints, write_manifest
 
 
 class RecipeTrainer(ShardedTrainer):
@@ -162,7 +162,8 @@ class RecipeTrainer(ShardedTrainer):
             if self.is_world_process_zero() and checkpoint.exists():
                 shutil.rmtree(checkpoint)  # what a killed run has left
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
+            with naming_full_disk(checkpoint, self._bytes_of_last_checkpoint()):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -170,6 +171,13 @@ class RecipeTrainer(ShardedTrainer):
             write_manifest(checkpoint)
             delete_old(folder, limit)
         self.accelerator.wait_for_everyone()
+
+    def _bytes_of_last_checkpoint(self) -> int | None:
+        """What a checkpoint needs, by the last one that was saved; None for the first."""
+        for checkpoint in list_checkpoints(Path(self.args.output_dir)):
+            if (checkpoint / MANIFEST).exists():
+                return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        return None
 
 
 def _own_part(weight: torch.nn.Parameter) -> torch.Tensor:

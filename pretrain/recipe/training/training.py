@@ -43,7 +43,7 @@ from recipe.model.losses import return_loss_only
 from recipe.model.save import complete_configs
 from recipe.model.sharding import load_without_code, shard
 from recipe.progress import write_lines_without_a_terminal
-from recipe.project import EXIT_TERMINATED, RecipeError, read_json, read_json_lines
+from recipe.project import EXIT_TERMINATED, RecipeError, naming_full_disk, read_json, read_json_lines
 from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
@@ -62,8 +62,7 @@ class Run:
 
     folder: the stage's work folder. deepspeed: path of a DeepSpeed file. tensor_parallel: ranks that share
     each matrix. ranks: their number on all machines. parent: the process whose end stops the training.
-    probe: only speed and memory are measured, and no model is saved. force: a training whose checkpoints are
-    all damaged starts over.
+    probe: only speed and memory are measured, and no model is saved.
     """
 
     settings: Settings
@@ -78,7 +77,6 @@ class Run:
     ranks: int
     parent: int
     probe: bool
-    force: bool
 
     @property
     def sharded(self) -> bool:
@@ -132,7 +130,6 @@ def prepare(
         # The training stops when its launcher has ended. Ranks on other machines cannot see the launcher.
         parent=plan["parent"] if plan["host"] == platform.node() else os.getpid(),
         probe=plan.get("probe", False),
-        force=plan.get("force", False),
     )
 
 
@@ -376,7 +373,7 @@ def _find_checkpoint(run: Run) -> Path | None:
     if run.is_main:
         try:
             delete_given_up(run.folder)
-            found = [newest_good_checkpoint(folder, run.force)]
+            found = [newest_good_checkpoint(folder)]
         except RecipeError as error:
             found = [error]
     if dist.is_initialized():
@@ -413,7 +410,8 @@ def _require_finite(trainer: RecipeTrainer, eval_loss: float) -> None:
 def _save(run: Run, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
     trainer.model.config.use_cache = True
     target = run.folder / "adapter" if run.settings.lora else run.folder
-    trainer.save_model(str(target))
+    with naming_full_disk(target, 4 * trainer.model.num_parameters(only_trainable=bool(run.settings.lora))):
+        trainer.save_model(str(target))
     if run.is_main:
         save_tokenizer(tokenizer, run.folder)
         if not run.settings.lora:
@@ -449,7 +447,8 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
     faulthandler.register(STACKS)
     code = 0
     try:
-        work(plan)
+        with naming_full_disk(Path(plan["folder"])):
+            work(plan)
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     except RecipeError as error:

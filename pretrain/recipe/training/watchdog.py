@@ -17,6 +17,9 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from recipe.project import read_state, write_text
 
 SHORTEST = 90.0  # seconds without a sign that are never a fault
 TIMES = 6  # the limit, as a multiple of the slowest recent step
@@ -58,9 +61,8 @@ class SignsOfLife:
     def _write(self, step: int, seconds: float) -> None:
         self.written, self.seconds = time.monotonic(), seconds
         sign = {"host": platform.node(), "process": os.getpid(), "step": step, "limit": seconds}
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(sign | {"written": self.written}), "utf-8")
-        part.rename(self.path)
+        # Not flushed: after a power failure no rank is alive.
+        write_text(self.path, json.dumps(sign | {"written": self.written}), flush=False)
 
 
 def limit(steps: deque[float]) -> float:
@@ -74,7 +76,7 @@ class Watchdog:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self.clock = folder, clock
         # Signs of an earlier run: node 0 removes them, but it may start later than this node.
-        self.old = {path.name: path.read_text("utf-8") for path in folder.glob("rank*[0-9]")}
+        self.old = {name: text for name, text, _ in self._signs({})}
         self.last = clock()
         self.found = ""  # the last answer of `stalled`
         # By rank: its sign, and for how many seconds it has not changed.
@@ -85,8 +87,7 @@ class Watchdog:
         now = self.clock()
         passed, self.last = min(now - self.last, 5.0), now
         found = []
-        for name, text in self._signs():
-            sign = json.loads(text)
+        for name, text, sign in self._signs(self.old):
             before, silent = self.silence.get(name, ("", 0.0))
             silent = silent + passed if text == before else 0.0
             self.silence[name] = (text, silent)
@@ -96,17 +97,17 @@ class Watchdog:
         self.found = "; ".join(found)
         return self.found
 
-    def _signs(self) -> Iterator[tuple[str, str]]:
-        """The signs of this run, by rank; a sign is replaced at once, never half written."""
+    def _signs(self, old: dict[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """The signs that are not `old`: the rank, the file's text, and what it says."""
         for path in sorted(self.folder.glob("rank*[0-9]")):
-            with contextlib.suppress(FileNotFoundError):
-                text = path.read_text("utf-8")
-                if text != self.old.get(path.name):
-                    yield path.name, text
+            sign = read_state(path, "host", "process", "step", "limit")
+            text = json.dumps(sign)
+            if sign and text != old.get(path.name):
+                yield path.name, text, sign
 
     def processes(self) -> list[int]:
         """The ranks' processes on this machine."""
-        signs = [json.loads(text) for _, text in self._signs()]
+        signs = [sign for _, _, sign in self._signs(self.old)]
         return [sign["process"] for sign in signs if sign["host"] == platform.node()]
 
 

@@ -65,7 +65,7 @@ def test_the_card_tells_what_was_measured(finished):
 
 def test_a_missing_record_is_named(finished):
     (finished["06_evaluate"] / "stage.json").unlink()
-    with pytest.raises(RecipeError, match=r"06_evaluate/stage\.json: cannot be read .* Run that stage"):
+    with pytest.raises(RecipeError, match=r"06_evaluate/stage\.json: cannot be read. Run it again: "):
         model_card("mine", "", CONFIG, finished)
 
 

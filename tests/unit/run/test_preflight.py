@@ -12,7 +12,6 @@ import pytest
 from recipe import project
 from recipe.config.launch import check_launch
 from recipe.config.recipe import load_recipe
-from recipe.corpus import fetch
 from recipe.project import Refused
 from recipe.run import preflight
 from recipe.run.launch_options import Launch
@@ -116,15 +115,15 @@ def test_training_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypa
     stage = SimpleNamespace(recipe="mine", config=config, folder=tmp_path, say=print)
     parameters = shape_of(config["model"], 50_000).parameters
     monkeypatch.setattr(project, "OUTPUTS", tmp_path)
-    monkeypatch.setattr(fetch, "free_bytes", lambda folder: (3 * 12 + 4) * parameters - 1)
+    monkeypatch.setattr(project, "free_bytes", lambda folder: (3 * 12 + 4) * parameters - 1)
     with pytest.raises(Refused, match=f"{file}.json: save_total_limit.*needs {40 * parameters:,} bytes"):
         preflight.check_room(stage, Launch(), file)
-    monkeypatch.setattr(fetch, "free_bytes", lambda folder: 40 * parameters)
+    monkeypatch.setattr(project, "free_bytes", lambda folder: 40 * parameters)
     preflight.check_room(stage, Launch(), file)
     config[file]["lora"] = {"r": 8}
-    monkeypatch.setattr(fetch, "free_bytes", lambda folder: 4 * parameters)
+    monkeypatch.setattr(project, "free_bytes", lambda folder: 4 * parameters)
     preflight.check_room(stage, Launch(), file)
-    monkeypatch.setattr(fetch, "free_bytes", lambda folder: 4 * parameters - 1)
+    monkeypatch.setattr(project, "free_bytes", lambda folder: 4 * parameters - 1)
     with pytest.raises(Refused, match=f"needs {4 * parameters:,} bytes"):
         preflight.check_room(stage, Launch(), file)
 

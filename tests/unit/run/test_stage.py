@@ -12,7 +12,7 @@ import time
 import pytest
 from recipe.project import Refused
 from recipe.run.freshness import differences
-from recipe.run.publication import hold
+from recipe.run.publication import hold, set_aside
 
 SCRIPT = '''
 """Stage 90: a stage for these tests."""
@@ -136,7 +136,73 @@ def test_full_disk_names_path_and_free_bytes(project):
     result = run(project, check=False, FAULT="disk")
     assert result.returncode == 1
     assert "outputs/mini/.90_test.work/a: No space left on device" in result.stderr
-    assert "bytes free)" in result.stderr
+    assert "bytes are free on the disk mounted at /" in result.stderr
+
+
+def test_unreadable_record_is_refused_by_name_until_the_stage_is_forced(project):
+    run(project)
+    record = project.output("mini", "90_test")
+    whole = record.read_text()
+    for damaged, *options in ((whole[: len(whole) // 2],), ("[]", "--dry-run")):
+        record.write_text(damaged)
+        result = run(project, *options, check=False)
+        assert result.returncode == 2 and f"{record}: cannot be read" in result.stderr
+        assert "--recipe mini --from 90 --force" in result.stderr
+    assert "done in" in run(project, "--force").stdout
+    assert "done before" in run(project).stdout
+
+
+def test_unreadable_record_of_an_input_is_refused_and_of_another_recipe_passed_over(project):
+    run(project)
+    record = project.output("mini", "90_test")
+    record.write_text("")
+    result = run(project, recipe=copy_of(project, "copy"))
+    assert "done in" in result.stdout
+    assert result.stderr.count(f"{record}: cannot be read, so this stage is passed over") == 1
+    result = run(project, "--force", check=False, INPUTS="90_test")
+    assert result.returncode == 2 and f"{record}: cannot be read" in result.stderr
+
+
+def test_bookkeeping_that_cannot_be_read_counts_as_absent(project):
+    work = project.output("mini", ".90_test.work", "")
+    for name, how in ((".seconds", "continues"), (".wanted.json", "starts")):
+        run(project, check=False, FAULT="disk")
+        (work / name).write_text('{"config": {')
+        result = run(project)
+        assert f"90_test  {how}" in result.stdout and "done in" in result.stdout
+        said = f"warning: {work / name}: cannot be read, so it counts as absent"
+        assert result.stderr.count(said) == 1, result.stderr
+        shutil.rmtree(project.output("mini", "90_test", ""))
+
+
+@pytest.fixture
+def unfinished(project):
+    """The work folder of an unfinished run with a checkpoint."""
+    run(project, check=False, FAULT="disk")
+    work = project.output("mini", ".90_test.work", "")
+    (work / "checkpoints/checkpoint-5").mkdir(parents=True)
+    return work
+
+
+def test_forced_stage_starts_over_and_sets_checkpoints_aside(project, unfinished):
+    assert "would continue" in run(project, "--dry-run").stdout
+    assert "would start over (--force)" in run(project, "--dry-run", "--force").stdout
+    aside = set_aside(unfinished)
+    result = run(project, "--force", check=False, FAULT="disk")
+    assert f"the checkpoints of the unfinished run are set aside in {aside}. " in result.stdout
+    assert "90_test  starts" in result.stdout
+    assert (aside / "checkpoints/checkpoint-5").is_dir() and not (unfinished / "checkpoints").exists()
+    result = run(project)
+    assert "90_test  continues" in result.stdout and not aside.exists()
+
+
+def test_checkpoints_of_unknown_settings_are_neither_used_nor_deleted(project, unfinished):
+    (unfinished / ".wanted.json").write_text("")
+    result = run(project, check=False)
+    assert result.returncode == 2 and ".wanted.json cannot be read" in result.stderr
+    assert "start over with --force (its checkpoints are set aside)" in result.stderr
+    assert (unfinished / "checkpoints/checkpoint-5").is_dir()
+    assert "are set aside in" in run(project, "--force").stdout
 
 
 @pytest.mark.parametrize("moment", ["before the first rename", "between the renames"])

@@ -27,7 +27,7 @@ from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged import read_tatoeba
 from recipe.corpus.shards import read_texts
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import DATA, ROOT, RecipeError
+from recipe.project import DATA, ROOT, RecipeError, write_json_lines
 
 Item = dict[str, Any]
 Row = tuple[Item, str]  # the values that a question is made from, and its answer
@@ -84,7 +84,7 @@ def write_items(folder: Path, name: str, sides: dict[str, list[Item]]) -> Item:
     folder.mkdir(exist_ok=True)
     paths = {side: folder / f"{name}.{side}.jsonl" for side in sides}
     for side, path in paths.items():
-        path.write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in sides[side]), "utf-8")
+        write_json_lines(path, sides[side])
     files = {side: str(path) for side, path in paths.items()}
     return {"dataset_kwargs": {"data_files": files, "cache_dir": str(folder / ".cache")}}
 
