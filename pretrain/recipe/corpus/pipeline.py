@@ -146,7 +146,7 @@ class Clean:
     def __call__(self, _: object, rank: int, tasks: int) -> None:
         source, path = self.shards[rank]
         funnel, hashes = Funnel(), bytearray()
-        learned = json.loads((path.parent / "learned.json").read_text("utf-8"))
+        learned = read_json(path.parent / "learned.json")
         clean = make_extractor(self.config, self.config["sources"][source], learned, funnel)
         writer = ShardWriter(self.folder / f"{rank:05d}.parquet", CLEAN)
         for row in shard_rows(path):
