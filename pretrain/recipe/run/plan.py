@@ -11,7 +11,7 @@ The rules, each with its source:
   of width to depth matters little (Kaplan et al., 2020).
 - **Tokens**: 20 for each parameter are compute-optimal (Hoffmann et al., 2022). Less is a model that is too
   large for its hours. More is a smaller model that is trained on: it costs little (twice as many tokens at
-  equal FLOPs: about 0.01 in the loss by that law) and is cheaper to use.
+  equal FLOPs: about 0.03 in the loss by that law) and is cheaper to use.
 - **Repeats**: up to 4 epochs are nearly as good as new text (Muennighoff et al., 2023); more are not planned.
 - **Batch and rate**: 0.58 D^0.571 tokens in a step, and a rate of 1.79 N^-0.713 D^0.307, for AdamW with N
   parameters outside the embeddings and D tokens (Li et al., 2025, "Step Law"; 0.06 to 1e9 parameters). For
@@ -248,7 +248,7 @@ def plan(layers: int, hours: float, machine: Machine, corpus: Corpus) -> Plan:
     }
     missing = ""
     if peak * MEMORY_MARGIN > machine.free:
-        missing = f"needs {peak * MEMORY_MARGIN / GIB:.1f} GiB, {machine.free / GIB:.1f} can be used"
+        missing = f"needs {peak * MEMORY_MARGIN / GIB:.2f} GiB, {machine.free / GIB:.2f} can be used"
     elif most < FEWEST * shape.parameters:
         need = FEWEST * shape.parameters / EPOCHS / corpus.tokens
         missing = f"the corpus is too small: {need:.3g} times as much is needed"

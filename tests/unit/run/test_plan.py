@@ -173,7 +173,7 @@ def test_what_fits_nothing_is_refused_and_the_nearest_is_named(hours, gpu, corpu
 def test_a_gpu_that_is_too_small_or_unknown(monkeypatch):
     small = preflight.Device("Tesla T4", 1, 0.0, False)
     monkeypatch.setattr(preflight, "this_machine", lambda launch: (small, 1.0 * preflight.GIB))
-    with pytest.raises(Refused, match=r"4 layers .* needs [\d.]+ GiB, 1\.0 can be used"):
+    with pytest.raises(Refused, match=r"4 layers .* needs [\d.]+ GiB, 1\.00 can be used"):
         plan.plans(3, plan.machine_of(None, 1), plan.corpus_of("6GB", "tiny"))
     unknown = preflight.Device("Radeon VII", 16, 0.0, False)
     monkeypatch.setattr(preflight, "this_machine", lambda launch: (unknown, 16.0 * preflight.GIB))
@@ -184,7 +184,9 @@ def test_a_gpu_that_is_too_small_or_unknown(monkeypatch):
 def test_a_row_that_does_not_fit_names_the_nearest():
     found = rows(4)
     assert plan.chosen(found, 10).layers == 10
-    with pytest.raises(Refused, match=r"--layers 32: needs 3\d\.\d GiB.*The nearest that fits: --layers 20"):
+    with pytest.raises(
+        Refused, match=r"--layers 32: needs 3\d\.\d\d GiB.*The nearest that fits: --layers 20"
+    ):
         plan.chosen(found, 32)
     with pytest.raises(Refused, match=r"--layers 11: the table has .*The nearest that fits: --layers 10"):
         plan.chosen(found, 11)
