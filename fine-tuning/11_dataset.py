@@ -42,8 +42,9 @@ def main(stage: Stage) -> None:
     config = stage.config["instruction"]
     require_downloads(stage)
     # Packaged pairs are made from the pretraining text; users' own conversations keep their layout.
-    normalize_corpus = make_normalizer(stage.config["dataset"])
-    normalize_dialogue = make_dialogue_normalizer(stage.config["dataset"])
+    figures: Counter[str] = Counter()
+    normalize_corpus = make_normalizer(stage.config["dataset"], figures)
+    normalize_dialogue = make_dialogue_normalizer(stage.config["dataset"], figures)
     sides: Sides = {"train": [], "valid": []}
     funnel: dict[str, dict[str, Any]] = {}
     seen: set[bytes] = set()
@@ -63,6 +64,9 @@ def main(stage: Stage) -> None:
         marks = byte_order_marks(f"instruction.json: pairs.{name}", spec)
         if marks:
             funnel[name]["byte_order_marks"] = marks
+        if figures:
+            funnel[name]["characters"] = dict(+figures)
+            figures.clear()
         if unused:
             funnel[name]["unused_columns"] = dict(unused)
         stage.say(

@@ -5,6 +5,7 @@ The launcher starts this script on every rank, with a plan of settings and paths
 Run:  bash fine-tuning/13_preference.sh --recipe tiny
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def main(plan: dict[str, Any]) -> None:
     base = Path(plan["inputs"]["12_finetune"])
     tokenizer = AutoTokenizer.from_pretrained(base)
     check_template(tokenizer)
-    normalize = make_dialogue_normalizer(plan["config"]["dataset"])
-    sides, funnel = load_preferences(plan["config"]["preference"], normalize)
+    found_characters: Counter[str] = Counter()
+    normalize = make_dialogue_normalizer(plan["config"]["dataset"], found_characters)
+    sides, funnel = load_preferences(plan["config"]["preference"], normalize, found_characters)
     rows, left_out = {}, {}
     for side, preferences in sides.items():
         found = encode_preferences(

@@ -137,7 +137,8 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
     """How many pairs of each entry were read, kept and dropped, as a Markdown table with the licences.
 
     funnel: by entry, the counts ``in``, ``out``, ``dropped`` (by reason), and if there were any,
-    ``byte_order_marks`` and ``unused_columns`` (by column, the rows with a value). config: a whole recipe.
+    ``byte_order_marks``, ``characters`` (by what the normaliser did to them) and ``unused_columns`` (by
+    column, the rows with a value). config: a whole recipe.
     overlap: the counts of `pretraining_overlap`.
     """
     lines = ["| pairs | from | licence | in | kept | dropped |", "|---|---|---|---:|---:|---|"]
@@ -155,7 +156,7 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
         lines.append(f"| {name} | {origin} | {terms} | {counts['in']:,} | {counts['out']:,} | {dropped} |")
     marks = sum(counts.get("byte_order_marks", 0) for counts in funnel.values())
     lines += ["", f"Byte order marks were removed from {marks:,} files."] if marks else []
-    lines += unused_columns(funnel)
+    lines += [*repaired_characters(funnel), *unused_columns(funnel)]
     shared = " and ".join(f"{count:,} of the {side} side" for side, count in overlap.items())
     lines += ["", f"Pairs that share a sentence with the validation text of pretraining: {shared}."]
     return "\n".join(lines) + "\n"
@@ -176,6 +177,15 @@ def unused_columns(funnel: dict[str, dict[str, Any]]) -> list[str]:
         if found
         else []
     )
+
+
+def repaired_characters(funnel: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of Markdown with the counts of the normaliser: ``characters`` of each entry of the funnel."""
+    lines = []
+    for name, counts in funnel.items():
+        if found := counts.get("characters"):
+            lines += ["", f"Found in {name}: {', '.join(f'{what} {n:,}' for what, n in found.items())}."]
+    return lines
 
 
 def no_pairs(config: dict[str, Any]) -> str:

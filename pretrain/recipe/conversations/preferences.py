@@ -21,7 +21,13 @@ from recipe.conversations.dialogues import (
     prepend,
     said_before,
 )
-from recipe.conversations.instructions import entry_facts, make_pair, messages_of, unused_columns
+from recipe.conversations.instructions import (
+    entry_facts,
+    make_pair,
+    messages_of,
+    repaired_characters,
+    unused_columns,
+)
 from recipe.conversations.read_rows import Message, read_rows
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import RecipeError
@@ -46,13 +52,13 @@ def preference_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_preferences(
-    values: dict[str, Any], normalize: Callable[[str], str]
+    values: dict[str, Any], normalize: Callable[[str], str], figures: Counter[str] | None = None
 ) -> tuple[dict[str, list[Preference]], dict[str, Any]]:
     """The preferences by side (train, valid), and the counts of each entry: in, out, dropped by reason,
     and unused_columns if there were any.
 
-    values: preference.json. normalize: see `make_dialogue_normalizer`. Preferences with
-    the same first question are on the same side. Raises RecipeError when a side is empty.
+    values: preference.json. normalize, figures: see `make_dialogue_normalizer`. Preferences with the same
+    first question are on the same side. Raises RecipeError when a side is empty.
     """
     sides: dict[str, list[Preference]] = {"train": [], "valid": []}
     funnel: dict[str, Any] = {}
@@ -78,6 +84,9 @@ def load_preferences(
         funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
         if unused:
             funnel[name]["unused_columns"] = dict(unused)
+        if figures:
+            funnel[name]["characters"] = dict(+figures)
+            figures.clear()
     for side, preferences in sides.items():
         if not preferences:
             raise RecipeError(
@@ -172,7 +181,7 @@ def preferences_table(funnel: dict[str, dict[str, Any]]) -> str:
     for name, counts in funnel.items():
         dropped = ", ".join(f"{reason} {n:,}" for reason, n in counts["dropped"].items()) or "none"
         lines.append(f"| {name} | {counts['in']:,} | {counts['out']:,} | {dropped} |")
-    return "\n".join([*lines, *unused_columns(funnel)]) + "\n"
+    return "\n".join([*lines, *repaired_characters(funnel), *unused_columns(funnel)]) + "\n"
 
 
 def encode_preferences(

@@ -27,7 +27,14 @@ from typing import Any, NamedTuple
 import neologdn
 import numpy as np
 
-from recipe.corpus.characters import make_dialogue_normalizer
+from recipe.corpus.characters import (
+    INVISIBLE,
+    LAST_OF_PLANES,
+    MARKS,
+    compose,
+    make_dialogue_normalizer,
+    remove_invisible,
+)
 
 _BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines splits
 _SPACE, _NEWLINE = 0x20, 0x0A
@@ -37,17 +44,6 @@ _SHORT = 64
 _DASHES = "—―─━"
 # A full-width hyphen that is not the length mark of a kana.
 _HYPHEN = re.compile("(?<![ぁ-ゖァ-ヺーヽヾゝゞ゛゜ｦ-ﾟ－])－+")
-_MARKS = "\u0300-\u036f\u3099\u309a"  # accents and voicing marks that combine with the character before
-_DECOMPOSED = re.compile(f"[^{_MARKS}][{_MARKS}]+")
-# Soft hyphens, zero-width spaces, byte order marks, marks of the direction of writing, the C1 controls
-# without U+0085, which ends a line, and the code points that are no characters.
-_INVISIBLE = (
-    "\x80-\x84\x86-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufdd0-\ufdef"
-    "\ufffe\uffff"
-)
-# The last two code points of the other planes. In one pattern with those above, both are ten times slower.
-_LAST = "".join(chr(last) + chr(last + 1) for last in range(0x1FFFE, 0x110000, 0x10000))
-_INVISIBLES = {False: re.compile(f"[{_INVISIBLE}]"), True: re.compile(f"[{_INVISIBLE}{_LAST}]")}
 
 # What is rare in a text; these are bits.
 _DELETED, _IS_HYPHEN, _IS_INVISIBLE, _IS_MARK, _IS_LAST = 1, 2, 4, 8, 16
@@ -98,7 +94,7 @@ def _to_fix(keep_dashes: bool, clean_characters: bool) -> dict[int, str]:
     """The characters that `_fix` may change, as in the brackets of a pattern, by their bit."""
     characters = {_IS_HYPHEN: "－"} if keep_dashes else {}
     return characters | (
-        {_IS_INVISIBLE: _INVISIBLE, _IS_MARK: _MARKS, _IS_LAST: _LAST} if clean_characters else {}
+        {_IS_INVISIBLE: INVISIBLE, _IS_MARK: MARKS, _IS_LAST: LAST_OF_PLANES} if clean_characters else {}
     )
 
 
@@ -133,7 +129,7 @@ def make_normalizer(config: dict[str, Any], figures: Counter[str] | None = None)
     """
     figures = Counter() if figures is None else figures
     if config.get("layout") == "keep":
-        return _make_layout_keeper(config, figures)
+        return make_dialogue_normalizer(config, figures)
     options = {"tilde": "ignore" if config.get("keep_wave_dash", True) else "remove"}
     options |= config.get("neologdn", {})
     repeat, longest = options.get("repeat", 0), options.get("max_repeat_substr_length", 8)
@@ -165,28 +161,12 @@ def make_normalizer(config: dict[str, Any], figures: Counter[str] | None = None)
     return normalize
 
 
-def _make_layout_keeper(config: dict[str, Any], figures: Counter[str]) -> Callable[[str], str]:
-    """The normaliser of ``"layout": "keep"``; figures: see `make_normalizer`."""
-    replace_characters = make_dialogue_normalizer(config)
-    rare = re.compile(f"[{_INVISIBLE}{_LAST}{_MARKS}]")
-
-    def normalize(text: str) -> str:
-        if config.get("clean_characters", True) and rare.search(text):
-            text = _fix(text, _IS_INVISIBLE | _IS_LAST | _IS_MARK, figures)
-        return replace_characters(text)
-
-    return normalize
-
-
 def _fix(text: str, found: int, figures: Counter[str]) -> str:
     """The text with what neologdn must not see replaced. found: the bits of what may be in it."""
     if found & (_IS_INVISIBLE | _IS_LAST):
-        text, removed = _INVISIBLES[bool(found & _IS_LAST)].subn("", text)
-        figures["invisible characters removed"] += removed
+        text = remove_invisible(text, figures)
     if found & _IS_MARK:
-        length = len(text)
-        text = _DECOMPOSED.sub(lambda match: unicodedata.normalize("NFC", match[0]), text)
-        figures["characters composed"] += length - len(text)
+        text = compose(text, figures)
     return _HYPHEN.sub("-", text) if found & _IS_HYPHEN else text
 
 

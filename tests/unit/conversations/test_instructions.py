@@ -224,10 +224,11 @@ def test_the_table_of_pairs_names_their_origins_and_licences():
     }
     counts = {"in": 1200, "out": 1190, "dropped": {"duplicate": 10, "over translation_share": 0}}
     funnel = dict.fromkeys(config["instruction"]["pairs"], counts)
-    funnel["mine"] = counts | {"byte_order_marks": 1}
+    funnel["mine"] = counts | {"byte_order_marks": 1, "characters": {"invisible characters removed": 2}}
     table = instructions.pairs_table(funnel, config, {"train": 3, "valid": 0})
     assert "| translation | tatoeba | CC-BY 2.0 FR | 1,200 | 1,190 | duplicate 10 |" in table
     assert "| mine | pairs.json | yours | 1,200 " in table  # the path itself is not published
     assert "| dolly | kunishou/databricks-dolly-15k-ja | as its publisher says |" in table
     assert "Byte order marks were removed from 1 files." in table
+    assert "Found in mine: invisible characters removed 2.\n" in table
     assert "pretraining: 3 of the train side and 0 of the valid side." in table

@@ -1,6 +1,7 @@
 """Preferences: the forms of rows, what is dropped, and the ids that are trained."""
 
 import json
+from collections import Counter
 
 import pytest
 from conftest import sentences
@@ -17,10 +18,10 @@ def answer(text):
     return {"role": "assistant", "content": text}
 
 
-def load(tmp_path, rows, normalize=str, valid_share=0.5):
+def load(tmp_path, rows, normalize=str, valid_share=0.5, figures=None):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     entry = {"pairs": {"mine": {"path": str(tmp_path / "p.jsonl")}}, "valid_share": valid_share}
-    return preferences.load_preferences(entry, normalize)
+    return preferences.load_preferences(entry, normalize, figures)
 
 
 # Enough different questions that neither side of the split is empty.
@@ -99,6 +100,9 @@ def test_marks_and_columns_of_preferences(tmp_path):
     assert funnel["mine"]["dropped"] == {"answer not trained": 2, "two system messages": 1}
     assert "| mine | 23 | 20 | answer not trained 2, two" in preferences.preferences_table(funnel)
     assert "- mine: `score` 1\n" in preferences.preferences_table(funnel)
+    figures = Counter({"characters composed": 3, "invisible characters removed": 0})
+    _, funnel = load(tmp_path, FILL, figures=figures)
+    assert "Found in mine: characters composed 3.\n" in preferences.preferences_table(funnel) and not figures
     with pytest.raises(RecipeError, match=r"line 1: tools: .*expected no value"):
         load(tmp_path, [FILL[0] | {"tools": "[1]"}])
 

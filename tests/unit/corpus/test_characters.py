@@ -1,5 +1,7 @@
 """Dialogues: characters are normalised as in the pretraining text, the layout stays."""
 
+from collections import Counter
+
 import pytest
 from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
@@ -49,6 +51,15 @@ def test_tildes_hyphens_kana_and_line_ends():
 
 def test_runs_of_half_width_kana_are_not_shortened():
     assert make_dialogue_normalizer({})("ﾜｰｰｰ ｶﾞｶﾞ カﾞ ﾊﾟ") == "ワーーー ガガ ガ パ"
+
+
+def test_invisible_and_decomposed_characters_are_repaired_and_counted():
+    text = "  日本\u200b語\x80の\ufeffcafe\u0301、か\u3099\U0001ffff👨\u200d👩"
+    figures = Counter()
+    clean = make_dialogue_normalizer({}, figures)(text)
+    assert clean == "  日本語のcafé、が👨\u200d👩" == "  " + make_normalizer({})(text)
+    assert figures == {"invisible characters removed": 4, "characters composed": 2}
+    assert make_dialogue_normalizer({"clean_characters": False})(text) == text
 
 
 def test_half_a_surrogate_pair_is_an_error():
