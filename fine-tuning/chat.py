@@ -3,6 +3,7 @@
 In the terminal:
   /reset            forget the conversation
   /set KEY VALUE    change a sampling option of generation.json, e.g. /set temperature 0.7; alone: show them
+  //TEXT            a question that begins with /
   /quit, Ctrl-D     end; Ctrl-C stops an answer
 
 Run:  .venv/bin/python fine-tuning/chat.py --recipe tiny [--base] [--web [--port 7860]]
@@ -10,6 +11,7 @@ Run:  .venv/bin/python fine-tuning/chat.py --recipe tiny [--base] [--web [--port
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -72,12 +74,19 @@ def no_model(recipe: str, folder: str, base: bool, untuned: str) -> str:
 
 def talk(talker: Talker, recipe: str, overrides: list[str]) -> None:
     """Read a line, show the model's text as it is generated, and repeat until the input ends."""
+    # Lines can be edited and called back in a terminal, where Python has the library for it.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - `input` uses it
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     messages: list[dict[str, str]] = []
     commands = "/set KEY VALUE, /quit" if talker.base else "/reset, /set KEY VALUE, /quit"
     while True:
         line = input("Text: " if talker.base else "User: ").rstrip()
         command, _, rest = line.strip().partition(" ")
+        if command.startswith("//"):
+            line, command = line.strip()[1:], ""
         try:
+            check_line(line)
             if command == "/quit":
                 return
             if command == "/reset" and not talker.base:
@@ -86,7 +95,7 @@ def talk(talker: Talker, recipe: str, overrides: list[str]) -> None:
             elif command == "/set":
                 overrides = set_option(talker, recipe, overrides, rest.strip())
             elif command.startswith("/"):
-                print(f"(unknown command {command}. Commands: {commands})")
+                print(f"(unknown command {command}. Commands: {commands}; /{command} asks a question)")
             elif line and talker.base:
                 say(line, talker.continue_text(line))
             elif line:
@@ -95,6 +104,17 @@ def talk(talker: Talker, recipe: str, overrides: list[str]) -> None:
                 messages = [*question, {"role": "assistant", "content": answer}]
         except RecipeError as error:
             print(f"({error})")
+
+
+def check_line(line: str) -> None:
+    """Raise Refused for a line with bytes that are not UTF-8, such as half of a character."""
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refused(
+            f"the line is not UTF-8: byte 0x{ord(line[error.start]) - 0xDC00:02X} after "
+            f"{line[: error.start][-20:]!r}. It was not sent; write it again"
+        ) from error
 
 
 def say(before: str, parts: Iterator[str]) -> str:

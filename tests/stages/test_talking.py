@@ -53,8 +53,19 @@ def test_the_terminal_answers_and_obeys(project):
     assert "temprature: unknown key (value 1). Did you mean 'temperature'?" in result.stdout
     assert "temperature: -1, expected more than 0" in result.stdout
     assert "the model has 256 positions" in result.stdout
-    assert "unknown command /bye" in result.stdout
+    assert "unknown command /bye" in result.stdout and "//bye asks a question" in result.stdout
     assert re.search(r"mini, stage 12_finetune, [\d,]+ parameters", result.stdout)
+
+
+def test_half_a_character_and_a_question_with_a_slash(project):
+    """Both used to end or to be impossible; the conversation goes on after the broken line."""
+    broken = "今日は".encode() + b"\xe3\x81\n" + "//etcとは何ですか?\n".encode()
+    command = [sys.executable, str(project.folder / "fine-tuning/chat.py"), "--recipe", "mini"]
+    result = subprocess.run(command, input=broken, env=project.environment, capture_output=True)
+    shown = result.stdout.decode()
+    assert result.returncode == 0 and b"Traceback" not in result.stderr
+    assert "the line is not UTF-8: byte 0xE3 after '今日は'" in shown
+    assert shown.count("Assistant: ") == 1 and "unknown command" not in shown
 
 
 def test_greedy_answers_repeat_and_history_counts(project):
