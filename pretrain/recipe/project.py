@@ -235,13 +235,18 @@ def warn(message: str) -> None:
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to disk.
 
-    A rename after it then publishes complete files.
+    A rename after it then publishes complete files. A mounted drive may not be able to flush a folder; its
+    files are flushed.
     """
     for path in [folder, *folder.rglob("*")]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             with naming_full_disk(path):
                 os.fsync(descriptor)
+        except OSError as error:
+            unsupported = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+            if error.errno not in unsupported or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
 

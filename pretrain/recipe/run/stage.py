@@ -256,6 +256,11 @@ def errors_in_one_line(name: str) -> Iterator[None]:
             message = str(full_disk(Path(path), error))
         elif error.errno in (errno.EROFS, errno.EACCES):
             message = f"cannot use {path}: {error.strerror}. Fix the permissions, then run again"
+        elif error.errno in (errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ENODEV):
+            message = (
+                f"cannot use {path}: {error.strerror}. The drive does not answer: mount it again, and run "
+                "the same command again. Finished work is kept"
+            )
         else:
             raise
         print(f"{name}: error: {message}", file=sys.stderr)

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import stat
 
 import pytest
-from recipe.project import Refused
+from recipe import project
+from recipe.project import RecipeError, Refused
 from recipe.run import publication
 from recipe.run.publication import hold
+from recipe.run.stage import errors_in_one_line
 
 
 def test_a_drive_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -28,3 +31,39 @@ def test_a_folder_in_use_is_still_refused(tmp_path):
         hold(tmp_path, "a second run"),
     ):
         pass
+
+
+def test_a_drive_that_cannot_flush_a_folder_still_gets_the_output(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(project.os, "fsync", files_only)
+    work = tmp_path / ".05_pretrain.work"
+    (work / "checkpoints").mkdir(parents=True)
+    (work / "model").write_text("weights")
+    publication.publish(work, tmp_path / "05_pretrain")
+    assert (tmp_path / "05_pretrain/model").read_text() == "weights"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_file_that_cannot_be_flushed_is_not_published(tmp_path, monkeypatch, code):
+    def fails(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(project.os, "fsync", fails)
+    (tmp_path / "work").mkdir()
+    with pytest.raises((OSError, RecipeError)):
+        publication.publish(tmp_path / "work", tmp_path / "05_pretrain")
+    assert not (tmp_path / "05_pretrain").exists()
+
+
+def test_a_drive_that_is_gone_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, errors_in_one_line("05_pretrain"):
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), "/content/drive/a")
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.count("\n") == 1
+    assert "cannot use /content/drive/a: Transport endpoint is not connected. The drive does not" in said
