@@ -458,20 +458,27 @@ def _template(name: str, parameters: list[str], title: str, templates: Templates
 
 
 def _group_digits(number: str) -> str:
-    """45000 as 45,000; other text unchanged."""
-    return f"{int(number):,}" if number.strip().isdecimal() else number
+    """45000.5 as 45,000.5; other text unchanged."""
+    found = re.fullmatch(r"\s*([-−+]?)([0-9]+)(\.[0-9]+)?\s*", number)
+    return f"{found[1]}{int(found[2]):,}{found[3] or ''}" if found else number
 
 
 def _convert(values: dict[str, str]) -> str:
-    number, unit, after = values.get("1", ""), values.get("2", ""), 3
-    while sign := _RANGES.get(unit.lower()):  # {{convert|20|-|30|m}}
-        number = f"{number}{sign}{values.get(str(after), '')}"
-        unit, after = values.get(str(after + 1), ""), after + 2
-    shown = _quantity(number, unit, values)
-    more, unit = values.get(str(after), ""), values.get(str(after + 1), "")
+    number, after = _range(values)
+    shown = _quantity(number, values.get(str(after), ""), values)
+    more, unit = values.get(str(after + 1), ""), values.get(str(after + 2), "")
     if more.isdecimal() and unit.lower() in UNITS:  # {{convert|5|ft|6|in|m}}
         shown += (" " if values.get("abbr") == "on" else "") + _quantity(more, unit, values)
     return shown
+
+
+def _range(values: dict[str, str]) -> tuple[str, int]:
+    """The number or range that begins the parameters, as in {{convert|20|-|30|m}}, and what follows it."""
+    number, after = values.get("1", ""), 2
+    while sign := _RANGES.get(values.get(str(after), "").lower()):
+        number += sign + values.get(str(after + 1), "")
+        after += 2
+    return number, after
 
 
 def _quantity(number: str, unit: str, values: dict[str, str]) -> str:
@@ -487,7 +494,11 @@ def _abbreviated(values: dict[str, str]) -> str:
 def _value(values: dict[str, str]) -> str:
     exponent, unit = values.get("e", ""), values.get("u") or values.get("ul", "")
     power = "×10" + exponent.translate(_SUPERSCRIPTS) if exponent else ""
-    return f"{values.get('1', '')}{power} {unit}".strip()
+    number, after = _range(values)
+    errors = [values[key] for key in (str(after), str(after + 1)) if values.get(key)]
+    if len(errors) == 1:  # {{val|1.5|0.2}}; two are signed
+        errors.insert(0, "±")
+    return f"{number}{''.join(errors)}{power} {unit}".strip()
 
 
 def _fraction(values: dict[str, str]) -> str:

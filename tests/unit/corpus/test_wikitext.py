@@ -72,6 +72,8 @@ def test_parser_and_regular_expressions_agree(monkeypatch):
             "5 km²、2×4×6メートル、5フィート6インチ",
         ),
         ("{{convert|20|m|2}}、{{cvt|5|ft|6|in|m|1}}", "20メートル、5 ft 6 in"),
+        ("{{val|1.5|0.2|u=m}}、{{val|1|-|2}}、{{val|1|+2|-3|e=4}}", "1.5±0.2 m、1-2、1+2-3×10⁴"),
+        ("{{formatnum:-1234567.89}}", "-1,234,567.89"),
         ("{{年月日|2020|1|2}}、{{年月日|2020|1}}", "2020年1月2日、2020年1月"),
         ("文{{sfn|川|2010}}と<includeonly>見えない</includeonly>", "文と"),
         ("{{lang|en|{{small|[[海|{{nowrap|Sea}}]]}}}}", "Sea"),
