@@ -6,6 +6,7 @@ with other columns, or with text where the first rows of the first file have nul
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 
 from recipe.project import ROOT, RecipeError
 
+_DATA = re.compile(
+    r"\.(jsonl|csv|parquet)(\.(gz|bz2|xz|zst))?$"
+)  # certainly data; .json and .txt may be notes
 _JSON = re.compile(r"\.jsonl?(\.(gz|bz2|xz|zst))?$")
 
 
@@ -35,7 +39,7 @@ def data_set_files(where: str, spec: dict[str, Any]) -> Iterator[DataFile]:
     where: names the entry in messages. spec: ``dataset``, and optionally ``configuration``, ``split`` (train)
     and ``revision``. A local folder without a card (README.md) is a plain copy of data files: there a
     configuration is a subfolder (wikimedia/wikipedia has one for each dump).
-    Raises RecipeError for a data set or a split that cannot be found.
+    Raises RecipeError for a data set or a split that cannot be found, and for a file that no split has.
     """
     import datasets
 
@@ -52,6 +56,10 @@ def data_set_files(where: str, spec: dict[str, Any]) -> Iterator[DataFile]:
         files = builder.config.data_files or {}
         if split not in files:
             raise ValueError(f"it has no split {split!r}, only {', '.join(map(str, files))}")
+    if bare:
+        _refuse_unread(
+            where, folder / (configuration or ""), [file for part in files.values() for file in part]
+        )
     declared = builder.info.features
 
     def rows(file: str) -> Any:
@@ -67,6 +75,19 @@ def data_set_files(where: str, spec: dict[str, Any]) -> Iterator[DataFile]:
         if file.endswith(".parquet"):
             form = "parquet"
         yield DataFile(file, form, lambda file=file: rows(file))
+
+
+def _refuse_unread(where: str, folder: Path, files: list[str]) -> None:
+    """Raise RecipeError when a folder has data that no split has: `datasets` leaves them out silently."""
+    known = set(map(os.path.realpath, files))
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        if _DATA.search(path.name) and not hidden and os.path.realpath(path) not in known:
+            raise RecipeError(
+                f"{where}: {path} would not be read: the files of a folder have one form, and names like "
+                "train.jsonl and test.jsonl choose the split. Convert or rename it, or move it out of the "
+                "folder"
+            )
 
 
 @contextmanager

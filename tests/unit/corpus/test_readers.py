@@ -593,6 +593,21 @@ def test_a_text_of_another_type_is_named_by_file(tmp_path, ending, write, row):
     assert [d.dropped for d in read_hub("h", tolerant)] == ["", "no text"]
 
 
+@pytest.mark.parametrize(("other", "named"), [("c.parquet", "c.parquet"), ("more/train.csv", "a.jsonl")])
+def test_a_file_that_no_split_has_is_refused(tmp_path, other, named):
+    """datasets leaves files of another form out, and says nothing."""
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("text\nx")
+    with pytest.raises(RecipeError, match=rf"sources\.h: .*{named} would not be read"):
+        list(read_hub("h", {"dataset": str(tmp_path)}))
+    (tmp_path / other).unlink()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/c.parquet").touch()
+    assert texts(read_hub("h", {"dataset": str(tmp_path)})) == ["a", "b"]
+
+
 def test_a_data_set_by_url_is_read_as_a_stream(tmp_path, monkeypatch):
     """fsspec opens what `datasets` lists, as the hub's files are."""
     fsspec.filesystem("memory").pipe("/set/a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "y"}'))
