@@ -624,6 +624,8 @@ def test_a_data_set_by_url_is_read_as_a_stream(tmp_path, monkeypatch):
         ("memory://set/a.jsonl.gz:2", "y"),
         ("memory://set/b.parquet:0", "z"),
     ]
-    fsspec.filesystem("memory").pipe("/set/b.parquet", (tmp_path / "b.parquet").read_bytes()[:-9])
-    with pytest.raises(RecipeError, match=r"sources\.h: memory://set/b\.parquet:0: damaged Parquet"):
-        list(read_hub("h", {"dataset": "owner/name", "maximum_bad_share": 0.9}))
+    whole = (tmp_path / "b.parquet").read_bytes()
+    for broken in (whole[:-9], whole[:4] + bytes(40) + whole[44:]):  # its end, its first page
+        fsspec.filesystem("memory").pipe("/set/b.parquet", broken)
+        with pytest.raises(RecipeError, match=r"sources\.h: memory://set/b\.parquet:0: damaged Parquet"):
+            list(read_hub("h", {"dataset": "owner/name", "maximum_bad_share": 0.9}))
