@@ -21,6 +21,7 @@ from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import no_pairs
 from recipe.project import RecipeError, Refused, stage_folder
+from recipe.run.integrity import require_whole
 
 if TYPE_CHECKING:  # it imports torch, and a refusal should not wait for that
     from recipe.evaluation.talking import Talker
@@ -44,6 +45,7 @@ def main() -> None:
         folder = stage_folder(recipe, stage)
         if not (folder / "stage.json").exists():
             raise Refused(no_model(recipe, str(folder), base, no_pairs(config)))
+        require_whole(folder)
         from recipe.evaluation.talking import Talker
 
         talker = Talker(folder, config, base)

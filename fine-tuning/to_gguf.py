@@ -11,6 +11,7 @@ from pathlib import Path
 
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.project import RecipeError, Refused, require_extra, stage_folder
+from recipe.run.integrity import require_whole
 from recipe.run.stage import errors_in_one_line
 
 PROMPTS, LONGEST = 200, 60  # lines of the validation side; characters of a line
@@ -33,6 +34,7 @@ def export(recipe: str, config: dict) -> str:
     model = stage_folder(recipe, "16_export")
     if not (model / "stage.json").exists():
         raise Refused(f"{model}: missing. Run `bash run_all.sh --recipe {recipe}`")
+    require_whole(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     questions = config["generation"].get("questions", []) if tokenizer.chat_template else []
     with tempfile.TemporaryDirectory(dir=model.parent) as work:

@@ -23,7 +23,7 @@ def main(stage: Stage) -> None:
         side_by_side,
     )
     from recipe.evaluation.metrics import repetition
-    from recipe.model.build import build_model, for_inference, load_model
+    from recipe.model.build import build_model, for_inference, load_model, load_published
     from recipe.tokenization.encode_text import prompt_ids
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -32,7 +32,9 @@ def main(stage: Stage) -> None:
     seed = stage.config["pretrain"].get("seed", 42)
     initial = find_initial(stage.config["pretrain"])
     pieces = read_new_pieces(stage.inputs["03_tokenizer"], len(tokenizer))
-    before = load_model(initial) if initial else build_model(stage.config["model"], tokenizer, "sdpa", seed)
+    before = (
+        load_published(initial) if initial else build_model(stage.config["model"], tokenizer, "sdpa", seed)
+    )
     if initial:
         # Both models are sampled with the values of generation.json only.
         before.generation_config = GenerationConfig.from_model_config(before.config)

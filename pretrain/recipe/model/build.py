@@ -59,7 +59,7 @@ def continued_model(
     tokenizer; the published generation settings are not used. Raises Refused for a model.json that describes
     another model, RecipeError for weights that do not belong to the checkpoint's config.json.
     """
-    model = _published_model(folder, attention)
+    model = load_published(folder, attention)
     if values:
         mine = _config({"model_type": model.config.model_type} | values)
         for key in values:
@@ -75,10 +75,10 @@ def continued_model(
     return model
 
 
-def _published_model(folder: Path, attention: str) -> PreTrainedModel:
+def load_published(folder: Path, attention: str | None = None) -> PreTrainedModel:
     """A checkpoint without missing weights. Weights that the model does not have are named and not used."""
     try:
-        model, report = load_model(folder, attention, output_loading_info=True)
+        model, report = _load(folder, attention)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise RecipeError(
             f"{folder}: its weights cannot be loaded into the model of its config.json: "
@@ -123,12 +123,24 @@ def add_rows(model: PreTrainedModel, new_tokens: NewPieces) -> None:
             weight[new] = weight[old_ids].mean(0)
 
 
-def load_model(folder: Path, attention: str | None = None, **keywords: Any) -> Any:
+def load_model(folder: Path, attention: str | None = None) -> PreTrainedModel:
     """A model that a stage saved, in float32: safetensors only, no code from the folder.
 
     attention: by default PyTorch's, and on a CPU ours for packed blocks (see `recipe.model.attention`).
-    keywords: other arguments of from_pretrained.
+    Raises RecipeError when the weights in the folder are not exactly those of its config.json.
     """
+    model, report = _load(folder, attention)
+    for kind in ("missing", "unexpected"):
+        if names := sorted(report[f"{kind}_keys"]):
+            raise RecipeError(
+                f"{folder}: {len(names)} {kind} weights, such as {names[0]}: its safetensors do not belong "
+                "to its config.json. Run its stage again with --force"
+            )
+    return model
+
+
+def _load(folder: Path, attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what from_pretrained says about missing and unexpected weights."""
     transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
     return AutoModelForCausalLM.from_pretrained(
         folder,
@@ -137,7 +149,7 @@ def load_model(folder: Path, attention: str | None = None, **keywords: Any) -> A
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
-        **keywords,
+        output_loading_info=True,
     )
 
 

@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,9 +49,11 @@ from recipe.project import (
     read_record,
     read_state,
     stage_folder,
+    warn,
     write_json,
 )
 from recipe.run.freshness import FACTS, differences, input_changes, input_identity, stale_inputs
+from recipe.run.integrity import damage, describe_files, how_to_repair, parts_read, require_whole
 from recipe.run.publication import (
     SECONDS,
     WANTED,
@@ -317,12 +320,18 @@ def decide(description: Description) -> Decision:
         remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force"
         return Decision("refuse", f"its input {stage} is stale: {'; '.join(changes)}", remedy)
 
+    for stage, parts in parts_read(name, description.folders).items():
+        folder = description.folders[stage]
+        if reason := damage(folder, read_record(folder), parts, hashes=False):
+            return Decision("refuse", reason, how_to_repair(folder))
     if arguments.force:
         return Decision("run", "would start over (--force)")
     if (description.final / RECORD).exists():
         done = read_record(description.final, "wanted", "seconds", "headline")
         changes = description.changes(done["wanted"])
         if not changes:
+            if reason := damage(description.final, done, hashes=False):
+                return Decision("refuse", reason, how_to_repair(description.final))
             return Decision("done before", f"done before ({done['seconds']:.0f} s)  {done['headline']}")
         remedy = f"Redo it and what follows: {rerun} --from {name[:2]} --force\n"
         remedy += f"  Or keep this result and work on a copy: cp -r configs/{recipe} configs/NAME, "
@@ -356,6 +365,9 @@ def _find_twin(description: Description) -> Path | None:
         record = known_record(path.parent, "wanted", "figures")
         if not record or description.changes(record["wanted"]):
             continue
+        if reason := damage(path.parent, record, hashes=False):
+            warn(f"{reason}, so it is not taken over")
+            continue
         try:
             if definition.reusable:
                 definition.reusable(record["figures"], description.config)
@@ -374,10 +386,19 @@ def act(decision: Decision, description: Description, lock: int) -> None:
         _warn_of_versions(name, read_record(final, "versions"))
         print(f"{name:15} {decision.reason}")
         return
+    if not decision.twin:
+        for stage, parts in parts_read(name, description.folders).items():
+            require_whole(description.folders[stage], parts)
     if decision.action != "continue":
         clear(work)
     if decision.twin:
         copy_stage(decision.twin, work)
+        if reason := damage(work, read_record(work)):
+            shutil.rmtree(work)
+            reason = reason.replace(str(work), str(decision.twin))
+            warn(f"{reason}, so it is not taken over. {how_to_repair(decision.twin)}")
+            act(Decision("run", ""), description, lock)
+            return
         publish(work, final)
         print(f"{name:15} taken from {decision.twin.relative_to(ROOT)}: same settings, same inputs")
         return
@@ -410,6 +431,7 @@ def _record(stage: Stage, description: Description, seconds: float) -> dict[str,
         "figures": stage.figures,
         "wanted": description.expected,
         "config": {section: stage.config[section] for section in description.definition.sections},
+        "files": describe_files(stage.folder),
         "versions": _versions(),
         "commit": _commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -163,6 +163,22 @@ def test_unreadable_record_of_an_input_is_refused_and_of_another_recipe_passed_o
     assert result.returncode == 2 and f"{record}: cannot be read" in result.stderr
 
 
+def test_changed_output_is_neither_read_nor_taken_over(project):
+    run(project)
+    path = project.output("mini", "90_test", "a")
+    path.write_text("401")  # the size is the same
+    result = run(project, "--force", check=False, INPUTS="90_test")
+    assert result.returncode == 2 and f"{path}: damaged or changed" in result.stderr
+    assert "--recipe mini --from 90 --force" in result.stderr
+    result = run(project, recipe=copy_of(project, "copy"))
+    assert f"{path}: damaged or changed" in result.stderr and "is not taken over" in result.stderr
+    assert project.output("copy", "90_test", "a").read_text() == "400"
+    path.write_text("4")
+    result = run(project, check=False)
+    assert result.returncode == 2 and f"{path}: 1 bytes, expected 3" in result.stderr
+    assert "done in" in run(project, "--force").stdout
+
+
 def test_bookkeeping_that_cannot_be_read_counts_as_absent(project):
     work = project.output("mini", ".90_test.work", "")
     for name, how in ((".seconds", "continues"), (".wanted.json", "starts")):
