@@ -12,9 +12,17 @@ from typing import Any
 
 from recipe.corpus.fetch import HASHES, announced_size, digest_of, fetch, part_of, url_name
 from recipe.corpus.packages import download_descriptions, download_packages, find_sdist
-from recipe.corpus.source_files import file_facts, is_own, own_files, pinned_urls
+from recipe.corpus.source_files import (
+    file_facts,
+    is_own,
+    is_same_file,
+    own_files,
+    path_below_root,
+    pinned_urls,
+    with_hashes,
+)
 from recipe.corpus.sources import kind_of, licence
-from recipe.project import RecipeError, fsync_tree, read_state, write_json
+from recipe.project import ROOT, RecipeError, fsync_tree, read_state, write_json
 
 
 def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
@@ -34,7 +42,7 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     folder = data / name
     record = {"kind": spec["source"], "licence": licence(spec)}
     if is_own(spec):
-        return record | {"files": file_facts(own_files(name, spec))}
+        return record | {"files": with_hashes(file_facts(own_files(name, spec)))}
     if not kind.download:
         return record | {"files": {}}
     complete = _complete_record(spec, folder)
@@ -120,13 +128,13 @@ def require_data(record: dict[str, Any], config: dict[str, Any], data: Path) -> 
     """
     for name, spec in config["sources"].items():
         for file, facts in record["sources"][name]["files"].items():
-            path = Path(file) if is_own(spec) else data / name / file
+            path = ROOT / file if is_own(spec) else data / name / file
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
                 raise RecipeError(
                     f"{path}: not the {facts['bytes']:,} bytes that stage 01 recorded. Download it again "
                     "with `bash run_all.sh --recipe NAME --to 01 --force`"
                 )
-            if path.stat().st_mtime_ns != facts.get("mtime_ns", path.stat().st_mtime_ns):
+            if "mtime_ns" in facts and not is_same_file(file, facts, *file_facts([path]).values()):
                 raise RecipeError(
                     f"{path}: changed since stage 01 recorded it. Run "
                     "`bash run_all.sh --recipe NAME --from 01 --force`"
@@ -138,20 +146,37 @@ def data_identity(figures: dict[str, Any]) -> dict[str, Any]:
     downloaded.
 
     figures: those of stage 01. The value holds, for each source, its kind and for each of its files the size
-    and the sha256, or the time of change for a user's own file. Addresses, versions of the server, licences
-    and seconds are left out: they change nothing in the text.
+    and the sha256 (in a record of an earlier release, the time of change of a user's own file). Addresses,
+    versions of the server, licences and seconds are left out: they change nothing in the text.
     """
-    keys = ("bytes", "sha256", "mtime_ns")
     return {
         name: {
             "kind": record["kind"],
-            "files": {
-                file: {key: facts[key] for key in keys if key in facts}
-                for file, facts in record["files"].items()
-            },
+            "files": {path_below_root(file): _identity(facts) for file, facts in record["files"].items()},
         }
         for name, record in figures["sources"].items()
     }
+
+
+def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What identifies one file in a record of stage 01."""
+    keys = ("bytes", "sha256") if "sha256" in facts else ("bytes", "mtime_ns")
+    return {key: facts[key] for key in keys if key in facts}
+
+
+def former_identity(figures: dict[str, Any]) -> dict[str, Any]:
+    """`data_identity` as earlier releases computed it: whole paths, and times of change, of own files."""
+    keys = ("bytes", "sha256", "mtime_ns")
+    identity: dict[str, Any] = {}
+    for name, record in figures["sources"].items():
+        files = {}
+        for file, facts in record["files"].items():
+            own = "mtime_ns" in facts
+            files[str(ROOT / file) if own else file] = {
+                key: facts[key] for key in keys if key in facts and not (own and key == "sha256")
+            }
+        identity[name] = {"kind": record["kind"], "files": files}
+    return identity
 
 
 def source_facts(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
-from recipe.corpus.fetch import HASHES, url_name
+from recipe.corpus.fetch import HASHES, digest_of, url_name
 from recipe.project import ROOT, RecipeError, Refused, glob_files
 
 
@@ -32,9 +33,51 @@ def source_paths(name: str, spec: dict[str, Any], data: Path) -> list[Path]:
     return [data / name / url_name(url) for url, _ in pinned_urls(name, spec)]
 
 
-def file_facts(paths: list[Path]) -> dict[str, dict[str, int]]:
-    """Size and time of change of a user's own files: if they change, stages that read them become stale."""
-    return {str(p): {"bytes": p.stat().st_size, "mtime_ns": p.stat().st_mtime_ns} for p in paths}
+def file_facts(paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Size and time of change of a user's own files: if they change, stages that read them become stale.
+
+    The paths begin at the project's folder, so that it can be moved; only files outside it have whole paths.
+    """
+    return {path_below_root(p): {"bytes": p.stat().st_size, "mtime_ns": p.stat().st_mtime_ns} for p in paths}
+
+
+def path_below_root(path: Path | str) -> str:
+    """A path from the project's folder where it is below it, else the whole path."""
+    return str(path).removeprefix(f"{ROOT}/")
+
+
+def is_file_facts(value: Any) -> bool:
+    """Whether a value of a record is what `file_facts` says of one file."""
+    return isinstance(value, dict) and {"bytes", "mtime_ns"} <= value.keys()
+
+
+def with_hashes(facts: Any) -> Any:
+    """The same facts, in which each file that `file_facts` describes also has its sha256."""
+    if not isinstance(facts, dict):
+        return facts
+    return {
+        key: value | {"sha256": hash_of_file(ROOT / key)} if is_file_facts(value) else with_hashes(value)
+        for key, value in facts.items()
+    }
+
+
+def is_same_file(path: str, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a file is the recorded one: by size and time, or, for a copy, by size and sha256."""
+    if recorded["bytes"] != now["bytes"]:
+        return False
+    if recorded["mtime_ns"] == now["mtime_ns"]:
+        return True
+    return "sha256" in recorded and recorded["sha256"] == hash_of_file(ROOT / path)
+
+
+def hash_of_file(path: Path) -> str:
+    """The sha256 of a file, computed once for each time of its change."""
+    return _hash(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _hash(path: Path, size: int, mtime_ns: int) -> str:
+    return digest_of(path)
 
 
 def expand_paths(name: str, patterns: list[str]) -> list[Path]:

@@ -12,8 +12,8 @@ from recipe.config.initial_model import initial_facts
 from recipe.config.staleness import deciding_keys
 from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
-from recipe.corpus.download import data_identity, source_facts
-from recipe.corpus.source_files import file_facts
+from recipe.corpus.download import data_identity, former_identity, source_facts
+from recipe.corpus.source_files import file_facts, is_file_facts, is_same_file, path_below_root
 from recipe.project import RECORD, ROOT, Refused, read_record, stage_folder
 
 
@@ -77,22 +77,28 @@ def input_identity(folder: Path) -> str:
     other stage it is the digest of ``stage.json``.
     """
     if folder.name == "01_download":
-        identity = data_identity(read_record(folder, "figures")["figures"])
-        return _digest(json.dumps(identity, sort_keys=True).encode())
+        return _digest_of_json(data_identity(read_record(folder, "figures")["figures"]))
     return _digest((folder / RECORD).read_bytes())
 
 
 def input_changes(recorded: Mapping[str, str], folders: Mapping[str, Path]) -> list[str]:
     """The inputs that differ from what an earlier run has recorded, each as ``inputs.STAGE: old -> new``.
 
-    folders: of the inputs as they are now. Earlier releases recorded the digest of ``stage.json`` of stage
-    01, too; that also counts as unchanged.
+    folders: of the inputs as they are now. Earlier releases recorded other digests of stage 01: that of its
+    ``stage.json``, or of another form of the same data. They also count as unchanged.
     """
     now = {}
     for stage, folder in folders.items():
-        digest = _digest((folder / RECORD).read_bytes())
-        now[stage] = digest if recorded.get(stage) == digest else input_identity(folder)
+        now[stage] = input_identity(folder)
+        if stage == "01_download" and recorded.get(stage) != now[stage]:
+            former = _digest_of_json(former_identity(read_record(folder, "figures")["figures"]))
+            if recorded.get(stage) in (former, _digest((folder / RECORD).read_bytes())):
+                now[stage] = recorded[stage]
     return differences(recorded, now, "inputs")
+
+
+def _digest_of_json(value: Any) -> str:
+    return _digest(json.dumps(value, sort_keys=True).encode())
 
 
 def _digest(content: bytes) -> str:
@@ -114,9 +120,30 @@ def stale_inputs(
             now = {section: deciding_keys(section, config[section]) for section in recorded["config"]}
             changes = differences(recorded["config"], now)
             if stage in FACTS and "facts" in recorded:
-                changes += differences(recorded["facts"], FACTS[stage](config), "facts")
+                changes += fact_changes(recorded["facts"], FACTS[stage](config))
             if changes:
                 yield stage, changes
+
+
+def fact_changes(recorded: Any, now: Any) -> list[str]:
+    """How facts (`FACTS`) differ from the recorded ones. A copy of a file is the same file."""
+    return differences(_settled(recorded, now), now, "facts")
+
+
+def _settled(recorded: Any, now: Any) -> Any:
+    """Recorded facts in the form of `now`: paths from the project's folder; equal files as they are now."""
+    if not isinstance(recorded, dict) or not isinstance(now, dict):
+        return recorded
+    settled = {}
+    for key, value in recorded.items():
+        key = path_below_root(key)
+        current = now.get(key)
+        if is_file_facts(value) and is_file_facts(current):
+            same = is_same_file(key, value, current)
+            settled[key] = current if same else {name: value[name] for name in current}
+        else:
+            settled[key] = _settled(value, current)
+    return settled
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.staleness import deciding_keys
 from recipe.corpus.download import require_data
+from recipe.corpus.source_files import with_hashes
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import (
     DATA,
@@ -52,7 +53,7 @@ from recipe.project import (
     warn,
     write_json,
 )
-from recipe.run.freshness import FACTS, differences, input_changes, input_identity, stale_inputs
+from recipe.run.freshness import FACTS, differences, fact_changes, input_changes, input_identity, stale_inputs
 from recipe.run.integrity import damage, describe_files, how_to_repair, parts_read, require_whole
 from recipe.run.publication import (
     SECONDS,
@@ -159,11 +160,16 @@ class Description:
         }
         return expected | ({"facts": FACTS[name](self.config)} if name in FACTS else {})
 
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """`expected` for the record, with the sha256 of the user's own files: a copy is the same file."""
+        return with_hashes(self.expected)
+
     def changes(self, recorded: dict[str, Any]) -> list[str]:
         """How `expected` differs from what an earlier run has recorded, as ``key: old -> new``."""
-        changed = input_changes(recorded["inputs"], self.folders)
-        others = [{key: run[key] for key in run if key != "inputs"} for run in (recorded, self.expected)]
-        return differences(*others) + changed
+        changed = differences(recorded["config"], self.expected["config"], "config")
+        changed += fact_changes(recorded.get("facts", {}), self.expected.get("facts", {}))
+        return changed + input_changes(recorded["inputs"], self.folders)
 
     @property
     def missing(self) -> list[str]:
@@ -403,8 +409,9 @@ def act(decision: Decision, description: Description, lock: int) -> None:
         print(f"{name:15} taken from {decision.twin.relative_to(ROOT)}: same settings, same inputs")
         return
     work.mkdir(parents=True, exist_ok=True)
+    made_from = description.made_from  # before the work: the user may change a file meanwhile
     if decision.action != "continue":
-        write_json(work / WANTED, description.expected)
+        write_json(work / WANTED, made_from)
     arguments, config = description.arguments, description.config
     stage = Stage(name, arguments.recipe, config, description.folders, work, arguments, lock)
     write_lines_without_a_terminal()
@@ -429,7 +436,7 @@ def _record(stage: Stage, description: Description, seconds: float) -> dict[str,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": _peak_memory(),
         "figures": stage.figures,
-        "wanted": description.expected,
+        "wanted": description.made_from,
         "config": {section: stage.config[section] for section in description.definition.sections},
         "files": describe_files(stage.folder),
         "versions": _versions(),

@@ -1,11 +1,13 @@
 """The life of a stage: skipped, stale, locked, taken over, published whole or not at all."""
 
+import copy
 import functools
 import hashlib
 import http.server
 import json
 import shutil
 import signal
+import subprocess
 import threading
 import time
 
@@ -279,6 +281,70 @@ def test_interrupted_copy_is_no_finished_stage(project):
     child.wait()
     assert not work.with_name("stage.json").exists()
     assert "taken from" in run(project, recipe="copy").stdout
+
+
+def moved(project, folder):
+    """The same project in another folder."""
+    other = copy.copy(project)
+    other.folder = folder
+    other.environment = project.environment | {"PYTHONPATH": str(folder / "pretrain")}
+    return other
+
+
+def stages_done(project):
+    """Whether stages 01, 02 and 11 have nothing to do; they read files of the user."""
+    said = project.run("run_all.sh", "--recipe", "mini", "--to", "02").stdout
+    return (said + project.run("fine-tuning/11_dataset.py", "--recipe", "mini").stdout).count(
+        "done before"
+    ) == 3
+
+
+def test_project_may_be_copied_and_moved(make_project, tmp_path):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "02")
+    project.run("fine-tuning/11_dataset.py", "--recipe", "mini")
+    subprocess.run(["cp", "-r", str(project.folder), str(tmp_path / "copy")], check=True)  # with other times
+    copied = moved(project, tmp_path / "copy")
+    assert stages_done(copied)
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    assert stages_done(moved(project, tmp_path / "moved"))
+
+    records = [project.output("mini", stage) for stage in ("01_download", "02_dataset", "11_dataset")]
+    assert not [path for path in records if str(project.folder) in path.read_text()]
+    text = moved(project, tmp_path / "moved").folder / "text/a.txt"
+    text.write_text(text.read_text("utf-8").replace("私", "僕"), "utf-8")  # the size is the same
+    result = moved(project, tmp_path / "moved").run(
+        "run_all.sh", "--recipe", "mini", "--to", "02", check=False
+    )
+    assert result.returncode == 2 and "facts.text.text/a.txt.mtime_ns" in result.stderr
+
+    # Records of an earlier release: whole paths, no hashes of the user's files.
+    digests = {}
+    for path in records:
+        record = json.loads(path.read_text())
+        for facts in (
+            record["wanted"].get("facts", {}),
+            {n: s["files"] for n, s in sources_of(record).items()},
+        ):
+            for files in facts.values():
+                for name in list(files):
+                    facts_of_file = files.pop(name)
+                    del facts_of_file["sha256"]
+                    files[str(project.folder / name)] = facts_of_file
+        if path == records[0]:
+            kinds = sources_of(record).items()
+            identity = {name: {"kind": source["kind"], "files": source["files"]} for name, source in kinds}
+            content = json.dumps(identity, sort_keys=True).encode()
+            digests["01_download"] = hashlib.blake2b(content, digest_size=8).hexdigest()
+        record["wanted"]["inputs"] |= {k: v for k, v in digests.items() if k in record["wanted"]["inputs"]}
+        path.write_text(json.dumps(record))
+        if path == records[1]:
+            digests["02_dataset"] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    assert stages_done(project)
+
+
+def sources_of(record):
+    return record["figures"].get("sources", {}) if record["stage"] == "01_download" else {}
 
 
 # ---------------------------------------------------------------------------------- the data of stage 01
