@@ -1,6 +1,7 @@
 """A finished output that is damaged is never read: the next stage names the file and what to do."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -39,10 +40,12 @@ def drop_tensor(path):
 
 
 def swap_tokens(path):
-    state = json.loads(path.read_text("utf-8"))
-    vocabulary = state["model"]["vocab"]  # unigram: [[token, score], ...]
-    vocabulary[300][0], vocabulary[301][0] = vocabulary[301][0], vocabulary[300][0]
-    path.write_text(json.dumps(state, ensure_ascii=False), "utf-8")
+    """Swap two tokens of a unigram's vocabulary, whose entries are [token, score]; the size stays."""
+    lines = path.read_text("utf-8").split("\n")
+    at = [number for number, line in enumerate(lines) if re.fullmatch(r'\s+"[^"]+",', line)]
+    lines[at[300]], lines[at[301]] = lines[at[301]], lines[at[300]]
+    path.write_text("\n".join(lines), "utf-8")
+    assert len(json.loads("\n".join(lines))["model"]["vocab"]) == 400
 
 
 def change_layers(path):
