@@ -26,6 +26,35 @@ usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$here/run_all.sh"; }
 refuse() { printf 'run_all.sh: error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
 stages() { printf '%s\n' "$here"/pretrain/[0-9][0-9]_* "$here"/fine-tuning/[0-9][0-9]_*; }
 
+# Ctrl-C, kill, a closed terminal and what clusters send: the running stage gets the signal and saves its state.
+stopped='' child=''
+# shellcheck disable=SC2329 # by the traps
+stop() {
+  [[ -n $stopped ]] || stopped=$1
+  # Between two stages there is nothing to wait for.
+  [[ -n $child ]] || exit "$(code_of "$stopped")"
+  kill -s "$1" "$child" 2>/dev/null || true
+}
+code_of() { case $1 in INT) echo 130 ;; *) echo 143 ;; esac; }
+
+# Run a stage to its end, also when a signal interrupts the waiting.
+run_stage() {
+  local code=0
+  # With job control the stage has a process group of its own: Ctrl-C reaches it once, through `stop`.
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  while wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do code=0; done
+  if [[ -n $stopped ]]; then
+    code=0
+    wait "$child" || code=$?
+    ((code == 130)) || code=$(code_of "$stopped")
+  fi
+  child=''
+  ((code == 0)) || exit "$code"
+}
+
 # A function, so that bash reads the whole file before it starts: the file may be edited during a run.
 main() {
   local recipe=tiny from=00 to=99 list=false talk=true common=() overrides=() launch=()
@@ -66,12 +95,16 @@ main() {
     exit 0
   fi
 
-  local started=$SECONDS python stage number ran=0
+  local started=$SECONDS python stage number signal ran=0
   python=$(bash "$here/setup.sh" --python)
   # A notebook sets it to a module that this Python may not have. The stages draw into files.
   export MPLBACKEND=agg
   export PYTHONPATH=$here/pretrain${PYTHONPATH:+:$PYTHONPATH}
   ((SECONDS - started < 3)) || printf 'set-up took %d s\n' $((SECONDS - started))
+  for signal in INT TERM HUP USR1; do
+    # shellcheck disable=SC2064
+    trap "stop $signal" "$signal"
+  done
   # If this shell is killed, the running stage is stopped too, and can be continued.
   export RECIPE_RUN_ALL=$$
   "$python" -m recipe.run.check --recipe "$recipe" --from "$from" --to "$to" "${overrides[@]}" "${launch[@]}"
@@ -82,8 +115,8 @@ main() {
     if ((10#$number < 10#$from || 10#$number > 10#$to)); then continue; fi
     ran=$((ran + 1))
     case $stage in
-      *.sh) bash "$stage" --recipe "$recipe" "${common[@]}" "${launch[@]}" ;;
-      *) "$python" "$stage" --recipe "$recipe" "${common[@]}" ;;
+      *.sh) run_stage bash "$stage" --recipe "$recipe" "${common[@]}" "${launch[@]}" ;;
+      *) run_stage "$python" "$stage" --recipe "$recipe" "${common[@]}" ;;
     esac
   done 3< <(stages)
   ((ran)) || refuse "no stage between $from and $to"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Set up if needed, then check the style of shell and Python and run the tests.
 #
-# Usage: bash tests/run.sh [lint|slow|gpu|browser|extras|all] [PYTEST OPTION]...
+# Usage: bash tests/run.sh [lint|slow|faults|gpu|browser|extras|all] [PYTEST OPTION]...
 #   (nothing)  style and the default tests: under 15 minutes on 2 cores
 #   lint       style only: shellcheck, ruff
 #   slow       tests of more than a minute: launchers on 2 ranks, DeepSpeed, kill and resume
+#   faults     hundreds of kills, damages and signals, with a table of what they did: about half an hour
 #   gpu        tests that need a GPU; without one, each says why it could not run
 #   browser    the chat page in headless Chromium (chromium on PATH); installs playwright
 #   extras     tests of Ray, Sudachi, Megatron-LM, GGUF and a notebook; installs these extras of pyproject.toml.
@@ -18,13 +19,13 @@ case ${1:-} in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh
 extras=(tests)
 case ${1:-} in
   lint) marker=none ;;
-  slow | gpu) marker=$1 ;;
+  slow | faults | gpu) marker=$1 ;;
   browser) marker=$1 extras+=(browser) ;;
   extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf notebook) ;;
   all) marker="slow or not slow" extras+=(ray sudachi megatron gguf notebook browser) ;;
-  *) marker="not slow and not gpu and not browser and not extra" ;;
+  *) marker="not slow and not faults and not gpu and not browser and not extra" ;;
 esac
-case ${1:-} in lint | slow | gpu | browser | extras | all) shift ;; esac
+case ${1:-} in lint | slow | faults | gpu | browser | extras | all) shift ;; esac
 
 python=$(bash setup.sh --python --extra "${extras[@]}")
 export PYTHONPATH=$PWD/pretrain${PYTHONPATH:+:$PYTHONPATH}

@@ -215,18 +215,19 @@ def test_unknown_deepspeed_file_and_muon_under_zero_are_refused(prepared):
     assert result.returncode == 2 and "pretrain.muon_learning_rate=null" in result.stderr
 
 
-def test_killed_run_all_stops_its_stage(make_project):
+def test_run_all_passes_a_signal_on_and_waits_for_its_stage(make_project):
     project = make_project()
     project.run("run_all.sh", "--recipe", "mini", "--to", "04")
     run = project.start("run_all.sh", "--recipe", "mini", "--to", "05", *SLOW_STEPS)
     wait_for(lambda: steps_done(project, "mini") >= 3)
-    run.terminate()
-    assert run.wait(60) in (143, -signal.SIGTERM)
-    # The training has saved a checkpoint and released the folder.
-    wait_for(lambda: checkpoints(project), 60)
-    wait_for(
-        lambda: project.run("pretrain/02_dataset.py", "--recipe", "mini", check=False).returncode == 0, 60
-    )
+    run.send_signal(signal.SIGINT)
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == 130, output
+    # One signal is one request: a second one would have been counted.
+    assert output.count("stopping: the training saves a checkpoint") == 1
+    # When it has ended, the training has saved a checkpoint and released the folder.
+    assert checkpoints(project)
+    assert project.run("pretrain/02_dataset.py", "--recipe", "mini", check=False).returncode == 0
     assert not project.output("mini", "05_pretrain").exists()
 
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -33,7 +35,6 @@ from recipe.conversations.instructions import no_pairs
 from recipe.conversations.preferences import no_preference
 from recipe.hardware import glance
 from recipe.project import (
-    EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_TERMINATED,
     RECORD,
@@ -48,8 +49,17 @@ from recipe.project import (
 from recipe.run import probe
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 from recipe.run.preflight import check_room, report
-from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
-from recipe.run.stage import Stage, errors_in_one_line, run_stage, stage_arguments
+from recipe.run.processes import (
+    child_environment,
+    command,
+    kill,
+    kill_orphans,
+    living_ranks,
+    training_plan,
+    visible_devices,
+)
+from recipe.run.stage import Stage, errors_in_one_line, raise_stopped, run_stage, stage_arguments
+from recipe.training.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
 from recipe.training.spikes import read_skipped
 from recipe.training.watchdog import Watchdog, call_webhook, dump_stacks
 
@@ -62,6 +72,12 @@ def run_training(stage: Stage, script: Path) -> None:
     result = stage.folder / "result.json"
     # With a result, an earlier run has finished the training and was stopped before the publication.
     if not read_state(result, "headline"):
+        if living := living_ranks(stage.folder):
+            raise Refused(
+                f"{stage.folder}: ranks of an earlier run still train in it: processes "
+                f"{', '.join(map(str, living))} on {platform.node()}. Wait until they have "
+                f"saved and ended, or end them with kill -9 {' '.join(map(str, living))}"
+            )
         (stage.folder / "stop").unlink(missing_ok=True)
         shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
         _run_child(stage, script, stage.folder)
@@ -91,10 +107,18 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     for_hosts = stage.folder / "deepspeed_env" if launch.hostfile else None
     environment = child_environment(os.environ, launch.processes, for_hosts)
     lock = () if launch.node_rank else (stage.lock,)
+    adopt_orphans()
     while True:
         times_back = len(read_skipped(stage.folder).back)
         watchdog = Watchdog(stage.folder / "ranks")
-        child = subprocess.Popen(line, env=environment, pass_fds=lock, start_new_session=True)
+        child = subprocess.Popen(
+            line,
+            env=environment,
+            pass_fds=lock,
+            start_new_session=True,
+            # It would otherwise go on when this process is killed.
+            preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
+        )
         code = _wait(child, stage, watchdog, published)
         if not code or len(read_skipped(stage.folder).back) == times_back:
             break
@@ -156,10 +180,10 @@ def _wait(
 ) -> int:
     """Wait for the child and return its exit code.
 
-    On SIGINT or SIGTERM the stop file is written, and Interrupted is raised when the child has ended. A stop
-    file that somebody else has written (``touch outputs/RECIPE/.05_pretrain.work/stop``) does the same. A
-    file is used because it reaches every rank under every launcher and on every machine: DeepSpeed's launcher
-    dies of a signal and leaves its ranks running.
+    On a signal of `STOPPING` the stop file is written, and Interrupted is raised when the child has ended. A
+    stop file that somebody else has written (``touch outputs/RECIPE/.05_pretrain.work/stop``) does the same.
+    It is a file because that reaches every rank under every launcher and on every machine: DeepSpeed's
+    launcher dies of a signal and leaves its ranks running.
 
     watchdog: finds ranks that make no progress. They then write their stacks, and all ranks are killed.
 
@@ -179,7 +203,7 @@ def _wait(
         else:
             kill(child)
 
-    old = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    old = on_stop(ask_to_stop)
     try:
         while child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -201,23 +225,22 @@ def _wait(
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
+        # A launcher that was killed leaves its ranks behind.
+        left = kill_orphans()
+    if left and code:
+        stage.say(f"killed the processes that the launcher has left: {', '.join(map(str, left))}")
     if received or (code and stop.exists()):
-        by_interrupt = bool(received) and received[0] == signal.SIGINT
         raise Interrupted(
             f"stopped by a {'signal' if received else 'stop file'}. Run the same command again to continue "
             "from the checkpoint",
-            EXIT_INTERRUPTED if by_interrupt else EXIT_TERMINATED,
+            exit_code_of(received[0]) if received else EXIT_TERMINATED,
         )
     return code
 
 
 def _probe(name: str, script: Path, dry_run: bool) -> None:
     """Measure settings instead of training."""
-
-    def end(signum: int, frame: object) -> None:
-        raise Interrupted("terminated (SIGTERM)", EXIT_TERMINATED)
-
-    signal.signal(signal.SIGTERM, end)
+    on_stop(raise_stopped)
     with errors_in_one_line(name):
         if name != "05_pretrain":
             raise Refused("--probe measures the settings of stage 05 only. Leave --probe out")

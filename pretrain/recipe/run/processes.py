@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.hardware import count_gpus
-from recipe.project import DATA, write_text
+from recipe.project import DATA, read_state, write_text
 from recipe.run.launch_options import Launch
 
 
@@ -119,9 +119,42 @@ def kill(child: subprocess.Popen[bytes]) -> None:
 
     torchrun's ranks have sessions of their own and would otherwise go on.
     """
-    for process in reversed(descendants(child.pid)):
+    _kill_all(descendants(child.pid))
+
+
+def kill_orphans() -> list[int]:
+    """Kill all descendants of this process that are still running, and return their ids."""
+    found = [process for process in descendants(os.getpid())[1:] if _is_running(process)]
+    _kill_all(found)
+    return found
+
+
+def _kill_all(processes: list[int]) -> None:
+    for process in reversed(processes):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has (Linux)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def living_ranks(folder: Path) -> list[int]:
+    """The processes on this machine that still train in a work folder, by their signs of life in it."""
+    signs = (read_state(path, "host", "process") for path in (folder / "ranks").glob("rank*[0-9]"))
+    mine = [sign["process"] for sign in signs if sign and sign["host"] == platform.node()]
+    return [process for process in mine if _is_running(process) and str(folder) in _command_line(process)]
+
+
+def _command_line(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def descendants(process: int) -> list[int]:

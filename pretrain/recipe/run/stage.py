@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import importlib.metadata
 import os
@@ -36,7 +35,6 @@ from recipe.project import (
     DATA,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
     NO_SPACE,
     OUTPUTS,
     RECORD,
@@ -65,6 +63,7 @@ from recipe.run.publication import (
     hold,
     publish,
 )
+from recipe.training.signals import STOPPING, end_with_parent, exit_code_of, on_stop
 
 # The packages whose versions are written into stage.json.
 VERSIONED = (
@@ -237,10 +236,10 @@ def run_stage(
     arguments = parser.parse_args()
     name = Path(script).stem
     definition = Definition(name, work, sections, inputs, resumable, skip, preview, reusable)
-    signal.signal(signal.SIGTERM, _raise_terminated)
-    if sys.platform == "linux" and os.environ.get("RECIPE_RUN_ALL") == str(os.getppid()):
-        # PR_SET_PDEATHSIG: when run_all.sh is killed, this process is terminated as well.
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    on_stop(raise_stopped)
+    if os.environ.get("RECIPE_RUN_ALL") == str(os.getppid()):
+        # When run_all.sh is killed, this process is terminated as well.
+        end_with_parent(signal.SIGTERM)
     with errors_in_one_line(name):
         _run(definition, arguments)
 
@@ -276,10 +275,15 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         sys.exit(EXIT_FAILED)
 
 
-def _raise_terminated(signum: int, frame: object) -> None:
-    # A second signal must not interrupt the way out.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Interrupted("terminated (SIGTERM). Run the same command again to continue.", EXIT_TERMINATED)
+def raise_stopped(signum: int, frame: object) -> None:
+    """The handler of the signals that end a stage. Raises KeyboardInterrupt for Ctrl-C, else Interrupted."""
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    for other in set(STOPPING) - {signal.SIGINT}:
+        # A second signal must not interrupt the way out.
+        signal.signal(other, signal.SIG_IGN)
+    name = signal.Signals(signum).name
+    raise Interrupted(f"terminated ({name}). Run the same command again to continue.", exit_code_of(signum))
 
 
 def _run(definition: Definition, arguments: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recipe.hardware import peak_memory
 from recipe.project import append_json_line, read_json_lines, write_json_lines
+from recipe.training.signals import on_stop
 from recipe.training.watchdog import SignsOfLife
 
 METRICS = "metrics.jsonl"  # one row for each log and each evaluation
@@ -30,8 +30,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, stop_file: Path, parent: int) -> None:
         self.stop_file, self.parent = stop_file, parent
         self.received = False
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._note)
+        on_stop(self._note)
 
     def _note(self, signum: int, frame: object) -> None:
         self.received = True

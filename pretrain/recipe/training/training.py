@@ -11,6 +11,7 @@ import faulthandler
 import math
 import os
 import platform
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopO
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
+from recipe.training.signals import end_with_parent
 from recipe.training.skip_bad_steps import Guard
 from recipe.training.spikes import delete_given_up, read_skipped
 from recipe.training.trainer import RecipeTrainer
@@ -445,6 +447,9 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
     write_lines_without_a_terminal()
     plan = read_json(Path(sys.argv[1]))
     faulthandler.register(STACKS)
+    if "LOCAL_RANK" in os.environ:
+        # The launcher between this rank and the stage was killed, so that nobody ends the other ranks.
+        end_with_parent(signal.SIGKILL)
     code = 0
     try:
         with naming_full_disk(Path(plan["folder"])):

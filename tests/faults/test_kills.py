@@ -1,0 +1,44 @@
+"""A training that is killed at any moment continues, and ends as if nothing had happened."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.faults
+KILLS, SAVES, EVERY = 200, 50, 5
+
+
+def plan_of(project, name, *options):
+    """The plan that stage 05 gives to its training child, taken from a run that is stopped at once."""
+    work = project.folder / f"outputs/{name}/.05_pretrain.work"
+    run = project.start("pretrain/05_pretrain.sh", "--recipe", name, *options)
+    while not (work / "plan.json").exists():
+        assert run.poll() is None, run.communicate()[0]
+    plan = (work / "plan.json").read_text()
+    run.kill()
+    run.wait()
+    return json.loads(plan)
+
+
+def test_random_kills(make_project, tmp_path, fault_row):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    options = ("--set", "pretrain.max_steps=40", "--set", f"pretrain.save_steps={EVERY}")
+    plan = plan_of(project, "mini", *options) | {"folder": str(tmp_path)}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    script = Path(__file__).with_name("killed_training.py")
+    command = [sys.executable, script, tmp_path / "plan.json", str(KILLS), str(SAVES), "1"]
+    run = subprocess.run(command, env=project.environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr + (tmp_path / "killed/log.txt").read_text()[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    kills, wrong = report["kills"], report["identical"].count(False)
+    lost = max(kill["reached"] - kill["continues_at"] for kill in kills)
+    inside = sum(kill["in_save"] for kill in kills)
+    fault_row(f"SIGKILL at a random moment ({inside} inside a save)", len(kills), len(kills), wrong, lost)
+    assert len(kills) >= KILLS and inside >= SAVES
+    assert not wrong
+    # The newest checkpoint may be the one that was being written.
+    assert lost <= 2 * EVERY
