@@ -59,9 +59,10 @@ from recipe.run.processes import (
     visible_devices,
 )
 from recipe.run.stage import Stage, errors_in_one_line, raise_stopped, run_stage, stage_arguments
+from recipe.training.messages import send_message
 from recipe.training.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
 from recipe.training.spikes import read_skipped
-from recipe.training.watchdog import Watchdog, call_webhook, dump_stacks
+from recipe.training.watchdog import Watchdog, dump_stacks
 
 # Why a recipe does without a training stage, by the stage's name.
 SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
@@ -127,9 +128,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
         raise Refused("the training refused to start; the lines above say why")
     if code:
         reason = watchdog.found or f"the training stopped with exit code {code} before its end"
-        called = launch.node_rank == 0 and call_webhook(f"{stage.name} of recipe {stage.recipe}: {reason}")
-        if called:
-            stage.say(called)
+        send_message(stage.folder, reason)
         raise RecipeError(
             f"{reason}; see the lines above. Checkpoints are kept: run the same command again to continue"
         )

@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,20 +127,3 @@ def dump_stacks(watchdog: Watchdog) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, STACKS)
     time.sleep(2)
-
-
-def call_webhook(message: str) -> str:
-    """POST a message to the address in RECIPE_WEBHOOK, in the form that Slack, Mattermost and Discord read.
-
-    Returns the reason if that failed, else an empty string.
-    """
-    address = os.environ.get("RECIPE_WEBHOOK")
-    if not address:
-        return ""
-    body = json.dumps({"text": message, "content": message}).encode()
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    try:
-        urllib.request.urlopen(request, timeout=10).close()
-    except (OSError, ValueError) as error:
-        return f"RECIPE_WEBHOOK could not be called: {error}"
-    return ""

@@ -1,17 +1,15 @@
 """A stalled training is noticed in time; one that compiles, evaluates or saves is not disturbed."""
 
-import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 from recipe.training import watchdog
-from recipe.training.watchdog import SHORTEST, TIMES, UNPACED, SignsOfLife, Watchdog, call_webhook, limit
+from recipe.training.watchdog import SHORTEST, TIMES, UNPACED, SignsOfLife, Watchdog, limit
 
 
 class Clock:
@@ -121,33 +119,3 @@ def test_a_frozen_process_is_called_frozen_and_writes_its_stacks_when_it_runs(tm
     dog.stalled()
     clock.now += 1
     assert dog.stalled().endswith("its process is gone")
-
-
-@pytest.fixture
-def webhook(monkeypatch):
-    received = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RECIPE_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
-    yield received
-    server.shutdown()
-    server.server_close()
-
-
-def test_webhook(webhook, monkeypatch):
-    assert call_webhook("止まりました") == ""
-    assert webhook == [{"text": "止まりました", "content": "止まりました"}]
-    monkeypatch.setenv("RECIPE_WEBHOOK", "http://127.0.0.1:9/hook")
-    assert "could not be called" in call_webhook("x")
-    monkeypatch.delenv("RECIPE_WEBHOOK")
-    assert call_webhook("x") == ""
