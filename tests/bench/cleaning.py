@@ -6,6 +6,7 @@ All peers read the same raw documents in turn, in three rounds; the best round c
 - ``exact``: `recipe.corpus.normalizing` without `keep_dashes` and `clean_characters`; its output is compared
   with that of ``plain``, byte by byte.
 - ``normalise``: the same with the settings of configs/tiny.
+- ``keep``: the same with ``"layout": "keep"``, which normalises characters only.
 - ``clean``: normalise + filter + exact deduplication by hash, with the settings of configs/tiny, and with the
   sets of rules for books and for the web.
 
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import neologdn
 from recipe.corpus.cleaning import make_cleaner
@@ -32,6 +34,7 @@ from recipe.corpus.splitting import text_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = json.loads((ROOT / "configs/tiny/dataset.json").read_text("utf-8"))
+KEEP = {key: value for key, value in CONFIG.items() if key != "neologdn"} | {"layout": "keep"}
 ROUNDS = 3
 
 
@@ -73,9 +76,14 @@ def normalise(texts: list[str]) -> list[str]:
     return list(map(make_normalizer(CONFIG), texts))
 
 
-def clean(texts: list[str], rules: str | None = None) -> list[str]:
+def keep(texts: list[str]) -> list[str]:
+    """The recipe's normaliser of characters only."""
+    return list(map(make_normalizer(KEEP), texts))
+
+
+def clean(texts: list[str], rules: str | None = None, config: dict[str, Any] = CONFIG) -> list[str]:
     """Normalise, filter and drop exact duplicates; return the texts that are kept."""
-    clean_text = make_cleaner(CONFIG, {"rules": rules})
+    clean_text = make_cleaner(config, {"rules": rules})
     seen, kept = set(), []
     for text in texts:
         text, reason = clean_text(text)
@@ -83,6 +91,11 @@ def clean(texts: list[str], rules: str | None = None) -> list[str]:
             seen.add(identity)
             kept.append(text)
     return kept
+
+
+def clean_keep(texts: list[str]) -> list[str]:
+    """`clean` with ``"layout": "keep"``."""
+    return clean(texts, config=KEEP)
 
 
 def clean_books(texts: list[str]) -> list[str]:
@@ -99,7 +112,9 @@ PEERS = {
     "plain": plain,
     "exact": exact,
     "normalise": normalise,
+    "keep": keep,
     "clean (tiny)": clean,
+    "clean (keep)": clean_keep,
     "clean (books)": clean_books,
     "clean (web)": clean_web,
 }

@@ -14,13 +14,10 @@ from recipe.corpus.rules import RULES, make_rules
 _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 
 
-_LINE_ENDS = re.compile(r"\s*\n\s*")
-_SPACES = re.compile(r"[^\S\n]+")
-
-
 def _without_layout(text: str) -> str:
     """The lines of a text that are not empty, without indentation, and one space for each run of spaces."""
-    return _SPACES.sub(" ", _LINE_ENDS.sub("\n", text.strip()))
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def make_cleaner(

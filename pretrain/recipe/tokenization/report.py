@@ -23,6 +23,7 @@ HARD_CASES = (
     "ﾊﾝｶｸ ｶﾅ",
     "全角　空白",
     "  二つ  の  空白  ",
+    "- 親\n  - 子\n\n    for i in range(n):\n\t\tprint(i)    # 表示\n\n\n",
     "タブ\tと\n改行\r\nと\x01制御\x00文字\x7f\x85\u2028",
     "",
     " ",

@@ -193,5 +193,6 @@ def test_a_layout_that_is_kept_comes_back_exactly():
 @pytest.mark.parametrize(("tilde", "expected"), [("remove", "1020"), ("normalize", "10~20")])
 def test_tildes_of_a_kept_layout(tilde, expected):
     assert make_normalizer({"layout": "keep", "neologdn": {"tilde": tilde}})("10〜20") == expected
+    assert make_normalizer({"layout": "keep"})("a\U0001fffe\U0001f600\U0010ffffb") == "a\U0001f600b"
     kept = make_normalizer({"layout": "keep", "clean_characters": False})
     assert kept("a​b⁠") == "a​b⁠"

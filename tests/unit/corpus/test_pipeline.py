@@ -73,6 +73,34 @@ def test_minhash_can_be_switched_off(tmp_path):
     assert funnels["a"].documents_out == 2
 
 
+CODE = """{}
+
+次の関数を使います。
+
+```python
+def kazoeru(n):
+    for i in range(n):
+        if i % 2 == 0:
+
+\t    print(i)
+    return n
+```
+
+- 親の項目
+  - 子の項目
+
+以上です。"""
+
+
+def test_a_kept_layout_comes_back_exactly_and_a_copy_in_another_layout_is_found(tmp_path):
+    texts = [CODE.format(prose(seed)) for seed in range(20)]
+    flat = "\n".join(line.strip() for line in texts[0].split("\n") if line)
+    source = write_lines(tmp_path / "a.jsonl", [*texts, flat]) | {"rules": "books"}
+    funnels, rows, _ = build(tmp_path, {"a": source}, layout="keep", minimum_japanese_share=0.3)
+    assert sorted(row["text"] for side in rows.values() for row in side) == sorted(texts)
+    assert funnels["a"].as_json()["documents"]["dropped"] == {"near duplicate": 1}
+
+
 def test_an_earlier_source_has_priority(tmp_path):
     first = write_lines(tmp_path / "z.jsonl", [prose(seed) for seed in range(5)])
     second = write_lines(tmp_path / "a.jsonl", [prose(seed) for seed in range(10)])
