@@ -74,8 +74,13 @@ def read_config(path: Path) -> dict[str, Any]:
         raise Refused(
             f"{short(path)}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
         ) from error
+    except RecursionError as error:
+        raise Refused(f"{short(path)}: not valid: its objects or lists are nested too deeply") from error
     except UnicodeDecodeError as error:
         raise Refused(f"{short(path)}: not UTF-8 ({error.reason}). Save the file as UTF-8") from error
+    except ValueError as error:
+        # Python reads integers of at most 4,300 digits.
+        raise Refused(f"{short(path)}: a number has too many digits ({error})") from error
     if not isinstance(value, dict):
         raise Refused(f"{short(path)}: expected a JSON object {{...}}, found {type_name(value)}")
     return value

@@ -13,7 +13,9 @@ from recipe.config.ranges import (
     BETWEEN_0_AND_1,
     FROM_0,
     FROM_1,
-    FROM_2,
+    POSITIONS,
+    SIZE,
+    VOCABULARY,
     Range,
     check_ranges,
     one_of,
@@ -42,10 +44,12 @@ ACTIVATIONS = (
 )
 _DECODER = "stages 05 to 16 are for decoders that return a dict and predict the next token"
 RANGES = {
-    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner", "vocab_size"), FROM_1),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), FROM_1),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), FROM_1),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), FROM_2),
+    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner"), SIZE),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), SIZE),
+    "sliding_window": FROM_1,
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "max_window_layers"), FROM_0),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), BETWEEN_0_AND_1),
     "initializer_range": BETWEEN_0_AND_1,

@@ -24,6 +24,7 @@ from recipe.config.training import INITIAL, TUNING, check_training, training_fil
 from recipe.project import CONFIGS, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
+_LONGEST_NAME = 100  # bytes; a file name may have 255, and stages add to it
 OPTIONAL_FILES = ("preference",)  # without it, stage 13 is skipped
 
 
@@ -55,6 +56,10 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
     overrides: each ``FILE.KEY=VALUE``. The key ``extends`` is resolved and removed. Raises Refused, naming
     the file, the key, the value seen and the value expected.
     """
+    if len(recipe.encode()) > _LONGEST_NAME:
+        raise Refused(
+            f"--recipe: {recipe[:20]}... has {len(recipe.encode())} bytes, expected at most {_LONGEST_NAME}"
+        )
     folder = CONFIGS / recipe
     # Also a folder whose dataset.json has a misspelt name: the next check names it.
     folders = {path.parent.name for path in CONFIGS.glob("*/*.json") if path.stem in FILES}

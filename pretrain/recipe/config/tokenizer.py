@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from recipe.config.keys import check_keys, nearest, require, show
-from recipe.config.ranges import ABOVE_0, FROM_0, SEED, Range, check_ranges
+from recipe.config.ranges import ABOVE_0, FROM_0, SEED, VOCABULARY, Range, check_ranges
 from recipe.project import Refused
 
 
@@ -70,7 +70,7 @@ TRAINED_KEYS = {
     "user_symbols": "list",
 }
 RANGES = {
-    "vocab_size": ABOVE_0,
+    "vocab_size": VOCABULARY,
     "round_to": ABOVE_0,
     "training_megabytes": ABOVE_0,
     "min_frequency": ABOVE_0,

@@ -16,7 +16,8 @@ cleaning drops such documents.
 
 Faults: strict reading (the default) raises RecipeError at the first one, with file and line or row. Tolerant
 reading turns it into a document whose `dropped` is one of `FAULTS` and whose text is its readable form, so
-that it is counted; `cap_bad` then stops a source with too many of them.
+that it is counted; `cap_bad` then stops a source with too many of them. A compressed file that is cut short
+or damaged always raises RecipeError: nobody knows how many documents are lost with its rest.
 
 Memory is bounded: at most MAXIMUM_BYTES of one document are held.
 """
@@ -173,7 +174,8 @@ def _read_text(path: str, kind: str, compression: str, column: str, tolerant: bo
                 f"byte {raw[error.start]:#04x} ({error.reason}). Convert the file, for example with iconv"
             )
         if reason:
-            yield fault(f"{path}:{line}", reason, text, advice, tolerant)
+            # How much is lost with the rest of an archive is not known, so that no share can be tolerated.
+            yield fault(f"{path}:{line}", reason, text, advice, tolerant and "archive" not in reason)
         elif kind == ".txt":
             yield Document(f"{path}:{line}", text)
         elif text and not text.isspace():

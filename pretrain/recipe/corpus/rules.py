@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -414,14 +415,15 @@ def check_rules(kind: Any, changes: Any, where: str) -> None:
         if rule not in _WEB:
             raise Refused(f"{where}: {rule}: unknown rule (value {json.dumps(value)}).{_nearest(rule, _WEB)}")
         whole = isinstance(_WEB[rule], int)
-        if value is None or (
-            isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and value >= 0
-        ):
+        # The names say what a share is. The ratio of compression may be above 1 for random bytes.
+        most = 1 if "_share" in rule or "duplicate" in rule or "_top_" in rule else math.inf
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if value is None or (number and 0 <= value <= most):
             continue
         expected = "a whole number" if whole else "a number"
         raise Refused(
-            f"{where}: {rule}: {json.dumps(value, ensure_ascii=False)}, expected {expected} of 0 or more, "
-            "or null to switch the rule off"
+            f"{where}: {rule}: {json.dumps(value, ensure_ascii=False)}, expected {expected} "
+            f"{'from 0 to 1' if most == 1 else 'of 0 or more'}, or null to switch the rule off"
         )
 
 

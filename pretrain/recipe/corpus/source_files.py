@@ -81,10 +81,24 @@ def _hash(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def expand_paths(name: str, patterns: list[str]) -> list[Path]:
-    """The files that the globs in ``paths`` match, sorted. Raises RecipeError when one matches nothing."""
+    """The files that the globs in ``paths`` match, sorted.
+
+    Raises RecipeError when one matches nothing, and for a match that is no file: a folder (unless the pattern
+    has ``**``), a link to nothing, a fifo.
+    """
     found: set[Path] = set()
     for pattern in patterns:
-        matches = [p for p in glob_files(pattern) if p.is_file()]
+        matches = [p for p in glob_files(pattern) if not ("**" in pattern and p.is_dir())]
+        for path in matches:
+            if not path.is_file():
+                kind = (
+                    "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "no file"
+                )
+                raise RecipeError(
+                    f"dataset.json: sources.{name}: {path} is {kind}, and {pattern!r} matches it. Name only "
+                    "files: move it away, or write a pattern such as my_text/*.txt (in subfolders, too: "
+                    "my_text/**/*.txt)"
+                )
         if not matches:
             raise RecipeError(
                 f"dataset.json: sources.{name}.paths: {pattern!r} matches no file (from {ROOT}). "

@@ -48,6 +48,10 @@ def templates(config, table):
             lambda c: c["dataset"].update(rules={"web": {"minimum_hiragana": 0.1}}),
             ["dataset.json: rules.web: minimum_hiragana: unknown rule", "'minimum_hiragana_share'"],
         ),
+        (
+            lambda c: c["dataset"].update(rules={"web": {"minimum_hiragana_share": 2}}),
+            ["minimum_hiragana_share: 2", "from 0 to 1"],
+        ),
         (lambda c: c["dataset"].update(minhash={"band": 14}), ["minhash: band", "'bands'"]),
         (lambda c: c["dataset"].update(minhash={"rows": 0}), ["minhash: rows: 0", "from 1 to 2^32 - 1"]),
         (lambda c: c["dataset"].update(minhash={"seed": -1}), ["minhash: seed: -1", "from 0 to"]),

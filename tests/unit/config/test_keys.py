@@ -4,6 +4,8 @@ import json
 
 import pytest
 from recipe.config import dataset, keys, model, training
+from recipe.config.keys import read_config
+from recipe.config.recipe import load_recipe
 from recipe.project import Refused
 from refusal import refusal
 
@@ -59,6 +61,27 @@ def test_duplicate_key_and_bad_json_name_file_and_line(tmp_path):
     path.write_text('{"seed": 1,\n "x" 2}')
     with pytest.raises(Refused, match=r"pretrain\.json:2: not valid JSON"):
         keys.read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": ' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "a number has too many digits"),
+    ],
+    ids=["levels", "digits"],
+)
+def test_absurd_json_is_refused_in_one_line(tmp_path, text, words):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(Refused, match=words) as caught:
+        read_config(path)
+    assert "model.json" in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_an_absurd_name_of_a_recipe_is_refused():
+    with pytest.raises(Refused, match="has 300 bytes, expected at most 100"):
+        load_recipe("a" * 300)
 
 
 def test_typos_are_answered_with_the_right_key():

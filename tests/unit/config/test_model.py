@@ -13,7 +13,8 @@ from refusal import refusal
             lambda c: (c["model"].pop("head_dim"), c["model"].update(hidden_size=258)),
             ["model.json: hidden size 258 does not divide by 4"],
         ),
-        (lambda c: c["model"].update(num_hidden_layers=0), ["num_hidden_layers: 0", "1 or more"]),
+        (lambda c: c["model"].update(hidden_size=10**11), ["hidden_size: 100000000000", "1,000,000"]),
+        (lambda c: c["model"].update(num_hidden_layers=0), ["num_hidden_layers: 0", "from 1 to 1,000,000"]),
         (lambda c: c["model"].update(dtype="bfloat16"), ['model.json: dtype: "bfloat16"', "float32"]),
     ],
 )

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import struct
 import tracemalloc
 
@@ -16,6 +17,7 @@ import zstandard
 from recipe.corpus import readers
 from recipe.corpus.data_sets import DataFile
 from recipe.corpus.readers import Document, cap_bad, read_file, read_folder, read_hub
+from recipe.corpus.source_files import expand_paths
 from recipe.project import RecipeError
 
 PACK = {
@@ -188,6 +190,17 @@ def test_fault_does_not_affect_the_next_documents(tmp_path, kind, bad, place, re
         list(read_file(path))
 
 
+def read_until_error(path):
+    """The documents before the error that ends tolerant and strict reading, and its message."""
+    documents = []
+    with pytest.raises(RecipeError):
+        list(read_file(path))
+    with pytest.raises(RecipeError) as caught:
+        for document in read_file(path, tolerant=True):
+            documents.append(document)
+    return documents, str(caught.value)
+
+
 @pytest.mark.parametrize("compression", ARCHIVES)
 @pytest.mark.parametrize("kind", BODIES)
 def test_truncated_archive_gives_its_complete_documents(tmp_path, kind, compression):
@@ -195,42 +208,32 @@ def test_truncated_archive_gives_its_complete_documents(tmp_path, kind, compress
     if compression == ".bz2":  # its blocks are the least that can be had
         packed = b"".join(bz2.compress(part) for part in (BODIES[kind][:100_000], BODIES[kind][100_000:]))
     path = write(tmp_path, f"a{kind}{compression}", packed[: len(packed) * 7 // 8])
-    documents = list(read_file(path, tolerant=True))
-    *whole, last = documents
+    whole, error = read_until_error(path)
     assert texts(whole) == LINES[: len(whole)] and len(whole) > 1000
-    assert last.dropped == "truncated archive" and LINES[len(whole)].startswith(
-        last.text.removeprefix('{"text": "').rstrip("\ufffd").removesuffix('"')
-    )
     line = len(whole) * (2 if kind == ".txt" else 1) + 1
-    assert last.name == f"{path}:{line}"
-    with pytest.raises(RecipeError, match=f"a{kind}{compression}:{line}: truncated archive"):
-        list(read_file(path))
+    assert f"a{kind}{compression}:{line}: truncated archive" in error
 
 
 @pytest.mark.parametrize("compression", ARCHIVES)
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_archive_cut_within_its_first_bytes(tmp_path, compression, length):
     path = write(tmp_path, f"a.txt{compression}", PACK[compression](b"a")[:length])
-    assert faults(read_file(path, tolerant=True)) == [(f"a.txt{compression}:1", "truncated archive")]
-    with pytest.raises(RecipeError, match="truncated archive"):
-        list(read_file(path))
+    documents, error = read_until_error(path)
+    assert not documents and f"a.txt{compression}:1: truncated archive" in error
 
 
 @pytest.mark.parametrize("compression", ARCHIVES)
 def test_missing_last_byte_of_an_archive_is_a_fault(tmp_path, compression):
     path = write(tmp_path, f"a.txt{compression}", PACK[compression](b"a\n\nb")[:-1])
-    documents = list(read_file(path, tolerant=True))
-    assert faults(documents)[0][1] == "truncated archive"
+    assert "truncated archive" in read_until_error(path)[1]
 
 
 @pytest.mark.parametrize("compression", ARCHIVES)
 def test_bytes_after_an_archive_are_a_fault(tmp_path, compression):
     path = write(tmp_path, f"a.txt{compression}", PACK[compression](b"a\n\nb\n\n") + b"something else" * 9)
-    documents = list(read_file(path, tolerant=True))
+    documents, error = read_until_error(path)
     assert texts(documents) == ["a", "b"]
-    assert faults(documents) == [(f"a.txt{compression}:5", "damaged archive")]
-    with pytest.raises(RecipeError, match=r":5: damaged archive: .*Get the file again"):
-        list(read_file(path))
+    assert f"a.txt{compression}:5: damaged archive" in error and "Get the file again" in error
 
 
 @pytest.mark.parametrize("compression", ARCHIVES)
@@ -242,9 +245,7 @@ def test_flipped_bit_in_an_archive_is_found(tmp_path, compression):
     )
     packed[len(packed) * 3 // 4] ^= 1
     path = write(tmp_path, f"a.txt{compression}", packed)
-    assert faults(read_file(path, tolerant=True))[-1][1] == "damaged archive"
-    with pytest.raises(RecipeError, match="damaged archive|bad UTF-8"):  # zstd checks at the end only
-        list(read_file(path))
+    assert "damaged archive" in read_until_error(path)[1]
 
 
 # ---------------------------------------------------------------------------------------------- too long
@@ -629,3 +630,15 @@ def test_a_data_set_by_url_is_read_as_a_stream(tmp_path, monkeypatch):
         fsspec.filesystem("memory").pipe("/set/b.parquet", broken)
         with pytest.raises(RecipeError, match=r"sources\.h: memory://set/b\.parquet:0: damaged Parquet"):
             list(read_hub("h", {"dataset": "owner/name", "maximum_bad_share": 0.9}))
+
+
+def test_only_files_are_read(tmp_path):
+    """What a pattern matches beside files is named, not left out."""
+    write(tmp_path, "a.txt", "一つ目。\n".encode())
+    (tmp_path / "folder").mkdir()
+    os.symlink(tmp_path / "gone", tmp_path / "link.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for pattern, words in (("*", "folder is a folder"), ("l*", "a link to nothing"), ("p*", "no file")):
+        with pytest.raises(RecipeError, match=words):
+            expand_paths("mine", [f"{tmp_path}/{pattern}"])
+    assert expand_paths("mine", [f"{tmp_path}/**/a*"]) == [tmp_path / "a.txt"]
