@@ -88,3 +88,18 @@ def test_model_json_is_compared_with_what_the_checkpoint_leaves_to_defaults(tmp_
     load(folder, *extended(folder, 0), model_type="llama", hidden_act="silu", vocab_size=300)
     with pytest.raises(Refused, match=r"model\.json: hidden_act: gelu, but .*config\.json makes it silu"):
         load(folder, *extended(folder, 0), model_type="llama", hidden_act="gelu")
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected"])
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, kind):
+    folder = write_checkpoint(tmp_path / "05_pretrain")
+    weights = load_file(folder / "model.safetensors")
+    if kind == "missing":
+        weights.pop("model.norm.weight")
+    else:
+        weights["model.more.weight"] = weights["model.norm.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        RecipeError, match=rf"05_pretrain: 1 {kind} weights, such as model\.\w+\.weight.*--force"
+    ):
+        build.load_model(folder)
