@@ -94,11 +94,19 @@ def test_ranks_together_reach_the_losses_of_one(together, alone, way, kind):
     assert close(losses, alone[kind], kind)
 
 
-def test_muon_is_muon_on_two_ranks(prepared):
-    options = ("--set", "pretrain.muon_learning_rate=0.02")
-    one, _, _ = train(prepared, "muon-1", *options)
-    two, figures, _ = train(prepared, "muon-2", *options, "--nproc", "2")
-    assert figures["active"]["optimizer"] == "MuonAdamW"
+MUON = ("--set", "pretrain.muon_learning_rate=0.02")
+
+
+@pytest.fixture(scope="module")
+def muon_alone(prepared):
+    return train(prepared, "muon-alone", *MUON)[0]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "tp", "fsdp-tp"])
+def test_muon_is_muon_on_several_ranks(prepared, muon_alone, way):
+    one, (options, parallel) = muon_alone, WAYS[way]
+    two, figures, _ = train(prepared, f"muon-{way}", *MUON, *options)
+    assert figures["active"]["optimizer"] == "MuonAdamW" and figures["active"]["parallel"] == parallel
     # Muon orthogonalises in bf16, which widens the rounding of the all-reduce; the first step is exact.
     assert abs(two[0] - one[0]) / one[0] < 1e-6
     assert max(abs(a - b) / b for a, b in zip(two, one, strict=True)) < 1e-2
@@ -115,12 +123,16 @@ def test_tuning_runs_on_two_ranks(prepared, way):
     assert prepared.figures(name, "12_finetune")["active"]["parallel"] == parallel
 
 
-def test_compiled_training_on_two_ranks_is_still_parallel(prepared):
-    """What `run_all.sh --nproc 2` runs on a machine with a compiler: torch.compile around DDP."""
-    losses, figures, _ = train(prepared, "compiled", "--nproc", "2", "--set", "pretrain.torch_compile=true")
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "fsdp-tp"])
+def test_compiled_training_on_two_ranks_is_still_parallel(prepared, alone, way):
+    """What `run_all.sh --nproc 2` runs on a machine with a compiler."""
+    options, parallel = WAYS[way]
+    losses, figures, _ = train(
+        prepared, f"{way}-compiled", *options, *PRECISION["fp32"], "--set", "pretrain.torch_compile=true"
+    )
     active = figures["active"]
-    assert active["compiled"] and active["ranks"] == 2 and active["parallel"] == "DDP 2"
-    assert losses[-1] < losses[0] - 1
+    assert active["compiled"] and active["ranks"] == 2 and active["parallel"] == parallel
+    assert close(losses, alone["fp32"], "fp32")
 
 
 def stubs(folder, **scripts):

@@ -153,8 +153,6 @@ def check_launch(
         check_optimizer_sharding(values, file, ZERO)
         if offloads_optimizer(read_config(path)):
             check_optimizer_sharding(values, file, OFFLOAD, f"--deepspeed {deepspeed}")
-    if option and values.get("torch_compile"):
-        raise Refused(f"{file}.json: torch_compile: true does not work under {option}. Leave the key out")
     return path
 
 

@@ -87,9 +87,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adagrad": Optimizer("Adagrad", everywhere(4), (ZERO, FSDP, TENSOR)),
     "rmsprop": Optimizer("RMSprop", everywhere(4), (ZERO, FSDP, TENSOR)),
     "sgd": Optimizer("SGD", everywhere(0), (ZERO, FSDP, TENSOR)),
-    # Chosen by muon_learning_rate: a momentum for the layers' matrices, AdamW for the rest. It needs whole
-    # matrices.
-    MUON: Optimizer("MuonAdamW", StateBytes(4, 8, 8, 8), keys=ADAM_KEYS, builder="build_muon"),
+    # Chosen by muon_learning_rate: a momentum for the layers' matrices, AdamW for the rest. It needs
+    # matrices, and under ZeRO a rank has flat parts of them.
+    MUON: Optimizer("MuonAdamW", StateBytes(4, 8, 8, 8), (FSDP, TENSOR), ADAM_KEYS, builder="build_muon"),
 }
 
 
@@ -129,9 +129,9 @@ def check_optimizer_sharding(
         return
     if name == MUON:
         raise Refused(
-            f"{file}.json: muon_learning_rate: Muon needs whole matrices, and under {option} a rank has "
-            "parts of them (under ZeRO the Trainer would silently use AdamW). "
-            f"Add --set {file}.muon_learning_rate=null, or drop {option}"
+            f"{file}.json: muon_learning_rate: Muon needs matrices, and under {option} a rank has flat parts "
+            "of them, for which DeepSpeed would silently use AdamW. "
+            f"Add --set {file}.muon_learning_rate=null, or shard by --fsdp"
         )
     fits = [other for other, entry in OPTIMIZERS.items() if sharding in entry.sharding]
     raise Refused(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from recipe.config.settings import Settings
 from recipe.model.build import dimensions, is_outer
+from recipe.model.muon import orthogonalised, own_part
 
 
 def decayed(model: torch.nn.Module) -> list[str]:
@@ -46,9 +49,10 @@ def build_muon(model: torch.nn.Module, settings: Settings, arguments: TrainingAr
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside the layers, AdamW for embeddings, output, norms and biases.
 
-    Muon (Jordan et al., 2024) orthogonalises a matrix's momentum; ``match_rms_adamw`` (Liu et al., 2025)
-    scales its step to the size of AdamW's. It is one object, because the Trainer, its scheduler and its
-    checkpoints accept only one optimizer.
+    Muon (Jordan et al., 2024) orthogonalises a matrix's momentum; its step is scaled to the size of AdamW's
+    (Liu et al., 2025): 0.2 x the root of the longer side. It is one object, because the Trainer, its
+    scheduler and its checkpoints accept only one optimizer: the first group is Muon's, the others AdamW's.
+    Matrices may be sharded, by FSDP2 or tensor parallelism (see `recipe.model.muon`).
     """
 
     def __init__(
@@ -62,47 +66,65 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         with_decay = set(decayed(model))
         matrices: list[torch.nn.Parameter] = []
-        others: dict[float, list[torch.nn.Parameter]] = {}
+        # By weight decay, and by whether ranks share the parameter: one kernel cannot update both kinds.
+        others: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             if parameter.ndim == 2 and not is_outer(name):
                 matrices.append(parameter)
             else:
-                others.setdefault(weight_decay if name in with_decay else 0.0, []).append(parameter)
-        self.parts = [
-            torch.optim.Muon(
-                matrices,
-                lr=muon_learning_rate,
-                momentum=0.95,
-                weight_decay=weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(
-                [{"params": group, "weight_decay": decay} for decay, group in others.items()],
-                lr=learning_rate,
-                betas=betas,
-                eps=epsilon,
-                fused=True,
-            ),
-        ]
-        # The same groups as in the parts: the scheduler writes its learning rates into them. A scheduler with
-        # min_lr reads the peak from the defaults.
-        groups = [group for part in self.parts for group in part.param_groups]
-        super().__init__(groups, {"lr": learning_rate})
+                decay = weight_decay if name in with_decay else 0.0
+                others.setdefault((decay, isinstance(parameter, DTensor)), []).append(parameter)
+        self.adamw = torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay} for (decay, _), group in others.items()],
+            lr=learning_rate,
+            betas=betas,
+            eps=epsilon,
+            fused=True,
+        )
+        muon = {"params": matrices, "lr": muon_learning_rate, "weight_decay": weight_decay, "momentum": 0.95}
+        # A scheduler with min_lr reads the peak from the defaults.
+        super().__init__([muon, *self.adamw.param_groups], {"lr": learning_rate})
+        self._share_states()
+
+    def _share_states(self) -> None:
+        """Let AdamW work on the groups and the states of this object."""
+        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """One step of both optimizers."""
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of both parts, in one dict."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """One step of both; `closure` is not used."""
+        group = self.param_groups[0]
+        matrices = [parameter for parameter in group["params"] if parameter.grad is not None]
+        updates = []
+        for parameter in matrices:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = state["momentum_buffer"]
+            momentum.lerp_(parameter.grad, 1 - group["momentum"])
+            updates.append(parameter.grad.lerp(momentum, group["momentum"]))
+        for parameter, update in zip(matrices, orthogonalised(updates), strict=True):
+            rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
+            own = own_part(parameter)
+            own.mul_(1 - group["lr"] * group["weight_decay"])
+            own.add_(update, alpha=-rate)
+        self.adamw.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        """Restore what `state_dict` returned, also of the release that had the states of both parts apart."""
+        super().load_state_dict(_joined_parts(state_dict) if "parts" in state_dict else state_dict)
+        self._share_states()
+
+
+def _joined_parts(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The states of Muon and AdamW, saved as ``parts``, with one numbering of the parameters."""
+    joined: dict[str, Any] = {"state": {}, "param_groups": []}
+    before = 0
+    for part in state_dict["parts"]:
+        joined["state"] |= {before + number: state for number, state in part["state"].items()}
+        for group in part["param_groups"]:
+            joined["param_groups"].append(group | {"params": [before + n for n in group["params"]]})
+        before += sum(len(group["params"]) for group in part["param_groups"])
+    return joined

@@ -90,6 +90,9 @@ def shard(
     # On a mesh of two dimensions every rank would warn twice that two collectives are slower than one.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     main, ranks = dist.get_rank() == 0, dist.get_world_size()
+    if tensor_parallel > 1:
+        # With symbolic sizes PyTorch 2.13 ends in a RecursionError. All blocks have one shape anyway.
+        torch._dynamo.config.automatic_dynamic_shapes = False
     if main:
         build().save_pretrained(scratch)
     dist.barrier()

@@ -115,8 +115,6 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
     given = [name for name in ("bf16", "fp16") if name in values]
     if given:
         half = next((name for name in given if values[name]), "fp32")
-    # With sharding, torch.compile is off.
-    sharded = launch.deepspeed or launch.fsdp or split > 1
     setting = Setting(
         device.kind,
         ranks,
@@ -124,7 +122,7 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
         micro,
         accumulation,
         half,
-        not sharded and bool(values.get("torch_compile", shutil.which("g++"))),
+        bool(values.get("torch_compile", shutil.which("g++"))),
         bool(values.get("activation_checkpointing")),
         optimizer_name(values),
         fsdp=launch.fsdp,
@@ -142,7 +140,6 @@ def zero_of(name: str) -> dict[str, Any]:
         "offload_optimizer": offloads_optimizer({"zero_optimization": values}),
         "offload_parameters": values.get("offload_param", {}).get("device", "none") != "none",
         "bucket_elements": 0 if bucket == "auto" else int(bucket),
-        "compiled": False,
     }
 
 

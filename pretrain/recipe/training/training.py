@@ -15,7 +15,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -146,12 +146,11 @@ def _quiet_libraries() -> None:
 def _choose(
     plan: dict[str, Any], file: str, values: dict[str, Any], hardware: Hardware
 ) -> tuple[Choice, Optimizer]:
-    """Precision, attention and compiling, and the optimizer; sharded models are never compiled."""
+    """Precision, attention and compiling, and the optimizer."""
     where = f"{file}.json"
     check_optimizer_hardware(hardware, values, where)
     choice = choose(hardware, values, where, attention_needs(plan["config"], file))
-    sharded = plan["deepspeed"] or plan["fsdp"] or plan["tensor_parallel"] > 1
-    return replace(choice, compile=choice.compile and not sharded), OPTIMIZERS[optimizer_name(values)]
+    return choice, OPTIMIZERS[optimizer_name(values)]
 
 
 def _trainer_values(

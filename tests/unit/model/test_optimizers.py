@@ -3,6 +3,7 @@
 import pytest
 import torch
 from recipe.model.build import build_model
+from recipe.model.muon import orthogonalise
 from recipe.model.optimizers import MuonAdamW, decayed
 from tiny_training import tiny_qwen3
 from transformers import AutoTokenizer
@@ -18,7 +19,8 @@ def test_every_parameter_has_one_optimizer_and_matrices_have_muon():
     model = tiny_qwen3()
     optimizer = optimizer_of(model)
     muon, adamw = (
-        [id(p) for group in part.param_groups for p in group["params"]] for part in optimizer.parts
+        [id(p) for group in groups for p in group["params"]]
+        for groups in (optimizer.param_groups[:1], optimizer.adamw.param_groups)
     )
     assert sorted(muon + adamw) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
@@ -31,7 +33,7 @@ def test_every_parameter_has_one_optimizer_and_matrices_have_muon():
         "up_proj",
         "down_proj",
     }
-    assert all(group["weight_decay"] == 0 for group in optimizer.parts[1].param_groups)
+    assert all(group["weight_decay"] == 0 for group in optimizer.adamw.param_groups)
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -42,17 +44,67 @@ def test_scheduler_moves_both_optimizers(loaded):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     optimizer.step()
     scheduler.step()
-    assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [0.01, 0.0015]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.0015]
+    assert [group["lr"] for group in optimizer.adamw.param_groups] == [0.0015]
+
+
+def steps(model, optimizer, numbers):
+    for number in numbers:
+        torch.manual_seed(number)
+        model(input_ids=torch.randint(40, (2, 8)), labels=torch.randint(40, (2, 8))).loss.backward()
+        optimizer.step()
+        model.zero_grad()
+
+
+class Apart:
+    """Muon and AdamW of PyTorch, as an earlier release used and saved them."""
+
+    def __init__(self, model):
+        matrices, others = ([p for p in group["params"]] for group in optimizer_of(model).param_groups)
+        muon = torch.optim.Muon(matrices, 0.02, 0.1, 0.95, adjust_lr_fn="match_rms_adamw")
+        self.parts = [muon, torch.optim.AdamW(others, 0.003, (0.9, 0.95), 1e-8, 0.0, fused=True)]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_steps_are_those_of_pytorchs_optimizers():
+    ours, theirs = tiny_qwen3(), tiny_qwen3()
+    steps(ours, optimizer_of(ours), range(3))
+    steps(theirs, Apart(theirs), range(3))
+    assert same_weights(ours, theirs)
+
+
+def test_a_checkpoint_of_an_earlier_release_continues_identically():
+    straight, first = tiny_qwen3(), tiny_qwen3()
+    steps(straight, optimizer_of(straight), range(6))
+    before = Apart(first)
+    steps(first, before, range(3))
+    after = optimizer_of(first)
+    after.load_state_dict(before.state_dict())
+    steps(first, after, range(3, 6))
+    assert same_weights(straight, first)
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
+def test_a_batch_of_matrices_is_orthogonalised_as_each_alone(shape):
+    torch.manual_seed(0)
+    batch = torch.randn(3, *shape)
+    alone = torch.stack([orthogonalise(matrix) for matrix in batch])
+    # bfloat16 has 8 bits, and products of batches are summed in another order.
+    torch.testing.assert_close(orthogonalise(batch), alone, rtol=0, atol=2**-6)
+    assert torch.linalg.svdvals(alone.float()).max() < 1.3
 
 
 def test_resumed_optimizer_steps_identically():
-    def steps(model, optimizer, numbers):
-        for number in numbers:
-            torch.manual_seed(number)
-            model(input_ids=torch.randint(40, (2, 8)), labels=torch.randint(40, (2, 8))).loss.backward()
-            optimizer.step()
-            model.zero_grad()
-
     straight = tiny_qwen3()
     steps(straight, optimizer_of(straight), range(6))
     first = tiny_qwen3()
@@ -63,7 +115,7 @@ def test_resumed_optimizer_steps_identically():
     again = optimizer_of(resumed)
     again.load_state_dict(optimizer.state_dict())
     steps(resumed, again, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert same_weights(straight, resumed)
 
 
 @pytest.mark.parametrize("tied", [True, False])

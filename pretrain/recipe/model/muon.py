@@ -1,0 +1,139 @@
+"""Muon's orthogonalisation: of matrices in batches on a GPU, and of matrices that ranks share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# The quintic iteration of Jordan et al. (2024), as torch.optim.Muon has it.
+COEFFICIENTS, STEPS, EPSILON = (3.4445, -4.775, 2.0315), 5, 1e-7
+# Numbers of a batch: enough to keep a GPU busy, while its copies stay below 1 GiB.
+BATCH = 2**26
+
+# The part of a matrix that a rank holds: its shape, and where it begins in the whole matrix.
+Part = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The matrices with their singular values moved to about 1 (most to 0.7 to 1.2): bfloat16, same shape.
+
+    matrices: [rows, columns], or [number, rows, columns] for several at once.
+    """
+    a, b, c = COEFFICIENTS
+    add = torch.baddbmm if matrices.ndim == 3 else torch.addmm
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def orthogonalised(updates: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each matrix; of a DTensor the part that this rank holds.
+
+    All ranks must call it with the same matrices in the same order.
+    """
+    alike: dict[object, list[int]] = {}
+    for index, update in enumerate(updates):
+        layout = (update.device_mesh, update.placements) if isinstance(update, DTensor) else None
+        alike.setdefault((update.shape, layout), []).append(index)
+    results: list[Tensor] = list(updates)
+    for indices in alike.values():
+        group = [updates[index] for index in indices]
+        compute = _orthogonalise_shards if isinstance(group[0], DTensor) else _orthogonalise_all
+        for index, result in zip(indices, compute(group), strict=True):
+            results[index] = result
+    return results
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; it shares the memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+    """Matrices of one shape. On a CPU batches would only cost a copy."""
+    if not matrices or matrices[0].device.type == "cpu":
+        return [orthogonalise(matrix) for matrix in matrices]
+    size = max(1, BATCH // matrices[0].numel())
+    batches = [torch.stack(matrices[i : i + size]) for i in range(0, len(matrices), size)]
+    return [matrix for batch in batches for matrix in orthogonalise(batch)]
+
+
+def _orthogonalise_shards(updates: list[Tensor]) -> list[Tensor]:
+    """DTensors of one shape and layout: each is gathered on one rank in turn, and its parts are sent back."""
+    mesh: DeviceMesh = updates[0].device_mesh
+    # A mesh of two dimensions (FSDP2 x tensor parallelism) holds all ranks.
+    group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+    parts = _parts(updates[0].shape, mesh, updates[0].placements)
+    ranks, me = len(parts), dist.get_rank(group)
+    width = max(math.prod(shape) for shape, _ in parts)  # all ranks send as much as the largest part takes
+    like = updates[0].to_local().new_empty(width, dtype=torch.bfloat16)
+
+    def exchange(send: Callable[[int], list[dist.Work]]) -> None:
+        works = [work for index in range(len(updates)) for work in send(index)]
+        for work in works:
+            work.wait()
+
+    received: dict[int, list[Tensor]] = {}
+
+    def gather(index: int) -> list[dist.Work]:
+        owner, own = index % ranks, like.new_zeros(width)
+        flat = updates[index].to_local().flatten()
+        own[: len(flat)] = flat
+        if owner == me:
+            received[index] = [torch.empty_like(like) for _ in range(ranks)]
+        return [dist.gather(own, received.get(index), group=group, group_dst=owner, async_op=True)]
+
+    exchange(gather)
+    mine = list(received)
+    whole = _orthogonalise_all([_assemble(received[index], parts, updates[0].shape) for index in mine])
+    finished = dict(zip(mine, whole, strict=True))
+    results = [torch.empty_like(like) for _ in updates]
+
+    def scatter(index: int) -> list[dist.Work]:
+        out = [_cut(finished[index], part, like) for part in parts] if index in finished else None
+        return [dist.scatter(results[index], out, group=group, group_src=index % ranks, async_op=True)]
+
+    exchange(scatter)
+    shape = parts[me][0]
+    return [result[: math.prod(shape)].view(shape) for result in results]
+
+
+@functools.cache
+def _parts(shape: torch.Size, mesh: DeviceMesh, placements: tuple) -> list[Part]:
+    """The part of every rank of the mesh, by its rank in the group; these ranks must all call it."""
+    group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+    own = tuple(map(tuple, compute_local_shape_and_global_offset(shape, mesh, placements)))
+    parts: list[Part] = [own] * dist.get_world_size(group)
+    dist.all_gather_object(parts, own, group=group)
+    return parts
+
+
+def _assemble(flat: list[Tensor], parts: list[Part], shape: torch.Size) -> Tensor:
+    """The whole matrix of the flat parts of all ranks."""
+    whole = flat[0].new_empty(shape)
+    for numbers, (size, begin) in zip(flat, parts, strict=True):
+        rows, columns = (slice(b, b + n) for b, n in zip(begin, size, strict=True))
+        whole[rows, columns] = numbers[: math.prod(size)].view(size)
+    return whole
+
+
+def _cut(whole: Tensor, part: Part, like: Tensor) -> Tensor:
+    """A rank's part of a whole matrix, flat, as long as `like`."""
+    rows, columns = (slice(b, b + n) for n, b in zip(*part, strict=True))
+    flat = torch.zeros_like(like)
+    numbers = whole[rows, columns].flatten()
+    flat[: len(numbers)] = numbers
+    return flat
