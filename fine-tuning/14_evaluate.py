@@ -5,15 +5,16 @@ Writes: metrics.json, metrics.md, tasks/ (what was asked).
 Run:  python fine-tuning/14_evaluate.py --recipe tiny
 """
 
+import functools
 import math
 import shutil
 from typing import Any
 
 import pyarrow.parquet as pq
-from recipe.config.tasks import reads_sources, tasks_of
+from recipe.config.tasks import may_be_skipped, reads_sources, tasks_of
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import messages_of, no_pairs
-from recipe.evaluation.tasks.available import check_available
+from recipe.evaluation.tasks.available import check_available, skipped_list
 from recipe.project import RecipeError, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
@@ -23,7 +24,7 @@ ANSWERED = 32  # held-out instructions that are answered, to see whether answers
 
 def main(stage: Stage) -> None:
     """Measure both models on the validation pairs and the tasks, and write the figures side by side."""
-    check_available(stage.config)
+    skipped = check_available(stage.config)
     from recipe.conversations.encode import load_conversations
     from recipe.evaluation.metrics import comparison, computes_in_bf16, total_loss
     from recipe.evaluation.tasks.harness import load_tasks, scores_table
@@ -40,9 +41,12 @@ def main(stage: Stage) -> None:
     conversations, left_out = load_conversations(pairs, tokenizer, block_size)
     samples = PackedConversations(conversations, block_size, tokenizer.pad_token_id)
     rows = pq.read_table(pairs).to_pylist()
-    held_out, tasks = map(load_tasks, (held_out_task(stage, rows), written_tasks(stage)))
+    held_out = load_tasks(held_out_task(stage, rows))
+    may_skip = functools.partial(may_be_skipped, evaluation=stage.config["evaluation"])
+    tasks = load_tasks(written_tasks(stage, skipped), may_skip, skipped)
 
     figures: dict[str, Any] = {"conversations": len(conversations), "left_out": left_out}
+    figures["skipped_tasks"] = skipped
     for name, folder in (("before", stage.inputs["05_pretrain"]), ("after", tuned)):
         model = for_inference(load_model(folder))
         loss, count = total_loss(model, samples, batch_size, name, bf16)
@@ -53,6 +57,7 @@ def main(stage: Stage) -> None:
 
     before, after = figures["before"], figures["after"]
     tables = (comparison(before, after), scores_table({"before": before["tasks"], "after": after["tasks"]}))
+    tables += (skipped_list(skipped),) if skipped else ()
     write_text(stage.folder / "metrics.md", "\n".join(tables))
     write_json(stage.folder / "metrics.json", figures)
     stage.figures = figures
@@ -76,13 +81,16 @@ def held_out_task(stage: Stage, rows: list[dict[str, Any]]) -> list[dict[str, An
     return [{"task": "held-out"} | write_items(stage.folder / "tasks", "held-out", {"test": items})]
 
 
-def written_tasks(stage: Stage) -> list[dict[str, Any]]:
-    """Write what the tasks of evaluation.json ask, and return what `load_tasks` needs of each."""
+def written_tasks(stage: Stage, skipped: dict[str, str]) -> list[dict[str, Any]]:
+    """Write what the tasks of evaluation.json ask, and return what `load_tasks` needs of each.
+
+    skipped: the tasks to leave out.
+    """
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
         require_downloads(stage)
-    names = tasks_of(stage.config, NAME)
+    names = [name for name in tasks_of(stage.config, NAME) if name not in skipped]
     return write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names)
 
 

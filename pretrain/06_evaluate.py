@@ -4,12 +4,13 @@ Edit: configs/<recipe>/evaluation.json. Writes: metrics.json, metrics.md, tasks/
 Run:  python pretrain/06_evaluate.py --recipe tiny
 """
 
+import functools
 import shutil
 from typing import Any
 
-from recipe.config.tasks import reads_sources, tasks_of
+from recipe.config.tasks import may_be_skipped, reads_sources, tasks_of
 from recipe.corpus.shards import read_texts, side_sources
-from recipe.evaluation.tasks.available import check_available
+from recipe.evaluation.tasks.available import check_available, skipped_list
 from recipe.project import write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
@@ -18,12 +19,12 @@ NAME = "06_evaluate"
 
 def main(stage: Stage) -> None:
     """Evaluate the validation side of every source, then ask the tasks."""
-    check_available(stage.config)
+    skipped = check_available(stage.config)
     from recipe.evaluation.metrics import WINDOW_RULE, computes_in_bf16, losses_table
     from recipe.model.build import for_inference, load_model
     from transformers import AutoTokenizer
 
-    tasks = loaded_tasks(stage) if tasks_of(stage.config, NAME) else None
+    tasks = loaded_tasks(stage, skipped) if tasks_of(stage.config, NAME) else None
     tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
     model = for_inference(load_model(stage.inputs["05_pretrain"]))
     bf16 = computes_in_bf16(stage.config["pretrain"])
@@ -35,7 +36,8 @@ def main(stage: Stage) -> None:
     stage.figures = domains | {"sources": sources, "precision": "bf16" if bf16 else "fp32"}
     if tasks:
         stage.figures["tasks"], table = score_tasks(stage, model, tokenizer, tasks, bf16)
-        text += f"\n{table}"
+        stage.figures["skipped_tasks"] = skipped
+        text += f"\n{table}\n{skipped_list(skipped)}"
 
     write_json(stage.folder / "metrics.json", stage.figures)
     write_text(stage.folder / "metrics.md", text)
@@ -43,15 +45,20 @@ def main(stage: Stage) -> None:
     stage.headline = "bits per byte: " + ", ".join(shown)
 
 
-def loaded_tasks(stage: Stage) -> Any:
-    """Write what the tasks of evaluation.json ask, and load them before the texts are evaluated."""
+def loaded_tasks(stage: Stage, skipped: dict[str, str]) -> Any:
+    """Write what the tasks of evaluation.json ask, and load them before the texts are evaluated.
+
+    skipped: the tasks to leave out, with the reasons; those that cannot be loaded join them if they may.
+    """
     from recipe.evaluation.tasks.harness import load_tasks
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
         require_downloads(stage)
-    names = tasks_of(stage.config, NAME)
-    return load_tasks(write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names))
+    names = [name for name in tasks_of(stage.config, NAME) if name not in skipped]
+    tasks = write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names)
+    may_skip = functools.partial(may_be_skipped, evaluation=stage.config["evaluation"])
+    return load_tasks(tasks, may_skip, skipped)
 
 
 def evaluate_sources(stage: Stage, model: Any, tokenizer: Any, bf16: bool) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@
 #   faults     hundreds of kills, damages and signals, with a table of what they did: about half an hour
 #   gpu        tests that need a GPU; without one, each says why it could not run
 #   browser    the chat page in headless Chromium (chromium on PATH); installs playwright
-#   extras     tests of Ray, Sudachi, Megatron-LM, GGUF and a notebook; installs these extras of pyproject.toml.
+#   extras     tests of Ray, Sudachi, Megatron-LM, GGUF, a notebook and xlsum; installs these extras of pyproject.toml.
 #              Also of transformers 4, which goes into a folder of its own
 #   all        everything; installs all these
 #
@@ -21,8 +21,8 @@ case ${1:-} in
   lint) marker=none ;;
   slow | faults | gpu) marker=$1 ;;
   browser) marker=$1 extras+=(browser) ;;
-  extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf notebook) ;;
-  all) marker="slow or not slow" extras+=(ray sudachi megatron gguf notebook browser) ;;
+  extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf notebook japanese) ;;
+  all) marker="slow or not slow" extras+=(ray sudachi megatron gguf notebook japanese browser) ;;
   *) marker="not slow and not faults and not gpu and not browser and not extra" ;;
 esac
 case ${1:-} in lint | slow | faults | gpu | browser | extras | all) shift ;; esac

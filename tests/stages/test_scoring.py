@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from recipe.config.tasks import SUITES
 
 
 def cache_belebele(folder):
@@ -50,7 +51,8 @@ def asked(project):
     cache_belebele(project.folder)
     project.environment |= {"HF_DATASETS_CACHE": str(project.folder / "cache"), "HF_HUB_OFFLINE": "1"}
     tasks = {"jnli": {"path": "jnli"}, "jsquad": {"path": "jsquad"}, "belebele_jpn_Jpan": {}}
-    project.edit("asked", "evaluation", tasks=tasks, items_per_task=9)
+    suite = {"suite": "japanese", "skip_unavailable": True}
+    project.edit("asked", "evaluation", tasks=tasks, items_per_task=9, **suite)
     project.run("run_all.sh", "--recipe", "asked", "--to", "14", timeout=600)
     return project
 
@@ -65,6 +67,16 @@ def test_tasks_are_scored_beside_guessing(asked):
     assert "| jnli | acc | 9 |" in text and "blocks of 64 tokens without overlap" in text
     assert len(asked.output("asked", "06_evaluate", "tasks/jnli.test.jsonl").read_text().splitlines()) == 9
     assert not asked.output("asked", "06_evaluate", "tasks/.cache").exists()
+
+
+def test_tasks_of_a_suite_without_their_data_are_listed_with_the_reason(asked):
+    suite = set(SUITES["japanese"])
+    for stage in ("06_evaluate", "14_evaluate"):
+        metrics = json.loads(asked.output("asked", stage, "metrics.json").read_text())
+        assert metrics["skipped_tasks"].keys() == suite
+        text = asked.output("asked", stage, "metrics.md").read_text()
+        assert "Not asked (skip_unavailable):" in text and "Rakuten/JGLUE (JNLI), are not in" in text
+        assert all(f"- {name}: " in text for name in suite)
 
 
 def test_before_and_after_stand_in_one_table(asked):

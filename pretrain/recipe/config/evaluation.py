@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from recipe.config.keys import check_keys, nearest, require, show, type_name
-from recipe.config.ranges import ABOVE_0, FROM_0, check_ranges
-from recipe.config.tasks import harness_files, metadata, own_tasks
+from recipe.config.ranges import ABOVE_0, FROM_0, check_ranges, one_of
+from recipe.config.tasks import SUITES, harness_files, metadata, own_tasks
 from recipe.project import Refused
 
 EVALUATION = {
@@ -14,8 +14,11 @@ EVALUATION = {
     "megabytes_per_source": "float",
     "tasks": "dict",
     "items_per_task": "int",
+    "suite": "str",
+    "skip_unavailable": "bool",
 }
 RANGES = {"batch_size": ABOVE_0, "megabytes_per_source": ABOVE_0, "items_per_task": ABOVE_0}
+RANGES |= {"suite": one_of(*SUITES)}
 
 
 def check_evaluation(values: dict[str, Any], where: str) -> None:
@@ -25,6 +28,11 @@ def check_evaluation(values: dict[str, Any], where: str) -> None:
     """
     check_keys(values, EVALUATION, where)
     check_ranges(values, RANGES, where)
+    if values.get("skip_unavailable") and "suite" not in values:
+        raise Refused(
+            f"{where}: skip_unavailable: true, but only tasks of a suite can be skipped, and there is none. "
+            f"Set suite ({', '.join(SUITES)}), or leave skip_unavailable out"
+        )
     for name, task in values.get("tasks", {}).items():
         here = f"{where}: tasks.{name}"
         if not isinstance(task, dict):

@@ -19,6 +19,7 @@ from recipe.config.instruction import check_instruction, check_pair, check_prefe
 from recipe.config.keys import known_keys, nearest, read_config, show
 from recipe.config.model import FROM_TOKENIZER, check_model, model_values
 from recipe.config.ranges import check_finite
+from recipe.config.tasks import with_suite
 from recipe.config.tokenizer import check_tokenizer, special_ids, vocabulary_size
 from recipe.config.training import INITIAL, TUNING, check_training, training_files
 from recipe.project import CONFIGS, Refused
@@ -90,7 +91,7 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
         check_recipe(config, f"configs/{recipe}")
     except Refused as error:
         raise Refused(_name_homes(str(error), recipe, homes)) from error
-    return config
+    return config | {"evaluation": with_suite(config["evaluation"])}
 
 
 def _read_extended(

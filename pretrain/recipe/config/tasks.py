@@ -7,7 +7,7 @@ name is refused before the first stage.
 The ``metadata`` of our own files says what a task needs, and nothing else in the code repeats it:
 
 - ``source``: the kind of source in dataset.json that `recipe.evaluation.tasks.items` makes its questions from
-- ``files: jglue``: its questions come from files in JGLUE's form; with ``path: required`` the user gives them
+- ``files``: the set of files that its questions come from; with ``path: required`` the user gives them
 - ``stage``: the only stage that asks these questions; without it, stages 06 and 14 both do
 
 A task without ``source`` and ``files`` brings its own data and prompts, as every task of the harness does.
@@ -28,6 +28,46 @@ Values = dict[str, Any]  # what a YAML file of the harness says
 
 OWN = Path(__file__).parents[1] / "evaluation" / "tasks"
 FUNCTION = "!function "  # before the name of a Python function that a YAML file refers to
+
+# By suite: its tasks as in `tasks`, with the numbers of shots of the published results.
+SUITES: dict[str, dict[str, Values]] = {
+    "japanese": {
+        "ja_leaderboard_jcommonsenseqa": {"num_fewshot": 3},
+        "ja_leaderboard_jnli": {"num_fewshot": 3},
+        "ja_leaderboard_marc_ja": {"num_fewshot": 3},
+        "ja_leaderboard_jsquad": {"num_fewshot": 2},
+        "ja_leaderboard_jaqket_v2": {"num_fewshot": 1},
+        "ja_leaderboard_xlsum": {"num_fewshot": 1},
+        "ja_leaderboard_xwinograd": {"num_fewshot": 0},
+        "ja_leaderboard_mgsm": {"num_fewshot": 5},
+        "global_piqa_nonparallel_cloze_jpn_jpan": {"num_fewshot": 0},
+        "copa-ja": {},
+        "jmmlu": {},
+    }
+}
+# Published scores by model and task, as shares. The shots are those of the suite; the prompts are of version
+# 0.2, here of 0.3. JAQKET is left out: the README and the result files there do not agree.
+PUBLISHED_BY = "https://github.com/Stability-AI/lm-evaluation-harness, README.md of jp-stable at 1212f4f"
+PUBLISHED: dict[str, dict[str, float]] = {
+    "rinna/japanese-gpt-neox-small": {
+        "ja_leaderboard_jcommonsenseqa": 0.3422,
+        "ja_leaderboard_jnli": 0.3011,
+        "ja_leaderboard_marc_ja": 0.8335,
+        "ja_leaderboard_jsquad": 0.0580,
+        "ja_leaderboard_xlsum": 0.0385,
+        "ja_leaderboard_xwinograd": 0.5724,
+        "ja_leaderboard_mgsm": 0.016,
+    },
+    "rinna/japanese-gpt-1b": {
+        "ja_leaderboard_jcommonsenseqa": 0.3476,
+        "ja_leaderboard_jnli": 0.3767,
+        "ja_leaderboard_marc_ja": 0.8786,
+        "ja_leaderboard_jsquad": 0.2618,
+        "ja_leaderboard_xlsum": 0.0534,
+        "ja_leaderboard_xwinograd": 0.6455,
+        "ja_leaderboard_mgsm": 0.020,
+    },
+}
 
 # A line that names a task, group or tag; the tags of a task can also be a list on the lines below.
 _NAME = re.compile(
@@ -63,6 +103,23 @@ def own_tasks() -> dict[str, Values]:
 def metadata(name: str) -> Values:
     """The ``metadata`` of one of our own tasks; empty for a task of the harness."""
     return own_tasks().get(name, {}).get("metadata", {})
+
+
+def with_suite(evaluation: Values) -> Values:
+    """The content of evaluation.json with the tasks of its ``suite``; an entry of ``tasks`` has priority."""
+    if "suite" not in evaluation:
+        return evaluation
+    return evaluation | {"tasks": SUITES[evaluation["suite"]] | evaluation.get("tasks", {})}
+
+
+def in_suite(name: str, evaluation: Values) -> bool:
+    """Whether a task belongs to the suite of evaluation.json."""
+    return name in SUITES.get(evaluation.get("suite", ""), {})
+
+
+def may_be_skipped(name: str, evaluation: Values) -> bool:
+    """Whether evaluation.json lets the run go on without a task whose data cannot be reached."""
+    return evaluation.get("skip_unavailable", False) and in_suite(name, evaluation)
 
 
 def tasks_of(config: dict[str, Any], stage: str) -> list[str]:

@@ -43,7 +43,11 @@ def task_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Facts of stages 06 and 14: sizes and times of the files of tasks that have a `path`."""
     tasks = config["evaluation"].get("tasks", {}).items()
     folders = {name: ROOT / Path(task["path"]).expanduser() for name, task in tasks if "path" in task}
-    return {name: file_facts(sorted(folder.glob("*.json"))) for name, folder in folders.items()}
+    patterns = ("*.json", "*.jsonl", "*.tar.gz")
+    return {
+        name: file_facts(sorted(path for pattern in patterns for path in folder.glob(pattern)))
+        for name, folder in folders.items()
+    }
 
 
 def hub(config: dict) -> dict:

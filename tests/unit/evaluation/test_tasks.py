@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SHAPE, sentences
 from recipe.config import recipe as configs
-from recipe.evaluation.tasks import items
+from recipe.evaluation.tasks import files, items
 from recipe.project import RecipeError, Refused
 
 TASKS = {
@@ -332,7 +332,7 @@ def test_jglue_runs_on_its_own_files(jglue, trained, tmp_path, offline):
 def test_labels_of_jglue_keep_their_meaning(jglue):
     folder = jglue["evaluation"]["tasks"]
     read = {
-        name: list(items.read_jglue(name, items.jglue_files(name, spec)["test"], str))
+        name: list(items.read_jglue(name, files.files_of(name, spec)["test"], str))
         for name, spec in folder.items()
     }
     assert [item["answer"] for item in read["jcommonsenseqa"]] == [0, 1, 2, 3, 4, 0]
@@ -365,7 +365,7 @@ def test_rows_of_another_form_are_named(tmp_path, name, text, expected):
 
 def test_a_folder_without_the_files_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="0 files train-"):
-        items.jglue_files("jnli", {"path": str(tmp_path)})
+        files.files_of("jnli", {"path": str(tmp_path)})
 
 
 @pytest.mark.parametrize(

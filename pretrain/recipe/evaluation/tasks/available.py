@@ -7,34 +7,53 @@ from __future__ import annotations
 
 import ast
 import glob
+import json
 import os
 import re
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from recipe.config.tasks import FUNCTION, Values, brings_data, single_tasks
-from recipe.project import ROOT, Refused
+from recipe.config.tasks import FUNCTION, Values, brings_data, in_suite, may_be_skipped, single_tasks
+from recipe.evaluation.tasks.files import to_download
+from recipe.project import ROOT, Refused, markdown_text, missing_packages
 
 # What load_dataset takes for a file format rather than for a data set of that name.
 FORMATS = ("json", "csv", "parquet", "arrow", "text", "xml")
 SECONDS = 1.0  # to wait for an answer of the hub
+DataSet = tuple[str, str | None]  # a data set of the hub: path, and the name of its configuration
 TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads its environment variables
 
 
-def check_available(config: dict[str, Any]) -> None:
+class Lack(NamedTuple):
+    """Why a task cannot run here, and what to do. `why` has no path of this machine: metrics.md shows it."""
+
+    why: str
+    remedy: str
+
+
+def check_available(config: dict[str, Any]) -> dict[str, str]:
     """Raise Refused for a task of evaluation.json that cannot run here, and say what to do.
 
     Looks at the Python packages of the task's own functions, and at its data: files, the cache of datasets,
-    and the hub, which is asked only when the cache does not have them. config: a whole recipe.
+    and the hub, which is asked only when the cache does not have them. config: a whole recipe. Returns the
+    tasks whose data or packages are not here and that evaluation.json allows to skip, with the reason.
     """
     asked_by: dict[str, str] = {}
-    missing: dict[str, list[tuple[str, str | None]]] = {}
-    for name in filter(brings_data, config["evaluation"].get("tasks", {})):
+    missing: dict[str, list[DataSet]] = {}
+    downloads: dict[str, str] = {}
+    lacks: dict[str, Lack] = {}
+    evaluation = config["evaluation"]
+    for name, spec in evaluation.get("tasks", {}).items():
+        if not brings_data(name):
+            if in_suite(name, evaluation) and (url := to_download(name, spec)):
+                downloads[name] = url
+            continue
         here = f"evaluation.json: tasks.{name}"
         found = _tasks_behind(name, here)
         for task, values in found.items():
@@ -44,12 +63,85 @@ def check_available(config: dict[str, Any]) -> None:
                 )
             asked_by[task] = name
             _check_kind(task, values, here)
-            _check_packages(task, values, here)
+            if lack := _missing_modules(task, values):
+                lacks[name] = lack
         data = (_missing_data(values, here) for values in found.values())
         missing[name] = list(dict.fromkeys(filter(None, data)))
-    missing = {name: sets for name, sets in missing.items() if sets}
-    if missing and not hub_answers():
-        raise Refused(" ".join(_how_to_fetch(name, sets) for name, sets in missing.items()))
+    missing = {name: sets for name, sets in missing.items() if sets and name not in lacks}
+    lacks |= _unreachable(missing, downloads)
+    skipped = {name: lack.why for name, lack in lacks.items() if may_be_skipped(name, evaluation)}
+    refused = [
+        f"evaluation.json: tasks.{name}: {lack.why}. {lack.remedy}."
+        for name, lack in lacks.items()
+        if name not in skipped
+    ]
+    if refused:
+        way_out = (
+            f'Or set "skip_unavailable": true, to go on without such tasks of {evaluation["suite"]}.'
+            if "suite" in evaluation
+            else "Or remove the task."
+        )
+        raise Refused(" ".join([*refused, way_out]))
+    return skipped
+
+
+def _unreachable(missing: dict[str, list[DataSet]], downloads: dict[str, str]) -> dict[str, Lack]:
+    """The tasks whose data cannot be fetched in the run.
+
+    missing: the data sets of the hub that are not in the cache. downloads: URLs of files that are not here.
+    """
+    found = {}
+    if missing and not answers(hub_address()):
+        found = {name: _how_to_fetch(sets) for name, sets in missing.items()}
+    elif missing:
+        paths = list(dict.fromkeys(path for sets in missing.values() for path, _ in sets))
+        with ThreadPoolExecutor(len(paths)) as threads:
+            refused = dict(zip(paths, threads.map(_not_served, paths), strict=True))
+        for name, sets in missing.items():
+            if lacks := [lack for path, _ in sets if (lack := refused[path])]:
+                found[name] = lacks[0]
+    hosts = {url: "/".join(url.split("/")[:3]) for url in downloads.values()}
+    silent = {host for host in set(hosts.values()) if not answers(host)}
+    for name, url in downloads.items():
+        if hosts[url] in silent:
+            found[name] = Lack(
+                f"its file {url} is not in data/, and {_silence(hosts[url])}",
+                f'Download it elsewhere and give its folder in tasks: "{name}": {{"path": FOLDER}}',
+            )
+    return found
+
+
+def _not_served(path: str) -> Lack | None:
+    """Why the hub does not serve a data set to us; None if it does, or if that cannot be known."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{hub_address()}/api/datasets/{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5 * SECONDS) as answer:
+            facts = json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):
+            return Lack(
+                f"{path} does not exist on the hub, or is not public (HTTP {error.code})",
+                f"Look at {hub_address()}/datasets/{path}; if you may read it: `.venv/bin/hf auth login`",
+            )
+        return None
+    except (OSError, ValueError):
+        return None
+    script = f"{path.rsplit('/', 1)[-1]}.py"
+    if any(file.get("rfilename") == script for file in facts.get("siblings", [])):
+        return Lack(
+            f"{path} is loaded by a script of its own, {script}, which datasets no longer runs",
+            "Write a task of your own that reads a file (configs/README.md)",
+        )
+    if facts.get("gated") and not token:
+        return Lack(
+            f"{path} is gated",
+            f"Accept its terms on {hub_address()}/datasets/{path}, then `.venv/bin/hf auth login`",
+        )
+    return None
 
 
 def _tasks_behind(name: str, here: str) -> dict[str, Values]:
@@ -68,8 +160,8 @@ def _check_kind(task: str, values: Values, here: str) -> None:
             raise Refused(f"{here}: {task} asks about images or sound ({key}). Remove the task")
 
 
-def _check_packages(task: str, values: Values, here: str) -> None:
-    """Refuse a task whose Python functions import a package that is not installed."""
+def _missing_modules(task: str, values: Values) -> Lack | None:
+    """The packages that the Python functions of a task import and that are not installed."""
     for module in sorted(set(re.findall(FUNCTION + r"([\w.]+)\.\w+", str(values)))):
         path = Path(values["folder"], *module.split(".")).with_suffix(".py")
         if not path.is_file():
@@ -79,10 +171,13 @@ def _check_packages(task: str, values: Values, here: str) -> None:
         missing = [file.stem for file in own if not file.is_file() and find_spec(file.stem) is None]
         if missing:
             names = " ".join(missing)
-            raise Refused(
-                f"{here}: {task} needs Python packages that are not installed: {names} (imported by "
-                f"{path.name}). Install them (.venv/bin/pip install {names}), or name other tasks"
+            extra = set(missing) <= set(missing_packages("japanese"))
+            how = "bash setup.sh --extra japanese" if extra else f".venv/bin/pip install {names}"
+            return Lack(
+                f"{task} needs Python packages that are not installed: {names} (imported by {path.name})",
+                f"Install them (`{how}`), or name other tasks",
             )
+    return None
 
 
 def _imports(body: list[ast.stmt]) -> Iterator[str]:
@@ -96,7 +191,7 @@ def _imports(body: list[ast.stmt]) -> Iterator[str]:
             yield from _imports(node.body)
 
 
-def _missing_data(values: Values, here: str) -> tuple[str, str | None] | None:
+def _missing_data(values: Values, here: str) -> DataSet | None:
     """The data set that must be fetched for a task, as (path, name); None when there is nothing to fetch."""
     path, options = values.get("dataset_path"), values.get("dataset_kwargs") or {}
     if path is None or Path(path).is_dir():  # its own Python function loads the data, or a folder holds them
@@ -141,17 +236,15 @@ def hub_offline() -> bool:
     return any(os.environ.get(name, "").upper() in TRUE for name in names)
 
 
-def hub_answers() -> bool:
-    """Whether the hub answers within a second, whatever it answers; False without asking when offline."""
+def answers(address: str) -> bool:
+    """Whether a server answers within a second, whatever it answers; False without asking when offline."""
     if hub_offline():
         return False
     answered = threading.Event()
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(hub_address(), method="HEAD"), timeout=SECONDS
-            ):
+            with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS):
                 answered.set()
         except urllib.error.HTTPError:
             answered.set()
@@ -165,18 +258,30 @@ def hub_answers() -> bool:
     return answered.is_set()
 
 
-def _how_to_fetch(name: str, sets: list[tuple[str, str | None]]) -> str:
-    """What to say about a task whose data are neither in the cache nor can be fetched."""
+def _silence(address: str) -> str:
+    """Why a server cannot be asked, in words."""
+    return "the environment says offline" if hub_offline() else f"{address} does not answer"
+
+
+def _how_to_fetch(sets: list[DataSet]) -> Lack:
+    """What to say about data sets that are neither in the cache nor can be fetched."""
     shown = ", ".join(path if config is None else f"{path} ({config})" for path, config in sets[:3])
     more = f" and {len(sets) - 3} more" if len(sets) > 3 else ""
-    reason = "the environment says offline" if hub_offline() else f"{hub_address()} does not answer"
+    folders = ", ".join(sorted({cached_name(path) for path, _ in sets}))
     calls = " ".join(
         f"datasets.load_dataset({', '.join(repr(part) for part in found if part is not None)});"
         for found in sets[:3]
     )
-    return (
-        f"evaluation.json: tasks.{name}: its data, {shown}{more}, are not in {cache_folder()}, and {reason}. "
+    return Lack(
+        f"its data, {shown}{more}, are not in the cache of datasets, and {_silence(hub_address())}",
         f'Run `.venv/bin/python -c "import datasets; {calls.rstrip(";")}"` on a machine with a network, and '
-        f"copy {', '.join(sorted({cached_name(path) for path, _ in sets}))} from its cache into this one. Or "
-        "remove the task."
+        f"copy {folders} from its cache to {cache_folder()}",
     )
+
+
+def skipped_list(skipped: dict[str, str]) -> str:
+    """The tasks that were not asked, each with the reason, as Markdown; empty when there are none."""
+    if not skipped:
+        return ""
+    lines = [f"- {name}: {markdown_text(why)}" for name, why in skipped.items()]
+    return "\n".join(["Not asked (skip_unavailable):", "", *lines]) + "\n"

@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,16 @@ def _manager(folder: Path, with_defaults: bool = False) -> TaskManager:
     return TaskManager(include_path=str(folder), include_defaults=with_defaults)
 
 
-def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
+def load_tasks(
+    tasks: list[dict[str, Any]],
+    may_skip: Callable[[str], bool] = lambda name: False,
+    skipped: dict[str, str] | None = None,
+) -> TaskDict:
     """The tasks and groups as the harness runs them, with their data.
 
-    tasks: as `recipe.evaluation.tasks.items.write_tasks` gives them. Raises RecipeError for a task that the
-    harness cannot load.
+    tasks: as `recipe.evaluation.tasks.items.write_tasks` gives them. may_skip: whether a task may be left out
+    when the harness cannot load it; the reason then goes to `skipped` under its name. Raises RecipeError for
+    another task that the harness cannot load.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -159,6 +165,11 @@ def load_tasks(tasks: list[dict[str, Any]]) -> TaskDict:
             own = task_files.single_tasks(name).keys() <= task_files.own_tasks().keys()
             found = _manager(task_files.OWN, with_defaults=not own).load(name)
         except Exception as error:  # anything: the data, Python functions and metrics of a task are not ours
+            if may_skip(name) and skipped is not None:
+                print(f"{name}: skipped: {type(error).__name__}: {error}", flush=True)
+                # Without the message, which may hold paths of this machine.
+                skipped[name] = f"lm-evaluation-harness cannot load it ({type(error).__name__})"
+                continue
             raise RecipeError(
                 f"evaluation.json: tasks.{name}: lm-evaluation-harness cannot load it: "
                 f"{type(error).__name__}: {error}. Remove the task, or fix what the message names"
@@ -302,20 +313,29 @@ def _f1(found: str, expected: str) -> float:
 
 
 def scores_table(columns: dict[str, dict[str, Figures]]) -> str:
-    """Scores as a Markdown table: a row per task, a column per model.
+    """Scores as a Markdown table: a row per task, a column per model, and published models where known.
 
     columns: by the name of the column, what `scores` gives of each task; all have the same tasks.
     """
-    heads = [f"{name}, 95 % interval" for name in columns]
+    tasks = next(iter(columns.values()))
+    published = {m: known for m, known in task_files.PUBLISHED.items() if known.keys() & tasks.keys()}
+    heads = [*(f"{name}, 95 % interval" for name in columns), *published]
     lines = [
         f"| task | metric | items | {' | '.join(heads)} | majority | random |",
         "|---|---|---:|" + "---:|" * (len(heads) + 2),
     ]
-    for name, figures in next(iter(columns.values())).items():
+    for name, figures in tasks.items():
         cells = [name, figures["metric"], f"{figures['items']:,}"]
-        cells += [_score_cell(tasks[name]) for tasks in columns.values()]
+        cells += [_score_cell(of_model[name]) for of_model in columns.values()]
+        cells += [f"{known[name]:.1%}" if name in known else "" for known in published.values()]
         cells += ["" if figures[key] is None else f"{figures[key]:.1%}" for key in ("majority", "random")]
         lines.append(f"| {' | '.join(cells)} |")
+    if published:
+        lines += [
+            "",
+            f"Published: {', '.join(published)} ({task_files.PUBLISHED_BY}), with other wordings of the "
+            "prompts and all items. Compare the order of size, not the last digit.",
+        ]
     return "\n".join(lines) + "\n"
 
 

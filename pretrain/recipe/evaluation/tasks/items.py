@@ -1,4 +1,4 @@
-"""The items of tasks: four-choice questions from the packaged sources, and JGLUE's files.
+"""The items of tasks: four-choice questions from the packaged sources, and the files of published tasks.
 
 The model was not trained on what a packaged task asks. Stage 06 asks about documents of the validation side
 of pretraining, without answers that also occur on the training side. Stage 14 asks about pairs of the
@@ -8,6 +8,7 @@ validation side of stage 11, whose headwords tuning has not seen. No stage train
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -22,29 +23,25 @@ from recipe.config.tasks import brings_data
 from recipe.conversations.instructions import messages_of
 from recipe.conversations.read_rows import json_rows
 from recipe.corpus.archives import tar_members
-from recipe.corpus.fetch import fetch
 from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged import read_tatoeba
 from recipe.corpus.shards import read_texts
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import DATA, ROOT, RecipeError, write_json_lines
+from recipe.evaluation.tasks.files import files_of
+from recipe.project import DATA, RecipeError, write_json_lines
 
 Item = dict[str, Any]
 Row = tuple[Item, str]  # the values that a question is made from, and its answer
 
 WRONG, DRAWN = 3, 24  # wrong choices, and how many answers of other questions they are selected from
 SHOTS = 100  # items of a training file that the shots are selected from
-JGLUE_COMMIT = "6f071c09316baae89c3d083a90985b4b1cb9968c"  # release 1.3.0: the content cannot change
-# The training files of jnli and jsquad have no hash here: only the commit identifies them.
-JGLUE_SHA256 = {
-    "jcommonsenseqa/train": "9b55fae5ecb3aedd6f8ce5bc09196c3b629864668ec6c18eee4d65c0aa48229e",
-    "jcommonsenseqa/test": "0d8d76f3bfa0d174866939882faccdd01fbc2bcd5a76c43748ba0c40a7b3b8d4",
-    "jnli/test": "ca0353efc7c2eebfb6de4e13f16295053c8b1ee65e7b0849190c90426fbc495f",
-    "jsquad/test": "fb0a57a35281ff03bbe7f0e878cff5b577985fbe6fcb242e7e8ddb63d1c0ab11",
-}
-JGLUE = f"https://raw.githubusercontent.com/yahoojapan/JGLUE/{JGLUE_COMMIT}/datasets"
 LABELS = {"jnli": ("entailment", "contradiction", "neutral"), "marc-ja": ("positive", "negative")}
 
+LETTERS = ("A", "B", "C", "D")
+MMLU_SHOTS = 5  # of the same subject, as MMLU (Hendrycks et al., 2021) asks
+
+_PRONOUN = re.compile(r"\[([^]]*)\]\([^)]*\)")
+_SUBJECT = re.compile(r"^[^/]+/JMMLU(?:_NC_ND)?/\w+\.csv$")
 _COMMAND = re.compile(r"名前\n(\S.*?) ?[-–—] ?(\S.*)")
 _PACKAGE = re.compile(r"(\S+) - ?(\S[^\n]*)\n(.+)", re.DOTALL)
 
@@ -67,9 +64,11 @@ def write_tasks(config: dict[str, Any], dataset: Path, folder: Path, names: Iter
         if "source" in spec:
             sides = {"test": packaged_items(name, spec["source"], dataset, normalize, most)}
         else:
-            paths = jglue_files(name, spec)
-            sides = {side: list(read_jglue(name, path, normalize)) for side, path in paths.items()}
-            sides = {"train": sides["train"][:SHOTS], "test": in_hash_order(sides["test"])[:most]}
+            read = _READERS_OF_FILES.get(name, read_jglue)
+            sides = {s: list(read(name, path, normalize)) for s, path in files_of(name, spec).items()}
+            sides["test"] = in_hash_order(sides["test"])[:most]
+            if "train" in sides:
+                sides["train"] = sides["train"][:SHOTS]
         if not all(sides.values()):
             raise RecipeError(f"evaluation.json: tasks.{name}: its files hold no items. Remove the task")
         tasks.append({"task": name} | write_items(folder, name, sides))
@@ -243,32 +242,6 @@ def held_out_items(
 # ------------------------------------------------------------------------------------------------------ JGLUE
 
 
-def jglue_files(name: str, spec: dict[str, str]) -> dict[str, Path]:
-    """The training and validation file of a task of JGLUE (Kurihara et al., 2022), as ``train`` and ``test``.
-
-    They are taken from the folder `path` of the task; without `path` they are downloaded once from JGLUE's
-    repository (CC BY-SA 4.0) into data/. Raises RecipeError for a folder without the files.
-    """
-    if "path" in spec:
-        folder, found = ROOT / Path(spec["path"]).expanduser(), {}
-        for side, pattern in (("train", "train-*.json"), ("test", "valid-*.json")):
-            files = sorted(folder.glob(pattern))
-            if len(files) != 1:
-                raise RecipeError(
-                    f"evaluation.json: tasks.{name}.path: {folder}: {len(files)} files {pattern}, not one. "
-                    "Give the folder of JGLUE with the train-*.json and valid-*.json of this task"
-                )
-            found[side] = files[0]
-        return found
-    folder = DATA / "jglue" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {"train": folder / "train-v1.3.json", "test": folder / "valid-v1.3.json"}
-    for side, path in found.items():
-        if not path.exists():
-            fetch(f"{JGLUE}/{name}-v1.3/{path.name}", path, JGLUE_SHA256.get(f"{name}/{side}"))
-    return found
-
-
 def read_jglue(name: str, path: Path, normalize: Callable[[str], str]) -> Iterator[Item]:
     """The items of a file of JGLUE, their texts normalised as the training text was.
 
@@ -324,3 +297,66 @@ def _normalized(item: Item, normalize: Callable[[str], str]) -> Item:
         return normalize(value).strip() if isinstance(value, str) else value
 
     return {key: clean(value) for key, value in item.items()}
+
+
+# ------------------------------------------------------------------------------------- Japanese COPA, JMMLU
+
+
+def read_copa(name: str, path: Path, normalize: Callable[[str], str]) -> Iterator[Item]:
+    """The test set of Japanese COPA: the questions 501 to 1000; ``[彼女](ランナー)`` reads as the pronoun.
+
+    Raises RecipeError naming the file and line for a row of another form.
+    """
+    for line, row in json_rows(path):
+        try:
+            if row["id"] <= 500:
+                continue
+            texts = [_PRONOUN.sub(r"\1", row[key]) for key in ("premise", "answer1", "answer2")]
+            item = {"premise": texts[0], "choices": texts[1:], "answer": (1, 2).index(row["correct_answer"])}
+            if row["asks_for"] not in ("原因", "結果"):
+                raise ValueError(f"asks_for: {row['asks_for']!r}")
+            item["asks_for"] = row["asks_for"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise RecipeError(
+                f"{path}: {line}: not a row of {name}: {type(error).__name__} {error}. "
+                "Expected the form of COPA-ja.jsonl"
+            ) from error
+        yield _normalized(item, normalize)
+
+
+def read_jmmlu(name: str, path: Path, normalize: Callable[[str], str]) -> Iterator[Item]:
+    """The questions of JMMLU, without the first five of each subject: these are the shots of the others.
+
+    path: the repository as a tar archive: a CSV file per subject, of question, four choices and a letter.
+    Raises RecipeError naming the file and row for a row of another form.
+    """
+    with gzip.open(path) as handle:
+        for file, content in tar_members(handle, path, _SUBJECT):
+            rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
+            for number, row in enumerate(rows, 1):
+                if len(row) != 6 or row[5].strip() not in LETTERS:
+                    raise RecipeError(
+                        f"{path}: {file}: row {number}: not a row of {name}: expected a question, four "
+                        f"choices and one of {', '.join(LETTERS)}, found {len(row)} columns, the last one "
+                        f"{row[-1:]}"
+                    )
+            asked = [(_four_lines(row[:5], normalize), row[5].strip()) for row in rows]
+            shots = "".join(f"{question}{letter}\n\n" for question, letter in asked[:MMLU_SHOTS])
+            subject = Path(file).stem
+            for question, letter in asked[MMLU_SHOTS:]:
+                yield {
+                    "subject": subject,
+                    "shots": shots,
+                    "question": question,
+                    "answer": LETTERS.index(letter),
+                }
+
+
+def _four_lines(texts: list[str], normalize: Callable[[str], str]) -> str:
+    """A question of JMMLU with its choices on lines of their own, up to the answer."""
+    question, *choices = (normalize(text).strip() for text in texts)
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+    return "\n".join([f"質問:{question}", *lines, "答え:"])
+
+
+_READERS_OF_FILES = {"copa-ja": read_copa, "jmmlu": read_jmmlu}
