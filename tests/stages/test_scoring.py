@@ -77,6 +77,10 @@ def test_tasks_of_a_suite_without_their_data_are_listed_with_the_reason(asked):
         text = asked.output("asked", stage, "metrics.md").read_text()
         assert "Not asked (skip_unavailable):" in text and "Rakuten/JGLUE (JNLI), are not in" in text
         assert all(f"- {name}: " in text for name in suite)
+    # What a finished stage has skipped is still to be asked.
+    refuse = ("--set", "evaluation.skip_unavailable=false")
+    result = asked.run("run_all.sh", "--recipe", "asked", "--dry-run", *refuse, check=False)
+    assert result.returncode == 2 and "tasks.copa-ja: its file https://" in result.stderr
 
 
 def test_before_and_after_stand_in_one_table(asked):

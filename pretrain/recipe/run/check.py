@@ -17,10 +17,12 @@ from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 
 
 def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
-    """Whether a finished stage has asked the tasks that evaluation.json names now."""
+    """Whether a finished stage has asked all tasks that evaluation.json names now."""
     folder = stage_folder(recipe, stage)
     record = known_record(folder, "wanted") if (folder / RECORD).exists() else None
     if not record:
+        return False
+    if record.get("figures", {}).get("skipped_tasks"):
         return False
     before = record["wanted"]["config"]["evaluation"]
     return before.get("tasks", {}) == config["evaluation"].get("tasks", {})
