@@ -58,6 +58,8 @@ def test_its_cells_run_from_the_clone_to_the_chat_and_go_on_after_a_cut(make_pro
 
     project = make_project()
     publish(project, tmp_path / "hub")
+    project.edit("mini", "pretrain", max_steps=4, eval_steps=2, save_steps=2)
+    project.edit("mini", "finetune", max_steps=2)
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "mini"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         subprocess.run(["git", *identity, *command], cwd=project.folder, check=True)
