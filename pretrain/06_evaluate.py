@@ -11,7 +11,7 @@ from typing import Any
 from recipe.config.tasks import may_be_skipped, reads_sources, tasks_of
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.evaluation.tasks.available import check_available, skipped_list
-from recipe.project import write_json, write_text
+from recipe.project import read_record, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
 NAME = "06_evaluate"
@@ -29,11 +29,23 @@ def main(stage: Stage) -> None:
     model = for_inference(load_model(stage.inputs["05_pretrain"]))
     bf16 = computes_in_bf16(stage.config["pretrain"])
 
-    sources = evaluate_sources(stage, model, tokenizer, bf16)
+    block_size, *others = block_sizes(stage)
+    sources = evaluate_sources(stage, model, tokenizer, bf16, block_size)
     domains = combine_domains(stage.config, sources)
-    rule = WINDOW_RULE.format(block_size=stage.config["pretrain"]["block_size"])
-    text = f"{losses_table(domains | sources)}\n{rule}\n"
+    text = f"{losses_table(domains | sources)}\n{WINDOW_RULE.format(block_size=block_size)}\n"
     stage.figures = domains | {"sources": sources, "precision": "bf16" if bf16 else "fp32"}
+    if others:
+        lengths = {str(block_size): domains}
+        for other in others:
+            found = evaluate_sources(stage, model, tokenizer, bf16, other)
+            lengths[str(other)] = combine_domains(stage.config, found)
+        stage.figures["lengths"] = lengths
+        rows = {
+            f"{name.replace('_', ' ')}, blocks of {int(length):,}": figures
+            for length, found in lengths.items()
+            for name, figures in found.items()
+        }
+        text += f"\nThe same texts in blocks of other lengths:\n\n{losses_table(rows)}"
     if tasks:
         stage.figures["tasks"], table = score_tasks(stage, model, tokenizer, tasks, bf16)
         stage.figures["skipped_tasks"] = skipped
@@ -61,13 +73,29 @@ def loaded_tasks(stage: Stage, skipped: dict[str, str]) -> Any:
     return load_tasks(tasks, may_skip, skipped)
 
 
-def evaluate_sources(stage: Stage, model: Any, tokenizer: Any, bf16: bool) -> dict[str, dict[str, float]]:
+def block_sizes(stage: Stage) -> list[int]:
+    """The lengths of blocks to evaluate at: block_size first; then those of the phases and, where the context
+    of a checkpoint was changed, the one that it had before.
+    """
+    block_size = stage.config["pretrain"]["block_size"]
+    started = read_record(stage.inputs["05_pretrain"], "figures")["figures"].get("initial_model", {})
+    before = started.get("context", {}).get("max_position_embeddings", [block_size])[0]
+    others = {phase.get("block_size", block_size) for phase in stage.config["pretrain"].get("phases") or []}
+    others |= {before} if before and before < block_size else set()
+    return [block_size, *sorted(others - {block_size})]
+
+
+def evaluate_sources(
+    stage: Stage, model: Any, tokenizer: Any, bf16: bool, block_size: int
+) -> dict[str, dict[str, float]]:
     """The figures of each source that has texts on the validation side."""
     from recipe.evaluation.metrics import evaluate_texts
 
     config, dataset = stage.config["evaluation"], stage.inputs["02_dataset"]
     most = int(config.get("megabytes_per_source", 1) * 1e6)
-    block_size, batch_size = stage.config["pretrain"]["block_size"], config.get("batch_size", 8)
+    # As many tokens at a time as in the blocks of the training.
+    tokens = config.get("batch_size", 8) * stage.config["pretrain"]["block_size"]
+    batch_size = max(1, tokens // block_size)
     texts = {name: list(read_texts(dataset, "valid", name, most)) for name in side_sources(dataset, "valid")}
     return {
         name: evaluate_texts(model, tokenizer, of_source, block_size, batch_size, stage.folder, name, bf16)

@@ -23,11 +23,13 @@ from recipe.training.training import (
 def main(plan: dict[str, Any]) -> None:
     """Build or load the model, pack the data, train and save; rank 0 writes result.json for the stage."""
     from recipe.config.initial_model import check_rows, describe_initial, find_initial, read_new_pieces
+    from recipe.config.phases import longest_block, phases_of, samples_of
     from recipe.evaluation.generation import clean_prompt
     from recipe.model.build import build_model, continued_model, parameter_count
     from recipe.project import read_record, write_json
     from recipe.tokenization.encode_text import prompt_ids
     from recipe.tokenization.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
+    from recipe.tokenization.phased import phased_blocks
     from recipe.tokenization.token_files import TokenFile
     from recipe.training.curves import write_curves
     from recipe.training.sample_prompts import Samples
@@ -48,9 +50,23 @@ def main(plan: dict[str, Any]) -> None:
     arguments.max_steps, _ = total_steps(arguments, blocks, settings.global_batch_size)
     check_steps(run, plan["config"]["pretrain"], "pretrain.json")
     count = arguments.max_steps * settings.global_batch_size
-    samples = PackedBlocks(
-        train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, count, sources
-    )
+    values = plan["config"]["pretrain"]
+    phases = phases_of(values, arguments.max_steps) if settings.phases else []
+    if phases:
+        samples = phased_blocks(
+            train_file,
+            phases,
+            samples_of(values)[0],
+            longest_block(values),
+            tokenizer.pad_token_id,
+            arguments.seed,
+            counted["sources"]["train"],
+            plan["config"]["dataset"]["sources"],
+        )
+    else:
+        samples = PackedBlocks(
+            train_file, settings.block_size, tokenizer.pad_token_id, arguments.seed, count, sources
+        )
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
     initial = find_initial(plan["config"]["pretrain"])
@@ -82,16 +98,27 @@ def main(plan: dict[str, Any]) -> None:
     prompts = {text: prompt_ids(tokenizer, text) for text in texts}
     sampling = Samples(settings.sample_steps, prompts, generation, tokenizer, folder)
     figures = train_model(
-        run, model, tokenizer, samples, valid, bytes_per_token=bytes_per_token, sampling=sampling
+        run,
+        model,
+        tokenizer,
+        samples,
+        valid,
+        bytes_per_token=bytes_per_token,
+        sampling=sampling,
+        phases=phases,
     )
+    if phases:
+        figures["phases"] = [phase._asdict() for phase in phases]
     if run.probe and run.is_main:
         write_json(folder / "result.json", figures)
     elif run.is_main:
-        write_curves(folder, f"pretraining, recipe {plan['recipe']}")
+        tokens_per_step = settings.global_batch_size * settings.block_size
+        changes = [phase.begin * tokens_per_step for phase in phases[1:]]
+        write_curves(folder, f"pretraining, recipe {plan['recipe']}", changes=changes)
         headline = f"{figures['tokens']:,} tokens, valid loss {figures['eval_loss']:.4f}{speed_of(figures)}"
         if initial:
             before, rows = AutoConfig.from_pretrained(initial).vocab_size, model.config.vocab_size
-            origin = describe_initial(plan["config"]["pretrain"], initial, new_tokens, before, rows)
+            origin = describe_initial(plan["config"], initial, new_tokens, before, rows)
             figures["initial_model"], headline = origin, f"{headline}, from {origin['name']}"
         write_json(folder / "result.json", figures | {"headline": headline})
 

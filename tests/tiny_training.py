@@ -12,9 +12,11 @@ import signal
 import pytest
 import torch
 from conftest import sentences
+from recipe.config.phases import longest_block, phases_of, samples_of
 from recipe.model.build import build_model
 from recipe.tokenization.encode_text import document_ids, prompt_ids
 from recipe.tokenization.packing import PackedBlocks
+from recipe.tokenization.phased import phased_blocks
 from recipe.tokenization.token_files import TokenFile, write_token_file
 from recipe.tokenization.train import train_tokenizer
 from recipe.training import training
@@ -47,6 +49,12 @@ VALUES = {
     "torch_compile": False,
 }
 
+# The documents of the corpus, as stage 04 counts them.
+SOURCES = {
+    "first": {"first_document": 0, "documents": 150},
+    "clean": {"first_document": 150, "documents": 50},
+}
+
 GENERATION = {"prompts": ["今日は", "彼女は"], "max_new_tokens": 5, "do_sample": True, "seed": 1}
 
 
@@ -71,10 +79,11 @@ def train(corpus, tmp_path, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
 
-    def run(name="run", **changes):
+    def run(name="run", model=GPT2, **changes):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)  # the same name again continues
-        config = {"pretrain": VALUES | changes, "generation": GENERATION, "model": GPT2}
+        values = VALUES | changes
+        config = {"pretrain": values, "generation": GENERATION, "model": model}
         plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder)}
         plan |= {
             "ranks": 1,
@@ -85,13 +94,18 @@ def train(corpus, tmp_path, monkeypatch):
         }
         run = training.prepare(plan, "pretrain")
         tokenizer = AutoTokenizer.from_pretrained(corpus)
-        samples = PackedBlocks(TokenFile(corpus / "train"), 32, tokenizer.pad_token_id, run.arguments.seed)
-        model = build_model(GPT2, tokenizer, run.choice.attention, run.arguments.seed)
+        pad, file, phases = tokenizer.pad_token_id, TokenFile(corpus / "train"), []
+        samples = PackedBlocks(file, 32, pad, run.arguments.seed)
+        valid = Subset(samples, range(4))
+        if values.get("phases"):
+            phases = phases_of(values, values["max_steps"])
+            layout = samples_of(values)[0], longest_block(values), pad, run.arguments.seed
+            samples = phased_blocks(file, phases, *layout, SOURCES, {name: {} for name in SOURCES})
+        model = build_model(model, tokenizer, run.choice.attention, run.arguments.seed)
         prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in GENERATION["prompts"]}
         sampling = Samples(run.settings.sample_steps, prompts, GENERATION, tokenizer, folder)
-        valid = Subset(samples, range(4))
         figures = training.train_model(
-            run, model, tokenizer, samples, valid, bytes_per_token=3.0, sampling=sampling
+            run, model, tokenizer, samples, valid, bytes_per_token=3.0, sampling=sampling, phases=phases
         )
         return figures, rows_of(folder / "metrics.jsonl"), folder
 

@@ -68,6 +68,31 @@ def test_another_checkpoint_makes_the_training_stale(continued):
     assert result.returncode == 2 and "Pickled weights" in result.stderr
 
 
+@pytest.mark.slow
+def test_a_longer_context_is_said_in_the_card_and_evaluated_at_both_lengths(make_project):
+    project = make_project()
+    write_checkpoint(project.folder / "published")
+    model = {"model_type": "llama", "max_position_embeddings": 512}
+    model |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    for name, values in {
+        "model": model,
+        "tokenizer": {"kind": "published", "published": "published"},
+        "instruction": {"pairs": {}},
+    }.items():
+        (project.folder / f"configs/mini/{name}.json").write_text(json.dumps(values))
+    changes = {"initial_model": "published", "max_steps": 2, "eval_steps": 2, "block_size": 512}
+    project.edit("mini", "pretrain", **changes)
+    project.run("run_all.sh", "--recipe", "mini")
+    config = json.loads(project.output("mini", "05_pretrain", "config.json").read_text())
+    assert config["max_position_embeddings"] == 512 and config["rope_parameters"]["rope_theta"] == 1e6
+    lengths = project.figures("mini", "06_evaluate")["lengths"]
+    assert list(lengths) == ["512", "256"]
+    assert lengths["512"]["in_domain"]["loss"] != lengths["256"]["in_domain"]["loss"]
+    assert "in domain, blocks of 256" in project.output("mini", "06_evaluate", "metrics.md").read_text()
+    card = project.output("mini", "16_export", "README.md").read_text()
+    assert "Its context was changed: max_position_embeddings from 256 to 512" in card
+
+
 WAYS = {
     "alone": ((), "one process"),
     "ddp": (("--nproc", "2"), "DDP 2"),

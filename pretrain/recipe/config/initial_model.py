@@ -16,6 +16,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _FETCHED = ("config.json", *WEIGHTS, "model-*.safetensors")
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 NEW_PIECES = "new_pieces.json"
+# What model.json may change of a checkpoint with rotary embeddings, to train it at another context length.
+CONTEXT = ("max_position_embeddings", "rope_parameters")
 
 
 class NewPieces(NamedTuple):
@@ -116,6 +118,26 @@ def published_config(pretrain: dict[str, Any]) -> dict[str, Any]:
     return read_config_of(Path(found).parent) if isinstance(found, str) else {}
 
 
+def changed_context(model: dict[str, Any], published: dict[str, Any]) -> dict[str, list[Any]]:
+    """What model.json changes of a checkpoint's `CONTEXT`: by key, the published value and the new one.
+
+    model: model.json. published: the checkpoint's config.json. Empty without a checkpoint.
+    """
+    if not published or "n_positions" in published:  # GPT-2 learns a vector for each position
+        return {}
+    old = {"rope_parameters": _rope_of(published)} | published
+    return {key: [old.get(key), model[key]] for key in CONTEXT if key in model and model[key] != old.get(key)}
+
+
+def _rope_of(published: dict[str, Any]) -> dict[str, Any] | None:
+    """The rotary embeddings of a config.json of transformers 4, which has them in two other keys."""
+    if "rope_theta" not in published:
+        return None
+    scaling = dict(published.get("rope_scaling") or {})
+    kind = scaling.pop("type", None) or scaling.pop("rope_type", "default")
+    return {"rope_type": kind, "rope_theta": published["rope_theta"]} | scaling
+
+
 def read_config_of(folder: Path) -> dict[str, Any]:
     """config.json in a checkpoint's folder.
 
@@ -140,12 +162,13 @@ def read_config_of(folder: Path) -> dict[str, Any]:
 
 
 def describe_initial(
-    pretrain: dict[str, Any], folder: Path, pieces: NewPieces, before: int, rows: int
+    config: dict[str, dict[str, Any]], folder: Path, pieces: NewPieces, before: int, rows: int
 ) -> dict[str, Any]:
-    """For stage.json: where the weights came from, and what was added to them.
+    """For stage.json: where the weights came from, what was added to them, and a changed context.
 
     before, rows: the rows of the embeddings as published, and now. ``commit`` is None for a folder.
     """
+    pretrain, context = config["pretrain"], changed_context(config["model"], read_config_of(folder))
     return {
         "name": pretrain["initial_model"],
         "revision": pretrain.get("initial_revision"),
@@ -153,7 +176,7 @@ def describe_initial(
         "new_pieces": len(pieces.old_ids),
         "rows_added": rows - before,
         "rows": rows,
-    }
+    } | ({"context": context} if context else {})
 
 
 def initial_facts(pretrain: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from recipe.config.keys import check_keys, known_keys, nearest, read_config, short, show
 from recipe.config.model import attention_heads
 from recipe.config.optimizers import FSDP, OFFLOAD, TENSOR, ZERO, check_optimizer_sharding
+from recipe.config.phases import samples_of
 from recipe.project import CONFIGS, Refused
 
 
@@ -117,15 +118,14 @@ def check_launch(
             "Give more ranks (--nproc), or leave --fsdp out"
         )
     micro_batch, accumulation = batch_layout(
-        values["global_batch_size"],
-        values["per_device_train_batch_size"],
+        *samples_of(values),
         ranks // tensor_parallel,
         f"{file}.json: ",
     )
     path = check_deepspeed(deepspeed) if deepspeed else None
     if path:
         facts = {
-            "train_batch_size": values["global_batch_size"],
+            "train_batch_size": samples_of(values)[0],
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": values.get("max_grad_norm", 1.0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipe.config.initial_model import published_config
+from recipe.config.initial_model import changed_context, published_config
 from recipe.config.keys import check_keys, known_keys, nearest, require, show
 from recipe.config.ranges import (
     ABOVE_0,
@@ -66,6 +66,8 @@ RANGES = {
     "return_dict": only(True, _DECODER),
     "problem_type": only(None, _DECODER),
 }
+# The keys of rope_parameters in a config.json of transformers 4.
+OLD_ROPE = ("rope_theta", "rope_scaling")
 # The keys of rope_parameters, and those that each type of rotary embeddings needs.
 ROPE = {
     "rope_type": "str",
@@ -164,7 +166,10 @@ def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     A config.json that was not yet fetched from the hub is left out. Raises Refused.
     """
-    return config["model"] | published_config(config["pretrain"])
+    model, published = config["model"], published_config(config["pretrain"])
+    changed = changed_context(model, published)
+    old = {key: value for key, value in published.items() if not (changed and key in OLD_ROPE)}
+    return model | old | {key: model[key] for key in changed}
 
 
 # The defaults of transformers for keys that model.json leaves out. A test compares them with its classes.

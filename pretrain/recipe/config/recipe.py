@@ -14,14 +14,15 @@ from typing import Any
 from recipe.config.dataset import check_dataset
 from recipe.config.evaluation import check_evaluation, check_task_source
 from recipe.config.generation import check_generation
-from recipe.config.initial_model import published_config
+from recipe.config.initial_model import changed_context, published_config
 from recipe.config.instruction import check_instruction, check_pair, check_preference
 from recipe.config.keys import known_keys, nearest, read_config, show
 from recipe.config.model import FROM_TOKENIZER, check_model, model_values
+from recipe.config.phases import check_phases
 from recipe.config.ranges import check_finite
 from recipe.config.tasks import with_suite
 from recipe.config.tokenizer import check_tokenizer, special_ids, vocabulary_size
-from recipe.config.training import INITIAL, TUNING, check_training, training_files
+from recipe.config.training import PRETRAINING, TUNING, check_training, training_files
 from recipe.project import CONFIGS, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
@@ -176,7 +177,7 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     check_tokenizer(config["tokenizer"], f"{where}/tokenizer.json")
     if config["model"] or not config["pretrain"].get("initial_model"):
         check_model(config["model"], f"{where}/model.json")
-    check_training(config["pretrain"], INITIAL, f"{where}/pretrain.json")
+    check_training(config["pretrain"], PRETRAINING, f"{where}/pretrain.json")
     check_training(config["finetune"], TUNING, f"{where}/finetune.json")
     check_evaluation(config["evaluation"], f"{where}/evaluation.json")
     check_generation(config["generation"], f"{where}/generation.json")
@@ -189,13 +190,15 @@ def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     if "preference" in config:
         check_preference(config, f"{where}/preference.json")
     _check_agreement(config, where)
+    check_phases(config, where)
 
 
 def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     """Refuse files that contradict each other."""
     _check_initial(config, where)
     model, initial = model_values(config), config["pretrain"].get("initial_model")
-    home = f"{initial}/config.json" if initial else f"{where}/model.json"
+    own = not initial or "max_position_embeddings" in config["model"]
+    home = f"{where}/model.json" if own else f"{initial}/config.json"
     check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)
     positions = model.get("max_position_embeddings") or model.get("n_positions")
     for name in training_files(config):
@@ -248,8 +251,9 @@ def _check_initial(config: dict[str, dict[str, Any]], where: str) -> None:
             f"{here}: initial_model: {name}/config.json: model_type: {show(published.get('model_type'))}, "
             f"expected one of {', '.join(known_keys()['model'])}. Name a checkpoint of one of these"
         )
+    changed = changed_context(config["model"], published)
     for key, value in config["model"].items():
-        if key not in FROM_TOKENIZER and published.get(key, value) != value:
+        if key not in (*FROM_TOKENIZER, *changed) and published.get(key, value) != value:
             raise Refused(
                 f"{where}/model.json: {key}: {show(value)}, but {name}/config.json has "
                 f"{show(published[key])}. Leave it out of model.json, or delete the file: the checkpoint's "

@@ -23,10 +23,24 @@ Check = Callable[[dict[str, Any], dict[str, Any], str], None]
 
 
 class Schedule(NamedTuple):
-    """formula: its rates. check: what must hold between its options and the other keys, if anything."""
+    """formula: its rates. check: what must hold between its options and the other keys, if anything.
+
+    fixed: by its options and the steps of the run, the last step up to which the rates are the same in a
+    longer run; None: every rate depends on the length.
+    """
 
     formula: Formula
     check: Check | None = None
+    fixed: Callable[[dict[str, Any], int], int] | None = None
+
+
+def same_rates_until(values: dict[str, Any], steps: int) -> int | None:
+    """The last step of a run up to which a longer run has the same learning rates; None: it has others.
+
+    values: of a training file. steps: of the run.
+    """
+    fixed = SCHEDULES[values.get("lr_scheduler_type", "linear")].fixed
+    return fixed(values.get("lr_scheduler_kwargs") or {}, steps) if fixed else None
 
 
 def check_schedule(values: dict[str, Any], where: str) -> None:
@@ -186,6 +200,10 @@ def _stable_decay(options: dict[str, Any], step: int, warmup: int, total: int) -
     return floor + (1 - floor) * share
 
 
+def _to_the_end(options: dict[str, Any], steps: int) -> int:
+    return steps
+
+
 # The options of all schedules: their types and ranges. Which schedule has which: known_keys.json.
 OPTIONS = {
     "num_cycles": "float",
@@ -215,9 +233,11 @@ SCHEDULES = {
     "cosine": Schedule(_warmed(_cosine)),
     "cosine_with_min_lr": Schedule(_warmed(_cosine), _check_floor),
     "cosine_with_restarts": Schedule(_warmed(_restarts)),
-    "warmup_stable_decay": Schedule(_stable_decay, _check_decay),
-    "constant": Schedule(lambda options, step, warmup, total: 1.0, _check_constant),
-    "constant_with_warmup": Schedule(_warmed(lambda options, step, warmup, total: 1.0)),
+    "warmup_stable_decay": Schedule(
+        _stable_decay, _check_decay, lambda options, steps: steps - options["num_decay_steps"]
+    ),
+    "constant": Schedule(lambda options, step, warmup, total: 1.0, _check_constant, _to_the_end),
+    "constant_with_warmup": Schedule(_warmed(lambda options, step, warmup, total: 1.0), fixed=_to_the_end),
     "polynomial": Schedule(_warmed(_polynomial), _check_polynomial),
-    "inverse_sqrt": Schedule(_warmed(_inverse_sqrt)),
+    "inverse_sqrt": Schedule(_warmed(_inverse_sqrt), fixed=_to_the_end),
 }

@@ -36,7 +36,10 @@ class Settings:
     z_loss: coefficient of the z-loss, 0 for no z-loss. sample_steps: every so many steps, or after the steps
     of a list, measure the validation side and continue the prompts of generation.json.
     spikes: which steps are spikes and what follows, by the fields of `SpikeRule`; None: no step is one.
+    extend: what a finished training does whose length alone is raised, where its schedule depends on the
+    length: ``rewarm`` begins the schedule anew. keep_checkpoints: whether a finished training keeps them.
     lora: train an adapter instead of all weights (see `recipe.model.adapters`).
+    phases: mixtures, block sizes and rates that change on the way (see `recipe.config.phases`).
     initial_model, initial_revision: a published checkpoint to start from (see `recipe.config.initial_model`).
     """
 
@@ -49,6 +52,10 @@ class Settings:
     # HfArgumentParser accepts no int | list | None; it sees Any.
     sample_steps: Annotated[Any, int | list | None] = None
     spikes: dict | None = field(default_factory=dict)
+    extend: str | None = None
+    keep_checkpoints: bool = True
     lora: dict | None = None
+    # HfArgumentParser would read a list of texts.
+    phases: Annotated[Any, list | None] = None
     initial_model: str | None = None
     initial_revision: str | None = None

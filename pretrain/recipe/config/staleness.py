@@ -15,6 +15,7 @@ NOT_DECIDING = (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
     "save_total_limit",
+    "keep_checkpoints",
     "push_to_hub",  # a fact of stage 16 (recipe/run/freshness.py)
     "hub_*",
     "project",

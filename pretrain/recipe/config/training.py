@@ -11,6 +11,7 @@ from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, neare
 from recipe.config.known_keys import fields_of
 from recipe.config.model import DEFAULTS, attention_heads, model_values
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
+from recipe.config.phases import longest_block
 from recipe.config.ranges import (
     ABOVE_0,
     ABOVE_0_TO_1,
@@ -29,12 +30,12 @@ from recipe.config.settings import Settings, SpikeRule
 from recipe.hardware import FLASH_ATTENTION, AttentionNeeds
 from recipe.project import Refused
 
-# The keys of ours with their JSON types: those of every training file; in pretrain.json also a published
-# checkpoint to start from; in finetune.json and preference.json also an adapter.
+# The keys of ours with their JSON types: those of every training file; in pretrain.json also the published
+# checkpoint to start from, and phases; in finetune.json and preference.json also an adapter.
 SETTINGS = fields_of(Settings)
-INITIAL = {key: SETTINGS[key] for key in ("initial_model", "initial_revision")}
+PRETRAINING = {key: SETTINGS[key] for key in ("initial_model", "initial_revision", "phases")}
 TUNING = {"lora": SETTINGS["lora"]}
-TRAINING = {key: types for key, types in SETTINGS.items() if key not in INITIAL | TUNING}
+TRAINING = {key: types for key, types in SETTINGS.items() if key not in PRETRAINING | TUNING}
 # The keys of `lora`, by LoraConfig's names.
 LORA = {
     "r": "int",
@@ -101,6 +102,7 @@ RANGES = {
     "seed": SEED,
     "z_loss": Range("0 or more (PaLM used 1e-4)", lambda x: x >= 0),
     "attn_implementation": one_of(*ATTENTION),
+    "extend": one_of("rewarm"),
     "log_level": _LEVELS,
     "log_level_replica": _LEVELS,
     "hub_strategy": one_of("end", "every_save", "checkpoint", "all_checkpoints"),
@@ -281,7 +283,7 @@ def attention_needs(config: Mapping[str, dict[str, Any]], file: str) -> Attentio
     width, heads = model.get("hidden_size") or model.get("n_embd"), attention_heads(model)
     return AttentionNeeds(
         dropout=bool(model.get("attention_dropout") or model.get("attn_pdrop")),
-        window=config[file]["block_size"] > (model.get("sliding_window") or math.inf),
+        window=longest_block(config[file]) > (model.get("sliding_window") or math.inf),
         padded=file == "preference",
         head_size=model.get("head_dim") or (width // heads if width and heads else None),
     )

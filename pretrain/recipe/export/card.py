@@ -107,6 +107,11 @@ def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any
             f" It started from {started['name']}{f' ({version})' if version else ''}, "
             f"with {started['new_pieces']:,} new tokens in its vocabulary."
         )
+        changed = [
+            f"{key} from {json.dumps(old)} to {json.dumps(new)}"
+            for key, (old, new) in started.get("context", {}).items()
+        ]
+        origin += f" Its context was changed: {', '.join(changed)}." if changed else ""
     parts = [
         f"A Japanese language model: {model_values(config).get('model_type', 'published')}, "
         f"{trained['figures']['active']['parameters']:,} parameters, pretrained in this recipe on "

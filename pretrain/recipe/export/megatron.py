@@ -187,6 +187,11 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
     tokenizer, tokens = stage_folder(recipe, "03_tokenizer"), stage_folder(recipe, "04_tokenize")
     if not (tokens / "stage.json").exists():
         raise Refused(f"{tokens}: missing. Run `bash run_all.sh --recipe {recipe} --to 04`")
+    if config["pretrain"].get("phases"):
+        raise Refused(
+            f"configs/{recipe}/pretrain.json: phases: Megatron-LM has no such phases. Give --set "
+            "pretrain.phases=null, and start Megatron-LM once for each phase"
+        )
     vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
     model = _model_config(recipe, config, vocab_size)
     pretrain = config["pretrain"]

@@ -19,7 +19,7 @@ from transformers import logging as transformers_logging
 
 import recipe.model.attention  # registers the attention "documents" in transformers
 import recipe.model.varlen  # registers the attention "varlen"
-from recipe.config.initial_model import NewPieces
+from recipe.config.initial_model import NewPieces, changed_context, read_config_of
 from recipe.config.model import FROM_TOKENIZER
 from recipe.project import RecipeError, Refused
 
@@ -55,15 +55,19 @@ def continued_model(
 ) -> PreTrainedModel:
     """The published checkpoint in `folder`, float32, ready for the tokenizer and its new tokens.
 
-    values: model.json, which may be empty or repeat values of the checkpoint. Special ids come from the
-    tokenizer; the published generation settings are not used. Raises Refused for a model.json that describes
-    another model, RecipeError for weights that do not belong to the checkpoint's config.json.
+    values: model.json, which may be empty or repeat values of the checkpoint, and may change its context
+    (`CONTEXT`). Special ids come from the tokenizer; the published generation settings are not used. Raises
+    Refused for a model.json that describes another model, RecipeError for weights that do not belong to the
+    checkpoint's config.json.
     """
-    model = load_published(folder, attention)
+    changed = changed_context(values, read_config_of(folder))
+    model = load_published(folder, attention, {key: new for key, (_, new) in changed.items()})
     if values:
         mine = _config({"model_type": model.config.model_type} | values)
         for key in values:
-            if key not in FROM_TOKENIZER and getattr(mine, key) != getattr(model.config, key, None):
+            if key not in (*FROM_TOKENIZER, *changed) and getattr(mine, key) != getattr(
+                model.config, key, None
+            ):
                 raise Refused(
                     f"model.json: {key}: {values[key]}, but {folder}/config.json makes it "
                     f"{getattr(model.config, key, None)}. Leave it out of model.json (or delete the file)"
@@ -75,10 +79,15 @@ def continued_model(
     return model
 
 
-def load_published(folder: Path, attention: str | None = None) -> PreTrainedModel:
-    """A checkpoint without missing weights. Weights that the model does not have are named and not used."""
+def load_published(
+    folder: Path, attention: str | None = None, changed: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """A checkpoint without missing weights. Weights that the model does not have are named and not used.
+
+    changed: values of its config.json.
+    """
     try:
-        model, report = _load(folder, attention)
+        model, report = _load(folder, attention, changed)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise RecipeError(
             f"{folder}: its weights cannot be loaded into the model of its config.json: "
@@ -139,8 +148,13 @@ def load_model(folder: Path, attention: str | None = None) -> PreTrainedModel:
     return model
 
 
-def _load(folder: Path, attention: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what from_pretrained says about missing and unexpected weights."""
+def _load(
+    folder: Path, attention: str | None, changed: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what from_pretrained says about missing and unexpected weights.
+
+    changed: values of its config.json.
+    """
     transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
     return AutoModelForCausalLM.from_pretrained(
         folder,
@@ -150,7 +164,25 @@ def _load(folder: Path, attention: str | None) -> tuple[PreTrainedModel, dict[st
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
+        **(changed or {}),
     )
+
+
+@torch.no_grad()
+def set_rope_theta(model: torch.nn.Module, theta: float) -> None:
+    """Give a model with rotary embeddings of the type default another base, also in its config.
+
+    Raises RecipeError for a model without them.
+    """
+    found = [module for module in model.modules() if hasattr(module, "original_inv_freq")]
+    if not found:
+        raise RecipeError(f"pretrain.json: phases: rope_theta: {theta:g}: the model has no rotary embeddings")
+    for rotary in found:
+        rotary.config.rope_parameters = rotary.config.rope_parameters | {"rope_theta": theta}
+        frequencies, _ = rotary.compute_default_rope_parameters(rotary.config)
+        # In place, because a compiled model reads these tensors.
+        rotary.inv_freq.copy_(frequencies)
+        rotary.original_inv_freq.copy_(frequencies)
 
 
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:

@@ -31,6 +31,7 @@ from typing import Any
 from recipe.config.initial_model import find_initial
 from recipe.config.model import model_values
 from recipe.config.recipe import check_recipe, load_recipe
+from recipe.config.staleness import deciding_keys
 from recipe.conversations.instructions import no_pairs
 from recipe.conversations.preferences import no_preference
 from recipe.hardware import glance
@@ -42,12 +43,14 @@ from recipe.project import (
     RecipeError,
     Refused,
     read_json,
+    read_record,
     read_state,
     stage_folder,
     write_json,
 )
 from recipe.run import probe
-from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
+from recipe.run.extension import raised_length
+from recipe.run.launch_options import TRAINING_STAGES, TrainingStage, add_options, launch_of
 from recipe.run.preflight import check_room, report
 from recipe.run.processes import (
     child_environment,
@@ -86,6 +89,8 @@ def run_training(stage: Stage, script: Path) -> None:
             raise RecipeError("the training ended without a result; the lines above say why")
     stage.figures = read_json(result)
     stage.headline = stage.figures.pop("headline")
+    if not stage.config[TRAINING_STAGES[script.name].file].get("keep_checkpoints", True):
+        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
     for name in ("plan.json", "deepspeed_env"):
         (stage.folder / name).unlink(missing_ok=True)
     shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
@@ -124,6 +129,9 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
         if not code or len(read_skipped(stage.folder).back) == times_back:
             break
         stage.say("the training goes back to an earlier checkpoint; the warning above says why")
+        if launch.node_rank == 0:
+            step = read_skipped(stage.folder).back[-1][0]
+            send_message(stage.folder, f"a spike: the training goes back to step {step}")
     if code == EXIT_REFUSED:
         raise Refused("the training refused to start; the lines above say why")
     if code:
@@ -147,7 +155,8 @@ def join(name: str, doc: str, script: Path) -> None:
             print(f"{name:15} nothing to do on this node: {reason}")
             return
         final = stage_folder(arguments.recipe, name)
-        if (final / RECORD).exists() and not arguments.force:
+        done = (final / RECORD).exists() and not arguments.force
+        if done and not _is_longer(final, training, config):
             print(f"{name:15} nothing to do on this node: {final} is already there; see the output of node 0")
             return
         # Node 0's work folder, which it makes before the ranks find each other.
@@ -161,6 +170,12 @@ def join(name: str, doc: str, script: Path) -> None:
         before = _identity(final / RECORD)
         with tempfile.TemporaryDirectory() as plans:
             _run_child(stage, script, Path(plans), lambda: _identity(final / RECORD) not in (None, before))
+
+
+def _is_longer(final: Path, training: TrainingStage, config: dict[str, dict[str, Any]]) -> bool:
+    """Whether a finished training's length was raised, so that node 0 goes on with it."""
+    before = read_record(final, "wanted")["wanted"]["config"].get(training.file, {})
+    return bool(raised_length(before, deciding_keys(training.file, config[training.file])))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -297,6 +312,7 @@ def main() -> None:
         options=add_options,
         resumable=True,
         skip=SKIP.get(name),
+        extends=sections[-1],
         preview=_preview_pretraining if name == "05_pretrain" else _preview_tuning(sections[-1]),
     )
 

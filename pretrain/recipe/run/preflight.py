@@ -16,6 +16,7 @@ from typing import Any
 from recipe.config.launch import batch_layout, offloads_optimizer
 from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name
+from recipe.config.phases import longest_block, samples_of
 from recipe.config.tokenizer import vocabulary_size
 from recipe.hardware import glance, gpus, host_memory
 from recipe.project import (
@@ -108,9 +109,8 @@ def this_machine(launch: Launch) -> tuple[Device, float]:
 def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Setting:
     """The setting that a training file and a launch lead to on a device. values: of the training file."""
     ranks, split = launch.ranks, launch.tensor_parallel
-    micro, accumulation = batch_layout(
-        values["global_batch_size"], values["per_device_train_batch_size"], ranks // split
-    )
+    # The longest blocks of a run with phases need the most memory.
+    micro, accumulation = batch_layout(*samples_of(values), ranks // split)
     half = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
     given = [name for name in ("bf16", "fp16") if name in values]
     if given:
@@ -118,7 +118,7 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
     setting = Setting(
         device.kind,
         ranks,
-        values["block_size"],
+        longest_block(values),
         micro,
         accumulation,
         half,
@@ -347,7 +347,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
         f"vocabulary {vocabulary:,}{origin}"
     )
     yield (
-        f"step         {values['global_batch_size']} x {values['block_size']} = {per_step:,} tokens: "
+        f"step         {samples_of(values)[0]} x {setting.block_size} = {per_step:,} tokens: "
         f"micro-batch {setting.micro_batch} x accumulation {setting.accumulation} x {replicas} "
         f"{'ranks' if replicas > 1 else 'rank'}"
     )

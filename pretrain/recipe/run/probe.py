@@ -58,6 +58,7 @@ SHORT = {
     "save_strategy": "no",
     "report_to": "none",
     "sample_steps": None,
+    "phases": None,
     "logging_strategy": "steps",
     "logging_steps": 1,
 }

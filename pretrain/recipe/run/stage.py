@@ -51,6 +51,7 @@ from recipe.project import (
     warn,
     write_json,
 )
+from recipe.run.extension import Extension, find_extension, prepare_extension
 from recipe.run.freshness import FACTS, differences, fact_changes, input_changes, input_identity, stale_inputs
 from recipe.run.integrity import damage, describe_files, how_to_repair, parts_read, require_whole
 from recipe.run.publication import (
@@ -131,6 +132,7 @@ class Definition:
     skip: Callable[[dict[str, Any]], str] | None
     preview: Callable[[dict[str, Any], argparse.Namespace], None] | None
     reusable: Callable[[dict[str, Any], dict[str, Any]], None] | None
+    extends: str
 
 
 @dataclass
@@ -181,13 +183,14 @@ class Decision:
     """What is to be done with a stage.
 
     reason: one line for the reader. remedy: what the user can do, where the stage cannot run. twin: the
-    folder that is taken over.
+    folder that is taken over. extension: how a finished training goes on.
     """
 
-    action: Literal["skip", "refuse", "done before", "take over", "continue", "run"]
+    action: Literal["skip", "refuse", "done before", "take over", "continue", "extend", "run"]
     reason: str
     remedy: str = ""
     twin: Path | None = None
+    extension: Extension | None = None
 
 
 def stage_arguments(doc: str) -> argparse.ArgumentParser:
@@ -215,6 +218,7 @@ def run_stage(
     skip: Callable[[dict[str, Any]], str] | None = None,
     preview: Callable[[dict[str, Any], argparse.Namespace], None] | None = None,
     reusable: Callable[[dict[str, Any], dict[str, Any]], None] | None = None,
+    extends: str = "",
 ) -> None:
     """Run a stage as a command, and end the process with the right exit code.
 
@@ -229,13 +233,14 @@ def run_stage(
     preview: prints what is known beforehand, for --dry-run.
     reusable: raises RecipeError when the result of another recipe (its figures, our config) is no longer
     complete; the stage then runs itself.
+    extends: the training file whose length may be raised after the stage was finished (`run.extension`).
     """
     parser = stage_arguments(doc)
     if options:
         options(parser)
     arguments = parser.parse_args()
     name = Path(script).stem
-    definition = Definition(name, work, sections, inputs, resumable, skip, preview, reusable)
+    definition = Definition(name, work, sections, inputs, resumable, skip, preview, reusable, extends)
     on_stop(raise_stopped)
     if os.environ.get("RECIPE_RUN_ALL") == str(os.getppid()):
         # When run_all.sh is killed, this process is terminated as well.
@@ -337,12 +342,14 @@ def decide(description: Description) -> Decision:
     if arguments.force:
         return Decision("run", "would start over (--force)")
     if (description.final / RECORD).exists():
-        done = read_record(description.final, "wanted", "seconds", "headline")
+        done = read_record(description.final, "wanted", "seconds", "headline", "figures")
         changes = description.changes(done["wanted"])
         if not changes:
             if reason := damage(description.final, done, hashes=False):
                 return Decision("refuse", reason, how_to_repair(description.final))
             return Decision("done before", f"done before ({done['seconds']:.0f} s)  {done['headline']}")
+        if extended := _decide_extension(description, done, changes):
+            return extended
         remedy = f"Redo it and what follows: {rerun} --from {name[:2]} --force\n"
         remedy += f"  Or keep this result and work on a copy: cp -r configs/{recipe} configs/NAME, "
         remedy += "then --recipe NAME"
@@ -364,6 +371,26 @@ def decide(description: Description) -> Decision:
     if twin:
         return Decision("take over", f"would be taken from {twin.relative_to(ROOT)}", twin=twin)
     return Decision("run", "would run")
+
+
+def _decide_extension(description: Description, done: dict[str, Any], changes: list[str]) -> Decision | None:
+    """What is to be done with a finished training whose length was raised; None if more has changed."""
+    file, recipe = description.definition.extends, description.arguments.recipe
+    if not file:
+        return None
+    values, where = description.config[file], f"configs/{recipe}/{file}.json"
+    try:
+        extension = find_extension(description.final, done, changes, values, where)
+    except Refused as error:
+        return Decision("refuse", str(error))
+    if not extension:
+        return None
+    reason = f"only its length was raised ({extension.changes})"
+    unfinished = read_state(description.work / WANTED, "config", "inputs")
+    if unfinished and not description.changes(unfinished):
+        return Decision("continue", f"would continue: {reason}")
+    reason += f": goes on from step {extension.step} of {extension.steps}"
+    return Decision("extend", f"would continue: {reason}", extension=extension)
 
 
 def _find_twin(description: Description) -> Path | None:
@@ -391,7 +418,7 @@ def act(decision: Decision, description: Description, lock: int) -> None:
     """Do what was decided. lock: the descriptor of the held lock. Raises Refused for a refusal."""
     name, work, final = description.definition.name, description.work, description.final
     if decision.action == "refuse":
-        raise Refused(f"{decision.reason}.\n  {decision.remedy}")
+        raise Refused(f"{decision.reason}.\n  {decision.remedy}" if decision.remedy else decision.reason)
     if decision.action == "done before":
         _warn_of_versions(name, read_record(final, "versions"))
         print(f"{name:15} {decision.reason}")
@@ -414,12 +441,17 @@ def act(decision: Decision, description: Description, lock: int) -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     made_from = description.made_from  # before the work: the user may change a file meanwhile
+    if decision.extension:
+        prepare_extension(decision.extension, final, work)
+        (work / SECONDS).write_text(str(read_record(final, "seconds")["seconds"]))
+    # Last: a work folder with it is complete.
     if decision.action != "continue":
         write_json(work / WANTED, made_from)
     arguments, config = description.arguments, description.config
     stage = Stage(name, arguments.recipe, config, description.folders, work, arguments, lock)
     write_lines_without_a_terminal()
-    stage.say("continues" if decision.action == "continue" else "starts")
+    goes_on = decision.action in ("continue", "extend")
+    stage.say(decision.reason.replace("would continue", "continues") if goes_on else "starts")
     started = time.monotonic()
     try:
         with naming_full_disk(work):

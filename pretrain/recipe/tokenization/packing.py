@@ -100,8 +100,14 @@ class PackedBlocks(Dataset):
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of samples of a packed dataset: each tensor int64 [rows, block_size]."""
-    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    """A batch of samples of a packed dataset: each tensor int64 [rows, block_size].
+
+    A sample is one row or, in a run with phases, several rows: [block_size] or [rows, block_size].
+    """
+    return {
+        key: torch.cat([sample[key].reshape(-1, sample[key].shape[-1]) for sample in samples])
+        for key in samples[0]
+    }
 
 
 def collate_with_bounds(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def check_rates(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     scheduler = scheduler_of(trainer)
     if not hasattr(scheduler, "lr_lambdas"):
         return {}, []
-    kind, total = args.lr_scheduler_type.value, state.max_steps
+    kind, begin = args.lr_scheduler_type.value, trainer.schedule_begin
+    total = state.max_steps - begin
     warmup = args.get_warmup_steps(total)
     options = dict(args.lr_scheduler_kwargs or {})
     if options.get("min_lr") is not None:
@@ -55,9 +56,10 @@ def check_rates(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     shape, peak = scheduler.lr_lambdas[0], scheduler.base_lrs[0]
     wrong = []
     rates = {}
-    for step in sorted({warmup // 2, warmup, (warmup + total) // 2, total - 1, total}):
+    for place in sorted({warmup // 2, warmup, (warmup + total) // 2, total - 1, total}):
+        step = begin + place
         rates[step] = peak * shape(step)
-        expected = formula(options, step, warmup, total) * trainer.rate(step)
+        expected = formula(options, place, warmup, total) * trainer.rate(step)
         if not math.isclose(shape(step), expected, rel_tol=1e-6, abs_tol=1e-9):
             wrong.append(
                 f"learning rate at step {step}: {kind} is {peak * expected:.4g}, active is {rates[step]:.4g}"

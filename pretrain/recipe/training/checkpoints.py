@@ -68,6 +68,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, by its name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def newest_good_checkpoint(folder: Path) -> Path | None:
     """The newest undamaged checkpoint of a training, None when it has saved none yet.
 
@@ -105,7 +110,13 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
     return good
 
 
-def delete_old(folder: Path, limit: int | None) -> None:
-    """Delete all checkpoints but the newest `limit`; None keeps all."""
-    for old in list_checkpoints(folder)[limit:] if limit else []:
-        shutil.rmtree(old)
+def delete_old(folder: Path, limit: int | None, up_to: int | None = None) -> None:
+    """Delete all checkpoints but the newest `limit`; None keeps all.
+
+    up_to: the newest one up to this step is kept in addition; an extended training goes on from it.
+    """
+    found = list_checkpoints(folder)
+    early = [path for path in found if step_of(path) <= (up_to or 0)]
+    for old in found[limit:] if limit else []:
+        if old not in early[:1]:
+            shutil.rmtree(old)

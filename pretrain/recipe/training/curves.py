@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ MEASURES = {"eval_bits_per_byte": "valid bits/byte", "eval_loss": "valid loss", 
 AXES = {"tokens": ("million tokens", 1e6), "seconds": ("minutes", 60)}
 
 
-def write_curves(folder: Path, title: str, with_perplexity: bool = True) -> None:
+def write_curves(folder: Path, title: str, with_perplexity: bool = True, changes: Sequence[int] = ()) -> None:
     """Write ``learning_curve.png`` and ``metrics.md`` from the metrics.jsonl of a training in `folder`.
 
-    with_perplexity: False for a loss that is not a cross entropy of tokens (preferences).
+    with_perplexity: False for a loss that is not a cross entropy of tokens (preferences). changes: the tokens
+    at which a new phase begins.
     """
     rows = read_json_lines(folder / "metrics.jsonl")
-    learning_curve(rows, folder / "learning_curve.png", title, with_perplexity)
+    learning_curve(rows, folder / "learning_curve.png", title, with_perplexity, changes)
     write_text(folder / "metrics.md", f"# {title}\n\n{metrics_table(rows, with_perplexity)}")
 
 
@@ -62,11 +63,15 @@ def metrics_table(rows: list[dict[str, Any]], with_perplexity: bool = True) -> s
 
 
 def learning_curve(
-    rows: list[dict[str, Any]], picture: Path, title: str, with_perplexity: bool = True
+    rows: list[dict[str, Any]],
+    picture: Path,
+    title: str,
+    with_perplexity: bool = True,
+    changes: Sequence[int] = (),
 ) -> None:
     """Draw loss and perplexity, both of training and validation, and the learning rate over tokens.
 
-    rows: of metrics.jsonl.
+    rows: of metrics.jsonl. changes: tokens at which a dashed line marks the begin of a phase.
     """
     import matplotlib
 
@@ -98,6 +103,8 @@ def learning_curve(
     axes[-1].set_ylim(bottom=0)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axis in axes:
+        for tokens in changes:
+            axis.axvline(tokens / 1e6, color="grey", linestyle="--", linewidth=1)
         axis.set_xlabel("million tokens")
         axis.grid(alpha=0.3)
     figure.suptitle(title)

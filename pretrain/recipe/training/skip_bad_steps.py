@@ -13,7 +13,8 @@ from transformers.trainer_callback import ExportableState
 from recipe.config.settings import SpikeRule
 from recipe.project import EXIT_FAILED, RecipeError
 from recipe.training.callbacks import gather
-from recipe.training.checkpoints import MANIFEST, list_checkpoints
+from recipe.training.checkpoints import MANIFEST, list_checkpoints, step_of
+from recipe.training.messages import send_message
 from recipe.training.spikes import Step, add_row, read_skipped, spike, window_to_skip
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Guard(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             add_row(self.folder, row)
             print(f"warning: step {step} is skipped: {reason}", flush=True)
+            send_message(self.folder, f"step {step} is skipped: {reason}")
         self.skipped.add(step)
         if step not in self.known.doubted:
             self.new.append(step)
@@ -139,7 +141,7 @@ class Guard(TrainerCallback, ExportableState):
             return
         step = row["step"]
         complete = [path for path in list_checkpoints(Path(args.output_dir)) if (path / MANIFEST).exists()]
-        steps = [int(path.name.removeprefix("checkpoint-")) for path in complete]
+        steps = [step_of(path) for path in complete]
         back_to = steps[: max(rule.back, 1)][-1] if steps else 0
         if [target for target, _ in self.known.back].count(back_to) >= MOST_BACK:
             raise RecipeError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from recipe.config.settings import SpikeRule
 from recipe.project import append_json_line, read_json_lines, read_state
-from recipe.training.checkpoints import list_checkpoints
+from recipe.training.checkpoints import list_checkpoints, step_of
 
 SKIPPED = "skipped.jsonl"
 FEWEST = 20  # steps in the window before its deviation is known
@@ -130,7 +130,7 @@ def delete_given_up(folder: Path) -> None:
     if not back:
         return
     for checkpoint in list_checkpoints(folder / "checkpoints"):
-        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        step = step_of(checkpoint)
         if step <= back[-1][0]:
             continue
         state = read_state(checkpoint / "trainer_state.json")

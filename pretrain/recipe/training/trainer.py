@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from recipe.config.optimizers import Optimizer
+from recipe.config.schedules import same_rates_until
 from recipe.config.settings import Settings
 from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
@@ -36,6 +37,7 @@ class RecipeTrainer(ShardedTrainer):
         self.clipped_at: float | None = None  # the limit, once gradients were clipped
         self.skipping = False  # the last step was skipped
         self.forward_only = False  # this step's loss is measured, and nothing is trained
+        self.schedule_begin = 0  # the step at which the schedule begins, if not at 0
         self.rate: Callable[[int], float] = lambda step: 1.0  # factor of the schedule at a step
         self.save_postponed = False  # a checkpoint was due while steps were skipped
         super().__init__(**keywords)
@@ -46,7 +48,10 @@ class RecipeTrainer(ShardedTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """The Trainer's step over one micro-batch, whose sequences are counted for `ActiveCheck`."""
-        self.sequences += len(inputs["input_ids"]) // self.rows_per_sample
+        ids = inputs["input_ids"]
+        # The blocks of a phase may be longer than block_size; the tokens of a step stay the same.
+        rows = ids.numel() // self.settings.block_size if self.settings.phases else len(ids)
+        self.sequences += rows // self.rows_per_sample
         with self._without_backward() if self.forward_only else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *rest)
         self.step_loss = self.step_loss + loss
@@ -62,11 +67,13 @@ class RecipeTrainer(ShardedTrainer):
             del self.accelerator.backward  # the method of the class is there again
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's scheduler, whose rates are multiplied by `rate`."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        """The Trainer's scheduler, from `schedule_begin` on, its rates multiplied by `rate`."""
+        begin = self.schedule_begin
+        scheduler = super().create_scheduler(num_training_steps - begin, optimizer)
         if hasattr(scheduler, "lr_lambdas"):
             scheduler.lr_lambdas = [
-                lambda step, shape=shape: shape(step) * self.rate(step) for shape in scheduler.lr_lambdas
+                lambda step, shape=shape: shape(max(0, step - begin)) * self.rate(step)
+                for shape in scheduler.lr_lambdas
             ]
         return scheduler
 
@@ -169,7 +176,7 @@ class RecipeTrainer(ShardedTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             write_manifest(checkpoint)
-            delete_old(folder, limit)
+            delete_old(folder, limit, self._last_step_of_any_length())
         self.accelerator.wait_for_everyone()
 
     def _bytes_of_last_checkpoint(self) -> int | None:
@@ -178,6 +185,12 @@ class RecipeTrainer(ShardedTrainer):
             if (checkpoint / MANIFEST).exists():
                 return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
         return None
+
+    def _last_step_of_any_length(self) -> int | None:
+        """The last step that a longer training would have reached in the same way."""
+        schedule = {"lr_scheduler_type": self.args.lr_scheduler_type.value}
+        schedule["lr_scheduler_kwargs"] = self.args.lr_scheduler_kwargs
+        return same_rates_until(schedule, self.state.max_steps)
 
 
 def _own_part(weight: torch.nn.Parameter) -> torch.Tensor:

@@ -14,7 +14,7 @@ import platform
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
@@ -35,6 +35,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from recipe.config.launch import batch_layout
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
+from recipe.config.phases import Phase, phase_at, samples_of
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings, SpikeRule
 from recipe.config.training import attention_needs, check_boards, unreached_steps
@@ -49,6 +50,8 @@ from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
+from recipe.training.extended import read_extended, schedule_begin
+from recipe.training.phase_change import PhaseChange
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
 from recipe.training.signals import end_with_parent
@@ -159,8 +162,7 @@ def _trainer_values(
     """The values for TrainingArguments and `Settings`: defaults of ours, the file's, and what is fixed."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch, accumulation = batch_layout(
-        values["global_batch_size"],
-        values["per_device_train_batch_size"],
+        *samples_of(values),
         ranks // plan["tensor_parallel"],
     )
     defaults = {
@@ -263,13 +265,15 @@ def train_model(
     sampling: Samples | None = None,
     trainer_class: type[RecipeTrainer] = RecipeTrainer,
     tokens_per_step: int | None = None,
+    phases: Sequence[Phase] = (),
     **trainer_keywords: Any,
 ) -> dict[str, Any]:
     """Train to the last step, from the newest good checkpoint if there is one, and save the model.
 
     The model becomes a plain Hugging Face folder; of a model under an adapter only the adapter is saved, in
     the folder ``adapter``. bytes_per_token: of the validation text, for bits per byte. tokens_per_step: the
-    mean, where a step is not global_batch_size x block_size tokens. trainer_keywords: what `trainer_class`
+    mean, where a step is not global_batch_size x block_size tokens. phases: of a run that has several;
+    `samples` must follow them. trainer_keywords: what `trainer_class`
     takes in addition.
 
     Returns the figures for stage.json. Ends the process with exit 143 when a signal stopped the training
@@ -296,12 +300,14 @@ def train_model(
         args=run.arguments,
         train_dataset=samples,
         eval_dataset=valid,
-        callbacks=_callbacks(run, guard, check, sampling, meter, tokens_per_step),
+        callbacks=_callbacks(run, guard, check, sampling, meter, tokens_per_step, phases),
         **trainer_keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     check.trainer = guard.trainer = trainer
-    trainer.rate = read_skipped(run.folder).rate
+    skipped = read_skipped(run.folder)
+    trainer.schedule_begin = schedule_begin(run.folder)
+    trainer.rate = lambda step: skipped.rate(step) * (phase_at(phases, step).rate if phases else 1.0)
     _train_to_the_end(run, trainer)
     eval_loss = None
     if not run.probe:
@@ -317,6 +323,7 @@ def train_model(
         "eval_loss": eval_loss,
         "peak_memory_bytes": peak_memory(run.hardware.device),
         "skipped_steps": sorted(guard.skipped),
+        "extended": read_extended(run.folder),
     } | (_speed(run.folder, flops / meter.peak) if run.is_main else {})
 
 
@@ -331,10 +338,18 @@ def _asked(run: Run) -> Asked:
 
 
 def _callbacks(
-    run: Run, guard: Guard, check: ActiveCheck, sampling: Samples | None, meter: Meter, tokens_per_step: int
+    run: Run,
+    guard: Guard,
+    check: ActiveCheck,
+    sampling: Samples | None,
+    meter: Meter,
+    tokens_per_step: int,
+    phases: Sequence[Phase],
 ) -> list[TrainerCallback]:
     """The callbacks, in the order in which the Trainer calls them."""
     callbacks: list[TrainerCallback] = [StopOnSignal(run.folder / "stop", run.parent), guard, check]
+    if phases:
+        callbacks.append(PhaseChange(phases))
     if sampling:
         callbacks.append(sampling)
     callbacks.append(meter)  # after the sampling, whose time does not count as training

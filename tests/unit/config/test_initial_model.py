@@ -57,6 +57,43 @@ def test_what_fits_is_accepted(tmp_path):
     assert model.model_values(recipe_of(folder))["num_key_value_heads"] == 2
 
 
+LONGER = {"model_type": "llama", "max_position_embeddings": 512}
+LONGER |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+
+
+def test_the_context_of_a_checkpoint_may_be_changed(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    recipe = recipe_of(folder, model=LONGER, pretrain_block_size=512)
+    check_recipe(recipe, "configs/x")
+    values = model.model_values(recipe)
+    assert values["max_position_embeddings"] == 512 and values["rope_parameters"]["rope_theta"] == 1e6
+    tokenizer, new_tokens = extended(folder, 0)
+    changed, then = load(folder, tokenizer, new_tokens, **LONGER), load(folder, tokenizer, new_tokens)
+    assert changed.config.max_position_embeddings == 512 and then.config.max_position_embeddings == 256
+    frequencies = changed.model.rotary_emb.inv_freq
+    assert torch.allclose(frequencies, 1e6 ** -(torch.arange(0, 16, 2) / 16))
+    assert not torch.equal(frequencies, then.model.rotary_emb.inv_freq)
+    assert all(torch.equal(*pair) for pair in zip(changed.parameters(), then.parameters(), strict=True))
+    made = initial_model.describe_initial(recipe, folder, new_tokens, 300, 300)["context"]
+    assert made["max_position_embeddings"] == [256, 512]
+    assert [rope["rope_theta"] for rope in made["rope_parameters"]] == [10000.0, 1e6]
+
+
+def test_a_config_json_of_transformers_4_has_its_rotary_embeddings_elsewhere():
+    scaling = {"type": "linear", "factor": 2.0}
+    old = {"max_position_embeddings": 256, "rope_theta": 500.0, "rope_scaling": scaling}
+    same = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}
+    assert initial_model.changed_context(same, old) == {}
+    assert list(initial_model.changed_context(LONGER, old)) == ["max_position_embeddings", "rope_parameters"]
+    assert initial_model.changed_context(LONGER, {}) == {}
+
+
+def test_learnt_positions_cannot_be_changed(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint", "gpt2")
+    words = f"configs/x/model.json: n_positions: 512, but {folder}/config.json has 256"
+    assert words in refusal(recipe_of(folder, model={"model_type": "gpt2", "n_positions": 512}))
+
+
 def test_revision_alone_and_no_model_at_all_are_refused(tmp_path):
     values = load_recipe("tiny")
     values["pretrain"]["initial_revision"] = "main"

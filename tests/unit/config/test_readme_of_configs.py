@@ -5,9 +5,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from recipe.config import dataset, evaluation, generation, instruction, tokenizer, training
+from recipe.config import dataset, evaluation, generation, instruction, phases, tokenizer, training
 from recipe.config.keys import ELSEWHERE, known_keys
-from recipe.config.model import model_values
+from recipe.config.model import check_model, model_values
 from recipe.config.optimizers import OPTIMIZERS
 from recipe.config.recipe import check_recipe, load_recipe, recipes
 from recipe.corpus.rules import RULES
@@ -42,7 +42,8 @@ TABLES = {
     | {key: type_ for kind in tokenizer.TOKENIZER_KINDS.values() for key, type_ in kind.keys.items()},
     "Our keys of all three": training.TRAINING,
     "All three: spikes": training.SPIKES,
-    "pretrain.json": training.INITIAL,
+    "pretrain.json": training.PRETRAINING,
+    "pretrain.json: phases": phases.PHASE,
     "finetune.json": training.TUNING,
     "finetune.json: lora": training.LORA,
     "preference.json": instruction.PREFERENCE,
@@ -120,7 +121,12 @@ def test_links_lead_to_headings_and_files():
 
 
 def test_the_examples_are_accepted():
-    pretrain, sources, preference, evaluation = map(json.loads, re.findall(r"```json\n(.*?)```", TEXT, re.S))
+    examples = map(json.loads, re.findall(r"```json\n(.*?)```", TEXT, re.S))
+    pretrain, sources, context, with_phases, preference, evaluation = examples
+    check_model(context, "model.json")
+    tiny = load_recipe("tiny")
+    tiny["pretrain"] |= with_phases
+    check_recipe(tiny, "configs/tiny")
     config = load_recipe(pretrain.pop("extends"), re.findall(r"--set (\w+\.\S+=\S+)$", TEXT, re.M))
     config["pretrain"] |= pretrain
     config |= {"dataset": sources, "evaluation": evaluation, "preference": preference}
