@@ -145,6 +145,13 @@ def test_impossible_value_is_refused(hardware, values, words):
     assert str(caught.value).startswith(f"finetune.json: {next(iter(values))}: ")
 
 
+def test_a_busy_moment_does_not_lower_the_peak(monkeypatch):
+    """Of six measurements, each of 10 products a second, five are disturbed."""
+    taken = iter([1.0, 0.1, 9.0, 4.0, 1.0, 2.0, 3.0, 5.0])
+    monkeypatch.setattr(hardware, "_seconds_on_cpu", lambda work, count: next(taken))
+    assert gemm_peak("cpu", "fp32", 6.0) == 2 * 2048**3 * 10 / 1.0
+
+
 def test_gemm_peak_is_a_plausible_rate():
     assert 1e9 < gemm_peak("cpu", "fp32", 0.05) < 1e14
 

@@ -11,6 +11,9 @@ from recipe.config.optimizers import FSDP, OFFLOAD, TENSOR, ZERO, check_optimize
 from recipe.config.phases import samples_of
 from recipe.project import CONFIGS, Refused
 
+# Keys of zero_optimization that current versions of DeepSpeed no longer read, with their successors.
+REPLACED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+
 
 def check_deepspeed(name: str) -> Path:
     """Check a DeepSpeed file by its short name (``zero2``), and return its path.
@@ -41,6 +44,13 @@ def check_deepspeed(name: str) -> Path:
     for section in ("zero_optimization", "bf16", "fp16"):
         check_keys(values.get(section, {}), tables[section], f"{short(path)}: {section}")
     zero = values.get("zero_optimization", {})
+    for old, new in REPLACED.items():
+        if old in zero:
+            instead = {"device": "cpu", "pin_memory": True}
+            raise Refused(
+                f"{short(path)}: zero_optimization: {old}: {show(zero[old])}: DeepSpeed no longer reads it. "
+                + (f'Write "{new}": {show(instead)}' if zero[old] else "Remove it")
+            )
     gathers = [key for key in zero if key.endswith("gather_16bit_weights_on_model_save") and zero[key]]
     if zero.get("stage") == 3 and not gathers:
         raise Refused(

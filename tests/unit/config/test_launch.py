@@ -51,6 +51,10 @@ BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 2}
         ({"bf16": None}, "bf16.enabled: null"),
         ({"activation_checkpointing": {}}, "activation_checkpointing: only models written for it"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            'zero_optimization: cpu_offload: true: DeepSpeed no longer reads it. Write "offload_optimizer"',
+        ),
         ({"optimizer": {"type": "Adam"}}, "optimizer: it would silently replace"),
     ],
 )
