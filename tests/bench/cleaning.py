@@ -5,9 +5,9 @@ All peers read the same raw documents in turn, in three rounds; the best round c
 - ``plain``: neologdn.normalize on every line, as common recipes do; nothing else.
 - ``exact``: `recipe.corpus.normalizing` without `keep_dashes` and `clean_characters`; its output is compared
   with that of ``plain``, byte by byte.
-- ``normalise``: the same with the settings of configs/tiny.
-- ``keep``: the same with ``"layout": "keep"``, which normalises characters only.
-- ``clean``: normalise + filter + exact deduplication by hash, with the settings of configs/tiny, and with the
+- ``normalise``: the same with the default of both keys.
+- ``keep``: ``"layout": "keep"``, which normalises characters only.
+- ``clean``: normalise + filter + exact deduplication by hash, with the filters of configs/tiny, and with the
   sets of rules for books and for the web.
 
 A text with control characters is rejected before it is normalised. The table gives their share, and every
@@ -33,8 +33,8 @@ from recipe.corpus.sources import read
 from recipe.corpus.splitting import text_hash
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = json.loads((ROOT / "configs/tiny/dataset.json").read_text("utf-8"))
-KEEP = {key: value for key, value in CONFIG.items() if key != "neologdn"} | {"layout": "keep"}
+KEEP = json.loads((ROOT / "configs/tiny/dataset.json").read_text("utf-8")) | {"layout": "keep"}
+CONFIG = KEEP | {"layout": "neologdn"}
 ROUNDS = 3
 
 
@@ -113,7 +113,7 @@ PEERS = {
     "exact": exact,
     "normalise": normalise,
     "keep": keep,
-    "clean (tiny)": clean,
+    "clean (neologdn)": clean,
     "clean (keep)": clean_keep,
     "clean (books)": clean_books,
     "clean (web)": clean_web,

@@ -53,9 +53,9 @@ def test_agreeing_repetition_is_accepted():
 
 
 def test_override_reaches_nested_keys_and_is_checked():
-    values = load_recipe("tiny", ["pretrain.learning_rate=1e-4", "dataset.neologdn.repeat=3"])
+    values = load_recipe("tiny", ["pretrain.learning_rate=1e-4", "dataset.minhash.bands=20"])
     assert values["pretrain"]["learning_rate"] == 1e-4
-    assert values["dataset"]["neologdn"]["repeat"] == 3
+    assert values["dataset"]["minhash"]["bands"] == 20
     with pytest.raises(Refused, match="'max_steps'"):
         load_recipe("tiny", ["pretrain.max_stepz=3"])
     with pytest.raises(Refused, match="'pretrain'"):

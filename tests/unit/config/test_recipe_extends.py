@@ -41,11 +41,11 @@ def test_a_file_may_extend_a_whole_file(configs):
 
 def test_its_own_keys_replace_those_of_the_base_whole(configs):
     write(configs, "mine/pretrain", extends="base", learning_rate=1e-4, muon_learning_rate=None)
-    write(configs, "mine/dataset", extends="base", neologdn={"repeat": 3})
+    write(configs, "mine/evaluation", extends="base", tasks={"reading": {"source": "tatoeba"}})
     mine, base = load_recipe("mine"), load_recipe("base")
     assert mine["pretrain"] == base["pretrain"] | {"learning_rate": 1e-4, "muon_learning_rate": None}
-    assert mine["dataset"]["neologdn"] == {"repeat": 3}  # remove_space of the base is gone
-    assert mine["dataset"]["sources"] == base["dataset"]["sources"]
+    assert list(mine["evaluation"]["tasks"]) == ["reading"]  # the other tasks of the base are gone
+    assert mine["evaluation"]["batch_size"] == base["evaluation"]["batch_size"]
 
 
 def test_a_chain_of_recipes_is_followed(configs):
@@ -59,10 +59,10 @@ def test_a_chain_of_recipes_is_followed(configs):
 
 def test_an_override_comes_last(configs):
     write(configs, "mine/pretrain", extends="base", learning_rate=1e-4)
-    values = load_recipe("mine", ["pretrain.learning_rate=2e-4", "dataset.neologdn.repeat=5"])
+    values = load_recipe("mine", ["pretrain.learning_rate=2e-4", "model.rope_parameters.rope_theta=5000.0"])
     assert values["pretrain"]["learning_rate"] == 2e-4
-    assert values["dataset"]["neologdn"] == load_recipe("base")["dataset"]["neologdn"] | {"repeat": 5}
-    assert load_recipe("base")["dataset"]["neologdn"]["repeat"] != 5
+    rotation = load_recipe("base")["model"]["rope_parameters"]
+    assert values["model"]["rope_parameters"] == rotation | {"rope_theta": 5000.0} != rotation
 
 
 def test_an_override_cannot_extend(configs):
