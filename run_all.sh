@@ -3,6 +3,7 @@
 #
 # Usage: bash run_all.sh [--recipe NAME] [--from NN] [--to NN] [--force] [--dry-run] [--list]
 #                        [--set FILE.KEY=VALUE]... [--nproc N] [--deepspeed NAME | --fsdp] [--tensor-parallel N]
+#                        [--max-restarts N]
 #
 #   --recipe NAME    folder below configs/ (default: tiny)
 #   --from, --to NN  number of the first and of the last stage to run
@@ -10,7 +11,8 @@
 #   --dry-run        check the configuration and say what would be done
 #   --list           list the stages
 #   --set FILE.KEY=VALUE   override one key of the recipe, e.g. --set pretrain.learning_rate=1e-4
-#   --nproc, --deepspeed, --fsdp, --tensor-parallel   for the training stages: bash pretrain/05_pretrain.sh --help
+#   --nproc, --deepspeed, --fsdp, --tensor-parallel, --max-restarts
+#                    for the training stages: bash pretrain/05_pretrain.sh --help
 #
 # Exit codes: 0 done, 1 a stage failed, 2 refused (wrong option or configuration, stale output, folder in use),
 # 130 interrupted, 143 terminated. To continue after a stop, run the same command again.
@@ -60,7 +62,7 @@ main() {
   local recipe=tiny from=00 to=99 list=false talk=true common=() overrides=() launch=()
   while (($#)); do
     case $1 in
-      --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel)
+      --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel | --max-restarts)
         (($# > 1)) || refuse "$1 needs a value"
         case $1 in
           --recipe) recipe=$2 ;;

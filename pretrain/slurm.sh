@@ -4,12 +4,14 @@
 # Run it in the project's folder, which all nodes must share, with the stage's script and its options:
 #   sbatch --nodes 2 --gpus-per-node 8 pretrain/slurm.sh pretrain/05_pretrain.sh --recipe mistral-300m --fsdp
 #
-# Five minutes before the time limit the training saves a checkpoint, and the job is queued again to continue it.
+# Five minutes before the time limit the training saves a checkpoint, and the job is queued again to continue it. After
+# the loss of a node Slurm queues it again, too.
 #SBATCH --job-name=recipe
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this script with sbatch, in the folder of the project}"

@@ -104,7 +104,7 @@ def test_frozen_rank_ends_the_training_within_the_limit(project, monkeypatch, we
         # The stacks of the rank that waits, in a step or for the other rank's part of a checkpoint.
         assert "Current thread" in output and "in _inner_training_loop" in output
     assert "run the same command again to continue" in output
-    assert len(received) == 1 and f"05_pretrain of recipe {name}: rank" in received[0]["text"]
+    assert len(received) == 1 and f"05_pretrain of recipe {name} on " in received[0]["text"]
     assert not project.output(name, "05_pretrain").exists()
 
 

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,12 @@ from recipe.run.processes import (
     training_plan,
     visible_devices,
 )
+from recipe.run.restarts import pause_before, why_not
 from recipe.run.stage import Stage, errors_in_one_line, raise_stopped, run_stage, stage_arguments
 from recipe.training.messages import send_message
 from recipe.training.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
 from recipe.training.spikes import read_skipped
-from recipe.training.watchdog import Watchdog, dump_stacks
+from recipe.training.watchdog import REFUSED, Watchdog, dump_stacks
 
 # Why a recipe does without a training stage, by the stage's name.
 SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
@@ -91,13 +93,18 @@ def run_training(stage: Stage, script: Path) -> None:
     stage.headline = stage.figures.pop("headline")
     if not stage.config[TRAINING_STAGES[script.name].file].get("keep_checkpoints", True):
         shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+    send_message(stage.folder, f"finished: {stage.headline}")
     for name in ("plan.json", "deepspeed_env"):
         (stage.folder / name).unlink(missing_ok=True)
     shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
 
 
 def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
-    """Write the plan into the folder `plans`, start the launcher, and wait for it (see `_wait`)."""
+    """Write the plan into the folder `plans`, start the launcher, and wait for it (see `_wait`).
+
+    It is started again when the training goes back to an earlier checkpoint, and when it has failed, as often
+    as ``--max-restarts`` allows.
+    """
     launch = launch_of(stage.arguments)
     file = TRAINING_STAGES[script.name].file
     if file == "pretrain" and find_initial(stage.config[file]):
@@ -114,6 +121,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     environment = child_environment(os.environ, launch.processes, for_hosts)
     lock = () if launch.node_rank else (stage.lock,)
     adopt_orphans()
+    failed: list[int] = []
     while True:
         times_back = len(read_skipped(stage.folder).back)
         watchdog = Watchdog(stage.folder / "ranks")
@@ -126,20 +134,39 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
             preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
         )
         code = _wait(child, stage, watchdog, published)
-        if not code or len(read_skipped(stage.folder).back) == times_back:
-            break
-        stage.say("the training goes back to an earlier checkpoint; the warning above says why")
-        if launch.node_rank == 0:
-            step = read_skipped(stage.folder).back[-1][0]
-            send_message(stage.folder, f"a spike: the training goes back to step {step}")
-    if code == EXIT_REFUSED:
-        raise Refused("the training refused to start; the lines above say why")
-    if code:
+        if not code:
+            return
+        if len(read_skipped(stage.folder).back) > times_back:
+            stage.say("the training goes back to an earlier checkpoint; the warning above says why")
+            if launch.node_rank == 0:
+                step = read_skipped(stage.folder).back[-1][0]
+                send_message(stage.folder, f"a spike: the training goes back to step {step}")
+            continue
+        # torchrun ends with 1, whatever the code of a rank is.
+        if code == EXIT_REFUSED or (stage.folder / "ranks" / REFUSED).exists():
+            raise Refused("the training refused to start; the lines above say why")
+        failed.append(watchdog.reached())
         reason = watchdog.found or f"the training stopped with exit code {code} before its end"
-        send_message(stage.folder, reason)
+        _pause_before_restart(stage, reason, failed)
+
+
+def _pause_before_restart(stage: Stage, reason: str, failed: list[int]) -> None:
+    """Tell that a training has failed, and wait; raises RecipeError when it is not to be started again.
+
+    failed: see `why_not`.
+    """
+    restart, most = len(failed), stage.arguments.max_restarts
+    if final := why_not(failed, most):
+        send_message(stage.folder, f"{reason}. {final}")
         raise RecipeError(
-            f"{reason}; see the lines above. Checkpoints are kept: run the same command again to continue"
+            f"{reason}; see the lines above. {final}. Checkpoints are kept: run the same command again to "
+            "continue"
         )
+    pause = pause_before(restart)
+    line = f"{reason}. Restart {restart} of {most} from the newest good checkpoint in {pause:.0f} s"
+    send_message(stage.folder, line)
+    stage.say(line)
+    time.sleep(pause)
 
 
 def join(name: str, doc: str, script: Path) -> None:
@@ -148,6 +175,7 @@ def join(name: str, doc: str, script: Path) -> None:
     parser = stage_arguments(doc)
     add_options(parser)
     arguments = parser.parse_args()
+    on_stop(raise_stopped)
     with errors_in_one_line(name):
         config = load_recipe(arguments.recipe, arguments.overrides)
         reason = SKIP[name](config) if name in SKIP else ""
@@ -244,9 +272,10 @@ def _wait(
     if left and code:
         stage.say(f"killed the processes that the launcher has left: {', '.join(map(str, left))}")
     if received or (code and stop.exists()):
+        why = f"stopped by a {'signal' if received else 'stop file'}"
+        send_message(stage.folder, why)
         raise Interrupted(
-            f"stopped by a {'signal' if received else 'stop file'}. Run the same command again to continue "
-            "from the checkpoint",
+            f"{why}. Run the same command again to continue from the checkpoint",
             exit_code_of(received[0]) if received else EXIT_TERMINATED,
         )
     return code

@@ -100,6 +100,8 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
         raise Refused(f"--nnodes {nodes} --node-rank {node_rank}: expected a rank from 0 to {nodes - 1}")
     if arguments.nproc < 0:
         raise Refused(f"--nproc {arguments.nproc}: expected the number of ranks on this machine, 1 or more")
+    if arguments.max_restarts < 0:
+        raise Refused(f"--max-restarts {arguments.max_restarts}: expected 0 or more")
     visible = count_gpus()
     if visible and arguments.nproc > visible and not arguments.hostfile:
         raise Refused(
@@ -168,4 +170,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--master-addr", default="", help="address of node 0")
     add("--master-port", type=int, default=29500, help="a free port of node 0 (default: 29500)")
     add("--hostfile", metavar="FILE", help="machines for --deepspeed: lines `NAME slots=N`, reached by pdsh")
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start a training that has failed (a crash, no progress, a lost node) again from its newest "
+        "good checkpoint, at most N times",
+    )
     add("--probe", action="store_true", help="measure which settings are the fastest (stage 05 only)")

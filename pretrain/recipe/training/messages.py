@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import platform
 import threading
 import urllib.request
 from pathlib import Path
@@ -19,15 +20,15 @@ def send_message(folder: Path, message: str) -> None:
 
     It is sent by a thread of its own; a failure is only a warning. Without an address, nothing happens.
 
-    folder: the work folder of the training; the message begins with its stage and its recipe.
+    folder: the work folder of the training; the message begins with its stage, its recipe
+    and this machine.
     """
     address = os.environ.get("RECIPE_WEBHOOK")
     if not address:
         return
     stage = folder.name.removeprefix(".").removesuffix(".work")
-    thread = threading.Thread(
-        target=_post, args=(address, f"{stage} of recipe {folder.parent.name}: {message}"), daemon=True
-    )
+    text = f"{stage} of recipe {folder.parent.name} on {platform.node()}: {message}"
+    thread = threading.Thread(target=_post, args=(address, text), daemon=True)
     thread.start()
     atexit.register(thread.join, SECONDS)
 

@@ -45,7 +45,7 @@ from recipe.model.losses import return_loss_only
 from recipe.model.save import complete_configs
 from recipe.model.sharding import load_without_code, shard
 from recipe.progress import write_lines_without_a_terminal
-from recipe.project import EXIT_TERMINATED, RecipeError, naming_full_disk, read_json, read_json_lines
+from recipe.project import EXIT_TERMINATED, RecipeError, Refused, naming_full_disk, read_json, read_json_lines
 from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
@@ -58,7 +58,7 @@ from recipe.training.signals import end_with_parent
 from recipe.training.skip_bad_steps import Guard
 from recipe.training.spikes import delete_given_up, read_skipped
 from recipe.training.trainer import RecipeTrainer
-from recipe.training.watchdog import STACKS, SignsOfLife
+from recipe.training.watchdog import REFUSED, STACKS, SignsOfLife
 
 
 @dataclass
@@ -286,6 +286,7 @@ def train_model(
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     rule = None if settings.spikes is None else SpikeRule(**settings.spikes)
     check, guard = ActiveCheck(_asked(run), tokens_per_step), Guard(run.folder, rule)
+    life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
         return_loss_only(model, settings.z_loss)
@@ -300,7 +301,7 @@ def train_model(
         args=run.arguments,
         train_dataset=samples,
         eval_dataset=valid,
-        callbacks=_callbacks(run, guard, check, sampling, meter, tokens_per_step, phases),
+        callbacks=_callbacks(run, guard, check, sampling, meter, tokens_per_step, phases, life),
         **trainer_keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -308,7 +309,7 @@ def train_model(
     skipped = read_skipped(run.folder)
     trainer.schedule_begin = schedule_begin(run.folder)
     trainer.rate = lambda step: skipped.rate(step) * (phase_at(phases, step).rate if phases else 1.0)
-    _train_to_the_end(run, trainer)
+    _train_to_the_end(run, trainer, life)
     eval_loss = None
     if not run.probe:
         eval_loss = _final_eval_loss(trainer)
@@ -345,6 +346,7 @@ def _callbacks(
     meter: Meter,
     tokens_per_step: int,
     phases: Sequence[Phase],
+    life: SignsOfLife,
 ) -> list[TrainerCallback]:
     """The callbacks, in the order in which the Trainer calls them."""
     callbacks: list[TrainerCallback] = [StopOnSignal(run.folder / "stop", run.parent), guard, check]
@@ -355,18 +357,23 @@ def _callbacks(
     callbacks.append(meter)  # after the sampling, whose time does not count as training
     if run.is_main:
         callbacks.append(Progress(run.folder, tokens_per_step))
-    callbacks.append(Heartbeat(SignsOfLife(run.folder / "ranks", run.arguments.process_index)))
+    callbacks.append(Heartbeat(life))
     return callbacks
 
 
-def _train_to_the_end(run: Run, trainer: RecipeTrainer) -> None:
+def _train_to_the_end(run: Run, trainer: RecipeTrainer, life: SignsOfLife) -> None:
     """Train, from the newest good checkpoint if there is one. Raises SystemExit if stopped before."""
     checkpoint = _find_checkpoint(run)
     if checkpoint and run.is_main:
         print(f"continues from {checkpoint.name}", flush=True)
     if dist.is_initialized():
         dist.barrier()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except BaseException:
+        # A second failure right after the same step is not followed by a restart.
+        life.unpaced(trainer.state.global_step)
+        raise
     step, last = trainer.state.global_step, trainer.state.max_steps
     if step < last:
         if run.is_main:
@@ -472,6 +479,10 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
         code = int(stopped.code or 0)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, Refused):
+            refused = Path(plan["folder"]) / "ranks" / REFUSED
+            refused.parent.mkdir(exist_ok=True)
+            refused.touch()
         sys.exit(error.exit_code)
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves while another still talks to it would abort it

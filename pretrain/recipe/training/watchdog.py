@@ -24,6 +24,7 @@ SHORTEST = 90.0  # seconds without a sign that are never a fault
 TIMES = 6  # the limit, as a multiple of the slowest recent step
 UNPACED = 3600.0  # seconds that compiling, evaluating, sampling or saving may take without a sign
 RECENT = 20
+REFUSED = "refused"  # next to the signs of life: a rank has refused to start, and would do so again
 STACKS = signal.SIGUSR2  # on this signal a rank writes the stacks of its threads to stderr
 
 
@@ -103,6 +104,10 @@ class Watchdog:
             text = json.dumps(sign)
             if sign and text != old.get(path.name):
                 yield path.name, text, sign
+
+    def reached(self) -> int:
+        """The last step that a rank has reported, 0 before the first one."""
+        return max((sign["step"] for _, _, sign in self._signs(self.old)), default=0)
 
     def processes(self) -> list[int]:
         """The ranks' processes on this machine."""

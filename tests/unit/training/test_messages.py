@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import platform
 import queue
 import socket
 import subprocess
@@ -37,7 +38,7 @@ def webhook(monkeypatch):
 
 def test_message_names_stage_and_recipe(webhook, tmp_path):
     send_message(tmp_path / "tiny/.05_pretrain.work", "止まりました")
-    text = "05_pretrain of recipe tiny: 止まりました"
+    text = f"05_pretrain of recipe tiny on {platform.node()}: 止まりました"
     assert webhook.get(timeout=60) == {"text": text, "content": text}
 
 

@@ -1,0 +1,122 @@
+"""A training with --max-restarts goes on by itself after a crash and after a hang, to the same result."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from recipe.run.restarts import FIRST_PAUSE
+
+pytestmark = pytest.mark.faults
+ADAMW = ("--set", "pretrain.muon_learning_rate=null")
+STEPS = ("--set", "pretrain.max_steps=120", "--set", "pretrain.save_steps=10")
+STEPS += ("--set", "pretrain.eval_steps=120", *ADAMW)
+LAUNCHERS = {"python": (), "torchrun": ("--nproc", "2"), "zero2": ("--nproc", "2", "--deepspeed", "zero2")}
+
+
+@pytest.fixture(scope="module")
+def project(make_project):
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    return project
+
+
+def copy(project, name):
+    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.run("run_all.sh", "--recipe", name, "--to", "04")
+    return project.folder / f"outputs/{name}/.05_pretrain.work"
+
+
+def steps(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def wait_for(condition, run, seconds=300):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def ranks(work):
+    """The ranks' processes once they have done a step, and a checkpoint is complete."""
+    signs = [json.loads(path.read_text()) for path in sorted(work.glob("ranks/rank[0-9]"))]
+    done = signs and list(work.glob("checkpoints/*/manifest.json"))
+    return [sign["process"] for sign in signs if sign["limit"] == 90.0] if done else []
+
+
+def test_killed_rank_is_started_again(project, fault_row):
+    """Bit-identical to a training without a fault, on one rank and under torchrun and DeepSpeed."""
+    for name, options in LAUNCHERS.items():
+        results = []
+        for fault in (False, True):
+            work = copy(project, f"{name}-{fault}")
+            line = ("pretrain/05_pretrain.sh", "--recipe", f"{name}-{fault}", *STEPS, *options, "--force")
+            run = project.start(*line, "--max-restarts", "2")
+            if fault:
+                wait_for(lambda w=work, n=2 if options else 1: len(ranks(w)) == n, run)
+                os.kill(ranks(work)[-1], signal.SIGKILL)
+                killed, reached = time.monotonic(), max(steps(work / "metrics.jsonl"))
+                # Its last step is trained again first, or a later one.
+                wait_for(lambda w=work: not (w / "ranks").is_dir() or not ranks(w), run)
+                before = (work / "metrics.jsonl").stat().st_ino
+                wait_for(lambda w=work, b=before: (w / "metrics.jsonl").stat().st_ino != b, run)
+                lost = reached - max(steps(work / "metrics.jsonl"), default=0)
+                at = max(steps(work / "metrics.jsonl"), default=0)
+                wait_for(lambda w=work, a=at: max(steps(w / "metrics.jsonl"), default=0) > a, run)
+                print(f"{name}: {time.monotonic() - killed:.1f} s, of these {FIRST_PAUSE} s of pause")
+            output = run.communicate(timeout=400)[0]
+            assert run.returncode == 0, output
+            assert ("Restart 1 of 2 from the newest good checkpoint" in output) == fault
+            model = project.output(f"{name}-{fault}", "05_pretrain", "model.safetensors").read_bytes()
+            curve = project.output(f"{name}-{fault}", "05_pretrain", "metrics.jsonl")
+            assert steps(curve) == list(range(1, 121))
+            results.append(model)
+        fault_row(f"rank killed with --max-restarts ({name})", 1, 1, int(results[0] != results[1]), lost)
+        assert results[0] == results[1]
+
+
+POISON = """
+from recipe.training.skip_bad_steps import Guard
+
+stock = Guard.on_step_end
+
+def poison(guard, args, state, control, **objects):
+    if state.global_step == 47:
+        raise RuntimeError("broken at step 47")
+    stock(guard, args, state, control, **objects)
+
+Guard.on_step_end = poison
+"""
+
+
+def test_a_step_that_fails_twice_ends_the_training(project, tmp_path, monkeypatch, fault_row):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'run_clm.py' in ' '.join(sys.orig_argv):\n    import poison\n"
+    )
+    (tmp_path / "poison.py").write_text(POISON)
+    monkeypatch.setitem(project.environment, "PYTHONPATH", f"{tmp_path}:{project.environment['PYTHONPATH']}")
+    copy(project, "poisoned")
+    line = ("pretrain/05_pretrain.sh", "--recipe", "poisoned", *STEPS, "--force", "--max-restarts", "5")
+    result = project.run(*line, check=False)
+    fault_row("a step that always fails, with --max-restarts", 1, int(result.returncode == 1))
+    assert result.returncode == 1
+    assert result.stdout.count("Restart ") == 1 and "continues from checkpoint-40" in result.stdout
+    assert "failed twice right after step 47" in result.stderr
+
+
+def test_frozen_rank_is_started_again(project, fault_row):
+    work = copy(project, "frozen")
+    line = ("pretrain/05_pretrain.sh", "--recipe", "frozen", *STEPS, "--force", "--nproc", "2")
+    run = project.start(*line, "--max-restarts", "1")
+    wait_for(lambda: len(ranks(work)) == 2, run)
+    os.kill(ranks(work)[1], signal.SIGSTOP)
+    output = run.communicate(timeout=400)[0]
+    fault_row("rank frozen with --max-restarts", 1, int(run.returncode == 0))
+    assert run.returncode == 0, output
+    assert "is frozen (SIGSTOP)" in output and "Restart 1 of 1" in output
+    assert steps(project.output("frozen", "05_pretrain", "metrics.jsonl")) == list(range(1, 121))
