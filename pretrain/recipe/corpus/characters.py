@@ -50,6 +50,11 @@ def _replaced() -> dict[str, str]:
     return found | {"－": "-", "～": "〜"} | dict.fromkeys(_LINE_ENDS, "\n")
 
 
+def has_invisible(text: str) -> bool:
+    """Whether a text has a character that `remove_invisible` removes."""
+    return bool(_INVISIBLE.search(text) or (_OTHER_PLANES.search(text) and _LAST_OF_PLANES.search(text)))
+
+
 def remove_invisible(text: str, figures: Counter[str]) -> str:
     """The text without characters that are not visible; their number is added to the figures."""
     text, removed = _INVISIBLE.subn("", text)
@@ -96,7 +101,7 @@ def make_dialogue_normalizer(
         text.encode("utf-8")
         if config.get("nfkc", False):
             text = unicodedata.normalize("NFKC", text)
-        if clean and (_INVISIBLE.search(text) or _OTHER_PLANES.search(text)):
+        if clean and has_invisible(text):
             text = remove_invisible(text, figures)
         if clean and _MARK.search(text):
             text = compose(text, figures)

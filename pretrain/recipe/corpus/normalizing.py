@@ -32,6 +32,7 @@ from recipe.corpus.characters import (
     LAST_OF_PLANES,
     MARKS,
     compose,
+    has_invisible,
     make_dialogue_normalizer,
     remove_invisible,
 )
@@ -136,16 +137,17 @@ def make_normalizer(config: dict[str, Any], figures: Counter[str] | None = None)
     remove_space = options.get("remove_space", True)
     fixes = config.get("keep_dashes", True), config.get("clean_characters", True)
     tables = _tables(options["tilde"], *fixes)
-    # For these, neologdn's own loop cannot be used.
-    special = re.compile(
-        f"[{''.join(_to_fix(*fixes).values()) + _DASHES * fixes[0]}]" if any(fixes) else "(?!)"
-    )
+    visible = re.compile(f"[{('－' + _DASHES) * fixes[0] + MARKS * fixes[1]}]" if any(fixes) else "(?!)")
+
+    def is_special(text: str) -> bool:
+        """Whether neologdn's own loop cannot be used. No invisible character is printable."""
+        return bool(visible.search(text)) or (fixes[1] and not text.isprintable() and has_invisible(text))
 
     def normalize(text: str) -> str:
         if config.get("nfkc", False):
             text = unicodedata.normalize("NFKC", text)
         text = text.replace("～", "〜")
-        if len(text) < _SHORT and not special.search(text):
+        if len(text) < _SHORT and not is_special(text):
             lines = (neologdn.normalize(line, **options) for line in text.splitlines())
             return "\n".join(line for line in lines if line)
         units = _utf16(text)
