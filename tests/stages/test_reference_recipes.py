@@ -12,6 +12,7 @@ import json
 import lzma
 import math
 import random
+import shutil
 
 import pytest
 from bench.preflight import inputs as random_inputs
@@ -404,13 +405,16 @@ def test_mistral_300m_is_tuned_in_the_form_of_alpaca(project, sources):
 def test_small_goes_through_all_its_stages(project, sources):
     """From the data sets of the hub to the folder to take away, with pairs in both forms."""
     cut_down(project, "small", sources)
-    project.edit("small", "finetune", max_steps=2)
-    project.edit("small", "generation", max_new_tokens=16)
-    project.run("run_all.sh", "--recipe", "small", timeout=600)
-    pairs = project.figures("small", "11_dataset")["pairs"]
+    shutil.copytree(project.folder / "configs/small", project.folder / "configs/evening")
+    batch = {"global_batch_size": 2, "per_device_train_batch_size": 1, "max_steps": 2}
+    project.edit("evening", "pretrain", eval_steps=2, **batch)
+    project.edit("evening", "finetune", **batch)
+    project.edit("evening", "generation", max_new_tokens=16)
+    project.run("run_all.sh", "--recipe", "evening", timeout=600)
+    pairs = project.figures("evening", "11_dataset")["pairs"]
     assert {name: counts["out"] for name, counts in pairs.items()} == {"magpie": 80, "dolly": 80}
-    assert len(project.figures("small", "15_generate")["answers"]) == 6
-    assert project.output("small", "16_export", "README.md").exists()
+    assert len(project.figures("evening", "15_generate")["answers"]) == 6
+    assert project.output("evening", "16_export", "README.md").exists()
 
 
 def len_of(path):
