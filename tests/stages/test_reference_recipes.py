@@ -413,7 +413,8 @@ def test_small_goes_through_all_its_stages(project, sources):
     project.run("run_all.sh", "--recipe", "evening", timeout=600)
     pairs = project.figures("evening", "11_dataset")["pairs"]
     assert {name: counts["out"] for name, counts in pairs.items()} == {"magpie": 80, "dolly": 80}
-    assert len(project.figures("evening", "15_generate")["answers"]) == 6
+    asked = {row["prompt"] for row in project.figures("evening", "15_generate")["answers"]}
+    assert asked >= set(shipped("small", "generation")["questions"])
     assert project.output("evening", "16_export", "README.md").exists()
 
 
