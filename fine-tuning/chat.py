@@ -153,10 +153,13 @@ def set_option(talker: Talker, recipe: str, overrides: list[str], text: str) -> 
 
 def serve(talker: Talker, recipe: str, stage: str, port: int) -> None:
     """Serve the page on the loopback address, print the address, and wait for Ctrl-C."""
+    from recipe.evaluation.page_guard import PageGuard
     from recipe.evaluation.talking import web_page
+    from starlette.middleware import Middleware
 
     page = web_page(talker, recipe, stage).queue()
     options = {"quiet": True, "footer_links": [], "prevent_thread_lock": True}
+    options["app_kwargs"] = {"middleware": [Middleware(PageGuard)]}
     try:
         _, address, _ = page.launch(server_name="127.0.0.1", server_port=port, share=False, **options)
     except OSError as error:

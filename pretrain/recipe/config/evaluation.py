@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recipe.config.keys import check_keys, nearest, require, show, type_name
-from recipe.config.ranges import ABOVE_0, FROM_0, check_ranges, one_of
+from recipe.config.ranges import ABOVE_0, FROM_0, check_ranges, one_of, whole
 from recipe.config.tasks import SUITES, harness_files, metadata, own_tasks
 from recipe.project import Refused
 
@@ -17,7 +17,7 @@ EVALUATION = {
     "suite": "str",
     "skip_unavailable": "bool",
 }
-RANGES = {"batch_size": ABOVE_0, "megabytes_per_source": ABOVE_0, "items_per_task": ABOVE_0}
+RANGES = {"batch_size": whole(1, 2**24), "megabytes_per_source": ABOVE_0, "items_per_task": ABOVE_0}
 RANGES |= {"suite": one_of(*SUITES)}
 
 

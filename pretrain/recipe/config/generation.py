@@ -8,14 +8,15 @@ from recipe.config.keys import check_keys, known_keys, require, show
 from recipe.config.ranges import (
     ABOVE_0,
     ABOVE_0_TO_1,
+    ABOVE_0_TO_100,
     BELOW_1,
     FROM_0,
     FROM_0_TO_1,
-    FROM_1,
     SEED,
     TEXTS,
     Range,
     check_ranges,
+    whole,
 )
 from recipe.project import Refused
 
@@ -51,7 +52,8 @@ NATIVE = {
 }
 RANGES = {
     "temperature": Range(
-        "more than 0 (for the most probable token at every step, set do_sample to false)", lambda x: x > 0
+        "more than 0 (for the most probable token at every step, set do_sample to false), at most 100",
+        lambda x: 0 < x <= 100,
     ),
     "top_p": FROM_0_TO_1,
     "top_k": FROM_0,
@@ -60,12 +62,11 @@ RANGES = {
     "typical_p": ABOVE_0_TO_1,
     "epsilon_cutoff": BELOW_1,
     "eta_cutoff": BELOW_1,
-    "repetition_penalty": ABOVE_0,
-    "no_repeat_ngram_size": FROM_0,
-    "max_new_tokens": FROM_1,
+    "repetition_penalty": ABOVE_0_TO_100,
+    "no_repeat_ngram_size": whole(0, 10**8),
+    "max_new_tokens": whole(1, 10**8),
     "min_new_tokens": FROM_0,
-    "num_beams": FROM_1,
-    "num_return_sequences": FROM_1,
+    **dict.fromkeys(("num_beams", "num_return_sequences"), whole(1, 1024)),
     "stop_strings": TEXTS,
     "max_time": ABOVE_0,
     "seed": SEED,

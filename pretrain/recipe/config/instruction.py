@@ -51,6 +51,7 @@ PREFERENCE_RANGES = {
 def check_instruction(values: dict[str, Any], where: str) -> None:
     """Check instruction.json by itself (see also `check_pair`). Raises Refused at the first error."""
     check_keys(values, INSTRUCTION, where)
+    require(values, ("pairs",), where, 'Add it, or write "pairs": {} to leave out tuning')
     _check_pairs(values, PAIRS, "`source` (a source of dataset.json), `path` or `dataset`", where)
     template = values.get("template", FORMS[0])
     if template not in FORMS:

@@ -12,6 +12,8 @@ import difflib
 import functools
 import json
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ ELSEWHERE = {
     "save_on_each_node": "the stage, which keeps one folder for all nodes",
 }
 
+LEVELS = 50  # of objects and lists in each other; a file of a recipe has five
+
 
 @functools.cache
 def known_keys() -> dict[str, Any]:
@@ -55,35 +59,60 @@ def known_keys() -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read one JSON object from a file that a user edits.
+    """Read one JSON object from a file that a user edits. Raises Refused (see `parse_json`)."""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{short(path)}: not UTF-8 ({error.reason}). Save the file as UTF-8") from error
+    except OSError as error:
+        raise Refused(f"{short(path)}: cannot be read ({error.strerror})") from error
+    value = parse_json(text, short(path))
+    if not isinstance(value, dict):
+        raise Refused(f"{short(path)}: expected a JSON object {{...}}, found {type_name(value)}")
+    return value
 
-    Raises Refused for bad JSON (with its line) and for a key that occurs twice.
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value that a user wrote. where: the file, for messages.
+
+    Raises Refused for bad JSON (with its line), a key that occurs twice, more than LEVELS levels, a number of
+    thousands of digits, and half of a surrogate pair, which is not text.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise Refused(f"{short(path)}: {key}: occurs twice. Remove one of the two")
+                raise Refused(f"{where}: {key}: occurs twice. Remove one of the two")
             result[key] = value
         return result
 
+    too_deep = Refused(f"{where}: objects and lists in more than {LEVELS} levels. Remove some levels")
     try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise Refused(
-            f"{short(path)}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
+            f"{where}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
         ) from error
-    except RecursionError as error:
-        raise Refused(f"{short(path)}: not valid: its objects or lists are nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise Refused(f"{short(path)}: not UTF-8 ({error.reason}). Save the file as UTF-8") from error
-    except ValueError as error:
-        # Python reads integers of at most 4,300 digits.
-        raise Refused(f"{short(path)}: a number has too many digits ({error})") from error
-    if not isinstance(value, dict):
-        raise Refused(f"{short(path)}: expected a JSON object {{...}}, found {type_name(value)}")
+    except RecursionError:
+        raise too_deep from None
+    except ValueError as error:  # the limit of Python for the digits of a whole number
+        raise Refused(f"{where}: a number has more than {sys.get_int_max_str_digits():,} digits") from error
+    level, depth = [value], 0
+    while level:
+        if depth > LEVELS:
+            raise too_deep
+        level = [part for item in level if isinstance(item, dict | list) for part in _parts(item)]
+        depth += 1
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refused(f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is not text") from error
     return value
+
+
+def _parts(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def short(path: Path) -> str:
@@ -151,12 +180,15 @@ def is_type(value: Any, expected: str) -> bool:
     return name in types or (name == "int" and "float" in types)
 
 
-def require(values: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    """Refuse a file in which one of `keys` is missing; a misspelt one is named as such."""
+def require(values: dict[str, Any], keys: tuple[str, ...], where: str, solution: str = "Add it") -> None:
+    """Refuse a file in which one of `keys` is missing; a misspelt one is named as such.
+
+    solution: what to do about a missing key.
+    """
     for key in keys:
         if key not in values:
             for near in (name for name in values if _differ_in_one_letter(key, name)):
                 raise Refused(
                     f"{where}: {near}: unknown key (value {show(values[near])}). Did you mean {key!r}?"
                 )
-            raise Refused(f"{where}: {key}: missing. Add it")
+            raise Refused(f"{where}: {key}: missing. {solution}")

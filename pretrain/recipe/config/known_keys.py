@@ -113,6 +113,17 @@ def scheduler_options() -> dict[str, list[str]]:
     return {kind: keys for kind, keys in options.items() if "kwargs" not in keys}
 
 
+def matrices(kind: str) -> list[str]:
+    """The paths of the matrices in a model of one layer: what an adapter (LoRA) can be added to."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads))
+    kinds = ("Linear", "Embedding", "Conv1D")
+    return [path for path, module in model.named_modules() if type(module).__name__ in kinds]
+
+
 def table() -> dict[str, Any]:
     """The whole table, as it is written to known_keys.json."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -147,6 +158,7 @@ def table() -> dict[str, Any]:
             "num_beams": "int",
         },
         "model": {kind: fields_of(CONFIG_MAPPING[kind]) | WRITTEN_MODEL_KEYS for kind in MODEL_TYPES},
+        "matrices": {kind: matrices(kind) for kind in MODEL_TYPES},
         "deepspeed": {
             "top": DEEPSPEED_TOP,
             "zero_optimization": pydantic_fields(DeepSpeedZeroConfig),

@@ -48,7 +48,7 @@ RANGES = {
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner"), SIZE),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), SIZE),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), SIZE),
-    "sliding_window": FROM_1,
+    "sliding_window": POSITIONS,
     **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "max_window_layers"), FROM_0),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), BETWEEN_0_AND_1),

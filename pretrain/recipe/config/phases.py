@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from recipe.config.keys import check_keys, nearest, show, type_name
 from recipe.config.model import model_values
-from recipe.config.ranges import ABOVE_0, FROM_1, FROM_2, check_ranges
+from recipe.config.ranges import ABOVE_0, FROM_1, POSITIONS, check_ranges
 from recipe.project import Refused
 
 # The keys of a phase, with their JSON types and ranges.
@@ -24,7 +24,7 @@ PHASE = {
 }
 RANGES = {
     **dict.fromkeys(("until_step", "until_tokens"), FROM_1),
-    "block_size": FROM_2,
+    "block_size": POSITIONS,
     **dict.fromkeys(("rate", "rope_theta"), ABOVE_0),
 }
 

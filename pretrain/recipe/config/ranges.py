@@ -21,15 +21,13 @@ class Range(NamedTuple):
 ABOVE_0 = Range("more than 0", lambda x: x > 0)
 FROM_0 = Range("0 or more", lambda x: x >= 0)
 FROM_1 = Range("1 or more", lambda x: x >= 1)
-FROM_2 = Range("2 or more", lambda x: x >= 2)
-# Numbers of vocabularies and of layers, widths and heads: far above any model, and below what overflows.
-VOCABULARY = Range("a whole number from 1 to 10,000,000", lambda x: 1 <= x <= 10_000_000)
-SIZE = Range("a whole number from 1 to 1,000,000", lambda x: 1 <= x <= 1_000_000)
-POSITIONS = Range("a whole number from 2 to 100,000,000", lambda x: 2 <= x <= 100_000_000)
 BELOW_1 = Range("0 or more and below 1", lambda x: 0 <= x < 1)
+ABOVE_0_TO_100 = Range("more than 0 and at most 100", lambda x: 0 < x <= 100)
+FROM_0_TO_100 = Range("a number from 0 to 100", lambda x: 0 <= x <= 100)
 BETWEEN_0_AND_1 = Range("a number above 0 and below 1", lambda x: 0 < x < 1)
 ABOVE_0_TO_1 = Range("more than 0 and at most 1", lambda x: 0 < x <= 1)
 FROM_0_TO_1 = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
+LARGEST = 10**12  # of any number in a recipe
 # What numpy and torch both take as a seed.
 SEED = Range("a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 HASH = Range("a whole number from 1 to 2^32 - 1", lambda x: 1 <= x < 2**32)
@@ -40,6 +38,15 @@ STEPS_OR_SHARE = Range(
 TEXTS = Range(
     "a list of texts, none of them empty", lambda x: bool(x) and all(isinstance(t, str) and t for t in x)
 )
+
+
+def whole(least: int, most: int) -> Range:
+    """The range of a size. most: above every model and corpus that exists, so that a typo is found."""
+    return Range(f"a whole number from {least:,} to {most:,}", lambda x: least <= x <= most)
+
+
+# Numbers of vocabularies and of layers, widths and heads: far above any model, and below what overflows.
+VOCABULARY, SIZE, POSITIONS = whole(1, 10**7), whole(1, 10**6), whole(2, 10**8)
 
 
 def one_of(*names: str) -> Range:
@@ -64,13 +71,18 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range], where: 
             raise Refused(f"{where}: {key}: {show(value)}, expected {words}.{near}".removesuffix("."))
 
 
-def check_finite(value: Any, where: str) -> None:
-    """Refuse Infinity and NaN, which Python reads from JSON. where: begins the message."""
+def check_numbers(value: Any, where: str) -> None:
+    """Refuse Infinity and NaN, which Python reads from JSON, and numbers beyond LARGEST.
+
+    where: begins the message.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         raise Refused(f"{where}: {value}, expected a finite number")
+    if isinstance(value, int | float) and abs(value) > LARGEST:
+        raise Refused(f"{where}: {show(value)}, expected a number of at most {LARGEST:,}")
     if isinstance(value, dict):
         for key, item in value.items():
-            check_finite(item, f"{where}: {key}")
+            check_numbers(item, f"{where}: {key}")
     elif isinstance(value, list):
         for item in value:
-            check_finite(item, where)
+            check_numbers(item, where)

@@ -16,13 +16,19 @@ from recipe.config.evaluation import check_evaluation, check_task_source
 from recipe.config.generation import check_generation
 from recipe.config.initial_model import changed_context, published_config
 from recipe.config.instruction import check_instruction, check_pair, check_preference
-from recipe.config.keys import known_keys, nearest, read_config, show
+from recipe.config.keys import known_keys, nearest, parse_json, read_config, show
 from recipe.config.model import FROM_TOKENIZER, check_model, model_values
 from recipe.config.phases import check_phases
-from recipe.config.ranges import check_finite
+from recipe.config.ranges import check_numbers
 from recipe.config.tasks import with_suite
 from recipe.config.tokenizer import check_tokenizer, special_ids, vocabulary_size
-from recipe.config.training import PRETRAINING, TUNING, check_training, training_files
+from recipe.config.training import (
+    PRETRAINING,
+    TUNING,
+    check_target_modules,
+    check_training,
+    training_files,
+)
 from recipe.project import CONFIGS, Refused
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
@@ -155,10 +161,7 @@ def _apply(config: dict[str, dict[str, Any]], override: str) -> tuple[str, str]:
         )
     if keys == ["extends"]:
         raise Refused(f"--set {override}: `extends` works only in the file. Write it into {file}.json")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
+    value = parse_json(text, f"--set {name}") if _is_json(text) else text
     section = config[file]
     for key in keys[:-1]:
         section = section.setdefault(key, {})
@@ -168,11 +171,22 @@ def _apply(config: dict[str, dict[str, Any]], override: str) -> tuple[str, str]:
     return file, keys[0]
 
 
+def _is_json(text: str) -> bool:
+    """Whether a text is JSON, also where it has too many levels or digits to be read."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        pass
+    return True
+
+
 def check_recipe(config: dict[str, dict[str, Any]], where: str) -> None:
     """Check every key and type, then what the files must agree on. Raises Refused at the first fault."""
     for name, values in config.items():
         for key, value in values.items():
-            check_finite(value, f"{where}/{name}.json: {key}")
+            check_numbers(value, f"{where}/{name}.json: {key}")
     check_dataset(config["dataset"], f"{where}/dataset.json")
     check_tokenizer(config["tokenizer"], f"{where}/tokenizer.json")
     if config["model"] or not config["pretrain"].get("initial_model"):
@@ -207,6 +221,7 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
                 f"{where}/{name}.json: block_size: {config[name]['block_size']}, more than the "
                 f"{positions} positions of {home}"
             )
+        check_target_modules(config, name, where)
     new_tokens = config["generation"]["max_new_tokens"]
     if positions and positions <= new_tokens:
         raise Refused(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from recipe.config.keys import check_keys, nearest, require, show
-from recipe.config.ranges import ABOVE_0, FROM_0, SEED, VOCABULARY, Range, check_ranges
+from recipe.config.ranges import ABOVE_0, SEED, VOCABULARY, Range, check_ranges, whole
 from recipe.project import Refused
 
 
@@ -71,11 +71,11 @@ TRAINED_KEYS = {
 }
 RANGES = {
     "vocab_size": VOCABULARY,
-    "round_to": ABOVE_0,
+    "round_to": VOCABULARY,
     "training_megabytes": ABOVE_0,
     "min_frequency": ABOVE_0,
     "limit_alphabet": ABOVE_0,
-    "new_pieces": FROM_0,
+    "new_pieces": whole(0, 10**7),
     "seed": SEED,
     # The range of SentencePiece.
     "character_coverage": Range("a number from 0.98 to 1", lambda x: 0.98 <= x <= 1),

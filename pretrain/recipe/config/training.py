@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,16 @@ from recipe.config.ranges import (
     ABOVE_0_TO_1,
     BELOW_1,
     FROM_0,
+    FROM_0_TO_1,
+    FROM_0_TO_100,
     FROM_1,
-    FROM_2,
+    POSITIONS,
     SEED,
     STEPS_OR_SHARE,
     Range,
     check_ranges,
     one_of,
+    whole,
 )
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings, SpikeRule
@@ -82,23 +86,27 @@ _LEVELS = one_of("debug", "info", "warning", "error", "critical", "passive", "de
 _BETA = Range("at least 0 and at most 0.99999", lambda x: 0 <= x <= 0.99999)
 _LEAST_0 = Range("at least 0", lambda x: x >= 0)
 RANGES = {
-    **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm"), _LEAST_0),
-    **dict.fromkeys(
-        ("adam_epsilon", "eval_delay", "neftune_noise_alpha", "dataloader_num_workers"), _LEAST_0
-    ),
+    **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay"), FROM_0_TO_100),
+    "adam_epsilon": FROM_0_TO_1,
+    **dict.fromkeys(("max_grad_norm", "eval_delay", "neftune_noise_alpha"), _LEAST_0),
+    "dataloader_num_workers": whole(0, 1024),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BETA),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), STEPS_OR_SHARE),
     "warmup_steps": Range(
         "0, a share of the steps below 1, or a whole number of steps",
         lambda x: 0 <= x < 1 or x == x // 1 >= 1,
     ),
-    "max_steps": Range("1 or more (or -1: by num_train_epochs)", lambda x: x >= 1 or x == -1),
+    "max_steps": Range(
+        "1 or more, at most 1,000,000,000 (or -1: by num_train_epochs)", lambda x: 1 <= x <= 10**9 or x == -1
+    ),
     "num_train_epochs": ABOVE_0,
-    **dict.fromkeys(("global_batch_size", "per_device_train_batch_size"), FROM_1),
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_blocks", "eval_accumulation_steps"), FROM_1),
+    **dict.fromkeys(
+        ("global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"), whole(1, 2**24)
+    ),
+    **dict.fromkeys(("eval_blocks", "eval_accumulation_steps"), FROM_1),
     **dict.fromkeys(("save_total_limit", "torch_empty_cache_steps", "dataloader_prefetch_factor"), FROM_1),
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), FROM_1),
-    "block_size": FROM_2,
+    "block_size": POSITIONS,
     "seed": SEED,
     "z_loss": Range("0 or more (PaLM used 1e-4)", lambda x: x >= 0),
     "attn_implementation": one_of(*ATTENTION),
@@ -271,6 +279,42 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
         )
     if values.get("z_loss"):
         raise Refused(f"{where}: z_loss: an adapter does not train the output matrix. Remove it, or lora")
+
+
+def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where: str) -> None:
+    """Refuse names in lora.target_modules that are no matrix of the model, by peft's way of matching.
+
+    A list holds the ends of paths (``q_proj``, ``layers.0.mlp.up_proj``), a text is a regular expression over
+    whole paths, or ``all-linear``.
+    """
+    targets = (config[file].get("lora") or {}).get("target_modules", "all-linear")
+    model = model_values(config)
+    first = known_keys()["matrices"].get(model.get("model_type"), [])
+    if targets == "all-linear" or not first:
+        return
+    model = DEFAULTS.get(model["model_type"], {}) | model
+    layers = model.get("num_hidden_layers") or model.get("n_layer") or 1
+    paths = {path.replace(".0.", f".{layer}.") for path in first for layer in range(layers)}
+    here = f"{where}/{file}.json: lora.target_modules"
+    names = sorted({path.rpartition(".")[2] for path in first})
+    known = f'Known: {", ".join(names)}; "all-linear" takes all but lm_head'
+    if isinstance(targets, str):
+        try:
+            found = any(re.fullmatch(targets, path) for path in paths)
+        except re.error as error:
+            raise Refused(f"{here}: {show(targets)}: not a regular expression ({error})") from error
+        if not found:
+            raise Refused(
+                f"{here}: {show(targets)}, a regular expression that matches no path of a matrix, such as "
+                f"{first[2]}. Write a list of names. {known}"
+            )
+        return
+    for target in targets or [None]:
+        if not isinstance(target, str) or not any(f".{path}".endswith(f".{target}") for path in paths):
+            raise Refused(
+                f"{here}: {show(target)} is no matrix of {model['model_type']}."
+                f"{nearest(str(target), names)} {known}"
+            )
 
 
 def attention_needs(config: Mapping[str, dict[str, Any]], file: str) -> AttentionNeeds:

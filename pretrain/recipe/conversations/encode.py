@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
 from recipe.conversations.instructions import messages_of
@@ -18,6 +21,7 @@ from recipe.tokenization.encode_text import encode_text
 
 Conversation = tuple[list[int], list[bool]]  # ids, and for each id whether it is trained
 
+SECONDS = 10  # for one conversation; the templates of the project need less than 0.01
 _SOLUTION = (
     "Use a template of recipe/config/chat_templates.py (`template` in instruction.json), and redo stage 12 "
     "with --force"
@@ -44,10 +48,10 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     question, answer, other = "山は高いか", "はい、高い", "海は深いか"
     roles = {question: "user", answer: "assistant", other: "user"}
     messages = [{"role": role, "content": text} for text, role in roles.items()]
-    try:
-        parts = [text for text, _ in _rendered(tokenizer, messages)]
-    except TemplateError as error:
-        raise RecipeError(f"the chat template cannot be rendered: {error}. {_SOLUTION}") from error
+    if _has_power(tokenizer):
+        # Nothing can stop Python while it computes a power such as 10 ** 10 ** 9.
+        raise RecipeError(f"the chat template computes a power (**), which no template needs. {_SOLUTION}")
+    parts = [text for text, _ in _parts(tokenizer, messages)]
     for before, text in ((question, parts[0]), (other, parts[2])):
         if not text.partition(before)[2]:
             raise RecipeError(
@@ -77,7 +81,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[Messa
     safe = [m | {"content": pattern.sub(lambda found: hidden[found.group()], m["content"])} for m in messages]
     ids: list[int] = []
     trained: list[bool] = []
-    for text, is_trained in _rendered(tokenizer, safe):
+    for text, is_trained in _parts(tokenizer, safe):
         for part in re.split(f"({pattern.pattern})", text):
             if part in hidden:
                 new = [tokenizer.convert_tokens_to_ids(part)]
@@ -88,6 +92,54 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[Messa
             ids += new
             trained += [is_trained] * len(new)
     return ids, trained
+
+
+def _parts(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[tuple[str, bool]]:
+    """The list of `_rendered`. Raises RecipeError for every exception of a template, and for a slow one."""
+    try:
+        with time_limit(SECONDS):
+            return list(_rendered(tokenizer, messages))
+    except RecipeError:
+        raise
+    except TimeoutError as error:
+        raise RecipeError(
+            f"the chat template needs more than {SECONDS} seconds for {len(messages)} messages. {_SOLUTION}"
+        ) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise RecipeError(f"the chat template cannot be rendered: {reason}. {_SOLUTION}") from error
+
+
+def _has_power(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the chat template has the operator ``**``. A template with a syntax error is found later."""
+    with contextlib.suppress(ValueError, TemplateSyntaxError):
+        tokens = Environment().lex(tokenizer.get_chat_template())
+        return any(kind == "operator" and value == "**" for _, kind, value in tokens)
+    return False
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the calling thread, whichever it is, after some seconds.
+
+    It is raised between two steps of Python: not within one operation of C, however long that takes.
+    """
+    caller, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
+
+    def stop() -> None:
+        with lock:
+            if not ended.is_set():
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, ctypes.py_object(TimeoutError))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with lock:
+            ended.set()
 
 
 def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Iterator[tuple[str, bool]]:

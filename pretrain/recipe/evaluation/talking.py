@@ -14,8 +14,10 @@ from recipe.conversations.encode import check_template, encode_conversation
 from recipe.conversations.read_rows import Message
 from recipe.evaluation.generation import check_room, clean_prompt, clean_question, generation_config, stream
 from recipe.model.build import for_inference, load_model
-from recipe.project import RecipeError
+from recipe.project import RecipeError, Refused
 from recipe.tokenization.encode_text import prompt_ids
+
+CHARACTERS = 32  # of a text that are read for each position of a model: more than any token holds
 
 
 class Talker:
@@ -34,6 +36,7 @@ class Talker:
             check_template(self.tokenizer)
         self.model = for_inference(load_model(folder))
         self.parameters: int = self.model.num_parameters()
+        self.longest = CHARACTERS * self.model.config.max_position_embeddings
         torch.manual_seed(config["generation"].get("seed", 42))
 
     def answer(self, messages: list[Message], **options: Any) -> Iterator[str]:
@@ -48,19 +51,32 @@ class Talker:
 
     def continue_text(self, text: str, **options: Any) -> Iterator[str]:
         """What follows the beginning of a document, in parts as `answer`, with its options and errors."""
+        self._check_length(text)
         sampling = generation_config(self.config["generation"] | options, self.tokenizer)
         ids = prompt_ids(self.tokenizer, clean_prompt(self.config, text))
         check_room(self.model, ids, sampling, text)
         return stream(self.model, self.tokenizer, ids, sampling)
 
+    def _check_length(self, text: str) -> None:
+        """Raise Refused for a text that cannot fit into the model, before any work is done with it."""
+        if len(text) > self.longest:
+            raise Refused(
+                f"the prompt {text[:40]!r} has {len(text):,} characters; this model with "
+                f"{self.model.config.max_position_embeddings:,} positions reads at most {self.longest:,}. "
+                "Shorten it"
+            )
+
     def _prompt(self, messages: list[Message], sampling: GenerationConfig) -> list[int]:
         """The ids of as many of the last turns as leave room for an answer."""
-        messages = [
-            m | {"content": clean_question(self.config, m["content"])} if m["role"] == "user" else m
-            for m in messages
-        ]
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = messages[len(system) :]
+        while sum(len(m["content"]) for m in system + turns) > self.longest and len(turns) > 2:
+            turns = turns[2:]
+        self._check_length("".join(m["content"] for m in [*turns, *system]))
+        turns = [
+            m | {"content": clean_question(self.config, m["content"])} if m["role"] == "user" else m
+            for m in turns
+        ]
         room = self.model.config.max_position_embeddings - sampling.max_new_tokens
         while len(ids := encode_conversation(self.tokenizer, system + turns)[0]) > room and len(turns) > 2:
             turns = turns[2:]

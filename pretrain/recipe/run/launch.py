@@ -173,6 +173,7 @@ def join(name: str, doc: str, script: Path) -> None:
     """Start this node's ranks for the stage that node 0 runs, and exit with the right code."""
     training = TRAINING_STAGES[script.name]
     parser = stage_arguments(doc)
+    parser.prog = f"{name}.sh"
     add_options(parser)
     arguments = parser.parse_args()
     on_stop(raise_stopped)

@@ -236,6 +236,7 @@ def run_stage(
     extends: the training file whose length may be raised after the stage was finished (`run.extension`).
     """
     parser = stage_arguments(doc)
+    parser.prog = Path(script).name
     if options:
         options(parser)
     arguments = parser.parse_args()

@@ -21,6 +21,7 @@ from refusal import pair, preference, refusal, tiny
             lambda c: pair(c, directions=["fr"]),
             ["directions", "ja-en"],
         ),
+        (lambda c: c["instruction"].pop("pairs"), ["instruction.json: pairs: missing", '"pairs": {}']),
         (lambda c: c["instruction"].update(valid_share=7), ["valid_share: 7"]),
         (lambda c: preference(c, z_loss=1e-4), ["preference.json: z_loss", "stage 13"]),
         (lambda c: c["instruction"].update(template="alpacca"), ['template: "alpacca"', "'alpaca'"]),

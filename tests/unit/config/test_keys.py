@@ -4,7 +4,6 @@ import json
 
 import pytest
 from recipe.config import dataset, keys, model, training
-from recipe.config.keys import read_config
 from recipe.config.recipe import load_recipe
 from recipe.project import Refused
 from refusal import refusal
@@ -66,17 +65,30 @@ def test_duplicate_key_and_bad_json_name_file_and_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"a": ' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
-        ('{"a": ' + "9" * 5000 + "}", "a number has too many digits"),
+        ("[" * 100_000 + "]" * 100_000, "in more than 50 levels"),
+        ('{"a":' * 60 + "1" + "}" * 60, "in more than 50 levels"),
+        ('{"seed": %s}' % ("1" * 5000), "a number has more than 4,300 digits"),
+        ('{"seed": "\\ud800"}', "half of a surrogate pair"),
+        ("[1]", "expected a JSON object"),
+        ("", "not valid JSON"),
     ],
-    ids=["levels", "digits"],
 )
 def test_absurd_json_is_refused_in_one_line(tmp_path, text, words):
-    path = tmp_path / "model.json"
+    path = tmp_path / "pretrain.json"
     path.write_text(text)
-    with pytest.raises(Refused, match=words) as caught:
-        read_config(path)
-    assert "model.json" in str(caught.value) and len(str(caught.value)) < 300
+    with pytest.raises(Refused) as caught:
+        keys.read_config(path)
+    message = str(caught.value)
+    assert words in message and "pretrain.json" in message and "\n" not in message, message
+    if text and text != "[1]":
+        with pytest.raises(Refused, match="^--set pretrain.seed: ") as caught:
+            load_recipe("tiny", [f"pretrain.seed={text}"])
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "pretrain.json").mkdir()
+    with pytest.raises(Refused, match="pretrain.json: cannot be read"):
+        keys.read_config(tmp_path / "pretrain.json")
 
 
 def test_an_absurd_name_of_a_recipe_is_refused():

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 VALUES = (-1, -0.5, 0, 0.5, 1, 1.5, 2, 3, "silly", "", True, None, [], {}, math.inf, -math.inf, math.nan)
+VALUES += (10**400, 1e300)
 
 
 def accepted(config):
@@ -64,6 +65,21 @@ def test_every_key_of_a_recipe_refuses_infinity_nan_and_a_value_of_another_type(
                 assert not ok, (path, value)
             if isinstance(value, int | float) and value == -1 and path[-1] != "max_steps":
                 assert not ok, (path, value)
+            if isinstance(value, int | float) and value > 1e12:
+                assert not ok, (path, value)
+
+
+SIZES = ("size", "head_dim", "layer", "positions", "window", "embd", "beams", "learning_rate", "temperature")
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_size_above_every_model_is_refused(recipe):
+    """Walk over all keys. A typo such as one zero too many in a size ends in the refusal of its key."""
+    config = load_recipe(recipe)
+    for path in paths(config):
+        if any(word in path[-1] for word in SIZES) and path[-1] != "minhash":
+            for value in (10**10, 1e10):
+                assert not accepted(changed(config, path, value)), path
 
 
 def accepted_values(config, file, types):
@@ -153,6 +169,22 @@ def test_training_arguments_accept_what_the_loader_accepts(tmp_path, monkeypatch
         ("pretrain", "eval_steps", 1.5, "eval_steps: 1.5, expected more than 0; from 1 on a whole number"),
         ("pretrain", "learning_rate", math.inf, "learning_rate: inf, expected a finite number"),
         ("pretrain", "dataloader_prefetch_factor", 2, "needs workers. Add dataloader_num_workers"),
+        (
+            "model",
+            "hidden_size",
+            10**11,
+            "hidden_size: 100000000000, expected a whole number from 1 to 1,000,0",
+        ),
+        ("tokenizer", "vocab_size", 10**10, "expected a whole number from 1 to 10,000,000"),
+        ("pretrain", "learning_rate", 1e10, "learning_rate: 10000000000.0, expected a number from 0 to 100"),
+        ("pretrain", "max_steps", 10**10, "expected 1 or more, at most 1,000,000,000"),
+        ("pretrain", "warmup_steps", 10**400, "expected a number of at most 1,000,000,000,000"),
+        (
+            "dataset",
+            "rules",
+            {"web": {"minimum_hiragana_share": 3}},
+            "share: 3, expected a number from 0 to 1",
+        ),
         ("evaluation", "tasks", {"jnli": {"path": math.inf}}, "tasks: jnli: path: inf, expected a finite"),
     ],
 )
@@ -167,3 +199,30 @@ def test_the_ranges_are_those_of_the_libraries():
     assert set(model.ACTIVATIONS) <= set(ACT2FN)
     for coverage in (0.98, 1.0):
         assert train_tokenizer(sentences(500, 1), {"vocab_size": 400, "character_coverage": coverage})
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (["q_prj"], "\"q_prj\" is no matrix of mistral. Did you mean 'q_proj'? Known: "),
+        (["q_proj", "c_attn"], '"c_attn" is no matrix of mistral. Known: '),
+        (["roj"], '"roj" is no matrix'),
+        ([], "null is no matrix"),
+        ("q_proj", "matches no path of a matrix, such as model.layers.0.self_attn.k_proj"),
+        (r".*layers\.99\..*", "matches no path of a matrix"),
+        ("(q", "not a regular expression"),
+    ],
+)
+def test_an_adapter_over_no_matrix_is_refused(targets, words):
+    with pytest.raises(Refused) as caught:
+        check_recipe(
+            changed(load_recipe("mistral-300m-qlora"), ("finetune", "lora", "target_modules"), targets), "c/x"
+        )
+    assert "c/x/finetune.json: lora.target_modules: " in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "0.mlp.up_proj"], r".*layers\.3\..*_proj"])
+def test_an_adapter_over_matrices_of_the_model_is_accepted(targets):
+    assert accepted(
+        changed(load_recipe("mistral-300m-qlora"), ("finetune", "lora", "target_modules"), targets)
+    )

@@ -49,7 +49,7 @@ def lora(config, **values):
     ("change", "words"),
     [
         (lambda c: c["pretrain"].update(lr_scheduler_type="cosin"), ["lr_scheduler_type", "'cosine'"]),
-        (lambda c: c["pretrain"].update(global_batch_size=0), ["global_batch_size: 0", "1 or more"]),
+        (lambda c: c["pretrain"].update(global_batch_size=0), ["global_batch_size: 0", "from 1 to"]),
         (lambda c: c["pretrain"].update(gradient_accumulation_steps=2), ["global_batch_size"]),
         (lambda c: c["pretrain"].update(bf16=True, fp16=True), ["bf16 and fp16"]),
         (
@@ -58,7 +58,7 @@ def lora(config, **values):
         ),
         (lambda c: c["pretrain"].update(optim="adafactor"), ["optim: muon_learning_rate"]),
         (schedule("constant", warmup_steps=10), ["warmup_steps: 10", "constant_with_warmup"]),
-        (lambda c: c["pretrain"].update(learning_rate=-1), ["learning_rate: -1", "at least 0"]),
+        (lambda c: c["pretrain"].update(learning_rate=-1), ["learning_rate: -1", "from 0 to 100"]),
         (lambda c: c["pretrain"].update(adam_beta2=1.5), ["adam_beta2: 1.5", "at most"]),
         (lambda c: c["pretrain"].update(logging_steps=0), ["logging_steps: 0"]),
         (

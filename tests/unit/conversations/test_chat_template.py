@@ -1,6 +1,8 @@
 """The chat template: real line ends, one <s>, answers trained up to </s>, the same bytes everywhere."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import sentences
@@ -217,3 +219,44 @@ def test_empty_lines_at_the_beginning_and_white_space_at_the_end_are_removed(fas
     assert fast.apply_chat_template([message], tokenize=False) == fast.apply_chat_template(
         [expected], tokenize=False
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "than 0.3 seconds",
+        ),
+        ("{{ 10 ** 10 ** 9 }}", "computes a power"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages[9].content.x.y }}", "UndefinedError"),
+        ("{{ raise_exception('no') }}", "TemplateError: no"),
+        ("{{ 'a' * 99999999999999 }}", "MemoryError"),
+        ("{{ range(999999999) }}", "OverflowError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ messages | nothing }}", "TemplateAssertionError"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[0]['content'].encode('ascii') }}", "UnicodeEncodeError"),
+    ],
+)
+def test_a_template_that_hangs_or_fails_is_named(fast, template, reason, monkeypatch):
+    """In a thread of the page, too: a signal would work in the main thread only."""
+    monkeypatch.setattr(encode, "SECONDS", 0.3)
+    bad = with_template(fast, template)
+    with pytest.raises(RecipeError, match="the chat template") as caught:
+        encode.check_template(bad)
+    assert reason in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+    if "power" not in reason:
+        with ThreadPoolExecutor(1) as threads, pytest.raises(RecipeError, match="the chat template"):
+            threads.submit(encode.encode_conversation, bad, [QUESTION]).result()
+
+
+def test_a_time_limit_that_is_not_reached_does_nothing():
+    before = threading.active_count()
+    for _ in range(100):
+        with encode.time_limit(60):
+            pass
+    assert threading.active_count() < before + 100

@@ -205,3 +205,10 @@ def test_nf4_is_not_partitioned_by_zero_3():
     assert check_launch(values, "finetune", "zero2", 2).name == "zero2.json"
     with pytest.raises(Refused, match=r"Use --deepspeed zero2, or .*finetune\.lora\.quantization=null"):
         check_launch(values, "finetune", "zero3_offload", 2)
+
+
+def test_help_names_the_script_that_is_started(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launch.py", "pretrain/run_clm.py", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.startswith("usage: 05_pretrain.sh ")
