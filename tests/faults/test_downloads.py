@@ -319,6 +319,15 @@ def test_altered_byte_is_refused_and_removed(site, tmp_path, name):
     fetched(site, tmp_path / "x", **{name: pin.upper()})
 
 
+@pytest.mark.parametrize("pins", [{}, {"sha256": sha256(CONTENT)}], ids=["no hash", "a hash"])
+def test_a_login_page_is_named_and_removed(site, tmp_path, pins):
+    site.content = b"<!doctype HTML>\n<html><body>Log in</body></html>"
+    with pytest.raises(RecipeError, match=r"text\.bin sent: an HTML page and no data: probably a login"):
+        fetch.fetch(site.url, tmp_path / "x.gz", pause=0.001, **pins)
+    assert list(tmp_path.iterdir()) == []
+    fetch.fetch(site.url, tmp_path / "x.html", pause=0.001)
+
+
 def test_damaged_part_is_discarded_once(site, tmp_path):
     site.faults = [{"cut": HALF}] + [{"status": 503}] * (fetch.ATTEMPTS - 1)
     with pytest.raises(RecipeError):

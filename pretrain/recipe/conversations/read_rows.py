@@ -14,10 +14,20 @@ from typing import Any
 import fsspec
 
 from recipe.corpus.data_sets import data_set_files, naming_data_set
+from recipe.corpus.web_pages import refuse_web_page
 from recipe.project import ROOT, RecipeError, glob_files
 
 # role (system, user or assistant) and content; `trained`, which is False, if an answer is only context
 Message = dict[str, Any]
+# How files begin that people give in place of JSON.
+_OTHER_FORMS = {
+    "gzip": b"\x1f\x8b",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ",
+    "zstandard": b"\x28\xb5\x2f\xfd",
+    "zip": b"PK\x03\x04",
+    "Parquet": b"PAR1",
+}
 Row = tuple[str, dict[str, Any]]  # its file and line (for error messages), and its columns
 
 
@@ -47,6 +57,10 @@ def expand_pairs(where: str, pattern: str) -> list[Path]:
     paths = sorted(glob_files(pattern))
     if not paths:
         raise RecipeError(f"{where}.path: {pattern!r} matches no file (relative paths start at {ROOT})")
+    for path in paths:
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "no file"
+            raise RecipeError(f"{where}.path: {pattern!r} matches {path}, {kind}. Name files of JSON only")
     return paths
 
 
@@ -62,12 +76,23 @@ def byte_order_marks(where: str, spec: dict[str, Any]) -> int:
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The values of a JSON list or of JSON Lines, each with its position, such as ``line 3``.
 
-    A byte order mark is removed. Raises RecipeError that names the line with invalid JSON or the bad byte.
+    A byte order mark is removed. Raises RecipeError that names the line with invalid JSON or the bad byte, or
+    what else the file is: empty, a web page, compressed, Parquet.
     """
-    return _parse(str(path), path.read_bytes())
+    content = path.read_bytes()
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
+        raise RecipeError(f"{path}: an empty file: there is no row in it. Write rows into it or leave it out")
+    return _parse(str(path), content)
 
 
 def _parse(file: str, content: bytes) -> Iterator[tuple[str, Any]]:
+    refuse_web_page(content, file)
+    for form, begin in _OTHER_FORMS.items():
+        if content.startswith(begin):
+            raise RecipeError(
+                f"{file}: a file of {form}, expected JSON. "
+                "Unpack it, or name its folder as `dataset` instead: that reads .json.gz and .parquet, too"
+            )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -84,6 +109,8 @@ def _parse(file: str, content: bytes) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         line = error.lineno if is_list else number
         raise RecipeError(f"{file}:{line}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of levels
+        raise RecipeError(f"{file}:{number}: JSON that cannot be read ({error})") from error
 
 
 def _data_set_rows(where: str, spec: dict[str, Any]) -> Iterator[Row]:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recipe.corpus.web_pages import refuse_web_page
 from recipe.progress import byte_progress
 from recipe.project import (
     NO_SPACE,
@@ -106,7 +107,8 @@ def fetch(
     seconds and each next one twice as long (with jitter), or what Retry-After asks for. Memory is constant.
 
     Raises RecipeError for another HTTP status, a redirect to another scheme, too many attempts or a full disk
-    (the .part is kept), and for another size or hash than expected (the .part is deleted).
+    (the .part is kept), and for another size or hash than expected, or an HTML page in place of data (the
+    .part is deleted).
     """
     _require_http(url)
     pins = {key: value.lower() for key, value in (("sha256", sha256), ("sha1", sha1), ("md5", md5)) if value}
@@ -121,6 +123,7 @@ def fetch(
         digest, difference = _check(part, pins, bytes)
         if not difference:
             break
+        _refuse_login_page(url, target)
         _forget(target)
         if last or not resumed:
             raise RecipeError(
@@ -128,6 +131,8 @@ def fetch(
                 "replaced the file: compare with the publisher's list, correct dataset.json, and run again"
             )
         _warn(f"{target.name}: {difference}; a part of it was from an earlier attempt: starts again")
+    if not pins:
+        _refuse_login_page(url, target)
     state = _read_state(target, url)
     facts = _facts(url, part, digest, state)
     write_json(_state_path(target), state | facts)
@@ -135,6 +140,19 @@ def fetch(
         os.fsync(handle.fileno())
     part.rename(target)
     return facts
+
+
+def _refuse_login_page(url: str, target: Path) -> None:
+    """Raise RecipeError, and delete the .part, if it is a web page and `target` is not named as one."""
+    if target.suffix in (".html", ".htm"):
+        return
+    with part_of(target).open("rb") as handle:
+        head = handle.read(4096)
+    try:
+        refuse_web_page(head, f"{target}: {url} sent")
+    except RecipeError:
+        _forget(target)
+        raise
 
 
 def _require_http(url: str) -> None:

@@ -71,8 +71,8 @@ def find_sdist(name: str, requirement: str) -> str:
     page = f"{_package_index()}/{project}/"
     file = f"{project}-{version}.tar.gz"
     with tempfile.TemporaryDirectory() as folder:
-        fetch(page, Path(folder) / "listing")
-        listing = (Path(folder) / "listing").read_text("utf-8", "replace")
+        fetch(page, Path(folder) / "listing.html")
+        listing = (Path(folder) / "listing.html").read_text("utf-8", "replace")
     links = re.findall(rf'["\']([^"\']*/{re.escape(file)})["\'#]', listing)
     if not links:
         raise RecipeError(

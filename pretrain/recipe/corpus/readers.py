@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import zstandard
 
 from recipe.corpus.data_sets import data_set_files, naming_data_set
+from recipe.corpus.web_pages import refuse_web_page
 from recipe.project import RecipeError
 
 MAXIMUM_BYTES = 64 * 2**20  # of one document; a longer one is a fault ("too long")
@@ -267,12 +268,15 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
     ignore unknown bytes there, and zstandard's reader ignores a truncated end.)
     """
     with _open(path) as handle:
+        data = handle.read(_FEED if compression else _CHUNK)
+        refuse_web_page(data, path)
         if not compression:
-            while chunk := handle.read(_CHUNK):
-                yield chunk
+            while data:
+                yield data
+                data = handle.read(_CHUNK)
             return
         decoder, started = None, False
-        while data := handle.read(_FEED):
+        while data:
             while data:
                 if decoder is None:
                     data = data.lstrip(b"\0") if started else data
@@ -286,6 +290,7 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
                 data = decoder.unused_data if decoder.eof else b""
                 if decoder.eof:
                     decoder = None
+            data = handle.read(_FEED)
     if decoder is not None or not started:
         raise _Damage("truncated archive", "it ends too early. Get the file again")
 
@@ -336,6 +341,8 @@ def _read_parquet(path: str, column: str, tolerant: bool) -> Iterator[Document]:
 
     row, is_local = 0, "://" not in path
     try:
+        with _open(path) as handle:
+            refuse_web_page(handle.read(_FEED), path)
         with _open(path) as handle, pq.ParquetFile(handle) as file:
             names = file.schema_arrow.names
             if column not in names:

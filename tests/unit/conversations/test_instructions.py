@@ -1,9 +1,14 @@
 """Instruction pairs: what is made from a page or a row, what is dropped, and how the sides are chosen."""
 
+import bz2
+import gzip
 import json
+import lzma
+import os
 from collections import Counter
 
 import pytest
+import zstandard
 from recipe.config.instruction import check_pair
 from recipe.conversations import instructions, read_rows
 from recipe.corpus import packaged_pairs
@@ -74,6 +79,41 @@ def test_bad_line_of_an_alpaca_file_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": "y"}\n\n{"instruction": \n')
     with pytest.raises(RecipeError, match=r"a\.jsonl:3: not valid JSON"):
         list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.jsonl")}, str, Counter()))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "an empty file"),
+        (b"\xef\xbb\xbf\n \n", "an empty file"),
+        (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "an HTML page and no data"),
+        (gzip.compress(b"[]"), "a file of gzip, expected JSON"),
+        (bz2.compress(b"[]"), "a file of bzip2, expected JSON"),
+        (lzma.compress(b"[]"), "a file of xz, expected JSON"),
+        (zstandard.compress(b"[]"), "a file of zstandard, expected JSON"),
+        (b"PAR1....PAR1", "a file of Parquet, expected JSON"),
+        (b"PK\x03\x04....", "a file of zip, expected JSON"),
+        (b"[" * 100_000, "JSON that cannot be read"),
+        (b'{"instruction": %s}' % (b"1" * 5000), "JSON that cannot be read"),
+        (b"\xff\xfe[\0]\0", "not UTF-8 at byte 0"),
+        (b'[{"instruction": "x", "output"', "not valid JSON"),
+    ],
+)
+def test_what_is_no_file_of_pairs_is_named(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"a\.json:.*" + reason) as caught:
+        list(instructions.read_pairs("mine", {"path": str(path)}, str, Counter()))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_a_link_to_nothing_and_a_pipe_are_no_pairs(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    (tmp_path / "b.json").symlink_to("gone.json")
+    os.mkfifo(tmp_path / "c.json")
+    for name, kind in (("a", "a folder"), ("b", "a link to nothing"), ("c", "no file")):
+        with pytest.raises(RecipeError, match=rf"{name}\.json, {kind}"):
+            list(instructions.read_pairs("mine", {"path": str(tmp_path / f"{name}*")}, str, Counter()))
 
 
 def pair(output, source="x", headword="h"):

@@ -642,3 +642,24 @@ def test_only_files_are_read(tmp_path):
         with pytest.raises(RecipeError, match=words):
             expand_paths("mine", [f"{tmp_path}/{pattern}"])
     assert expand_paths("mine", [f"{tmp_path}/**/a*"]) == [tmp_path / "a.txt"]
+
+
+# ------------------------------------------------------------------------------------------- web pages
+
+LOGIN = "<!DOCTYPE html>\n<html><head><title>Log in</title></head><body>利用には認証が必要です</body></html>"
+
+
+@pytest.mark.parametrize("tolerant", [False, True])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl", "a.json", "a.parquet", *(f"a.txt{c}" for c in ARCHIVES)]
+)
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n  ", "<!-- saved -->\n"])
+def test_a_login_page_in_place_of_data_is_named(tmp_path, name, before, tolerant):
+    path = write(tmp_path, name, (before + LOGIN).encode())
+    with pytest.raises(RecipeError, match=rf"{name}: an HTML page and no data: probably a login"):
+        list(read_file(path, tolerant=tolerant))
+
+
+def test_text_about_html_is_text(tmp_path):
+    path = write(tmp_path, "a.txt", "HTML は <html> で始まる。\n\n<htmlは要素ではない".encode())
+    assert len(texts(read_file(path))) == 2
