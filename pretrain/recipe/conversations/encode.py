@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,22 +125,34 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     It is raised between two steps of Python: not within one operation of C, however long that takes.
     """
-    caller, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
-
-    def stop() -> None:
-        with lock:
-            if not ended.is_set():
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(caller, ctypes.py_object(TimeoutError))
-
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
+    caller = threading.get_ident()
+    with _lock:
+        _ends[caller] = time.monotonic() + seconds
+        if not (_watchers and _watchers[-1].is_alive()):  # none yet, or this process was forked
+            _watchers.append(threading.Thread(target=_watch, daemon=True))
+            _watchers[-1].start()
     try:
         yield
     finally:
-        timer.cancel()
-        with lock:
-            ended.set()
+        with _lock:
+            _ends.pop(caller, None)
+
+
+# When the limit of each thread ends, and the one thread that looks: a timer for each conversation would
+# double the time of encoding it.
+_ends: dict[int, float] = {}
+_watchers: list[threading.Thread] = []
+_lock = threading.Lock()
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(0.2)
+        with _lock:
+            for thread in [thread for thread, end in _ends.items() if end < time.monotonic()]:
+                del _ends[thread]
+                late = ctypes.py_object(TimeoutError)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), late)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Iterator[tuple[str, bool]]:

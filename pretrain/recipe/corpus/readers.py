@@ -343,7 +343,7 @@ def _read_parquet(path: str, column: str, tolerant: bool) -> Iterator[Document]:
     try:
         with _open(path) as handle:
             refuse_web_page(handle.read(_FEED), path)
-        with _open(path) as handle, pq.ParquetFile(handle) as file:
+        with _open(path) as handle, pq.ParquetFile(handle, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             if column not in names:
                 for row in range(file.metadata.num_rows):

@@ -81,24 +81,24 @@ def test_bad_line_of_an_alpaca_file_is_named(tmp_path):
         list(instructions.read_pairs("mine", {"path": str(tmp_path / "a.jsonl")}, str, Counter()))
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "an empty file"),
-        (b"\xef\xbb\xbf\n \n", "an empty file"),
-        (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "an HTML page and no data"),
-        (gzip.compress(b"[]"), "a file of gzip, expected JSON"),
-        (bz2.compress(b"[]"), "a file of bzip2, expected JSON"),
-        (lzma.compress(b"[]"), "a file of xz, expected JSON"),
-        (zstandard.compress(b"[]"), "a file of zstandard, expected JSON"),
-        (b"PAR1....PAR1", "a file of Parquet, expected JSON"),
-        (b"PK\x03\x04....", "a file of zip, expected JSON"),
-        (b"[" * 100_000, "JSON that cannot be read"),
-        (b'{"instruction": %s}' % (b"1" * 5000), "JSON that cannot be read"),
-        (b"\xff\xfe[\0]\0", "not UTF-8 at byte 0"),
-        (b'[{"instruction": "x", "output"', "not valid JSON"),
-    ],
-)
+NO_PAIRS = [
+    (b"", "an empty file"),
+    (b"\xef\xbb\xbf\n \n", "an empty file"),
+    (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "an HTML page and no data"),
+    (gzip.compress(b"[]"), "a file of gzip, expected JSON"),
+    (bz2.compress(b"[]"), "a file of bzip2, expected JSON"),
+    (lzma.compress(b"[]"), "a file of xz, expected JSON"),
+    (zstandard.compress(b"[]"), "a file of zstandard, expected JSON"),
+    (b"PAR1....PAR1", "a file of Parquet, expected JSON"),
+    (b"PK\x03\x04....", "a file of zip, expected JSON"),
+    (b"[" * 100_000, "JSON that cannot be read"),
+    (b'{"instruction": %s}' % (b"1" * 5000), "JSON that cannot be read"),
+    (b"\xff\xfe[\0]\0", "not UTF-8 at byte 0"),
+    (b'[{"instruction": "x", "output"', "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), NO_PAIRS)
 def test_what_is_no_file_of_pairs_is_named(tmp_path, content, reason):
     path = tmp_path / "a.json"
     path.write_bytes(content)

@@ -663,3 +663,15 @@ def test_a_login_page_in_place_of_data_is_named(tmp_path, name, before, tolerant
 def test_text_about_html_is_text(tmp_path):
     path = write(tmp_path, "a.txt", "HTML は <html> で始まる。\n\n<htmlは要素ではない".encode())
     assert len(texts(read_file(path))) == 2
+
+
+def test_a_flipped_bit_in_parquet_with_checksums_is_found(tmp_path):
+    """Without checksums, which few writers write, only the sha256 of the source can tell."""
+    lines = [f"{number}行目の文です。" for number in range(3000)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": lines}), path, compression="none", write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index("1500行目".encode())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"a\.parquet:\d+: damaged Parquet: .*CRC"):
+        list(read_file(path))
