@@ -36,7 +36,7 @@ ZERO2 = {
     "fp16": {"enabled": "auto"},
     "zero_optimization": {"stage": 2},
 }
-BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 2}
+BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 2, "block_size": 64}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 A100 = Hardware("cuda", "A100", (8, 0), (2, 13), True, (2,), True)
 CPU = Hardware("cpu", "CPU", (0, 0), (2, 13), True, (), True)
 ON_CPU = [name for name, entry in OPTIMIZERS.items() if not entry.bitsandbytes]
-BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 4}
+BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 4, "block_size": 64}
 
 
 def group_of(name, parameter):

@@ -153,7 +153,7 @@ def test_global_batch_is_one_number():
             batch_layout(*wrong)
 
 
-VALUES = {"global_batch_size": 8, "per_device_train_batch_size": 4}
+VALUES = {"global_batch_size": 8, "per_device_train_batch_size": 4, "block_size": 64}
 
 
 def test_muon_is_refused_only_under_deepspeed():
