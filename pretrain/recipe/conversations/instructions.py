@@ -248,11 +248,11 @@ def pretraining_overlap(
 
     def sentences(pair: Pair) -> set[str]:
         messages = messages_of(pair._asdict())
-        contents = [normalize(message["content"]) for message in messages]
+        # Normalising makes no text longer: most messages are too short for a sentence.
+        contents = [normalize(m["content"]) for m in messages if _SENTENCE.search(m["content"])]
         return {sentence for content in contents for sentence in _SENTENCE.findall(content)}
 
-    of_pairs = {sentence for pairs in sides.values() for pair in pairs for sentence in sentences(pair)}
-    shared = {sentence for text in texts for sentence in _SENTENCE.findall(text) if sentence in of_pairs}
-    return {
-        side: sum(not shared.isdisjoint(sentences(pair)) for pair in pairs) for side, pairs in sides.items()
-    }
+    of_pairs = {side: [sentences(pair) for pair in pairs] for side, pairs in sides.items()}
+    known = {sentence for found in of_pairs.values() for sentence in set().union(*found)}
+    shared = {sentence for text in texts for sentence in _SENTENCE.findall(text) if sentence in known}
+    return {side: sum(not shared.isdisjoint(found) for found in pairs) for side, pairs in of_pairs.items()}
