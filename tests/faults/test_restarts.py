@@ -49,35 +49,38 @@ def ranks(work):
     return [sign["process"] for sign in signs if sign["limit"] == 90.0] if done else []
 
 
-def test_killed_rank_is_started_again(project, fault_row):
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_killed_rank_is_started_again(project, fault_row, name):
     """Bit-identical to a training without a fault, on one rank and under torchrun and DeepSpeed."""
-    for name, options in LAUNCHERS.items():
-        results = []
-        for fault in (False, True):
-            work = copy(project, f"{name}-{fault}")
-            line = ("pretrain/05_pretrain.sh", "--recipe", f"{name}-{fault}", *STEPS, *options, "--force")
-            run = project.start(*line, "--max-restarts", "2")
-            if fault:
-                wait_for(lambda w=work, n=2 if options else 1: len(ranks(w)) == n, run)
-                os.kill(ranks(work)[-1], signal.SIGKILL)
-                killed, reached = time.monotonic(), max(steps(work / "metrics.jsonl"))
-                # Its last step is trained again first, or a later one.
-                wait_for(lambda w=work: not (w / "ranks").is_dir() or not ranks(w), run)
-                before = (work / "metrics.jsonl").stat().st_ino
-                wait_for(lambda w=work, b=before: (w / "metrics.jsonl").stat().st_ino != b, run)
-                lost = reached - max(steps(work / "metrics.jsonl"), default=0)
-                at = max(steps(work / "metrics.jsonl"), default=0)
-                wait_for(lambda w=work, a=at: max(steps(w / "metrics.jsonl"), default=0) > a, run)
-                print(f"{name}: {time.monotonic() - killed:.1f} s, of these {FIRST_PAUSE} s of pause")
-            output = run.communicate(timeout=400)[0]
-            assert run.returncode == 0, output
-            assert ("Restart 1 of 2 from the newest good checkpoint" in output) == fault
-            model = project.output(f"{name}-{fault}", "05_pretrain", "model.safetensors").read_bytes()
-            curve = project.output(f"{name}-{fault}", "05_pretrain", "metrics.jsonl")
-            assert steps(curve) == list(range(1, 121))
-            results.append(model)
-        fault_row(f"rank killed with --max-restarts ({name})", 1, 1, int(results[0] != results[1]), lost)
-        assert results[0] == results[1]
+    models, lost, options = [], 0, LAUNCHERS[name]
+    for fault in (False, True):
+        work = copy(project, f"{name}-{fault}")
+        line = ("pretrain/05_pretrain.sh", "--recipe", f"{name}-{fault}", *STEPS, *options, "--force")
+        run = project.start(*line, "--max-restarts", "2")
+        if fault:
+            lost = kill_a_rank(work, run, 2 if options else 1, name)
+        output = run.communicate(timeout=400)[0]
+        assert run.returncode == 0, output
+        assert ("Restart 1 of 2 from the newest good checkpoint" in output) == fault
+        assert steps(project.output(f"{name}-{fault}", "05_pretrain", "metrics.jsonl")) == list(range(1, 121))
+        models.append(project.output(f"{name}-{fault}", "05_pretrain", "model.safetensors").read_bytes())
+    fault_row(f"rank killed with --max-restarts ({name})", 1, 1, int(models[0] != models[1]), lost)
+    assert models[0] == models[1]
+
+
+def kill_a_rank(work, run, count, name):
+    """Kill a rank, print the seconds until the next step is trained; returns the steps that were lost."""
+    metrics = work / "metrics.jsonl"
+    wait_for(lambda: len(ranks(work)) == count, run)
+    os.kill(ranks(work)[-1], signal.SIGKILL)
+    killed, reached, first = time.monotonic(), max(steps(metrics)), metrics.stat().st_ino
+    # A training that continues rewrites the file with the rows up to its checkpoint.
+    wait_for(lambda: metrics.stat().st_ino != first, run)
+    kept = max(steps(metrics), default=0)
+    wait_for(lambda: max(steps(metrics), default=0) > kept, run)
+    seconds = time.monotonic() - killed
+    print(f"{name}: {seconds:.1f} s to the next trained step, of these {FIRST_PAUSE:.0f} s of pause")
+    return reached - kept
 
 
 POISON = """
