@@ -242,9 +242,10 @@ def test_changed_pairs_make_tuning_stale(make_project):
 
 
 def test_a_training_that_ends_in_nan_publishes_nothing(prepared):
-    """Fewer steps are left than may be skipped, so only the check at the end sees it."""
+    """Weights grow 10,000-fold a step and overflow in step 5; fewer steps are left than may be skipped."""
     copy_recipe(prepared, "nan")
-    values = {"learning_rate": 1e38, "muon_learning_rate": "null", "max_steps": 4, "save_steps": 4}
+    values = {"learning_rate": 100, "weight_decay": 100, "muon_learning_rate": "null", "spikes": "null"}
+    values |= {"max_steps": 7, "save_steps": 7}
     changes = [part for key, value in values.items() for part in ("--set", f"pretrain.{key}={value}")]
     result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "nan", *changes, check=False)
     assert result.returncode == 1, result.stdout
