@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.faults
-KILLS, SAVES, EVERY = 200, 50, 5
+KILLS, SAVES, EVERY = 200, 50, 4
 
 
 def plan_of(project, name, *options):
@@ -26,7 +26,8 @@ def plan_of(project, name, *options):
 def test_random_kills(make_project, tmp_path, fault_row):
     project = make_project()
     project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    options = ("--set", "pretrain.max_steps=40", "--set", f"pretrain.save_steps={EVERY}")
+    values = {"max_steps": 16, "save_steps": EVERY, "eval_steps": 16, "eval_blocks": 1}
+    options = [part for key, value in values.items() for part in ("--set", f"pretrain.{key}={value}")]
     plan = plan_of(project, "mini", *options) | {"folder": str(tmp_path)}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     script = Path(__file__).with_name("killed_training.py")
