@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,6 +171,7 @@ class Project:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_signals,
         )
 
     def output(self, recipe: str, stage: str, file: str = "stage.json") -> Path:
@@ -179,6 +181,12 @@ class Project:
     def figures(self, recipe: str, stage: str) -> dict:
         """The figures in a stage's record."""
         return json.loads(self.output(recipe, stage).read_text())["figures"]
+
+
+def _heed_signals() -> None:
+    """As in a terminal: a shell starts its background jobs, such as these tests, with SIGINT ignored."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,8 +3,9 @@
 PLAN: the plan of a training child, as stage 05 writes it. The modules are imported once, and each attempt is
 a fork that runs the real training script, so that 200 kills take minutes. Each training is killed at random
 moments, SAVES of the KILLS inside a save, until it has ended; then the next one begins. Prints JSON: for each
-kill the last step that was logged and the step that the next attempt began with; for each training whether
-its curve and its weights are those of one that was not killed.
+kill the last step that was logged and the step that the next attempt began with; for each training how its
+curve and its weights differ from those of one that was not killed. A training that differs is kept in PLAN's
+folder as ``wrong-N``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ def start(plan: dict[str, Any]) -> int:
         code = 0
     except SystemExit as ended:
         code = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -97,8 +101,8 @@ def main(plan: dict[str, Any], kills: int, saves: int, seed: int) -> dict[str, A
     seconds = time.monotonic() - began
     expected = result(Path(straight["folder"]))
     found: list[dict[str, Any]] = []
-    identical: list[bool] = []
-    while len(found) < kills:
+    differences: list[list[str]] = []
+    while len(found) < kills or sum(kill["in_save"] for kill in found) < saves:
         now = fresh("killed")
         folder, done = Path(now["folder"]), False
         while not done:
@@ -121,8 +125,16 @@ def main(plan: dict[str, Any], kills: int, saves: int, seed: int) -> dict[str, A
             found.append({"in_save": inside, "reached": reached, "before": before})
             good = [int(p.parent.name.split("-")[1]) for p in folder.glob("checkpoints/*/manifest.json")]
             found[-1]["continues_at"] = max(good, default=0)
-        identical.append(result(folder) == expected)
-    return {"kills": found, "identical": identical, "seconds": seconds}
+        curve, weights = result(folder)
+        wrong = ["weights"] * (weights != expected[1])
+        wrong += [
+            f"step {now} for {then}" for then, now in zip(expected[0], curve, strict=False) if then != now
+        ]
+        wrong += ["another number of steps"] * (len(curve) != len(expected[0]))
+        if wrong:
+            shutil.copytree(folder, root / f"wrong-{len(differences)}", dirs_exist_ok=True)
+        differences.append(wrong)
+    return {"kills": found, "differences": differences, "seconds": seconds}
 
 
 if __name__ == "__main__":
