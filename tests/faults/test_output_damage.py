@@ -80,7 +80,7 @@ def names(entry):
     return f"{stage}-{file}-{kind.__name__}-{reader}"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("entry", DAMAGES, ids=names)
 def test_a_damaged_output_stops_the_stage_that_reads_it(project, entry):
     stage, file, kind, reader = entry
@@ -102,7 +102,7 @@ def test_a_damaged_output_stops_the_stage_that_reads_it(project, entry):
     assert project.output("mini", script.stem).read_bytes() == kept
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_damaged_stage_is_not_taken_over_by_another_recipe(project):
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs/heir")
     project.run("run_all.sh", "--recipe", "heir", "--to", "02")
@@ -121,7 +121,7 @@ def test_a_damaged_stage_is_not_taken_over_by_another_recipe(project):
     assert "taken from" in project.run("pretrain/03_tokenizer.py", "--recipe", "heir").stdout
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_finished_stage_whose_files_are_gone_is_not_done(project):
     path = project.output("mini", "05_pretrain", "config.json")
     content = path.read_bytes()

@@ -118,7 +118,7 @@ def test_no_rank_outlives_its_launcher(finished, fault_row, launcher, victim, fr
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(run.pid if victim == "stage" else int(children[0]), signal.SIGKILL)
     if victim == "stage" and frozen and which == "deepspeed":
-        # Nobody is left who could end them; but nothing trains beside them.
+        # Nobody is left who could end them; but nothing else trains in the folder.
         again = finished.run(*stage, check=False)
         assert again.returncode == 2 and f"kill -9 {ranks[0]} {ranks[1]}" in again.stderr
         for process, _ in processes_of(finished.folder):

@@ -633,7 +633,7 @@ def test_a_data_set_by_url_is_read_as_a_stream(tmp_path, monkeypatch):
 
 
 def test_only_files_are_read(tmp_path):
-    """What a pattern matches beside files is named, not left out."""
+    """What a pattern matches that is no file is named, not left out."""
     write(tmp_path, "a.txt", "一つ目。\n".encode())
     (tmp_path / "folder").mkdir()
     os.symlink(tmp_path / "gone", tmp_path / "link.txt")

@@ -1,4 +1,4 @@
-"""Attention by bounds of documents: the kernel needs a GPU, so that a loop over the documents stands in."""
+"""Attention by bounds of documents: the kernel needs a GPU, so that a loop over the documents replaces it."""
 
 import pytest
 import torch
