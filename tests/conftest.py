@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -177,6 +178,11 @@ class Project:
     def output(self, recipe: str, stage: str, file: str = "stage.json") -> Path:
         """Path of a stage's output."""
         return self.folder / "outputs" / recipe / stage / file
+
+    def digest(self, recipe: str, stage: str, file: str = "model.safetensors") -> str:
+        """The sha256 of a stage's file. pytest's own comparison of 100 kB of bytes takes hours under CI."""
+        with self.output(recipe, stage, file).open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
 
     def figures(self, recipe: str, stage: str) -> dict:
         """The figures in a stage's record."""

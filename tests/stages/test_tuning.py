@@ -152,12 +152,12 @@ def test_a_killed_tuning_continues_to_the_same_weights(tuned, stage, file, scrip
 
 
 def losses_and_weights(project, recipe, stage):
-    """The logged losses by step, and the bytes of the model, and of the adapter if there is one."""
+    """The logged losses by step, and the digests of the model, and of the adapter if there is one."""
     losses = [(row["step"], row["loss"]) for row in rows_of(project, recipe, stage) if "loss" in row]
     folder = project.output(recipe, stage, ".")
     files = [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]
     assert len(files) == (2 if (folder / "adapter").exists() else 1)
-    return losses, [file.read_bytes() for file in files]
+    return losses, [project.digest(recipe, stage, str(file.relative_to(folder))) for file in files]
 
 
 def test_noisy_embeddings_are_off_unless_asked_for(project):
