@@ -21,6 +21,7 @@ import recipe.model.attention  # registers the attention "documents" in transfor
 import recipe.model.varlen  # registers the attention "varlen"
 from recipe.config.initial_model import NewPieces, changed_context, read_config_of
 from recipe.config.model import FROM_TOKENIZER
+from recipe.hardware import initialise_vector_math
 from recipe.project import RecipeError, Refused
 
 
@@ -155,6 +156,7 @@ def _load(
 
     changed: values of its config.json.
     """
+    initialise_vector_math()
     transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
     return AutoModelForCausalLM.from_pretrained(
         folder,

@@ -39,7 +39,15 @@ from recipe.config.phases import Phase, phase_at, samples_of
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings, SpikeRule
 from recipe.config.training import attention_needs, check_boards, unreached_steps
-from recipe.hardware import Choice, Hardware, choose, detect, gemm_peak, peak_memory
+from recipe.hardware import (
+    Choice,
+    Hardware,
+    choose,
+    detect,
+    gemm_peak,
+    initialise_vector_math,
+    peak_memory,
+)
 from recipe.model.build import flops_per_token
 from recipe.model.losses import return_loss_only
 from recipe.model.save import complete_configs
@@ -109,6 +117,7 @@ def prepare(
     fixed: values that this trainer always needs. Raises Refused for what this hardware cannot do.
     """
     _quiet_libraries()
+    initialise_vector_math()
     values = plan["config"][file] | (fixed or {})
     hardware, folder = detect(), Path(plan["folder"])
     choice, optimizer = _choose(plan, file, values, hardware)

@@ -11,6 +11,7 @@ from recipe.model import build
 from recipe.project import RecipeError, Refused
 from recipe.tokenization.encode_text import encode_texts
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PhiConfig
 
 
@@ -103,3 +104,19 @@ def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, kind):
         RecipeError, match=rf"05_pretrain: 1 {kind} weights, such as model\.\w+\.weight.*--force"
     ):
         build.load_model(folder)
+
+
+def test_one_thread_makes_the_first_call_of_the_vector_functions(tmp_path):
+    """See `recipe.hardware.initialise_vector_math`: otherwise a model's first cosines are sometimes wrong."""
+    sizes = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function._opname in ("cos", "sin", "exp", "log"):
+                sizes.append(arguments[0].numel())
+            return function(*arguments, **keywords or {})
+
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    with Recorder():
+        build.load_model(folder)(torch.arange(200)[None])
+    assert sizes[0] == 1 and max(sizes) > 1
