@@ -21,16 +21,20 @@ class Row(NamedTuple):
     lost: int | None = None
 
 
-_ROWS: list[Row] = []
+_ROWS: dict[str, Row] = {}
 
 
 @pytest.fixture
 def fault_row() -> Callable[..., Row]:
-    """Record a row of the table, from the fields of `Row`; returns it."""
+    """Record a row of the table, from the fields of `Row`; returns it. Tries of one fault are added up."""
 
     def record(*fields: object, **named: object) -> Row:
-        _ROWS.append(Row(*fields, **named))
-        return _ROWS[-1]
+        row = Row(*fields, **named)
+        if before := _ROWS.get(row.fault):
+            tried, survived = before.tried + row.tried, before.survived + row.survived
+            row = row._replace(tried=tried, survived=survived, silent=before.silent + row.silent)
+        _ROWS[row.fault] = row
+        return row
 
     return record
 
@@ -40,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _ROWS:
         return
     lines = ["| fault | tried | survived | silently wrong | lost steps |", "|---|---|---|---|---|"]
-    for row in _ROWS:
+    for row in _ROWS.values():
         cells = ["" if cell is None else str(cell) for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
     terminalreporter.write_line("\n".join(["", *lines]))

@@ -39,8 +39,9 @@ def is_named(project, said):
 
 
 @pytest.mark.parametrize("stage", ["01_download", "02_dataset", "03_tokenizer", "04_tokenize"])
-def test_stage_says_which_disk_is_full_and_works_when_it_has_space(small_disk, stage):
+def test_stage_says_which_disk_is_full_and_works_when_it_has_space(small_disk, stage, fault_row):
     project, leave = small_disk
+    tries = 0
     line = (f"pretrain/{stage}.py", "--recipe", "mini")
     for free in (0, 4096, 16384, 65536, 131072):
         leave(free)
@@ -50,13 +51,15 @@ def test_stage_says_which_disk_is_full_and_works_when_it_has_space(small_disk, s
         if not result.returncode:
             assert free
             break
+        tries += 1
         assert is_named(project, result.stderr), result.stderr
     project.run(*line)
     assert project.output("mini", stage).exists()
+    fault_row("the disk is full in a stage of the data", tries, tries)
 
 
 @pytest.mark.parametrize("free", [0, 30_000, 300_000])
-def test_training_continues_after_a_full_disk(small_disk, free):
+def test_training_continues_after_a_full_disk(small_disk, free, fault_row):
     """A checkpoint has 360 KB: the disk is full at a sign of life, in the weights, or in the optimizer."""
     project, leave = small_disk
     project.run("run_all.sh", "--recipe", "mini", "--to", "04")
@@ -76,3 +79,4 @@ def test_training_continues_after_a_full_disk(small_disk, free):
     result = project.run(*line)
     assert "continues from checkpoint-" in result.stdout
     assert project.figures("mini", "05_pretrain")["steps"] == 60
+    fault_row("the disk is full while a training saves", 1, 1)

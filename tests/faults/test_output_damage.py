@@ -82,8 +82,9 @@ def names(entry):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("entry", DAMAGES, ids=names)
-def test_a_damaged_output_stops_the_stage_that_reads_it(project, entry):
+def test_a_damaged_output_stops_the_stage_that_reads_it(project, entry, fault_row):
     stage, file, kind, reader = entry
+    fault_row("a finished output is damaged", 1, 0)
     path = project.output("mini", stage, file)
     content = path.read_bytes() if path.exists() else None
     (script,) = project.folder.glob(f"*/{reader}_*")
@@ -100,6 +101,7 @@ def test_a_damaged_output_stops_the_stage_that_reads_it(project, entry):
     assert f"{path}: " in result.stderr
     assert f"run_all.sh --recipe mini --from {stage[:2]} --force" in result.stderr
     assert project.output("mini", script.stem).read_bytes() == kept
+    fault_row("a finished output is damaged", 0, 1)
 
 
 @pytest.mark.faults
