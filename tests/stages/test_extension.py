@@ -45,11 +45,7 @@ def test_an_extended_training_equals_one_of_the_full_length(project, schedule, s
     project.run("pretrain/05_pretrain.sh", "--recipe", f"{name}-whole", "--force")
     assert project.figures(f"{name}-whole", "05_pretrain")["extended"] == []
     assert curve(project, name) == curve(project, f"{name}-whole")
-    one, other = (
-        project.output(recipe, "05_pretrain", "model.safetensors").read_bytes()
-        for recipe in (name, f"{name}-whole")
-    )
-    assert one == other
+    assert project.digest(name, "05_pretrain") == project.digest(f"{name}-whole", "05_pretrain")
     assert "done before" in project.run("pretrain/05_pretrain.sh", "--recipe", name).stdout
 
 
