@@ -23,6 +23,17 @@ FLASH_ATTENTION = {
     4: ("flash_attn.cute", (9, 0)),
 }
 MEASUREMENTS = 6  # of the peak
+# Bytes per logit at the peak of a loss over whole logits, compiled and not (`recipe.run.memory.LOGIT_BYTES`),
+# and how many bytes are too many for a GPU. Fewer are kept: compiled, a loss over them takes less time.
+BYTES_PER_LOGIT = {True: 4, False: 16}
+TOO_MANY_BYTES = 2**32
+# Logits of a chunk: 1,024 positions of a vocabulary of 32,768. Their float32 values take 128 MiB, and the
+# matrix products are still large enough for a GPU.
+CHUNK = 2**25
+# How the loss is computed, in the words of the check after the first step.
+WHOLE, CHUNKS, LIGER = "whole logits", "chunks", "Liger"
+# The architectures whose loss Liger's kernels can replace; it does nothing with others.
+LIGER_MODELS = ("llama", "mistral", "qwen3")
 GPU_COLUMNS = "uuid,name,compute_cap,memory.total,memory.free"
 
 
@@ -33,7 +44,8 @@ class Hardware:
     device: ``cuda`` or ``cpu``. name: for people. capability: CUDA compute capability, (0, 0) on a CPU.
     torch: PyTorch's version. fast_bf16: whether it has bf16 units. flash_attention: the versions of
     FlashAttention that are installed and run on this device. compiler: whether there is a C++ compiler for
-    torch.compile. bitsandbytes: whether that library, which has the 8-bit optimizers, is installed.
+    torch.compile. bitsandbytes, liger: whether that library is installed, for 8-bit optimizers, and for
+    Liger's kernels.
     """
 
     device: str
@@ -44,6 +56,7 @@ class Hardware:
     flash_attention: tuple[int, ...]
     compiler: bool
     bitsandbytes: bool = False
+    liger: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,8 +157,8 @@ def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
     )
     # Ampere (8.0) is the first generation with bf16 units.
     ampere = capability >= (8, 0)
-    bitsandbytes = _is_installed("bitsandbytes")
-    return Hardware("cuda", name, capability, _torch_version(), ampere, flash, _compiler(), bitsandbytes)
+    libraries = _is_installed("bitsandbytes"), _is_installed("liger_kernel")
+    return Hardware("cuda", name, capability, _torch_version(), ampere, flash, _compiler(), *libraries)
 
 
 def _cpu() -> Hardware:
@@ -195,6 +208,16 @@ def choose(
             f"{hardware.name}. Leave the key out"
         )
     return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
+
+
+def choose_loss(device: str, logits: int, compiled: bool, tensor_parallel: int) -> str:
+    """How the loss is computed unless Liger is asked for: `WHOLE`, or `CHUNKS` where that saves memory.
+
+    logits: of a micro-batch, positions x vocabulary. tensor_parallel: ranks that share each matrix; several
+    split the output matrix over the vocabulary.
+    """
+    large = BYTES_PER_LOGIT[compiled] * logits >= TOO_MANY_BYTES
+    return CHUNKS if device == "cuda" and large and tensor_parallel == 1 else WHOLE
 
 
 def _precision(hardware: Hardware, values: dict[str, Any], where: str) -> str:
@@ -322,6 +345,34 @@ def initialise_vector_math() -> None:
     import torch
 
     torch.zeros(1).cos()
+
+
+def check_liger(
+    hardware: Hardware, values: dict[str, Any], model_type: str | None, sharded: bool, where: str
+) -> None:
+    """Raise Refused for ``use_liger_kernel`` where Liger's kernels cannot work.
+
+    model_type: of model.json; None if it is not known yet. sharded: by FSDP2 or tensor parallelism. where:
+    the name of the training file.
+    """
+    if not values.get("use_liger_kernel"):
+        return
+    reason = ""
+    if hardware.device != "cuda":
+        reason = f"its kernels are for GPUs; this is {hardware.name}"
+    elif not hardware.liger:
+        reason = "liger-kernel is not installed (.venv/bin/pip install liger-kernel)"
+    elif model_type is not None and model_type not in LIGER_MODELS:
+        reason = f"it has no kernels for {model_type}, only for {', '.join(LIGER_MODELS)}"
+    elif sharded:
+        reason = "it reads the whole output matrix, which --fsdp and --tensor-parallel split"
+    elif where == "preference.json":
+        reason = "its loss is that of the next token, not of preferences"
+    if reason:
+        raise Refused(
+            f"{where}: use_liger_kernel: true, but {reason}. Leave the key out: a GPU computes the loss of a "
+            "large batch in chunks anyway"
+        )
 
 
 def host_memory() -> tuple[int, int]:

@@ -10,8 +10,10 @@ from recipe.hardware import (
     Choice,
     Gpu,
     Hardware,
+    check_liger,
     check_quantization,
     choose,
+    choose_loss,
     detect,
     gemm_peak,
     glance,
@@ -24,6 +26,7 @@ TORCH = (2, 13)
 A100 = Hardware("cuda", "A100", (8, 0), TORCH, True, (2,), True)
 A100_WITHOUT_FLASH = replace(A100, flash_attention=())
 A100_WITH_BITSANDBYTES = replace(A100, bitsandbytes=True)
+A100_WITH_LIGER = replace(A100, liger=True)
 T4 = Hardware("cuda", "T4", (7, 5), TORCH, False, (), True)
 ZEN4 = Hardware("cpu", "CPU", (0, 0), TORCH, True, (), True)
 OLD_CPU = Hardware("cpu", "CPU", (0, 0), TORCH, False, (), False)
@@ -189,3 +192,38 @@ def test_host_memory_is_what_the_machine_has(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "Path", lambda name: tmp_path / name.lstrip("/"))  # without /proc
     without, free = host_memory()
     assert without == free == pytest.approx(total, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "positions", "vocabulary", "compiled", "tensor_parallel", "expected"),
+    [
+        ("cuda", 16 * 1024, 32_000, False, 1, "chunks"),
+        ("cuda", 16 * 1024, 32_000, True, 1, "whole logits"),
+        ("cuda", 4 * 1024, 32_000, False, 1, "whole logits"),
+        ("cuda", 8 * 1024, 32_768, False, 1, "chunks"),
+        ("cuda", 32 * 1024, 50_000, True, 1, "chunks"),
+        ("cuda", 16 * 1024, 32_000, False, 2, "whole logits"),
+        ("cpu", 16 * 1024, 32_000, False, 1, "whole logits"),
+    ],
+)
+def test_many_logits_are_never_held_on_a_gpu(
+    device, positions, vocabulary, compiled, tensor_parallel, expected
+):
+    assert choose_loss(device, positions * vocabulary, compiled, tensor_parallel) == expected
+
+
+@pytest.mark.parametrize(
+    ("hardware", "model_type", "sharded", "where", "reason"),
+    [
+        (ZEN4, "mistral", False, "pretrain.json", "for GPUs; this is CPU"),
+        (A100, "mistral", False, "pretrain.json", "liger-kernel is not installed"),
+        (A100_WITH_LIGER, "gpt2", False, "pretrain.json", "no kernels for gpt2, only for llama, mistral"),
+        (A100_WITH_LIGER, "mistral", True, "pretrain.json", "--fsdp and --tensor-parallel split"),
+        (A100_WITH_LIGER, "mistral", False, "preference.json", "not of preferences"),
+    ],
+)
+def test_liger_is_refused_where_it_cannot_work(hardware, model_type, sharded, where, reason):
+    with pytest.raises(Refused, match=f"{where}: use_liger_kernel: true, but .*{reason}.*Leave the key out"):
+        check_liger(hardware, {"use_liger_kernel": True}, model_type, sharded, where)
+    check_liger(hardware, {}, model_type, sharded, where)
+    check_liger(A100_WITH_LIGER, {"use_liger_kernel": True}, "mistral", False, "pretrain.json")

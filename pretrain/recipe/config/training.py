@@ -56,8 +56,6 @@ UNFIT = {
     "load_best_model_at_end": "the model of the last step is what later stages expect",
     "metric_for_best_model": "the model of the last step is what later stages expect",
     "greater_is_better": "the model of the last step is what later stages expect",
-    "use_liger_kernel": "its loss would replace the one with z_loss",
-    "liger_kernel_config": "its loss would replace the one with z_loss",
     "bf16_full_eval": "the weights that are saved would be rounded to bf16",
     "fp16_full_eval": "the weights that are saved would be rounded to fp16",
     "dataloader_drop_last": "the last blocks of the validation side would not be measured",
@@ -75,6 +73,7 @@ NEEDS = {
     "eval_delay": ("eval_strategy", ("steps",), "no"),
     "save_steps": ("save_strategy", ("steps",), "steps"),
     "logging_steps": ("logging_strategy", ("steps",), "steps"),
+    "liger_kernel_config": ("use_liger_kernel", (True,), False),
     "torch_compile_mode": ("torch_compile", (True,), None),
     "torch_compile_backend": ("torch_compile", (True,), None),
 }
@@ -173,6 +172,8 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
                 f"{where}: {key}: {show(values[key])}, expected steps or no: a training is one pass over "
                 "blocks that are shuffled before it, without ends of epochs"
             )
+    if values.get("use_liger_kernel") and values.get("z_loss"):
+        raise Refused(f"{where}: use_liger_kernel: Liger's loss has no z_loss. Remove one of the two")
     for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
         if values.get(key) and not values.get("dataloader_num_workers"):
             raise Refused(

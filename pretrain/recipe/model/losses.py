@@ -57,7 +57,7 @@ def cross_entropy_and_z(
     batch's trained positions.
     """
     if shift_labels is None:
-        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        shift_labels = next_tokens(labels)
     flat = logits.float().reshape(-1, vocab_size)
     targets = shift_labels.reshape(-1).to(flat.device)
     trained = targets != IGNORED
@@ -66,3 +66,8 @@ def cross_entropy_and_z(
     each = torch.stack([log_z - chosen, log_z.square()])
     total = torch.where(trained, each, 0.0).sum(-1)
     return total / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """The labels [rows, positions] of the next positions, `IGNORED` at the end of a row."""
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]

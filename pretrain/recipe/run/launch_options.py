@@ -14,7 +14,7 @@ from recipe.config.launch import check_launch, check_tensor_parallel
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
 from recipe.config.training import attention_needs, check_boards
-from recipe.hardware import Hardware, check_quantization, choose, count_gpus
+from recipe.hardware import Hardware, check_liger, check_quantization, choose, count_gpus
 from recipe.project import Refused
 
 
@@ -87,6 +87,9 @@ class Launch:
         if hardware and not self.hosts:
             check_quantization(hardware, config[file], f"{file}.json")
             check_optimizer_hardware(hardware, config[file], f"{file}.json")
+            sharded = self.fsdp or self.tensor_parallel > 1
+            kind = model_values(config).get("model_type")
+            check_liger(hardware, config[file], kind, sharded, f"{file}.json")
             choose(hardware, config[file], f"{file}.json", attention_needs(config, file))
         path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
         check_tensor_parallel(model_values(config), self.tensor_parallel)

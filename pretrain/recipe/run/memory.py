@@ -14,6 +14,7 @@ from typing import Any
 
 from recipe.config.model import DEFAULTS
 from recipe.config.optimizers import OPTIMIZERS
+from recipe.hardware import CHUNK, CHUNKS, choose_loss
 
 # GPT-2's names for the keys of the other architectures.
 GPT2_NAMES = {
@@ -203,6 +204,16 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
     return tokens * shape.layers * layer
 
 
+def logit_bytes(shape: Shape, setting: Setting) -> float:
+    """Bytes of the logits of a micro-batch, and of all that is made from them, at the peak of the loss."""
+    logits = setting.micro_batch * setting.block_size * shape.vocabulary
+    if choose_loss(setting.device, logits, setting.compiled, setting.tensor_parallel) != CHUNKS:
+        return LOGIT_BYTES[setting.mode] * logits
+    # The output matrix's gradient in float32, and its product with the gradient of the loss. Then the logits
+    # of a chunk are gone, but their memory remains reserved.
+    return (12 if setting.precision == "fp32" else 8) * CHUNK + 8 * shape.vocabulary * shape.hidden
+
+
 def memory(shape: Shape, setting: Setting) -> dict[str, float]:
     """Bytes per device in a training step, by purpose; ``peak`` is the largest sum at one moment.
 
@@ -229,7 +240,7 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
         # Autocast keeps a 16-bit copy of the matrices, including the output matrix.
         "casts": 2 * matrices if half and not stage else 0,
         "activations": activation_bytes(shape, setting),
-        "logits": LOGIT_BYTES[setting.mode] * setting.micro_batch * setting.block_size * shape.vocabulary,
+        "logits": logit_bytes(shape, setting),
         "process": PROCESS_BYTES[setting.device],
     }
     if setting.device == "cpu" and setting.compiled:

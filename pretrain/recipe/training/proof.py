@@ -19,6 +19,7 @@ from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
 from recipe.hardware import Choice
 from recipe.model.build import parameter_count
+from recipe.model.chunked_loss import active_loss
 from recipe.model.sharding import sharded_over
 from recipe.project import Refused
 from recipe.training.callbacks import gather
@@ -29,14 +30,15 @@ from recipe.training.check_schedule import check_rates
 class Active:
     """What a training uses. None: not in use.
 
-    compiled: by torch.compile. fused: whether the optimizer is one kernel. offloaded: whether it runs on the
-    CPU. scheduler: name and class. neftune: its noise alpha. parallel: see `active_parallelism`. micro_batch,
-    global_batch: sequences. boards: where figures go.
+    loss: see `recipe.hardware.choose_loss`. compiled: by torch.compile. fused: whether the optimizer is one
+    kernel. offloaded: whether it runs on the CPU. scheduler: name and class. neftune: its noise alpha.
+    parallel: see `active_parallelism`. micro_batch, global_batch: sequences. boards: where figures go.
     """
 
     device: str
     precision: str
     attention: str
+    loss: str
     compiled: bool
     activation_checkpointing: bool
     optimizer: str
@@ -63,11 +65,12 @@ class Active:
 class Asked:
     """What the recipe and the launcher ask of a training, apart from the TrainingArguments.
 
-    parallel: in the words of `active_parallelism`.
+    loss: in the words of `recipe.hardware.choose_loss`. parallel: in those of `active_parallelism`.
     """
 
     settings: Settings
     choice: Choice
+    loss: str
     optimizer: Optimizer
     parallel: str
     ranks: int
@@ -78,6 +81,7 @@ class Asked:
             active,
             precision=self.choice.precision,
             attention=self.choice.attention,
+            loss=self.loss,
             compiled=self.choice.compile,
             activation_checkpointing=bool(args.activation_checkpointing),
             optimizer=self.optimizer.reported,
@@ -199,6 +203,7 @@ def read_active(trainer: Trainer) -> Active:
         device=str(trainer.args.device),
         precision={"no": "fp32"}.get(precision, precision),
         attention=model.config._attn_implementation,
+        loss=active_loss(model),
         compiled=counters["stats"]["unique_graphs"] > 0,
         activation_checkpointing=model.is_activation_checkpointing,
         optimizer=_optimizer_name(optimizer),

@@ -35,20 +35,25 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from recipe.config.launch import batch_layout
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
-from recipe.config.phases import Phase, phase_at, samples_of
+from recipe.config.phases import Phase, longest_block, phase_at, samples_of
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings, SpikeRule
 from recipe.config.training import attention_needs, check_boards, unreached_steps
 from recipe.hardware import (
+    CHUNKS,
+    LIGER,
+    WHOLE,
     Choice,
     Hardware,
     choose,
+    choose_loss,
     detect,
     gemm_peak,
     initialise_vector_math,
     peak_memory,
 )
 from recipe.model.build import flops_per_token
+from recipe.model.chunked_loss import return_loss_in_chunks
 from recipe.model.losses import return_loss_only
 from recipe.model.save import complete_configs
 from recipe.model.sharding import load_without_code, shard
@@ -294,12 +299,13 @@ def train_model(
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     rule = None if settings.spikes is None else SpikeRule(**settings.spikes)
-    check, guard = ActiveCheck(_asked(run), tokens_per_step), Guard(run.folder, rule)
+    loss = _loss_of(run, model) if trainer_class is RecipeTrainer else WHOLE
+    check, guard = ActiveCheck(_asked(run, loss), tokens_per_step), Guard(run.folder, rule)
     life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
-        return_loss_only(model, settings.z_loss)
-    if trainer_class is RecipeTrainer:
+        if loss != LIGER:  # the Trainer itself puts its kernels into the model
+            (return_loss_in_chunks if loss == CHUNKS else return_loss_only)(model, settings.z_loss)
         by_bounds = run.choice.attention.startswith(("varlen", "flash_attention"))
         trainer_keywords["data_collator"] = collate_with_bounds if by_bounds else collate
     trainer = trainer_class(
@@ -337,10 +343,20 @@ def train_model(
     } | (_speed(run.folder, flops / meter.peak) if run.is_main else {})
 
 
-def _asked(run: Run) -> Asked:
+def _loss_of(run: Run, model: PreTrainedModel) -> str:
+    if run.arguments.use_liger_kernel:
+        return LIGER
+    # A micro-batch has as many positions in all phases.
+    positions = run.arguments.per_device_train_batch_size * longest_block(vars(run.settings))
+    logits = positions * model.config.vocab_size
+    return choose_loss(run.hardware.device, logits, run.choice.compile, run.tensor_parallel)
+
+
+def _asked(run: Run, loss: str) -> Asked:
     return Asked(
         settings=run.settings,
         choice=run.choice,
+        loss=loss,
         optimizer=run.optimizer,
         parallel=expected_parallelism(run.ranks, run.deepspeed, run.fsdp, run.tensor_parallel),
         ranks=run.ranks,

@@ -89,8 +89,12 @@ def lora(config, **values):
             ["load_best_model_at_end", "last step"],
         ),
         (
-            lambda c: c["finetune"].update(use_liger_kernel=True),
-            ["finetune.json: use_liger_kernel", "z_loss"],
+            lambda c: c["pretrain"].update(use_liger_kernel=True, z_loss=1e-4),
+            ["pretrain.json: use_liger_kernel", "no z_loss", "Remove one"],
+        ),
+        (
+            lambda c: c["pretrain"].update(liger_kernel_config={"rope": False}),
+            ["liger_kernel_config", "does nothing with use_liger_kernel false"],
         ),
         (lambda c: c["pretrain"].update(bf16_full_eval=True), ["bf16_full_eval", "rounded"]),
         (

@@ -209,3 +209,13 @@ def test_tensor_parallelism_splits_what_is_as_wide_as_heads():
     tokens = PLAIN.micro_batch * PLAIN.block_size * shape.layers
     assert activation_bytes(shape, one) - activation_bytes(shape, two) == tokens * split / 2
     assert memory(shape, one)["logits"] == memory(shape, two)["logits"]
+
+
+def test_a_gpu_holds_the_logits_of_a_chunk_only():
+    """At 16 x 1024 positions and a vocabulary of 32,000; at 4 x 1024 all logits are small enough."""
+    shape = shape_of(read("mistral-300m", "model"), 32_000)
+    few, many = (memory(shape, dataclasses.replace(PLAIN, micro_batch=size))["logits"] for size in (4, 16))
+    assert few == 16 * 4 * 1024 * 32_000
+    assert many == 8 * 2**25 + 8 * 32_000 * shape.hidden < few / 3
+    split = dataclasses.replace(PLAIN, ranks=2, micro_batch=16, tensor_parallel=2)
+    assert memory(shape, split)["logits"] == 4 * few

@@ -23,6 +23,7 @@ pytest_plugins = ["tiny_training"]
         ({"weight_decay": 0.1}, "weight_decay: asked for 0.1, active is None"),
         ({"adam_beta2": 0.95}, r"betas: asked for \[0.9, 0.95\], active is \[0.9, 0.999\]"),
         ({"adam_epsilon": 1e-6}, "epsilon: asked for 1e-06, active is 1e-08"),
+        ({"loss": "chunks"}, "loss: asked for chunks, active is whole logits"),
         ({"global_batch_size": 8}, "global_batch: asked for 8, active is 4"),
         ({"optim": "adamw_torch_fused"}, "fused: asked for True, active is False"),
     ],
@@ -36,6 +37,8 @@ def test_what_was_asked_for_and_is_not_active_stops_the_run(train, monkeypatch, 
         if key in ("z_loss", "global_batch_size"):
             settings = replace(callback.asked.settings, **setting)
             callback.asked = replace(callback.asked, settings=settings)
+        elif key == "loss":
+            callback.asked = replace(callback.asked, loss=value)
         elif key == "optim":
             callback.asked = replace(callback.asked, optimizer=OPTIMIZERS[value])
         else:

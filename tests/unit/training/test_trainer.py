@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from recipe import hardware
 from recipe.config import optimizers as table
 from recipe.config.optimizers import OPTIMIZERS, Optimizer
-from recipe.model import optimizers
+from recipe.model import chunked_loss, optimizers
 from recipe.model.build import build_model
-from recipe.training import trainer
+from recipe.training import trainer, training
 from tiny_training import GPT2, losses_of
 from transformers import AutoTokenizer
 
@@ -73,6 +74,18 @@ def test_z_loss_is_logged_apart(train):
     assert all("z_loss" in row for row in rows) and figures["active"]["z_loss"] == 1e-6
     large = [row for row in train("large", z_loss=1.0)[1] if "loss" in row]
     assert large[-1]["z_loss"] < 0.85 * large[0]["z_loss"]  # it is trained away
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "torch_compile": True}])
+def test_the_loss_in_chunks_trains_the_same(train, monkeypatch, options):
+    """With dropout, and with evaluations and samples in between."""
+    whole, expected, _ = train("whole", sample_steps=3, **options)
+    monkeypatch.setattr(training, "choose_loss", lambda *_: hardware.CHUNKS)
+    monkeypatch.setattr(chunked_loss, "CHUNK", 11 * 400)
+    figures, rows, _ = train("chunks", sample_steps=3, **options)
+    assert (whole["active"]["loss"], figures["active"]["loss"]) == ("whole logits", "chunks")
+    assert losses_of(rows) == pytest.approx(losses_of(expected), rel=1e-4)
+    assert figures["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
 
 
 def test_evaluation_changes_nothing(train):
