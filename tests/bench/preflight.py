@@ -1,7 +1,9 @@
 """How near the preflight's peak memory is to the measured one, for several models and modes, on a CPU.
 
 Each row is a real training of a few steps by run_clm.py, in a process of its own, started as `--probe` starts
-it. Compiled rows start from an empty cache. The aim is to stay within 15 %. Name rows to run only those.
+it. Compiled rows start from an empty cache. The aim is to stay within 15 %. On a GPU the rows are others, and
+what is measured is what PyTorch reserves, without the context of CUDA, which the computed peak includes. Name
+rows to run only those.
 
 Run:  .venv/bin/python tests/bench/preflight.py [ROW]...
 """
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recipe.config.recipe import load_recipe
+from recipe.hardware import count_gpus
 from recipe.project import ROOT
 from recipe.run import preflight, probe
 from recipe.run.launch_options import Launch
@@ -60,6 +64,18 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "109M GPT-2 ZeRO-3, 2 ranks": (GPT2, 30000, 512, 1, 2, False, False, {}, replace(TWO, deepspeed="zero3")),
 }
 
+MISTRAL, MEDIUM, TINY = (
+    load_recipe(name)["model"] for name in ("mistral-300m", "gpt2-medium-aozora", "tiny")
+)
+ON_A_GPU: dict[str, tuple[Any, ...]] = {
+    "mistral-300m, 4": (MISTRAL, 32_000, 1024, 4, 1, False, False, {}, ONE),
+    "mistral-300m, 4, checkpointing": (MISTRAL, 32_000, 1024, 4, 1, True, False, {}, ONE),
+    "mistral-300m, 16": (MISTRAL, 32_000, 1024, 16, 1, False, True, {}, ONE),
+    "mistral-300m, 16, checkpointing": (MISTRAL, 32_000, 1024, 16, 1, True, False, {}, ONE),
+    "gpt2-medium, 8": (MEDIUM, 32_000, 1024, 8, 1, False, False, {}, ONE),
+    "tiny, 16": (TINY, 8000, 512, 16, 1, False, False, {}, ONE),
+}
+
 
 def inputs(folder: Path, vocabulary: int) -> dict[str, Path]:
     """What stages 03 and 04 would give: a tokenizer of `vocabulary` words, and random tokens."""
@@ -85,7 +101,9 @@ def inputs(folder: Path, vocabulary: int) -> dict[str, Path]:
 
 def run(name: str) -> tuple[float, dict[str, Any], int]:
     """(computed peak bytes, the probe's row, parameters) of one training."""
-    model, vocabulary, block, micro, accumulation, checkpointing, compiled, more, launch = ROWS[name]
+    model, vocabulary, block, micro, accumulation, checkpointing, compiled, more, launch = (ROWS | ON_A_GPU)[
+        name
+    ]
     values = {
         "block_size": block,
         "global_batch_size": micro * accumulation * launch.ranks // launch.tensor_parallel,
@@ -117,7 +135,7 @@ def main() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
     print("| training | parameters | computed MiB | measured MiB | computed / measured | tokens/s |")
     print("|---|---:|---:|---:|---:|---:|", flush=True)
-    for name in sys.argv[1:] or ROWS:
+    for name in sys.argv[1:] or (ON_A_GPU if count_gpus() else ROWS):
         computed, row, parameters = run(name)
         if row["outcome"] != "ok":
             print(f"| {name} | {parameters:,} | {row} |", flush=True)

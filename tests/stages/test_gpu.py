@@ -1,11 +1,18 @@
 """Tests that need an NVIDIA GPU. Without one every test says that it could not run."""
 
 import importlib.util
+import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from recipe.config.optimizers import OPTIMIZERS
+from recipe.project import read_json_lines
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,6 +25,11 @@ ampere = pytest.mark.skipif(
 flash = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="could not run: flash-attn is not installed"
 )
+bits = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="could not run: bitsandbytes is not installed"
+)
+SHARED = ("--set", "pretrain.muon_learning_rate=null", "--set", "pretrain.block_size=128")
+LONG = ("--set", "pretrain.max_steps=200", "--set", "pretrain.save_steps=100")
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +42,10 @@ def prepared(make_project):
 
 def train(project, name, *options):
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
-    settings = ("--set", "pretrain.muon_learning_rate=null", "--set", "pretrain.block_size=128")
-    project.run("run_all.sh", "--recipe", name, "--to", "04", *settings)
+    project.run("run_all.sh", "--recipe", name, "--to", "04", *SHARED)
     # --force: a launcher's options are not settings, so that an earlier case's model would be reused.
     stage = ("pretrain/05_pretrain.sh", "--recipe", name, "--force", "--nproc", "1")
-    project.run(*stage, *settings, *options, timeout=1200)
+    project.run(*stage, *SHARED, *options, timeout=1200)
     return project.figures(name, "05_pretrain")
 
 
@@ -52,6 +63,7 @@ def train(project, name, *options):
         ),
         (("--deepspeed", "zero2_offload"), {"parallel": "ZeRO-2, optimizer on cpu", "offloaded": True}),
         (("--deepspeed", "zero3"), {"parallel": "ZeRO-3"}),
+        (("--deepspeed", "zero3_offload"), {"parallel": "ZeRO-3, optimizer on cpu, parameters on cpu"}),
     ],
 )
 def test_setting_is_active_and_learns(prepared, options, expected):
@@ -59,3 +71,99 @@ def test_setting_is_active_and_learns(prepared, options, expected):
     figures = train(prepared, name, *options)
     assert {key: figures["active"][key] for key in expected} == expected
     assert figures["eval_loss"] < 4  # ln(400) = 6.0 before training
+
+
+@bits
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
+def test_an_8_bit_optimizer_is_active_and_learns(prepared, optim):
+    slow = ("--set", "pretrain.learning_rate=3e-3") if "lion" in optim else ()
+    figures = train(prepared, optim, "--set", f"pretrain.optim={optim}", *slow)
+    assert figures["active"]["optimizer"] == OPTIMIZERS[optim].reported
+    assert figures["eval_loss"] < 5
+
+
+@pytest.fixture(scope="module")
+def talking(prepared):
+    """A recipe whose model is pretrained and tuned."""
+    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs/talking")
+    prepared.run("run_all.sh", "--recipe", "talking", "--to", "12", timeout=1200)
+    return prepared
+
+
+@bits
+def test_qlora_tunes_over_4_bit_weights(talking):
+    lora = '--set=finetune.lora={"r": 4, "lora_alpha": 8, "quantization": "nf4"}'
+    line = ("fine-tuning/12_finetune.sh", "--recipe", "talking", "--nproc", "1", "--force", lora)
+    talking.run(*line, timeout=600)
+    rows = read_json_lines(talking.output("talking", "12_finetune", "metrics.jsonl"))
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    # The adapter is merged into unquantised weights.
+    assert talking.output("talking", "12_finetune", "model.safetensors").exists()
+
+
+def test_talking_and_generation_answer(talking):
+    talking.run("fine-tuning/15_generate.py", "--recipe", "talking", timeout=600)
+    assert len(talking.figures("talking", "15_generate")) > 0
+    talking.run("pretrain/07_generate.py", "--recipe", "talking", timeout=600)
+    command = [sys.executable, str(talking.folder / "fine-tuning/chat.py"), "--recipe", "talking"]
+    result = subprocess.run(
+        command, input="山は高いですか?\n", env=talking.environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stdout.count("Assistant: ") == 1, result.stderr
+
+
+def test_a_signal_saves_and_the_same_command_continues(prepared):
+    """Stopped and continued, the losses are those of a training that was never stopped."""
+    whole = train(prepared, "never-stopped", *LONG)
+    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs/signal")
+    prepared.run("run_all.sh", "--recipe", "signal", "--to", "04", *SHARED)
+    line = ("pretrain/05_pretrain.sh", "--recipe", "signal", "--nproc", "1", *SHARED, *LONG)
+    child = prepared.start(*line)
+    work = prepared.folder / "outputs/signal/.05_pretrain.work/metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (work.exists() and work.read_text().count('"loss"') >= 20):
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 143 and "stopped at step" in said, said
+    continued = prepared.run(*line, timeout=600)
+    assert "continues from checkpoint-" in continued.stdout
+    figures = prepared.figures("signal", "05_pretrain")
+    assert figures["steps"] == whole["steps"]
+    assert figures["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-2)
+
+
+def test_probe_measures_this_gpu(prepared):
+    small = ("--set", "pretrain.global_batch_size=4", "--set", "pretrain.per_device_train_batch_size=4")
+    result = prepared.run(
+        "pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", "--nproc", "1", *small, timeout=1200
+    )
+    assert "fastest: --set" in result.stdout
+    figures = json.loads((prepared.folder / "outputs/mini/probe.json").read_text())["figures"]
+    assert figures["outcome"] == "ok" and figures["peak_memory_bytes"] > 0
+
+
+def test_the_loss_in_chunks_is_that_of_whole_logits():
+    """bf16 and fp16, whose scaled gradients must not vanish, on a vocabulary of more than one chunk."""
+    from recipe.model.chunked_loss import _loss_or_logits
+
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        head = torch.nn.Linear(64, 40_000, bias=False, device="cuda")
+        hidden = torch.randn(2000, 64, device="cuda")
+        targets = torch.randint(40_000, (2000,), device="cuda")
+        forward, found = _loss_or_logits(head), []
+        for chunks in (False, True):
+            own = hidden.clone().requires_grad_()
+            head.weight.grad = None
+            with torch.autocast("cuda", dtype):
+                if chunks:
+                    loss = forward(own, targets)[0] / len(targets)
+                else:
+                    loss = torch.nn.functional.cross_entropy(head(own).float(), targets)
+            (loss * 2**14).backward()
+            found.append((loss.detach(), own.grad, head.weight.grad))
+        for whole, parts in zip(*found, strict=True):
+            assert (whole - parts).norm() < 2e-2 * whole.norm()

@@ -1,0 +1,273 @@
+"""What a GPU does with the model of mistral-300m: speed against the stock Trainer, waiting, attention.
+
+All tokens are random, so that nothing must be downloaded. Each row is a process of its own. gpu.sh runs all
+sections. With `--tiny` each section is rehearsed with the smallest sizes, also on a CPU: such figures say
+nothing about speed.
+
+- ``training``: 16 x 1,024 tokens a step. The stock Trainer reads random tokens without documents, by bf16,
+  uncompiled (as transformers' own run_clm.py does) and compiled (the peer). Ours is run_clm.py of this
+  project on packed documents of 300 tokens, started as `--probe` starts it. "First step": seconds to its end,
+  after the model is built, with an empty cache of compiled code.
+- ``documents``: the same with blocks of 4,096 tokens.
+- ``attention``: ours, 8 layers, by each kernel that works here.
+- ``idle``: the share of the time in which the GPU runs no kernel, over five steps of ours (torch.profiler).
+
+Run:  .venv/bin/python tests/bench/gpu.py [--tiny] SECTION...
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+sys.path[:0] = [str(BENCH), str(BENCH.parents[1] / "pretrain")]
+# The processes of a row inherit the environment.
+TINY = "--tiny" in sys.argv or "BENCH_TINY" in os.environ
+if TINY:
+    os.environ["BENCH_TINY"] = "1"
+MODEL = {
+    "model_type": "mistral",
+    "hidden_size": 64 if TINY else 1024,
+    "intermediate_size": 128 if TINY else 2400,
+    "num_hidden_layers": 2 if TINY else 24,
+    "num_attention_heads": 4 if TINY else 16,
+    "num_key_value_heads": 2 if TINY else 8,
+    "max_position_embeddings": 4096,
+    "sliding_window": None,
+}
+SHALLOW = MODEL | {"num_hidden_layers": 2 if TINY else 8}
+VOCABULARY = 1000 if TINY else 32_000
+TOKENS = 1024 if TINY else 16 * 1024  # of a step
+BLOCK, LONG = (128, 512) if TINY else (1024, 4096)
+STEPS = 6 if TINY else 25
+PROFILED = range(2, 4) if TINY else range(10, 15)  # steps
+IDLE = "idle.json"
+STOCK = {"stock": False, "stock, compiled": True}
+
+
+def ours(
+    block: int, model: dict[str, Any] = MODEL, script: Path | None = None, **more: Any
+) -> dict[str, Any]:
+    """The probe's row of a training by run_clm.py, with the seconds of the first step."""
+    from preflight import inputs
+    from recipe.project import ROOT, read_json, read_json_lines
+    from recipe.run import probe
+    from recipe.run.launch_options import Launch
+
+    attempt = probe.attempt
+
+    def attempt_and_look(line: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+        row = attempt(line, folder, environment, 240.0)
+        if row["outcome"] == "ok":
+            row["first"] = read_json_lines(folder / "metrics.jsonl")[0]["seconds"]
+            row |= read_json(folder / IDLE) if (folder / IDLE).exists() else {}
+        return row
+
+    micro = TOKENS // block
+    values = {"block_size": block, "global_batch_size": micro, "per_device_train_batch_size": micro}
+    config = {
+        "dataset": {"sources": {}},
+        "tokenizer": {"vocab_size": VOCABULARY},
+        "model": model,
+        "pretrain": values | {"learning_rate": 1e-4} | more,
+        "generation": {"prompts": []},
+    }
+    probe.SHORT["max_steps"], probe.attempt = STEPS, attempt_and_look
+    with tempfile.TemporaryDirectory() as folder:
+        probe.OUTPUTS = Path(folder)
+        (probe.OUTPUTS / "bench").mkdir()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), VOCABULARY)}
+        row = probe.measure(script or ROOT / "pretrain/run_clm.py", plan, Launch(), False, True, micro)
+    probe.attempt = attempt
+    return row
+
+
+def stock(name: str, block: int) -> dict[str, float]:
+    """Train by the stock Trainer in this process: seconds of a median step and of the first, peak bytes."""
+    import torch
+    from recipe.hardware import peak_memory
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Note when each step has ended on the device."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            """The start."""
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            """A step."""
+            if kind == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    config = AutoConfig.for_model(**MODEL | {"vocab_size": VOCABULARY, "use_cache": False})
+    micro = TOKENS // block
+    ids = torch.randint(4, VOCABULARY, (STEPS * micro, block))
+    arguments = TrainingArguments(
+        tempfile.mkdtemp(),
+        max_steps=STEPS,
+        per_device_train_batch_size=micro,
+        bf16=True,
+        torch_compile=STOCK[name],
+        use_cpu=kind == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    samples = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model, arguments, train_dataset=samples, callbacks=[Clock()]).train()
+    steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return {"step": statistics.median(steps[2:]), "first": steps[0], "memory": peak_memory(kind)}
+
+
+def compare(block: int) -> None:
+    """The table of one block size."""
+    from recipe.hardware import gemm_peak
+    from recipe.run.memory import shape_of
+
+    rows: dict[str, tuple[float, float, float] | str] = {}
+    peak = gemm_peak(_device(), "bf16")
+    flops = shape_of(MODEL, VOCABULARY).flops_per_token(block)
+    for name in STOCK:
+        line = [sys.executable, __file__, "stock", name, str(block)]
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            ended = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment)
+        found = json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else None
+        rows[name] = (TOKENS / found["step"], found["first"], found["memory"]) if found else "failed"
+    row = ours(block)
+    good = row["outcome"] == "ok"
+    rows["ours"] = (row["tokens_per_second"], row["first"], row["peak_memory_bytes"]) if good else str(row)
+    peer = rows["stock, compiled"]
+    print(f"\n{TOKENS // block} x {block} tokens a step, {_name()}, bf16 peak {peak / 1e12:.0f} TFLOP/s\n")
+    print("| trainer | tokens/s | ratio | MFU | first step | peak GiB |\n|---|---:|---:|---:|---:|---:|")
+    for name, figures in rows.items():
+        if isinstance(figures, str):
+            print(f"| {name} | {figures} |")
+            continue
+        speed, first, memory = figures
+        ratio = "" if isinstance(peer, str) else f"{speed / peer[0]:.2f}"
+        mfu = f"{speed * flops / peak:.0%}"
+        print(
+            f"| {name} | {speed:,.0f} | {ratio} | {mfu} | {first:.0f} s | {memory / 2**30:.1f} |", flush=True
+        )
+
+
+def kernels() -> None:
+    """Ours by each attention kernel."""
+    names = ["varlen", "flex_attention", "flash_attention_2", "flash_attention_3", "sdpa"]
+    print(f"\n{SHALLOW['num_hidden_layers']} layers, {TOKENS // LONG} x {LONG} tokens a step, {_name()}\n")
+    print("| attention | tokens/s | peak GiB |\n|---|---:|---:|")
+    for name in ["documents", "sdpa"] if _device() == "cpu" else names:
+        try:
+            row = ours(LONG, SHALLOW, attn_implementation=name)
+        except Exception as error:  # refused: this kernel is not installed
+            row = {"outcome": "refused", "reason": str(error)}
+        if row["outcome"] == "ok":
+            cells = f"{row['tokens_per_second']:,.0f} | {row['peak_memory_bytes'] / 2**30:.1f}"
+        else:
+            cells = f"{row['outcome']}: {row.get('reason', '')[:100]} |"
+        print(f"| {name} | {cells} |", flush=True)
+
+
+def idle() -> None:
+    """The share of idle time of ours."""
+    row = ours(BLOCK, script=Path(__file__))
+    if row["outcome"] != "ok":
+        print(f"\nidle: {row}")
+        return
+    steps = len(PROFILED) - 1
+    print(f"\nidle over {steps} steps, {_name()}: {row['idle']:.1%} of {row['ms']:.0f} ms")
+
+
+def idle_share(intervals: Iterable[tuple[float, float]], begin: float, end: float) -> float:
+    """The share of the time from `begin` to `end` that no interval (from, to) covers."""
+    covered, last = 0.0, begin
+    for start, stop in sorted(intervals):
+        start, stop = max(start, last), min(stop, end)
+        covered += max(0.0, stop - start)
+        last = max(last, stop)
+    return 1 - covered / (end - begin)
+
+
+def profiled_training() -> None:
+    """What `idle` starts in place of run_clm.py: the same training, some steps of it under the profiler."""
+    import run_clm
+    import torch
+    from recipe.training import training
+    from torch.profiler import DeviceType, ProfilerActivity
+    from transformers import TrainerCallback
+
+    cuda = torch.cuda.is_available()
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    folder, stock_callbacks = Path(sys.argv[1]).parent, training._callbacks
+
+    class Profile(TrainerCallback):
+        """Starts and stops the profiler between steps."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Profile the steps after PROFILED's first up to its last."""
+            if state.global_step == PROFILED[0]:
+                kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+                self.profiler = torch.profiler.profile(activities=kinds)
+                self.profiler.start()
+            if state.global_step == PROFILED[-1]:
+                if cuda:
+                    torch.cuda.synchronize()
+                self.profiler.stop()
+                events = [event for event in self.profiler.events() if event.device_type == wanted]
+                spans = [(event.time_range.start, event.time_range.end) for event in events]
+                begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
+                figures = {"idle": idle_share(spans, begin, end), "ms": (end - begin) / 1000}
+                (folder / IDLE).write_text(json.dumps(figures))
+
+    training._callbacks = lambda *rest: [*stock_callbacks(*rest), Profile()]
+    training.run_script(run_clm.main)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if _device() == "cuda" else "CPU"
+
+
+def main() -> None:
+    """Run the process of a row, or the sections that are named."""
+    words = [word for word in sys.argv[1:] if word != "--tiny"]
+    if words[0].endswith("plan.json"):
+        profiled_training()
+    elif words[0] == "stock":
+        print("\n" + json.dumps(stock(words[1], int(words[2]))))
+    sections = {
+        "training": lambda: compare(BLOCK),
+        "documents": lambda: compare(LONG),
+        "attention": kernels,
+        "idle": idle,
+    }
+    for word in words:
+        if word in sections:
+            sections[word]()
+
+
+if __name__ == "__main__":
+    main()
