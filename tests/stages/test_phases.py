@@ -1,6 +1,7 @@
 """A pretraining with phases, from the recipe to the evaluation; stopped and continued on another layout."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -42,9 +43,10 @@ def test_rates_blocks_and_rotary_embeddings_change_and_every_block_size_is_evalu
 @pytest.mark.parametrize("options", [(), ("--nproc", "2"), ("--nproc", "2", "--deepspeed", "zero2")])
 def test_a_stop_in_a_later_phase_and_other_ranks_change_no_loss(project, options):
     before = rows(project)
+    shutil.rmtree(project.output("mini", "05_pretrain", ""))
     work = project.folder / "outputs/mini/.05_pretrain.work"
     line = ("pretrain/05_pretrain.sh", "--recipe", "mini", *options)
-    run = project.start(*line, "--force")
+    run = project.start(*line)
     ends = time.monotonic() + 300
     while not (work / "checkpoints/checkpoint-9/manifest.json").exists() and time.monotonic() < ends:
         time.sleep(0.05)
