@@ -3,7 +3,7 @@
 #
 # Usage: bash run_all.sh [--recipe NAME] [--from NN] [--to NN] [--force] [--dry-run] [--list]
 #                        [--set FILE.KEY=VALUE]... [--nproc N] [--deepspeed NAME | --fsdp] [--tensor-parallel N]
-#                        [--max-restarts N]
+#                        [--max-restarts N] [--new-optimizer]
 #
 #   --recipe NAME    folder below configs/ (default: tiny)
 #   --from, --to NN  number of the first and of the last stage to run
@@ -11,7 +11,7 @@
 #   --dry-run        check the configuration and say what would be done
 #   --list           list the stages
 #   --set FILE.KEY=VALUE   override one key of the recipe, e.g. --set pretrain.learning_rate=1e-4
-#   --nproc, --deepspeed, --fsdp, --tensor-parallel, --max-restarts
+#   --nproc, --deepspeed, --fsdp, --tensor-parallel, --max-restarts, --new-optimizer
 #                    for the training stages: bash pretrain/05_pretrain.sh --help
 #
 # Exit codes: 0 done, 1 a stage failed, 2 refused (wrong option or configuration, stale output, folder in use),
@@ -74,7 +74,7 @@ main() {
         shift ;;
       --force) common+=("$1") ;;
       --dry-run) common+=("$1") talk=false ;;
-      --fsdp) launch+=("$1") ;;
+      --fsdp | --new-optimizer) launch+=("$1") ;;
       --list) list=true ;;
       -h | --help) usage; exit 0 ;;
       *) refuse "unknown option $1" ;;

@@ -233,8 +233,6 @@ def test_sharded_training_continues_where_it_was_stopped(prepared, together, way
     (work / "stop").touch()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
-    whole = prepared.run(*line[:3], *COMMON, *PRECISION["fp32"], check=False)
-    assert whole.returncode == 1 and "was written under another kind of parallelism" in whole.stderr
     assert "continues from checkpoint" in prepared.run(*line).stdout
     assert losses_of(prepared, name) == together(way, "fp32")[0]
     assert prepared.figures(name, "05_pretrain")["active"]["parallel"] == parallel

@@ -6,11 +6,12 @@ what the Trainer of transformers 5.23 lacks: resuming, and tensor parallelism on
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ from transformers.distributed.checkpoint import load_optimizer_distributed, save
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
+from recipe.model import zero
 from recipe.project import RecipeError, Refused
 
-OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"
+OPTIMIZER, SCHEDULER, CONVERTED = "optimizer", "scheduler.pt", "converted"
+# Kinds of parallelism that share one form of the optimizer state.
+WHOLE, SHARDED = "one process or DDP", "FSDP2 or tensor parallelism"
+ZERO = ("ZeRO-1 or 2", "ZeRO-3")
 # transformers 5.23 gathers each of a model's `layers` on its own. In GPT-2 they are called `h`: without this
 # plan all weights would silently be gathered at once.
 FSDP_PLANS = {"gpt2": {"transformer.h.*": "free_full_weight"}}
@@ -60,16 +65,6 @@ class _SummedGradient(TensorParallelLayer):
 
 
 ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", _SummedGradient())
-
-
-def load_without_code() -> None:
-    """Let DeepSpeed read only tensors and plain values from its checkpoints: other pickles could run code."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 def shard(
@@ -164,19 +159,24 @@ def sharded_over(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def check_shards(checkpoint: Path, ranks: int) -> None:
-    """Raise RecipeError for a ZeRO checkpoint of another number of ranks: its shards fit only those."""
-    shards = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
-    if shards != ranks:
-        raise RecipeError(
-            f"{checkpoint.name} was written by {shards} ranks, and ZeRO's shards fit only this number; "
-            f"this run has {ranks}. Continue with {shards} (--nproc), or start again with --force. "
-            "Under --fsdp, --tensor-parallel or plain --nproc the number may change"
-        )
+def written_under(checkpoint: Path) -> str:
+    """The kind of parallelism whose optimizer state a checkpoint holds."""
+    if (checkpoint / OPTIMIZER).is_dir():
+        return SHARDED
+    if any(checkpoint.glob(zero.SHARDS)):
+        # Under ZeRO-3 each rank has a file of its own also for the weights.
+        return ZERO[any(checkpoint.glob("global_step*/*zero_pp_rank_*_model_states.pt"))]
+    return WHOLE
 
 
 class ShardedTrainer(Trainer):
-    """The stock Trainer; for a model of `shard` also with checkpoints that can be resumed, and on CPUs."""
+    """The stock Trainer; for a model of `shard` also with checkpoints that can be resumed, and on CPUs.
+
+    A checkpoint is also read on another number of ranks, and under another kind of parallelism.
+    """
+
+    new_optimizer = False  # continue a checkpoint whose optimizer state these ranks cannot read, without it
+    starts_anew = False  # that is what happens
 
     def __init__(self, model: PreTrainedModel, args: Any, **keywords: Any) -> None:
         self.sharded = model.is_distributed_loading_by_transformers
@@ -187,21 +187,14 @@ class ShardedTrainer(Trainer):
         args.save_only_model = save_only_model
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:
-        """Train; continue from a checkpoint only if it has the optimizer in the form that these ranks need.
+        """Train; continue from a checkpoint with its optimizer state, or by `new_optimizer` without it.
 
-        The Trainer would silently begin with a new optimizer. Raises RecipeError, also for a checkpoint that
-        contains code, which is not run.
+        The Trainer would silently begin with a new optimizer. Raises RecipeError for an optimizer state that
+        these ranks cannot read, and for a checkpoint that contains code, which is not run.
         """
-        name = OPTIMIZER if self.sharded else f"{OPTIMIZER}.pt"
-        name = "global_step*" if self.is_deepspeed_enabled else name
-        if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob(name)):
-            raise RecipeError(
-                f"{Path(resume_from_checkpoint).name} was written under another kind of parallelism: it "
-                f"has no {name}. Continue with the options of its first run (--deepspeed, --fsdp, "
-                "--tensor-parallel), or start again with --force"
-            )
-        if resume_from_checkpoint and self.is_deepspeed_enabled:
-            check_shards(Path(resume_from_checkpoint), self.args.world_size)
+        self.starts_anew = False
+        if resume_from_checkpoint:
+            self._choose_optimizer_state(Path(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
         except pickle.UnpicklingError as error:
@@ -210,6 +203,88 @@ class ShardedTrainer(Trainer):
                 f"{resume_from_checkpoint}: a file in it holds more than tensors and numbers, so it is not "
                 f"read. Delete this checkpoint, or start again with --force ({reason})"
             ) from error
+
+    def _choose_optimizer_state(self, checkpoint: Path) -> None:
+        """Set `starts_anew`: whether the training goes on without the optimizer state of a checkpoint."""
+        if self.is_world_process_zero():
+            shutil.rmtree(checkpoint.with_name(CONVERTED), ignore_errors=True)  # what a killed run has left
+        found = written_under(checkpoint)
+        if self.is_deepspeed_enabled:
+            readable = [ZERO[self.accelerator.state.deepspeed_plugin.zero_stage == 3]]
+        else:
+            # FSDP2's form names each weight, so that one process and DDP read it, too.
+            readable = [SHARDED] if self.sharded else [WHOLE, SHARDED]
+        self.starts_anew = found not in readable
+        if self.starts_anew and not self.new_optimizer:
+            raise RecipeError(
+                f"{checkpoint.name} was written under {found}; its optimizer state cannot be read under "
+                f"{readable[0]}. Continue with the options of its first run (--deepspeed, --fsdp, "
+                "--tensor-parallel). Or add --new-optimizer: weights, step, schedule and order of the data "
+                "are kept, and the optimizer state is lost. Or start again with --force"
+            )
+        if not self.new_optimizer or not self.is_world_process_zero():
+            return
+        print(
+            f"warning: --new-optimizer: {checkpoint.name} was written under {found}. Weights, step, schedule "
+            f"and order of the data are kept; the optimizer state is lost and starts anew under {readable[0]}"
+            if self.starts_anew
+            else f"--new-optimizer has no effect: the optimizer state of {checkpoint.name} can be read",
+            flush=True,
+        )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> Any:
+        """Prepare model, optimizer and schedule, and load the checkpoint in the form that it has."""
+        prepare = functools.partial(super()._prepare_for_training, max_steps, train_dataloader)
+        if checkpoint and self.starts_anew:
+            if self.is_deepspeed_enabled:
+                # The other kinds of parallelism have done this before.
+                self._load_from_checkpoint(checkpoint)
+            prepared = prepare(None)
+            self._load_optimizer_and_scheduler(checkpoint)
+            return prepared
+        ranks = zero.ranks_of(Path(checkpoint)) if checkpoint and self.is_deepspeed_enabled else None
+        if ranks in (None, self.args.world_size):
+            return prepare(checkpoint)
+        return self._load_universal(Path(checkpoint), prepare)
+
+    def _load_universal(self, checkpoint: Path, prepare: Callable[[str], Any]) -> Any:
+        """Load a ZeRO checkpoint that another number of ranks has written."""
+        if self.is_world_process_zero():
+            ranks = zero.ranks_of(checkpoint)
+            print(f"{checkpoint.name}: converts the ZeRO shards of {ranks} ranks", flush=True)
+        settings = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        settings.setdefault("checkpoint", {})["load_universal"] = True
+        with self._converted(checkpoint, zero.convert_to_universal) as folder:
+            prepared = prepare(str(folder))
+        engine = self.model_wrapped
+        engine._config.load_universal_checkpoint = False
+        # Under ZeRO-3 DeepSpeed 0.19 gives all groups the weight decay of the first, and one counter of
+        # steps, which each group would increment.
+        optimizer = engine.optimizer.optimizer
+        for group, weight_decay in zip(optimizer.param_groups, self.weight_decays, strict=True):
+            group["weight_decay"] = weight_decay
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+        return prepared
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the optimizer; the weight decay of its groups is kept for `_load_universal`."""
+        optimizer = super().create_optimizer(model)
+        self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        return optimizer
+
+    @contextlib.contextmanager
+    def _converted(self, checkpoint: Path, convert: Callable[[Path, Path], None]) -> Iterator[Path]:
+        """A folder, written by rank 0 next to the checkpoint and deleted when all ranks have read it."""
+        folder = checkpoint.with_name(CONVERTED)
+        if self.is_world_process_zero():
+            convert(checkpoint, folder)
+        self.accelerator.wait_for_everyone()
+        yield folder
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(folder)
 
     def _build_accelerator_args(self, **keywords: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**keywords)
@@ -234,18 +309,32 @@ class ShardedTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or checkpoint is None:
+        by_name = checkpoint and Path(checkpoint, OPTIMIZER).is_dir()
+        if checkpoint is None or not (self.starts_anew or by_name):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/{OPTIMIZER}")
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
+        if not self.starts_anew:
+            load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/{OPTIMIZER}")
+        saved = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
+        # Under tensor parallelism the optimizer has other groups; each keeps its own peak.
+        self.lr_scheduler.load_state_dict(saved | {"base_lrs": self.lr_scheduler.base_lrs})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        if zero.ranks_of(checkpoint) and (checkpoint / "config.json").exists():
+            tied = set(self.model.all_tied_weights_keys)
+            with self._converted(checkpoint, functools.partial(zero.write_weights, tied=tied)) as folder:
+                self._load_weights(folder, model)
+        else:
+            self._load_weights(checkpoint, model)
+
+    def _load_weights(self, folder: Path, model: Any) -> None:
         if not self.sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with zero.gathered(self.model) if self.is_deepspeed_enabled else contextlib.nullcontext():
+                super()._load_from_checkpoint(str(folder), model)
             return
         config = self.model.config
-        saved = _load(Path(resume_from_checkpoint), config.distributed_config, config._attn_implementation)
+        saved = _load(folder, config.distributed_config, config._attn_implementation)
         with torch.no_grad():
             for mine, theirs in zip(self.model.parameters(), saved.parameters(), strict=True):
                 mine.copy_(theirs)

@@ -53,7 +53,8 @@ class Launch:
 
     processes: ranks on this machine; each of the `nodes` machines has as many. hosts: ranks by machine, from
     DeepSpeed's hostfile. deepspeed: a file of configs/deepspeed/ by its short name. fsdp: shard by FSDP2.
-    tensor_parallel: ranks that share each matrix.
+    tensor_parallel: ranks that share each matrix. new_optimizer: a checkpoint of another kind of parallelism
+    is continued without its optimizer state.
     """
 
     processes: int = 1
@@ -66,6 +67,7 @@ class Launch:
     deepspeed: str | None = None
     fsdp: bool = False
     tensor_parallel: int = 1
+    new_optimizer: bool = False
 
     @property
     def ranks(self) -> int:
@@ -130,6 +132,7 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
         deepspeed=arguments.deepspeed,
         fsdp=arguments.fsdp,
         tensor_parallel=arguments.tensor_parallel,
+        new_optimizer=arguments.new_optimizer,
     )
 
 
@@ -180,5 +183,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="start a training that has failed (a crash, no progress, a lost node) again from its newest "
         "good checkpoint, at most N times",
+    )
+    add(
+        "--new-optimizer",
+        action="store_true",
+        help="continue a checkpoint of another kind of parallelism: weights, step and schedule are kept, the "
+        "optimizer state is lost",
     )
     add("--probe", action="store_true", help="measure which settings are the fastest (stage 05 only)")

@@ -106,6 +106,7 @@ def training_plan(
         "deepspeed": str(deepspeed) if deepspeed else None,
         "fsdp": launch.fsdp,
         "tensor_parallel": launch.tensor_parallel,
+        "new_optimizer": launch.new_optimizer,
         "ranks": launch.ranks,
         "parent": os.getpid(),
         "host": platform.node(),

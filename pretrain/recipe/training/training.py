@@ -56,7 +56,8 @@ from recipe.model.build import flops_per_token
 from recipe.model.chunked_loss import return_loss_in_chunks
 from recipe.model.losses import return_loss_only
 from recipe.model.save import complete_configs
-from recipe.model.sharding import load_without_code, shard
+from recipe.model.sharding import shard
+from recipe.model.zero import load_without_code
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import EXIT_TERMINATED, RecipeError, Refused, naming_full_disk, read_json, read_json_lines
 from recipe.tokenization.packing import collate, collate_with_bounds
@@ -80,7 +81,8 @@ class Run:
 
     folder: the stage's work folder. deepspeed: path of a DeepSpeed file. tensor_parallel: ranks that share
     each matrix. ranks: their number on all machines. parent: the process whose end stops the training.
-    probe: only speed and memory are measured, and no model is saved.
+    probe: only speed and memory are measured, and no model is saved. new_optimizer: a checkpoint of another
+    kind of parallelism is continued without its optimizer state.
     """
 
     settings: Settings
@@ -95,6 +97,7 @@ class Run:
     ranks: int
     parent: int
     probe: bool
+    new_optimizer: bool
 
     @property
     def sharded(self) -> bool:
@@ -149,6 +152,7 @@ def prepare(
         # The training stops when its launcher has ended. Ranks on other machines cannot see the launcher.
         parent=plan["parent"] if plan["host"] == platform.node() else os.getpid(),
         probe=plan.get("probe", False),
+        new_optimizer=plan.get("new_optimizer", False),
     )
 
 
@@ -320,6 +324,7 @@ def train_model(
         **trainer_keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.new_optimizer = run.new_optimizer
     check.trainer = guard.trainer = trainer
     skipped = read_skipped(run.folder)
     trainer.schedule_begin = schedule_begin(run.folder)
