@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 13: train the fine-tuned model on preferences (DPO); skipped when the recipe has no preference.json.
+# Stage 13: train the tuned model on preferences (DPO) or by rewards (GRPO); skipped without preference.json.
 #
 # Edit: configs/<recipe>/preference.json. Writes: the same as stage 12.
 # Run:  bash fine-tuning/13_preference.sh --recipe tiny

@@ -1,4 +1,4 @@
-"""Stage 13: direct preference optimisation of the tuned model.
+"""Stage 13: direct preference optimisation of the tuned model; with the method grpo, run_grpo.py takes over.
 
 The launcher starts this script on every rank, with a plan of settings and paths.
 
@@ -9,11 +9,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from recipe.config.instruction import uses_rewards
 from recipe.training.training import check_steps, prepare, run_script, total_steps, train_model, whole_model
 
 
 def main(plan: dict[str, Any]) -> None:
     """Encode the preferences, train with the tuned model as reference, save; rank 0 writes result.json."""
+    if uses_rewards(plan["config"]):
+        import run_grpo
+
+        run_grpo.main(plan)
+        return
     from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import (
         encode_preferences,
@@ -31,7 +37,7 @@ def main(plan: dict[str, Any]) -> None:
 
     # The ids are ready and short enough. The lengths of batches differ, so nothing is compiled.
     fixed = {"max_length": None, "torch_compile": False}
-    own = {"pairs", "valid_share"}
+    own = {"method", "pairs", "valid_share"}
     values = {key: value for key, value in plan["config"]["preference"].items() if key not in own}
     fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
     tuning = plan | {"config": plan["config"] | {"preference": values}}

@@ -150,6 +150,11 @@ def check_launch(
             "and no reference model as for preferences. Run this stage with --nproc, with --deepspeed zero2 "
             f"or zero3 if memory is short; use {option} for stage 05 alone (bash pretrain/05_pretrain.sh)"
         )
+    if option and file == "preference" and values.get("method") == "grpo":
+        raise Refused(
+            f"{file}.json: method: grpo: every rank writes answers with the whole model, so {option} is not "
+            "supported. Run this stage with --nproc alone (bash fine-tuning/13_preference.sh --nproc 2)"
+        )
     if path and lora.get("quantization") and read_config(path)["zero_optimization"]["stage"] == 3:
         raise Refused(
             f"{file}.json: lora.quantization: ZeRO-3 cannot partition nf4 weights. Use --deepspeed zero2, or "

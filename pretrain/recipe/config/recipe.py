@@ -15,7 +15,7 @@ from recipe.config.dataset import check_dataset
 from recipe.config.evaluation import check_evaluation, check_task_source
 from recipe.config.generation import check_generation
 from recipe.config.initial_model import changed_context, published_config
-from recipe.config.instruction import check_instruction, check_pair, check_preference
+from recipe.config.instruction import check_instruction, check_pair, check_preference, uses_rewards
 from recipe.config.keys import known_keys, nearest, parse_json, read_config, show
 from recipe.config.model import FROM_TOKENIZER, check_model, model_values
 from recipe.config.phases import check_phases
@@ -230,6 +230,9 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
         )
     for name, pair in config["instruction"]["pairs"].items():
         check_pair(name, pair, config["dataset"]["sources"], f"{where}/instruction.json: pairs.{name}")
+    if uses_rewards(config):
+        for name, pair in config["preference"]["pairs"].items():
+            check_pair(name, pair, config["dataset"]["sources"], f"{where}/preference.json: pairs.{name}")
     for name, task in config["evaluation"].get("tasks", {}).items():
         check_task_source(name, task, config["dataset"]["sources"], f"{where}/evaluation.json: tasks")
 

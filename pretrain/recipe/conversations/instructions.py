@@ -53,16 +53,20 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
 
 
 def read_pairs(
-    kind: str, spec: dict[str, Any], normalize: Callable[[str], str], unused: Counter[str]
+    kind: str,
+    spec: dict[str, Any],
+    normalize: Callable[[str], str],
+    unused: Counter[str],
+    file: str = "instruction.json",
 ) -> Iterator[Pair]:
-    """The pairs of one entry of instruction.json.
+    """The pairs of one entry of `pairs` in instruction.json, or in another `file` of the recipe.
 
     kind, spec: the entry's name and values. normalize: `make_dialogue_normalizer` for
     a user's own conversations; `make_normalizer` for packaged text, which is part of the pretraining text.
     unused: see `read_dialogues`. Raises RecipeError for files or rows that cannot be read.
     """
     if "source" not in spec:
-        for dialogue in read_dialogues(read_rows(f"instruction.json: pairs.{kind}", spec), unused):
+        for dialogue in read_dialogues(read_rows(f"{file}: pairs.{kind}", spec), unused):
             yield (
                 Pair("", "", "", kind, "", dropped=dialogue.dropped)
                 if dialogue.dropped

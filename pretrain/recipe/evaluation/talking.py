@@ -85,7 +85,7 @@ class Talker:
 
 
 # What tuning or training made the model, for the title of the page.
-STAGES = {"05_pretrain": "事前学習", "12_finetune": "指示チューニング", "13_preference": "DPO"}
+STAGES = {"05_pretrain": "事前学習", "12_finetune": "指示チューニング", "13_preference": "選好学習"}
 
 
 def web_page(talker: Talker, recipe: str, stage: str) -> Any:

@@ -221,6 +221,8 @@ SHOWN = {
     "z_loss": "z-loss {:.1e}",
     "bits_per_byte": "{:.3f} bits/byte",
     "eval_loss": "valid loss {:.4f}",
+    "reward": "reward {:.3f}",
+    "eval_reward": "valid reward {:.3f}",
     "eval_bits_per_byte": "{:.4f} bits/byte",
     "grad_norm": "gradient {:.2f}",
     "learning_rate": "lr {:.1e}",

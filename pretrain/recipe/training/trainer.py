@@ -48,14 +48,18 @@ class RecipeTrainer(ShardedTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """The Trainer's step over one micro-batch, whose sequences are counted for `ActiveCheck`."""
-        ids = inputs["input_ids"]
-        # The blocks of a phase may be longer than block_size; the tokens of a step stay the same.
-        rows = ids.numel() // self.settings.block_size if self.settings.phases else len(ids)
-        self.sequences += rows // self.rows_per_sample
+        self.sequences += self.sequences_in(inputs)
         with self._without_backward() if self.forward_only else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *rest)
         self.step_loss = self.step_loss + loss
         return loss
+
+    def sequences_in(self, inputs: Any) -> int:
+        """The sequences in a micro-batch."""
+        ids = inputs["input_ids"]
+        # The blocks of a phase may be longer than block_size; the tokens of a step stay the same.
+        rows = ids.numel() // self.settings.block_size if self.settings.phases else len(ids)
+        return rows // self.rows_per_sample
 
     @contextlib.contextmanager
     def _without_backward(self) -> Iterator[None]:

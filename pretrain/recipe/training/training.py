@@ -1,7 +1,7 @@
 """One training under the Hugging Face Trainer: prepare it, run it to its end, save the model.
 
-``run_clm.py``, ``run_sft.py`` and ``run_dpo.py`` use it. They differ in the model they start from and in the
-samples they read.
+``run_clm.py``, ``run_sft.py``, ``run_dpo.py`` and ``run_grpo.py`` use it. They differ in the model they start
+from and in the samples they read.
 """
 
 from __future__ import annotations

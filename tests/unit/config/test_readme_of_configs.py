@@ -10,6 +10,7 @@ from recipe.config.keys import ELSEWHERE, known_keys
 from recipe.config.model import check_model, model_values
 from recipe.config.optimizers import OPTIMIZERS
 from recipe.config.recipe import check_recipe, load_recipe, recipes
+from recipe.config.rewards import REWARDS
 from recipe.corpus.rules import RULES
 from recipe.project import CONFIGS
 from recipe.run import preflight
@@ -69,6 +70,17 @@ def test_every_kind_of_tokenizer_is_listed_with_its_keys():
     kinds = {cells[0].split("`")[1]: cells[2] for cells in rows("tokenizer.json", "kind of tokenizer")}
     found = {name: re.findall(r"`(\w+)`", keys) for name, keys in kinds.items()}
     assert found == {name: list(kind.keys) for name, kind in tokenizer.TOKENIZER_KINDS.items()}
+
+
+def test_every_reward_is_listed_with_its_options():
+    listed = {}
+    for cells in rows("preference.json: rewards", "reward"):
+        found = re.findall(r"(\[?)`(\w+)`\]? \((\w+)\)", cells[1])
+        listed[cells[0].strip("`")] = {name: (kind, not bracket) for bracket, name, kind in found}
+    assert listed == {
+        name: {option: (kind, option in reward.required) for option, kind in reward.options.items()}
+        for name, reward in REWARDS.items()
+    }
 
 
 def test_every_rule_is_listed_with_its_threshold():

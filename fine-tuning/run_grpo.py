@@ -1,0 +1,91 @@
+"""Stage 13 with the method grpo: train the tuned model by rewards for the answers that it writes.
+
+run_dpo.py calls it on every rank when preference.json says ``"method": "grpo"``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from recipe.training.training import check_steps, prepare, total_steps, train_model
+
+MEASURED = 256  # questions of the validation side, at most: the model writes an answer to each of them
+
+
+def main(plan: dict[str, Any]) -> None:
+    """Encode the questions, let the model answer, train by the rewards, save; rank 0 writes result.json."""
+    from recipe.config.instruction import NUM_GENERATIONS
+    from recipe.conversations.encode import check_template, encode_conversation
+    from recipe.conversations.preferences import preferences_table
+    from recipe.conversations.questions import encode_questions, load_questions
+    from recipe.model.build import load_model
+    from recipe.project import RecipeError, read_json_lines, write_json, write_text
+    from recipe.training.callbacks import METRICS
+    from recipe.training.curves import write_curves
+    from recipe.training.group_trainer import GroupTrainer
+    from recipe.training.preference_trainer import in_order
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig
+
+    preference = plan["config"]["preference"]
+    group, longest = preference.get("num_generations", NUM_GENERATIONS), preference["max_completion_length"]
+    own = {"method", "pairs", "valid_share", "rewards"}
+    values = {key: value for key, value in preference.items() if key not in own}
+    # The lengths of batches differ, so nothing is compiled. `in_order` shuffles.
+    fixed = {"num_generations": group, "shuffle_dataset": False, "torch_compile": False, "spikes": None}
+    fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
+    # `GroupTrainer.evaluate` needs no whole groups.
+    fixed |= {"eval_on_start": True, "num_generations_eval": 1}
+    run = prepare(plan | {"config": plan["config"] | {"preference": values}}, "preference", GRPOConfig, fixed)
+    settings, arguments, folder = run.settings, run.arguments, run.folder
+    base = Path(plan["inputs"]["12_finetune"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    check_template(tokenizer)
+    sides, funnel = load_questions(preference, plan["config"]["dataset"])
+    room = settings.block_size - longest
+    rows, left_out = {}, {}
+    for side, questions in sides.items():
+        rows[side] = encode_questions(
+            questions, lambda messages: encode_conversation(tokenizer, messages)[0], room
+        )
+        left_out[side] = {"question too long": len(questions) - len(rows[side])}
+        if not rows[side]:
+            raise RecipeError(
+                f"preference.json: none of {len(questions)} questions on the {side} side fits into {room} "
+                f"tokens (block_size {settings.block_size} without max_completion_length {longest}). Raise "
+                "block_size, or lower max_completion_length"
+            )
+    questions_per_step = settings.global_batch_size // group
+    arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), questions_per_step)
+    check_steps(run, preference, "preference.json")
+    valid = in_order(rows["valid"], 0, 1)
+    valid = valid.select(range(min(MEASURED, len(valid))))
+    left_out["valid"]["not measured"] = len(rows["valid"]) - len(valid)
+    model = load_model(base, run.choice.attention)
+    if run.is_main:
+        print(
+            f"{len(rows['train']):,} questions, {questions_per_step} x {group} answers a step, "
+            f"{arguments.max_steps:,} steps; {funnel}; left out: {left_out}",
+            flush=True,
+        )
+    mean = sum(len(row["prompt"]) for row in rows["train"]) / len(rows["train"])
+    figures = train_model(
+        run,
+        model,
+        tokenizer,
+        in_order(rows["train"], arguments.seed, epochs),
+        valid,
+        trainer_class=GroupTrainer,
+        # The most that a step can have: the lengths of the answers are known only when they are written.
+        tokens_per_step=round(settings.global_batch_size * (mean + longest)),
+        processing_class=tokenizer,
+        rewards=preference["rewards"],
+    )
+    if run.is_main:
+        measured = [row for row in read_json_lines(folder / METRICS) if "eval_reward" in row]
+        before, after = measured[0]["eval_reward"], measured[-1]["eval_reward"]
+        write_curves(folder, f"rewards, recipe {plan['recipe']}", with_perplexity=False)
+        write_text(folder / "funnel.md", preferences_table(funnel))
+        figures |= {"pairs": funnel, "left_out": left_out, "tokens": measured[-1]["tokens"]}
+        figures |= {"reward_before": before, "reward": after}
+        headline = f"{figures['steps']:,} steps, valid reward {before:.3f} -> {after:.3f}"
+        write_json(folder / "result.json", figures | {"headline": headline})

@@ -1,0 +1,90 @@
+"""Questions for training by rewards (GRPO, stage 13): the model writes the answers, and rewards judge them.
+
+They are read like the pairs of instruction.json, so that the same files serve. The answer of a pair is not
+trained: it is what the reward ``answer`` expects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from recipe.config.rewards import reads_answer
+from recipe.conversations.instructions import messages_of, pair_side, read_pairs
+from recipe.conversations.read_rows import Message
+from recipe.corpus.characters import make_dialogue_normalizer
+from recipe.corpus.normalizing import make_normalizer
+from recipe.corpus.splitting import text_hash
+from recipe.project import DATA, RecipeError
+
+
+class Question(NamedTuple):
+    """The messages up to a user's question, and the expected answer, which may be empty."""
+
+    messages: list[Message]
+    expected: str
+
+
+def load_questions(
+    values: dict[str, Any], dataset: dict[str, Any]
+) -> tuple[dict[str, list[Question]], dict[str, Any]]:
+    """The questions by side (train, valid), and the counts of each entry: in, out, dropped by reason.
+
+    values: preference.json. dataset: dataset.json, by which texts are normalised as in stage 11. Questions
+    with the same headword (in own pairs: the same first question) are on the same side. Raises RecipeError
+    when a side is empty, and for files or rows that cannot be read.
+    """
+    characters: Counter[str] = Counter()
+    corpus, dialogue = make_normalizer(dataset, characters), make_dialogue_normalizer(dataset, characters)
+    sides: dict[str, list[Question]] = {"train": [], "valid": []}
+    funnel: dict[str, Any] = {}
+    seen: set[bytes] = set()
+    for name, spec in values["pairs"].items():
+        dropped: Counter[str] = Counter()
+        unused: Counter[str] = Counter()
+        out = 0
+        if "source" in spec and not any((DATA / spec["source"]).glob("*")):
+            raise RecipeError(
+                f"preference.json: pairs.{name}.source: {DATA / spec['source']} has no files, from which the "
+                "questions are made. Run stage 01 again: pretrain/01_download.py --force"
+            )
+        normalize = corpus if "source" in spec else dialogue
+        for pair in read_pairs(name, spec, normalize, unused, "preference.json"):
+            *messages, _ = messages_of(pair._asdict())
+            identity = text_hash("\0".join([*(message["content"] for message in messages), pair.output]))
+            reason = pair.dropped
+            if not reason and not pair.output.strip() and reads_answer(values["rewards"]):
+                reason = "blank output"
+            if not reason and identity in seen:
+                reason = "duplicate"
+            if reason:
+                dropped[reason] += 1
+                continue
+            seen.add(identity)
+            sides[pair_side(pair, values.get("valid_share", 0.05))].append(Question(messages, pair.output))
+            out += 1
+        funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+        if unused:
+            funnel[name]["unused_columns"] = dict(unused)
+        if characters:
+            funnel[name]["characters"] = dict(+characters)
+            characters.clear()
+    for side, questions in sides.items():
+        if not questions:
+            raise RecipeError(
+                f"preference.json: there are no questions on the {side} side (counts: {funnel}). Add "
+                "questions, or change valid_share"
+            )
+    return sides, funnel
+
+
+def encode_questions(
+    questions: list[Question], encode: Callable[[list[Message]], list[int]], longest: int
+) -> list[dict[str, Any]]:
+    """Rows for `GroupTrainer`: ``prompt`` (ids by the chat template) and ``answer`` (the expected text).
+
+    Questions longer than `longest` tokens, which leave no room for an answer, are left out.
+    """
+    rows = [{"prompt": encode(question.messages), "answer": question.expected} for question in questions]
+    return [row for row in rows if len(row["prompt"]) <= longest]
