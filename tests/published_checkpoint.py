@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 TEXT = sentences(600, 5)
 
 
+FLAT = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 SMALL = {
-    "llama": {key: value for key, value in SHAPE.items() if key != "head_dim"},
+    "llama": FLAT,
+    "qwen2": FLAT,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
     "gpt_neox": {key: SHAPE[key] for key in SHAPE if key not in ("head_dim", "num_key_value_heads")},
 }

@@ -82,6 +82,13 @@ def test_the_kernel_that_is_chosen_computes_what_is_needed(seen, needs, expected
             "pretrain",
             AttentionNeeds(window=True, head_size=128),
         ),
+        # As Qwen publishes it: a window that is not used.
+        ({"model_type": "qwen2", "sliding_window": 32}, "pretrain", AttentionNeeds(head_size=128)),
+        (
+            {"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True},
+            "pretrain",
+            AttentionNeeds(window=True, head_size=128),
+        ),
         ({"model_type": "llama", "attention_dropout": 0.1}, "pretrain", AttentionNeeds(True, head_size=128)),
         ({"model_type": "gpt2"}, "finetune", AttentionNeeds(True, head_size=64)),
         ({"model_type": "gpt2", "attn_pdrop": 0.0, "n_embd": 96}, "finetune", AttentionNeeds(head_size=8)),

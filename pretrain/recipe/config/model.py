@@ -161,6 +161,14 @@ def attention_heads(model: dict[str, Any]) -> int | None:
     return model.get("num_attention_heads") or model.get("n_head")
 
 
+def sliding_window(model: dict[str, Any]) -> int | None:
+    """The positions that a query of some layer sees at most; None if every layer sees all.
+
+    model: the values of model.json with `DEFAULTS`.
+    """
+    return model.get("sliding_window") if model.get("use_sliding_window", True) else None
+
+
 def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What is known about the model: model.json, and config.json of the checkpoint that it starts from.
 
@@ -178,8 +186,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096},
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "attention_bias": False, "mlp_bias": False},
+    "qwen2": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32, "use_sliding_window": False},
     "qwen3": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False},
+    | {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False}
+    | {"use_sliding_window": False},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
     | {"tie_word_embeddings": True, "attn_pdrop": 0.1},
     "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44}

@@ -10,7 +10,7 @@ from typing import Any
 
 from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show
 from recipe.config.known_keys import fields_of
-from recipe.config.model import DEFAULTS, attention_heads, model_values
+from recipe.config.model import DEFAULTS, attention_heads, model_values, sliding_window
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
 from recipe.config.phases import longest_block
 from recipe.config.ranges import (
@@ -328,7 +328,7 @@ def attention_needs(config: Mapping[str, dict[str, Any]], file: str) -> Attentio
     width, heads = model.get("hidden_size") or model.get("n_embd"), attention_heads(model)
     return AttentionNeeds(
         dropout=bool(model.get("attention_dropout") or model.get("attn_pdrop")),
-        window=longest_block(config[file]) > (model.get("sliding_window") or math.inf),
+        window=longest_block(config[file]) > (sliding_window(model) or math.inf),
         padded=file == "preference",
         head_size=model.get("head_dim") or (width // heads if width and heads else None),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ GPT2_NAMES = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "intermediate_size": "n_inner",
+}
+
+
+# Numbers in the norms of a layer, and in biases that its type always has: of the hidden size, the size of a
+# head, the widths of queries and of keys.
+VECTORS: dict[str, Callable[[int, int, int, int], int]] = {
+    **dict.fromkeys(("llama", "mistral"), lambda hidden, head, query, key: 2 * hidden),
+    "qwen2": lambda hidden, head, query, key: 2 * hidden + query + 2 * key,
+    "qwen3": lambda hidden, head, query, key: 2 * hidden + 2 * head,
 }
 
 
@@ -98,7 +108,7 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
             embeddings += values["n_positions"] * hidden
     else:
         matrices = 2 * hidden * query + 2 * hidden * key + 3 * hidden * intermediate
-        vectors = 2 * hidden + (2 * head if kind == "qwen3" else 0)
+        vectors = VECTORS[kind](hidden, head, query, key)
         if values.get("attention_bias"):
             vectors += query + 2 * key + hidden
         if values.get("mlp_bias"):

@@ -10,6 +10,7 @@ from recipe.project import Refused
 from recipe.tokenization.save import save_tokenizer
 from recipe.tokenization.train import train_tokenizer
 
+QWEN3 = {"model_type": "qwen3", **SHAPE}
 TEXTS = [*sentences(190, 9), *(f"{i}匹の🐈と𠮷野家 ▁ へ  行く。" for i in range(10))]
 CHATS = [
     [{"role": "user", "content": "山は?"}],
@@ -21,11 +22,11 @@ CHATS = [
 ]
 
 
-def converted(kind, tmp_path):
-    """A trained tokenizer, a model, and the GGUF file of both."""
+def converted(kind, tmp_path, values=QWEN3):
+    """A trained tokenizer, a model, and the GGUF file of both. values: model.json."""
     trained = train_tokenizer(sentences(2000, 1), {"vocab_size": 400, "kind": kind})
     trained.tokenizer.chat_template = chat_template("chat", "あなたは親切です。")
-    model = build_model({"model_type": "qwen3", **SHAPE}, trained.tokenizer, "sdpa", 0).eval()
+    model = build_model(values, trained.tokenizer, "sdpa", 0).eval()
     folder, work = tmp_path / "model", tmp_path / "work"
     work.mkdir()
     model.save_pretrained(folder)
@@ -36,9 +37,14 @@ def converted(kind, tmp_path):
     return trained.tokenizer, model, write_gguf(folder, spm, kind, work)
 
 
+FLAT = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+MODELS = {"qwen3": QWEN3, "qwen2": {"model_type": "qwen2", **FLAT}}
+
+
 @pytest.mark.extra("gguf")
-def test_bpe_is_identical(tmp_path):
-    tokenizer, model, file = converted("bpe", tmp_path)
+@pytest.mark.parametrize("values", MODELS.values(), ids=MODELS)
+def test_bpe_is_identical(tmp_path, values):
+    tokenizer, model, file = converted("bpe", tmp_path, values)
     figures = compare_with_llama_cpp(file, tokenizer, model, TEXTS, CHATS)
     assert figures["texts"] == 200
     assert {key: figures[key] for key in LIMITS} == dict.fromkeys(LIMITS, 1.0), figures

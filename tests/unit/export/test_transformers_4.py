@@ -29,6 +29,7 @@ def rope(**values):
 MODELS = {
     "qwen3": ("unigram", {"model_type": "qwen3", **SHAPE, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
     "mistral": ("bpe", {"model_type": "mistral", "sliding_window": 8, **FLAT, **rope()}, {"rope_theta": 5e3}),
+    "qwen2": ("bpe", {"model_type": "qwen2", **FLAT, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
     "gpt2": (
         "byte-level-bpe",
         {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},

@@ -125,6 +125,7 @@ def test_resumed_optimizer_steps_identically():
         ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 2}, ["attn.c_attn", "attn.c_proj", "mlp.c_fc"]),
         ("qwen3", {}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
         ("mistral", {}, ["q_proj", "o_proj", "down_proj"]),
+        ("qwen2", {}, ["q_proj", "o_proj", "down_proj"]),
         ("gpt_neox", {}, ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h"]),
     ],
 )

@@ -264,6 +264,8 @@ KINDS = {
     "llama": SHAPE,
     # A window shorter than a document, so that it matters, and long enough to reach the one before.
     "mistral": SHAPE | {"sliding_window": 6},
+    # A window in the second layer only.
+    "qwen2": SHAPE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
