@@ -22,6 +22,7 @@ FLAT = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 SMALL = {
     "llama": FLAT,
     "qwen2": FLAT,
+    "olmo2": FLAT,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
     "gpt_neox": {key: SHAPE[key] for key in SHAPE if key not in ("head_dim", "num_key_value_heads")},
 }

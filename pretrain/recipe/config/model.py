@@ -191,6 +191,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False}
     | {"use_sliding_window": False},
+    "olmo2": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "attention_bias": False},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
     | {"tie_word_embeddings": True, "attn_pdrop": 0.1},
     "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44}

@@ -32,6 +32,7 @@ VECTORS: dict[str, Callable[[int, int, int, int], int]] = {
     **dict.fromkeys(("llama", "mistral"), lambda hidden, head, query, key: 2 * hidden),
     "qwen2": lambda hidden, head, query, key: 2 * hidden + query + 2 * key,
     "qwen3": lambda hidden, head, query, key: 2 * hidden + 2 * head,
+    "olmo2": lambda hidden, head, query, key: 2 * hidden + query + key,
 }
 
 

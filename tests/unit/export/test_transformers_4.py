@@ -30,6 +30,7 @@ MODELS = {
     "qwen3": ("unigram", {"model_type": "qwen3", **SHAPE, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
     "mistral": ("bpe", {"model_type": "mistral", "sliding_window": 8, **FLAT, **rope()}, {"rope_theta": 5e3}),
     "qwen2": ("bpe", {"model_type": "qwen2", **FLAT, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
+    "olmo2": ("bpe", {"model_type": "olmo2", **FLAT, **rope(rope_theta=5e5)}, {"rope_theta": 5e5}),
     "gpt2": (
         "byte-level-bpe",
         {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},

@@ -126,6 +126,7 @@ def test_resumed_optimizer_steps_identically():
         ("qwen3", {}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
         ("mistral", {}, ["q_proj", "o_proj", "down_proj"]),
         ("qwen2", {}, ["q_proj", "o_proj", "down_proj"]),
+        ("olmo2", {}, ["q_proj", "o_proj", "down_proj"]),
         ("gpt_neox", {}, ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h"]),
     ],
 )

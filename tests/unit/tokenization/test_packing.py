@@ -264,6 +264,7 @@ KINDS = {
     "llama": SHAPE,
     # A window shorter than a document, so that it matters, and long enough to reach the one before.
     "mistral": SHAPE | {"sliding_window": 6},
+    "olmo2": SHAPE,
     # A window in the second layer only.
     "qwen2": SHAPE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "gpt2": {
