@@ -28,6 +28,10 @@ SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 256,
 }
+# What some types of models need beyond SHAPE. Windows are shorter than a document, so that they matter, and
+# long enough to reach the one before.
+GEMMA3 = {"query_pre_attn_scalar": 16, "sliding_window": 6}
+GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
 MINI = {
     "dataset": {
         "sources": {

@@ -135,7 +135,12 @@ def _rope_of(published: dict[str, Any]) -> dict[str, Any] | None:
         return None
     scaling = dict(published.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or scaling.pop("rope_type", "default")
-    return {"rope_type": kind, "rope_theta": published["rope_theta"]} | scaling
+    rope = {"rope_type": kind, "rope_theta": published["rope_theta"]} | scaling
+    if "rope_local_base_freq" not in published:
+        return rope
+    # Gemma 3: layers with a window have a theta of their own, and no scaling.
+    local = {"rope_type": "default", "rope_theta": published["rope_local_base_freq"]}
+    return {"full_attention": rope, "sliding_attention": local}
 
 
 def read_config_of(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-MODEL_TYPES = ("mistral", "llama", "qwen2", "qwen3", "olmo2", "gpt2", "gpt_neox")
+MODEL_TYPES = ("mistral", "llama", "qwen2", "qwen3", "olmo2", "gemma3_text", "gpt2", "gpt_neox")
 # Keys that transformers writes into a config.json in addition to those of the config class.
 WRITTEN_MODEL_KEYS = {
     "model_type": "str",

@@ -56,7 +56,11 @@ RANGES = {
     "rope_theta": ABOVE_0,
     **dict.fromkeys(("attention_dropout", "attn_pdrop", "hidden_dropout"), BELOW_1),
     **dict.fromkeys(("embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_first_dropout"), BELOW_1),
-    **dict.fromkeys(("hidden_act", "activation_function"), one_of(*ACTIVATIONS)),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), one_of(*ACTIVATIONS)),
+    "query_pre_attn_scalar": FROM_1,
+    "final_logit_softcapping": ABOVE_0,
+    "attn_logit_softcapping": only(None, "transformers 5 does not compute it in Gemma 3, and says nothing"),
+    "use_bidirectional_attention": only(False, _DECODER),
     "pretraining_tp": only(1, "transformers no longer reads it"),
     "chunk_size_feed_forward": only(0, "these architectures do not read it"),
     **dict.fromkeys(
@@ -67,7 +71,9 @@ RANGES = {
     "problem_type": only(None, _DECODER),
 }
 # The keys of rope_parameters in a config.json of transformers 4.
-OLD_ROPE = ("rope_theta", "rope_scaling")
+OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+# The kinds of layers, which in Gemma 3 have rotary embeddings of their own: each is a key of rope_parameters.
+LAYER_TYPES = ("full_attention", "sliding_attention")
 # The keys of rope_parameters, and those that each type of rotary embeddings needs.
 ROPE = {
     "rope_type": "str",
@@ -113,14 +119,16 @@ def check_model(values: dict[str, Any], where: str) -> None:
         )
     check_keys(values, models[kind] | {k: v for k, v in TYPES.items() if k in models[kind]}, where)
     check_ranges(values, RANGES, where)
-    _check_rope(values.get("rope_parameters"), f"{where}: rope_parameters")
+    _check_rope(kind, values.get("rope_parameters"), f"{where}: rope_parameters")
     if values.get("dtype") not in (None, "float32"):
         raise Refused(
             f"{where}: dtype: {show(values['dtype'])}, but weights are kept in float32; bf16 or fp16 in "
             "pretrain.json decides the precision of the computation. Leave it out"
         )
     hidden, heads = values.get("hidden_size") or values.get("n_embd"), attention_heads(values)
-    if hidden and heads and "head_dim" not in values and hidden % heads:
+    # Gemma 3 and Llama ask for it even with a head_dim.
+    free = "head_dim" in values and kind not in ("gemma3_text", "llama")
+    if hidden and heads and not free and hidden % heads:
         raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads. Change one")
     width = values.get("head_dim") or (hidden and heads and hidden // heads)
     if kind != "gpt2" and width and width % 2:
@@ -129,9 +137,7 @@ def check_model(values: dict[str, Any], where: str) -> None:
             "them in pairs. Change hidden_size, num_attention_heads or head_dim"
         )
     layers, types = values.get("num_hidden_layers"), values.get("layer_types")
-    if types is not None and (
-        set(map(str, types)) - {"full_attention", "sliding_attention"} or layers not in (None, len(types))
-    ):
+    if types is not None and (set(map(str, types)) - set(LAYER_TYPES) or layers not in (None, len(types))):
         raise Refused(
             f"{where}: layer_types: {show(types)}, expected full_attention or sliding_attention for each of "
             "the num_hidden_layers layers"
@@ -144,9 +150,19 @@ def check_model(values: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_rope(values: dict[str, Any] | None, where: str) -> None:
+def _check_rope(kind: str, values: dict[str, Any] | None, where: str) -> None:
     """Check the keys of rope_parameters and that its type has the keys that it needs. Raises Refused."""
     if values is None:
+        return
+    if kind == "gemma3_text":
+        if set(values) - set(LAYER_TYPES):
+            raise Refused(
+                f"{where}: {show(values)}, expected the rotary embeddings of both kinds of layers, each with "
+                "a rope_type and rope_theta of its own: full_attention and sliding_attention"
+            )
+        check_keys(values, dict.fromkeys(LAYER_TYPES, "dict"), where)
+        for layers, own in values.items():
+            _check_rope("", own, f"{where}: {layers}")
         return
     check_keys(values, ROPE, where)
     check_ranges(values, ROPE_RANGES, where)
@@ -193,6 +209,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"use_sliding_window": False},
     "olmo2": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "attention_bias": False},
+    "gemma3_text": {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "attention_bias": False}
+    | {"sliding_window": 4096, "tie_word_embeddings": True},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
     | {"tie_word_embeddings": True, "attn_pdrop": 0.1},
     "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44}

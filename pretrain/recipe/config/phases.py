@@ -160,17 +160,17 @@ def _check_blocks(values: dict[str, Any], phases: list[Phase], here: str) -> Non
 def _check_rope(model: dict[str, Any], phases: list[Phase], here: str) -> None:
     positions = model.get("max_position_embeddings") or model.get("n_positions")
     rope = model.get("rope_parameters") or {}
-    learnt = model.get("model_type") == "gpt2"
+    other = model.get("model_type") in ("gpt2", "gemma3_text")
     for number, phase in enumerate(phases, 1):
         if positions and phase.block_size > positions:
             raise Refused(
                 f"{here}: phase {number}: block_size: {phase.block_size}, more than the {positions} "
                 "positions of the model. Raise max_position_embeddings in model.json"
             )
-        if phase.rope_theta and (learnt or rope.get("rope_type", "default") != "default"):
+        if phase.rope_theta and (other or rope.get("rope_type", "default") != "default"):
             raise Refused(
                 f"{here}: phase {number}: rope_theta: {phase.rope_theta:g}: only rotary embeddings of the "
-                "type default can change in a run. Leave it out"
+                "type default, the same in all layers, can change in a run. Leave it out"
             )
     for (number, before), (_, phase) in pairwise(enumerate(phases, 1)):
         if before.rope_theta and not phase.rope_theta:

@@ -33,6 +33,9 @@ def old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_parameters" not in config:
         return {}
     scaling = dict(config["rope_parameters"])
+    if "sliding_attention" in scaling:  # Gemma 3: rotary embeddings by the kind of layer
+        local = {"rope_local_base_freq": scaling["sliding_attention"]["rope_theta"]}
+        return local | old_rope_keys(config | {"rope_parameters": scaling["full_attention"]})
     theta, share = scaling.pop("rope_theta"), scaling.pop("partial_rotary_factor", None)
     neox = config["model_type"] == "gpt_neox"
     keys = {"rotary_emb_base" if neox else "rope_theta": theta}

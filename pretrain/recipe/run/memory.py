@@ -33,6 +33,7 @@ VECTORS: dict[str, Callable[[int, int, int, int], int]] = {
     "qwen2": lambda hidden, head, query, key: 2 * hidden + query + 2 * key,
     "qwen3": lambda hidden, head, query, key: 2 * hidden + 2 * head,
     "olmo2": lambda hidden, head, query, key: 2 * hidden + query + key,
+    "gemma3_text": lambda hidden, head, query, key: 4 * hidden + 2 * head,
 }
 
 

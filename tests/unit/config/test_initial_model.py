@@ -86,6 +86,10 @@ def test_a_config_json_of_transformers_4_has_its_rotary_embeddings_elsewhere():
     assert initial_model.changed_context(same, old) == {}
     assert list(initial_model.changed_context(LONGER, old)) == ["max_position_embeddings", "rope_parameters"]
     assert initial_model.changed_context(LONGER, {}) == {}
+    gemma = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": scaling}
+    layers = {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}}
+    layers |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert initial_model.changed_context({"rope_parameters": layers}, gemma) == {}
 
 
 def test_learnt_positions_cannot_be_changed(tmp_path):
@@ -106,7 +110,7 @@ def test_revision_alone_and_no_model_at_all_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "bert"}, 'config.json: model_type: "bert", expected one of gpt2'),
+        ({"model_type": "bert"}, 'config.json: model_type: "bert", expected one of gemma3_text, gpt2'),
         ({"quantization_config": {"bits": 4}}, "quantised weights cannot be trained further"),
     ],
 )

@@ -3,6 +3,19 @@
 import pytest
 from refusal import refusal
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def gemma(**values):
+    """A change of a recipe: its model becomes a Gemma 3 of the same sizes, with these values."""
+
+    def change(recipe):
+        shape = {key: recipe["model"][key] for key in SIZES}
+        recipe["model"] = {"model_type": "gemma3_text"} | shape | values
+
+    return change
+
 
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -16,6 +29,24 @@ from refusal import refusal
         (lambda c: c["model"].update(hidden_size=10**11), ["hidden_size: 100000000000", "1,000,000"]),
         (lambda c: c["model"].update(num_hidden_layers=0), ["num_hidden_layers: 0", "from 1 to 1,000,000"]),
         (lambda c: c["model"].update(dtype="bfloat16"), ['model.json: dtype: "bfloat16"', "float32"]),
+        (gemma(attn_logit_softcapping=50.0), ["attn_logit_softcapping: 50.0", "leave the key out"]),
+        (gemma(use_bidirectional_attention=True), ["use_bidirectional_attention: true, expected false"]),
+        (gemma(hidden_size=258), ["hidden size 258 does not divide by 4"]),
+        (
+            gemma(rope_parameters=ROPE),
+            ["rope_parameters: {", "both kinds of layers", "full_attention and sliding"],
+        ),
+        (
+            gemma(rope_parameters={"full_attention": ROPE | {"rope_type": "linear"}}),
+            ["rope_parameters: full_attention: factor: missing"],
+        ),
+        (
+            lambda c: (
+                gemma(rope_parameters={"full_attention": ROPE})(c),
+                c["pretrain"].update(phases=[{"rope_theta": 5e5}]),
+            ),
+            ["phase 1: rope_theta: 500000", "the same in all layers", "Leave it out"],
+        ),
     ],
 )
 def test_a_fault_is_named_with_the_way_out(change, words):

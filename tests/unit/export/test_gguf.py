@@ -1,7 +1,7 @@
 """GGUF: llama.cpp itself loads the file, and encodes and continues 200 Japanese prompts as we do."""
 
 import pytest
-from conftest import SHAPE, sentences
+from conftest import GEMMA3, SHAPE, sentences
 from recipe.config.chat_templates import chat_template
 from recipe.export.gguf import LIMITS, compare_with_llama_cpp, write_gguf
 from recipe.model.build import build_model
@@ -40,6 +40,7 @@ def converted(kind, tmp_path, values=QWEN3):
 FLAT = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 MODELS = {"qwen3": QWEN3, "qwen2": {"model_type": "qwen2", **FLAT}}
 MODELS |= {"olmo2": {"model_type": "olmo2", **FLAT}}
+MODELS |= {"gemma3_text": {"model_type": "gemma3_text", **SHAPE, **GEMMA3}}
 
 
 @pytest.mark.extra("gguf")

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, sentences
+from conftest import GEMMA3, ROOT, SHAPE, sentences
 from recipe.config.chat_templates import chat_template, response_template
 from recipe.model.build import build_model
 from recipe.model.save import complete_configs
@@ -25,12 +25,25 @@ def rope(**values):
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0} | values}
 
 
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 # By name: the kind of tokenizer, model.json, and what transformers 4 must find in config.json.
 MODELS = {
     "qwen3": ("unigram", {"model_type": "qwen3", **SHAPE, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
     "mistral": ("bpe", {"model_type": "mistral", "sliding_window": 8, **FLAT, **rope()}, {"rope_theta": 5e3}),
     "qwen2": ("bpe", {"model_type": "qwen2", **FLAT, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
     "olmo2": ("bpe", {"model_type": "olmo2", **FLAT, **rope(rope_theta=5e5)}, {"rope_theta": 5e5}),
+    "gemma3_text": (
+        "bpe",
+        {"model_type": "gemma3_text", **SHAPE, **GEMMA3, "rope_parameters": GEMMA3_ROPE},
+        {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
     "gpt2": (
         "byte-level-bpe",
         {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
@@ -116,7 +129,14 @@ def saved(tmp_path_factory):
 def test_files_name_what_both_versions_read(saved, name):
     folder, made = saved
     config = read_json(folder / name / "config.json")
-    old = {"rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"}
+    old = {
+        "rope_theta",
+        "rope_local_base_freq",
+        "rope_scaling",
+        "rotary_emb_base",
+        "rotary_pct",
+        "partial_rotary_factor",
+    }
     assert {key: value for key, value in config.items() if key in old} == MODELS[name][2]
     tokenizer = read_json(folder / name / "tokenizer_config.json")
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, sentences
+from recipe.config.known_keys import MODEL_TYPES
 from recipe.evaluation import generation
 from recipe.model import attention
 from recipe.model.attention import KEYS, QUERIES, attend, chunks, document_attention
@@ -134,7 +135,7 @@ def test_with_dropout_documents_stay_apart():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_no_packed_block_goes_to_pytorchs_kernel(monkeypatch, kind, mixed):
     """It would be as right, only slower, and nothing would say so."""
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)

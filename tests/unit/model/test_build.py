@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM, PhiConfig
 
 @pytest.mark.parametrize(
     ("model_type", "tied"),
-    [("llama", True), ("llama", False), ("gpt2", True), ("gpt_neox", False), ("qwen2", True), ("olmo2", False)],
+    [
+        ("llama", True),
+        ("llama", False),
+        ("gpt2", True),
+        ("gpt_neox", False),
+        ("qwen2", True),
+        ("olmo2", False),
+        ("gemma3_text", True),
+    ],
 )
 def test_new_rows_are_means_and_nothing_else_changes(tmp_path, model_type, tied):
     folder = write_checkpoint(tmp_path / "checkpoint", model_type, tie_word_embeddings=tied)

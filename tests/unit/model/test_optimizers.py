@@ -127,6 +127,7 @@ def test_resumed_optimizer_steps_identically():
         ("mistral", {}, ["q_proj", "o_proj", "down_proj"]),
         ("qwen2", {}, ["q_proj", "o_proj", "down_proj"]),
         ("olmo2", {}, ["q_proj", "o_proj", "down_proj"]),
+        ("gemma3_text", {}, ["q_proj", "o_proj", "down_proj"]),
         ("gpt_neox", {}, ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h"]),
     ],
 )
@@ -137,7 +138,7 @@ def test_decay_leaves_norms_biases_and_embeddings_alone(corpus, kind, shape, mat
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    if kind in ("qwen3", "mistral"):
+    if kind in ("qwen3", "mistral", "gemma3_text"):
         llama |= {"num_key_value_heads": 2, "head_dim": 16}
     values = {"model_type": kind, "tie_word_embeddings": tied} | (shape or llama)
     model = build_model(values, AutoTokenizer.from_pretrained(corpus), "eager", 0)

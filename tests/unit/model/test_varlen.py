@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import GEMMA3, SHAPE
 from recipe.model import varlen
 from recipe.tokenization.packing import collate_with_bounds, pack
 from transformers import AutoConfig, AutoModelForCausalLM
 
 QWEN3 = {"model_type": "qwen3"} | SHAPE
 GROUPED = QWEN3 | {"num_key_value_heads": 1}
+GEMMA = {"model_type": "gemma3_text"} | SHAPE | GEMMA3
 WINDOW = {"model_type": "mistral", "sliding_window": 8} | SHAPE
 
 
@@ -54,8 +55,8 @@ def loss_and_gradients(attention, batch, **values):
 @pytest.mark.parametrize("grouped", [True, False], ids=["2.12 and later", "2.11"])
 @pytest.mark.parametrize(
     "values",
-    [QWEN3, GROUPED, WINDOW],
-    ids=["whole", "grouped heads", "sliding window"],
+    [QWEN3, GROUPED, WINDOW, GEMMA],
+    ids=["whole", "grouped heads", "sliding window", "windows in some layers"],
 )
 def test_same_loss_and_gradients_as_with_a_mask(monkeypatch, values, grouped):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)

@@ -55,6 +55,8 @@ def test_parameters_of_every_recipe(recipe):
         {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
         {"model_type": "olmo2"},
         {"model_type": "olmo2", "num_key_value_heads": 2, "attention_bias": True},
+        {"model_type": "gemma3_text"},
+        {"model_type": "gemma3_text", "head_dim": 24, "num_key_value_heads": 2, "attention_bias": True},
         {"model_type": "gpt_neox"},
         {"model_type": "gpt_neox", "attention_bias": False, "tie_word_embeddings": True},
         {"model_type": "gpt2", "n_inner": 100, "n_positions": 77},

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import GEMMA3, SHAPE
 from recipe.project import RecipeError
 from recipe.tokenization.packing import (
     IGNORED,
@@ -265,6 +265,7 @@ KINDS = {
     # A window shorter than a document, so that it matters, and long enough to reach the one before.
     "mistral": SHAPE | {"sliding_window": 6},
     "olmo2": SHAPE,
+    "gemma3_text": SHAPE | GEMMA3,
     # A window in the second layer only.
     "qwen2": SHAPE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "gpt2": {
