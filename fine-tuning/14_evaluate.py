@@ -30,10 +30,10 @@ def main(stage: Stage) -> None:
     from recipe.evaluation.tasks.harness import load_tasks, scores_table
     from recipe.model.build import for_inference, load_model
     from recipe.tokenization.packing import PackedConversations
-    from transformers import AutoTokenizer
+    from recipe.tokenization.save import load_tokenizer
 
     tuned = stage.inputs[tuned_stage(stage.config)]
-    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokenizer = load_tokenizer(tuned)
     pairs = stage.inputs["11_dataset"] / "valid.parquet"
     block_size = stage.config["finetune"]["block_size"]
     batch_size = stage.config["evaluation"].get("batch_size", 8)

@@ -25,10 +25,11 @@ def main(stage: Stage) -> None:
     )
     from recipe.evaluation.metrics import repetition
     from recipe.model.build import for_inference, load_model
-    from transformers import AutoConfig, AutoTokenizer
+    from recipe.tokenization.save import load_tokenizer
+    from transformers import AutoConfig
 
     values, tuned = stage.config["generation"], stage.inputs[tuned_stage(stage.config)]
-    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokenizer = load_tokenizer(tuned)
     rows = [
         {"prompt": clean_question(stage.config, question), "wanted": ""}
         for question in values.get("questions", [])

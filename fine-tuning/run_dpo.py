@@ -30,9 +30,9 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
     from recipe.project import RecipeError, write_json, write_text
+    from recipe.tokenization.save import load_tokenizer
     from recipe.training.curves import write_curves
     from recipe.training.preference_trainer import PreferenceTrainer, in_order
-    from transformers import AutoTokenizer
     from trl import DPOConfig
 
     # The ids are ready and short enough. The lengths of batches differ, so nothing is compiled.
@@ -44,7 +44,7 @@ def main(plan: dict[str, Any]) -> None:
     run = prepare(tuning, "preference", DPOConfig, fixed)
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base = Path(plan["inputs"]["12_finetune"])
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     check_template(tokenizer)
     found_characters: Counter[str] = Counter()
     normalize = make_dialogue_normalizer(plan["config"]["dataset"], found_characters)

@@ -29,15 +29,15 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.model.build import load_model
     from recipe.project import write_json
     from recipe.tokenization.packing import PackedConversations
+    from recipe.tokenization.save import load_tokenizer
     from recipe.training.curves import write_curves
     from recipe.training.sample_prompts import Samples
     from torch.utils.data import Subset
-    from transformers import AutoTokenizer
 
     run = prepare(plan, "finetune")
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base, instruction = Path(plan["inputs"]["05_pretrain"]), plan["config"]["instruction"]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     form = instruction.get("template", FORMS[0])
     tokenizer.chat_template = chat_template(form, instruction.get("system", ""))
     tokenizer.response_template = response_template(form, tokenizer.eos_token)

@@ -28,14 +28,14 @@ def export(recipe: str, config: dict) -> str:
     """Convert, compare, and return the result in words. Raises RecipeError when it is below a limit."""
     from recipe.export.gguf import LIMITS, compare_with_llama_cpp, write_gguf
     from recipe.model.build import load_model
-    from transformers import AutoTokenizer
+    from recipe.tokenization.save import load_tokenizer
 
     require_extra("gguf", "to_gguf")
     model = stage_folder(recipe, "16_export")
     if not (model / "stage.json").exists():
         raise Refused(f"{model}: missing. Run `bash run_all.sh --recipe {recipe}`")
     require_whole(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     questions = config["generation"].get("questions", []) if tokenizer.chat_template else []
     with tempfile.TemporaryDirectory(dir=model.parent) as work:
         sentencepiece = stage_folder(recipe, "03_tokenizer") / "spm.model"

@@ -25,8 +25,7 @@ def main(stage: Stage) -> None:
     """Make the tokenizer from the training side and save it; check and measure it on held-out text."""
     from recipe.config.recipe import check_special_ids
     from recipe.tokenization.report import describe, draw_report, report_tables
-    from recipe.tokenization.save import save_tokenizer
-    from transformers import AutoTokenizer
+    from recipe.tokenization.save import load_tokenizer, save_tokenizer
 
     config, dataset = stage.config["tokenizer"], stage.inputs["02_dataset"]
     tokenizer, model = make(stage)
@@ -34,7 +33,7 @@ def main(stage: Stage) -> None:
     if model:
         (stage.folder / "spm.model").write_bytes(model)
     # From here on the saved folder is tested, as a user loads it.
-    tokenizer = AutoTokenizer.from_pretrained(stage.folder)
+    tokenizer = load_tokenizer(stage.folder)
     ids = {f"{key}_id": getattr(tokenizer, f"{key}_id") for key in SPECIAL_TOKENS}
     check_special_ids(stage.config, ids, len(tokenizer), f"configs/{stage.recipe}")
     valid = {s: list(read_texts(dataset, "valid", s, SIDE_BYTES)) for s in side_sources(dataset, "valid")}

@@ -22,10 +22,10 @@ def main(stage: Stage) -> None:
     skipped = check_available(stage.config)
     from recipe.evaluation.metrics import WINDOW_RULE, computes_in_bf16, losses_table
     from recipe.model.build import for_inference, load_model
-    from transformers import AutoTokenizer
+    from recipe.tokenization.save import load_tokenizer
 
     tasks = loaded_tasks(stage, skipped) if tasks_of(stage.config, NAME) else None
-    tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
+    tokenizer = load_tokenizer(stage.inputs["05_pretrain"])
     model = for_inference(load_model(stage.inputs["05_pretrain"]))
     bf16 = computes_in_bf16(stage.config["pretrain"])
 

@@ -25,10 +25,11 @@ def main(stage: Stage) -> None:
     from recipe.evaluation.metrics import repetition
     from recipe.model.build import build_model, for_inference, load_model, load_published
     from recipe.tokenization.encode_text import prompt_ids
-    from transformers import AutoTokenizer, GenerationConfig
+    from recipe.tokenization.save import load_tokenizer
+    from transformers import GenerationConfig
 
     values = stage.config["generation"]
-    tokenizer = AutoTokenizer.from_pretrained(stage.inputs["05_pretrain"])
+    tokenizer = load_tokenizer(stage.inputs["05_pretrain"])
     seed = stage.config["pretrain"].get("seed", 42)
     initial = find_initial(stage.config["pretrain"])
     pieces = read_new_pieces(stage.inputs["03_tokenizer"], len(tokenizer))

@@ -5,6 +5,7 @@ The launcher starts this script on every rank, with a plan of settings and paths
 Run:  bash pretrain/05_pretrain.sh --recipe tiny
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from recipe.training.training import (
     whole_model,
 )
 
+CHECKED = 20  # documents whose text the tokenizer of the saved folder must encode alike
+
 
 def main(plan: dict[str, Any]) -> None:
     """Build or load the model, pack the data, train and save; rank 0 writes result.json for the stage."""
@@ -30,15 +33,16 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.tokenization.encode_text import prompt_ids
     from recipe.tokenization.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
     from recipe.tokenization.phased import phased_blocks
+    from recipe.tokenization.save import check_auto_tokenizer, load_tokenizer
     from recipe.tokenization.token_files import TokenFile
     from recipe.training.curves import write_curves
     from recipe.training.sample_prompts import Samples
     from torch.utils.data import Subset
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     run = prepare(plan, "pretrain")
     settings, arguments, folder = run.settings, run.arguments, run.folder
-    tokenizer = AutoTokenizer.from_pretrained(plan["inputs"]["03_tokenizer"])
+    tokenizer = load_tokenizer(plan["inputs"]["03_tokenizer"])
     tokens = Path(plan["inputs"]["04_tokenize"])
     train_file, valid_file = TokenFile(tokens / "train"), TokenFile(tokens / "valid")
     counted = read_record(tokens, "figures")["figures"]
@@ -81,6 +85,10 @@ def main(plan: dict[str, Any]) -> None:
     check_rows(plan["config"]["pretrain"], new_tokens)
     with whole_model(arguments):
         model = place(run, build)
+    bounds = [valid_file.first_token(number) for number in range(min(CHECKED, valid_file.documents) + 1)]
+    ids = [valid_file.tokens[begin:end].tolist() for begin, end in pairwise(bounds)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    check_auto_tokenizer(tokenizer, model.config.model_type, texts)
     for file in (train_file, valid_file):
         check_vocabulary(file, totals[file.prefix.name]["largest_id"], model.config.vocab_size)
     if run.is_main:

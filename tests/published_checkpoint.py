@@ -13,7 +13,7 @@ from recipe.project import Refused
 from recipe.run import launch_options
 from recipe.tokenization import published
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 
 TEXT = sentences(600, 5)
 
@@ -29,24 +29,33 @@ SMALL = {
 }
 
 
-def write_tokenizer(folder):
-    """A byte-level BPE of a little Japanese, 300 tokens, with an end token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def write_tokenizer(folder, end="<|end|>", core=None):
+    """A byte-level BPE of a little Japanese, 300 tokens, with an end token.
+
+    core: a tokenizer with a normalizer and rules of splitting of its own.
+    """
+    tokenizer = core or Tokenizer(models.BPE())
+    if core is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=299, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(TEXT[:50], trainer)
-    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_special_tokens([end])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+
+
+def write_qwen2_tokenizer(folder):
+    """The same as Qwen2 publishes its own: with its rules of splitting, and its end token."""
+    write_tokenizer(folder, "<|endoftext|>", Tokenizer.from_str(Qwen2Tokenizer().backend_tokenizer.to_str()))
 
 
 def write_checkpoint(folder, model_type="llama", rows=300, **values):
     """A published folder: tokenizer, config.json and safetensors of random weights."""
     folder.mkdir()
-    write_tokenizer(folder)
+    (write_qwen2_tokenizer if model_type == "qwen2" else write_tokenizer)(folder)
     made = AutoConfig.for_model(model_type, **SMALL[model_type] | values | {"vocab_size": rows})
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(made).save_pretrained(folder)

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from published_checkpoint import SMALL, write_checkpoint
+from published_checkpoint import SMALL, write_checkpoint, write_qwen2_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -35,6 +35,10 @@ def check_stages(project, kind):
 def test_from_scratch_to_the_export(make_project, kind):
     project = make_project()
     (project.folder / "configs/mini/model.json").write_text(json.dumps({"model_type": kind} | SMALL[kind]))
+    if kind == "qwen2":  # which has a tokenizer of its own
+        write_qwen2_tokenizer(project.folder)
+        tokenizer = {"kind": "published", "published": "."}
+        (project.folder / "configs/mini/tokenizer.json").write_text(json.dumps(tokenizer))
     project.run("run_all.sh", "--recipe", "mini")
     check_stages(project, kind)
 

@@ -104,6 +104,10 @@ ROPE_RANGES = {
 }
 
 
+# transformers 5.23 splits text by rules of their own in folders of these, whatever their tokenizer.json says.
+OWN_TOKENIZER = ("qwen2",)
+
+
 def check_model(values: dict[str, Any], where: str) -> None:
     """Refuse an unknown architecture or key, a value out of range, and heads that do not divide.
 

@@ -17,11 +17,11 @@ from recipe.config.generation import check_generation
 from recipe.config.initial_model import changed_context, published_config
 from recipe.config.instruction import check_instruction, check_pair, check_preference, uses_rewards
 from recipe.config.keys import known_keys, nearest, parse_json, read_config, show
-from recipe.config.model import FROM_TOKENIZER, check_model, model_values
+from recipe.config.model import FROM_TOKENIZER, OWN_TOKENIZER, check_model, model_values
 from recipe.config.phases import check_phases
 from recipe.config.ranges import check_numbers
 from recipe.config.tasks import with_suite
-from recipe.config.tokenizer import check_tokenizer, special_ids, vocabulary_size
+from recipe.config.tokenizer import check_tokenizer, kind_of, special_ids, vocabulary_size
 from recipe.config.training import (
     PRETRAINING,
     TUNING,
@@ -211,6 +211,12 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     """Refuse files that contradict each other."""
     _check_initial(config, where)
     model, initial = model_values(config), config["pretrain"].get("initial_model")
+    if model.get("model_type") in OWN_TOKENIZER and kind_of(config["tokenizer"]).trained:
+        raise Refused(
+            f"{where}/model.json: model_type: {show(model['model_type'])}, but tokenizer.json trains a "
+            "tokenizer, and transformers 5 splits text in folders of this type by Qwen2's rules alone. Use a "
+            'published tokenizer of Qwen2 ("kind": "published"), or "model_type": "qwen3"'
+        )
     own = not initial or "max_position_embeddings" in config["model"]
     home = f"{where}/model.json" if own else f"{initial}/config.json"
     check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from recipe.conversations.encode import check_template, encode_conversation
 from recipe.conversations.read_rows import Message
@@ -16,6 +16,7 @@ from recipe.evaluation.generation import check_room, clean_prompt, clean_questio
 from recipe.model.build import for_inference, load_model
 from recipe.project import RecipeError, Refused
 from recipe.tokenization.encode_text import prompt_ids
+from recipe.tokenization.save import load_tokenizer
 
 CHARACTERS = 32  # of a text that are read for each position of a model: more than any token holds
 
@@ -31,7 +32,7 @@ class Talker:
 
     def __init__(self, folder: Path, config: dict[str, dict[str, Any]], base: bool = False) -> None:
         self.config, self.base = config, base
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
         if not base:
             check_template(self.tokenizer)
         self.model = for_inference(load_model(folder))

@@ -181,7 +181,7 @@ def check_weights(folder: Path, config: Any) -> int:
 
 def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) -> None:
     """Print the arguments, and on standard error what was checked."""
-    from transformers import AutoTokenizer
+    from recipe.tokenization.save import load_tokenizer
 
     config = load_recipe(recipe, overrides)
     tokenizer, tokens = stage_folder(recipe, "03_tokenizer"), stage_folder(recipe, "04_tokenize")
@@ -192,7 +192,7 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
             f"configs/{recipe}/pretrain.json: phases: Megatron-LM has no such phases. Give --set "
             "pretrain.phases=null, and start Megatron-LM once for each phase"
         )
-    vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
+    vocab_size = len(load_tokenizer(tokenizer))
     model = _model_config(recipe, config, vocab_size)
     pretrain = config["pretrain"]
     arguments = arguments_for(model, pretrain["block_size"], tensor, pipeline)

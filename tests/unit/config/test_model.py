@@ -29,6 +29,10 @@ def gemma(**values):
         (lambda c: c["model"].update(hidden_size=10**11), ["hidden_size: 100000000000", "1,000,000"]),
         (lambda c: c["model"].update(num_hidden_layers=0), ["num_hidden_layers: 0", "from 1 to 1,000,000"]),
         (lambda c: c["model"].update(dtype="bfloat16"), ['model.json: dtype: "bfloat16"', "float32"]),
+        (
+            lambda c: (c["model"].pop("head_dim"), c["model"].update(model_type="qwen2")),
+            ['model_type: "qwen2"', "trains a tokenizer", '"kind": "published"', '"model_type": "qwen3"'],
+        ),
         (gemma(attn_logit_softcapping=50.0), ["attn_logit_softcapping: 50.0", "leave the key out"]),
         (gemma(use_bidirectional_attention=True), ["use_bidirectional_attention: true, expected false"]),
         (gemma(hidden_size=258), ["hidden size 258 does not divide by 4"]),

@@ -117,6 +117,8 @@ def test_a_model_can_be_built_from_what_the_loader_accepts(kind):
     config["model"] = {"model_type": kind} | (old if kind == "gpt2" else new)
     if "num_key_value_heads" in known_keys()["model"][kind]:
         config["model"]["num_key_value_heads"] = 2
+    if kind in model.OWN_TOKENIZER:
+        config["tokenizer"] = {"kind": "published", "published": "x"}
     assert accepted(config)
     for key, value, changed_config in accepted_values(config, "model", known_keys()["model"][kind]):
         if key == "model_type":

@@ -38,7 +38,7 @@ def converted(kind, tmp_path, values=QWEN3):
 
 
 FLAT = {key: value for key, value in SHAPE.items() if key != "head_dim"}
-MODELS = {"qwen3": QWEN3, "qwen2": {"model_type": "qwen2", **FLAT}}
+MODELS = {"qwen3": QWEN3}
 MODELS |= {"olmo2": {"model_type": "olmo2", **FLAT}}
 MODELS |= {"gemma3_text": {"model_type": "gemma3_text", **SHAPE, **GEMMA3}}
 

@@ -9,11 +9,13 @@ import tomllib
 import pytest
 import torch
 from conftest import GEMMA3, ROOT, SHAPE, sentences
+from published_checkpoint import write_qwen2_tokenizer
 from recipe.config.chat_templates import chat_template, response_template
 from recipe.model.build import build_model
 from recipe.model.save import complete_configs
-from recipe.project import read_json
-from recipe.tokenization.save import save_tokenizer
+from recipe.project import RecipeError, read_json
+from recipe.tokenization.published import load_published, take_over
+from recipe.tokenization.save import check_auto_tokenizer, save_tokenizer
 from recipe.tokenization.train import train_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +35,7 @@ GEMMA3_ROPE = {
 MODELS = {
     "qwen3": ("unigram", {"model_type": "qwen3", **SHAPE, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
     "mistral": ("bpe", {"model_type": "mistral", "sliding_window": 8, **FLAT, **rope()}, {"rope_theta": 5e3}),
-    "qwen2": ("bpe", {"model_type": "qwen2", **FLAT, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
+    "qwen2": ("qwen2", {"model_type": "qwen2", **FLAT, **rope(rope_theta=1e6)}, {"rope_theta": 1e6}),
     "olmo2": ("bpe", {"model_type": "olmo2", **FLAT, **rope(rope_theta=5e5)}, {"rope_theta": 5e5}),
     "gemma3_text": (
         "bpe",
@@ -113,9 +115,12 @@ def saved(tmp_path_factory):
     folder, trained, made = tmp_path_factory.mktemp("saved"), {}, {}
     for kind in ("unigram", "bpe", "byte-level-bpe"):
         tokenizer = train_tokenizer(sentences(2000, 1), {"vocab_size": 400, "kind": kind}).tokenizer
+        trained[kind] = tokenizer
+    write_qwen2_tokenizer(folder)
+    trained["qwen2"] = take_over(load_published(folder), {"published": str(folder)}, ())[0]
+    for tokenizer in trained.values():
         tokenizer.chat_template = chat_template("alpaca", "あなたは親切です。")
         tokenizer.response_template = response_template("alpaca", tokenizer.eos_token)
-        trained[kind] = tokenizer
     for name, (kind, values, _) in MODELS.items():
         model = build_model(values, trained[kind], "sdpa", 0).eval()
         model.save_pretrained(folder / name)
@@ -151,8 +156,11 @@ def test_transformers_5_loads_what_was_saved(saved, name):
     folder, made = saved
     tokenizer, model = made[name]
     loaded = AutoTokenizer.from_pretrained(folder / name)
-    assert type(loaded) is type(tokenizer)
-    assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    if name == "qwen2":  # transformers 5 loads every such folder as Qwen2's own class
+        check_auto_tokenizer(tokenizer, "qwen2", TEXTS)
+    else:
+        assert type(loaded) is type(tokenizer)
+        assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert loaded.chat_template == tokenizer.chat_template
     assert loaded.init_kwargs["response_template"] == tokenizer.response_template
     config = AutoConfig.from_pretrained(folder / name).to_dict()
@@ -160,6 +168,14 @@ def test_transformers_5_loads_what_was_saved(saved, name):
     again = AutoModelForCausalLM.from_pretrained(folder / name)
     with torch.inference_mode():
         assert torch.equal(again(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits)
+
+
+def test_a_tokenizer_that_transformers_would_load_otherwise_stops_the_training(saved):
+    _, made = saved
+    tokenizer, _ = made["mistral"]
+    with pytest.raises(RecipeError, match="model_type: qwen2: .* loads this tokenizer as Qwen2Tokenizer"):
+        check_auto_tokenizer(tokenizer, "qwen2", TEXTS)
+    check_auto_tokenizer(tokenizer, "qwen3", TEXTS)
 
 
 @pytest.fixture(scope="session")
