@@ -43,6 +43,13 @@ ACTIVATIONS = (
     *("relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "prelu"),
 )
 _DECODER = "stages 05 to 16 are for decoders that return a dict and predict the next token"
+
+
+def _decimal(within: Range) -> Range:
+    """The range of a key for which transformers takes no whole number."""
+    return Range(f"{within.words}, with a decimal point", lambda x: isinstance(x, float) and within.holds(x))
+
+
 RANGES = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner"), SIZE),
@@ -58,7 +65,7 @@ RANGES = {
     **dict.fromkeys(("embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_first_dropout"), BELOW_1),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), one_of(*ACTIVATIONS)),
     "query_pre_attn_scalar": FROM_1,
-    "final_logit_softcapping": ABOVE_0,
+    "final_logit_softcapping": _decimal(ABOVE_0),
     "attn_logit_softcapping": only(None, "transformers 5 does not compute it in Gemma 3, and says nothing"),
     "use_bidirectional_attention": only(False, _DECODER),
     "pretraining_tp": only(1, "transformers no longer reads it"),
