@@ -28,7 +28,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.config.initial_model import check_rows, describe_initial, find_initial, read_new_pieces
     from recipe.config.phases import longest_block, phases_of, samples_of
     from recipe.evaluation.generation import clean_prompt
-    from recipe.model.build import build_model, continued_model, parameter_count
+    from recipe.model.build import active_parameter_count, build_model, continued_model, parameter_count
     from recipe.project import read_record, write_json
     from recipe.tokenization.encode_text import prompt_ids
     from recipe.tokenization.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
@@ -93,8 +93,10 @@ def main(plan: dict[str, Any]) -> None:
         check_vocabulary(file, totals[file.prefix.name]["largest_id"], model.config.vocab_size)
     if run.is_main:
         share = count / blocks
+        whole, active = parameter_count(model), active_parameter_count(model)
+        experts = f" ({active:,} active)" if active != whole else ""
         print(
-            f"{parameter_count(model):,} parameters, {arguments.max_steps:,} steps x "
+            f"{whole:,} parameters{experts}, {arguments.max_steps:,} steps x "
             f"{settings.global_batch_size} x {settings.block_size} tokens = {share:.2f} epochs of {epoch:,} "
             "tokens",
             flush=True,

@@ -32,6 +32,7 @@ SHAPE = {
 # long enough to reach the one before.
 GEMMA3 = {"query_pre_attn_scalar": 16, "sliding_window": 6}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 MINI = {
     "dataset": {
         "sources": {

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import GEMMA3, SHAPE, sentences
+from conftest import EXPERTS, GEMMA3, SHAPE, sentences
 from recipe.config import initial_model
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.model import build
@@ -24,6 +24,7 @@ SMALL = {
     "qwen2": FLAT,
     "olmo2": FLAT,
     "gemma3_text": SHAPE | GEMMA3,
+    "qwen3_moe": SHAPE | EXPERTS,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
     "gpt_neox": {key: SHAPE[key] for key in SHAPE if key not in ("head_dim", "num_key_value_heads")},
 }

@@ -261,7 +261,7 @@ check = ActiveCheck(Asked(settings, Choice("fp32", "sdpa", False), OPTIMIZERS[DE
 samples = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
 trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[check])
 trainer.settings, check.trainer = settings, trainer
-trainer.z_losses, trainer.sequences, trainer.clipped_at = [], 1, 1.0
+trainer.added, trainer.sequences, trainer.clipped_at = {}, 1, 1.0
 try:
     trainer.train()
 except Refused as refusal:

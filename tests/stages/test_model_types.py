@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
-TYPES = ["qwen2", "olmo2", "gemma3_text"]
+TYPES = ["qwen2", "olmo2", "gemma3_text", "qwen3_moe"]
 
 
 def check_stages(project, kind):

@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-MODEL_TYPES = ("mistral", "llama", "qwen2", "qwen3", "olmo2", "gemma3_text", "gpt2", "gpt_neox")
+MODEL_TYPES = ("mistral", "llama", "qwen2", "qwen3", "olmo2", "gemma3_text", "qwen3_moe", "gpt2", "gpt_neox")
 # Keys that transformers writes into a config.json in addition to those of the config class.
 WRITTEN_MODEL_KEYS = {
     "model_type": "str",
@@ -22,6 +22,8 @@ WRITTEN_MODEL_KEYS = {
     "transformers_version": "str",
     "rope_theta": "float",
 }
+# Keys that a model reads without being a field of its config class.
+MORE_MODEL_KEYS = {"qwen3_moe": {"head_dim": "int"}}
 # The top level of a DeepSpeed file (deepspeed.ai/docs/config-json); the nested sections are read from the
 # library.
 DEEPSPEED_TOP = {
@@ -157,7 +159,10 @@ def table() -> dict[str, Any]:
             "no_repeat_ngram_size": "int",
             "num_beams": "int",
         },
-        "model": {kind: fields_of(CONFIG_MAPPING[kind]) | WRITTEN_MODEL_KEYS for kind in MODEL_TYPES},
+        "model": {
+            kind: fields_of(CONFIG_MAPPING[kind]) | WRITTEN_MODEL_KEYS | MORE_MODEL_KEYS.get(kind, {})
+            for kind in MODEL_TYPES
+        },
         "matrices": {kind: matrices(kind) for kind in MODEL_TYPES},
         "deepspeed": {
             "top": DEEPSPEED_TOP,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.keys import check_keys, known_keys, nearest, read_config, short, show
-from recipe.config.model import attention_heads
+from recipe.config.model import DEFAULTS, attention_heads, experts_of
 from recipe.config.optimizers import FSDP, OFFLOAD, TENSOR, ZERO, check_optimizer_sharding
 from recipe.config.phases import samples_of
 from recipe.project import CONFIGS, Refused
@@ -171,6 +171,32 @@ def check_launch(
     return path
 
 
+def check_experts(
+    model: dict[str, Any], values: dict[str, Any], ranks: int, fsdp: bool, tensor_parallel: int
+) -> None:
+    """Raise Refused when the experts of a model cannot be split over the ranks.
+
+    model: the values of model.json. values: of the training file. ranks: on all machines.
+    """
+    experts = experts_of(DEFAULTS.get(model.get("model_type", ""), {}) | model)
+    if experts is None:
+        return
+    shards = ranks // tensor_parallel
+    if fsdp and experts.count % shards:
+        fits = max(n for n in range(1, shards) if experts.count % n == 0)
+        raise Refused(
+            f"--fsdp: num_experts: {experts.count} experts do not divide over {shards} ranks, and some would "
+            f"hold more than others. Give a number of ranks that divides them, such as {fits} (--nproc), or "
+            "change num_experts in model.json"
+        )
+    if tensor_parallel > 1 and values.get("muon_learning_rate"):
+        raise Refused(
+            f"--tensor-parallel {tensor_parallel}: the gate and up projections of an expert are one matrix, "
+            "which its ranks share in two parts, and Muon needs it whole. Use --fsdp, or AdamW "
+            "(muon_learning_rate: null)"
+        )
+
+
 def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
     """Raise Refused when the model cannot be split over the ranks that share each matrix.
 
@@ -178,6 +204,12 @@ def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
     """
     if tensor_parallel > 1 and model.get("model_type") == "gpt2":
         raise Refused("--tensor-parallel: transformers has no plan for gpt2. Use --fsdp or --deepspeed zero3")
+    experts = experts_of(DEFAULTS.get(model.get("model_type", ""), {}) | model)
+    if experts and experts.width % tensor_parallel:
+        raise Refused(
+            f"--tensor-parallel {tensor_parallel}: the experts' moe_intermediate_size {experts.width} does "
+            "not divide by this number. Give a divisor of it"
+        )
     heads = model.get("num_key_value_heads") or attention_heads(model)
     if heads and heads % tensor_parallel:
         raise Refused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipe.config.initial_model import changed_context, published_config
 from recipe.config.keys import check_keys, known_keys, nearest, require, show
@@ -56,6 +56,10 @@ RANGES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), SIZE),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), SIZE),
     "sliding_window": POSITIONS,
+    **dict.fromkeys(("num_experts", "num_experts_per_tok", "moe_intermediate_size"), SIZE),
+    "decoder_sparse_step": SIZE,
+    "router_aux_loss_coef": _decimal(BELOW_1),
+    "output_router_logits": only(False, "training asks for them itself, unless router_aux_loss_coef is 0"),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "max_window_layers"), FROM_0),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), BETWEEN_0_AND_1),
@@ -153,11 +157,34 @@ def check_model(values: dict[str, Any], where: str) -> None:
             f"{where}: layer_types: {show(types)}, expected full_attention or sliding_attention for each of "
             "the num_hidden_layers layers"
         )
+    _check_experts(DEFAULTS[kind] | values, where)
     groups = values.get("num_key_value_heads")
     if groups and heads and heads % groups:
         raise Refused(
             f"{where}: num_attention_heads: {heads} does not divide by num_key_value_heads {groups}. "
             "Change one"
+        )
+
+
+def _check_experts(values: dict[str, Any], where: str) -> None:
+    """Check the numbers of a mixture of experts against each other. Raises Refused."""
+    experts, layers = experts_of(values), values.get("num_hidden_layers")
+    if experts is None:
+        return
+    if experts.of_token > experts.count:
+        raise Refused(
+            f"{where}: num_experts_per_tok: {experts.of_token}, more than the {experts.count} of "
+            "num_experts. Lower it, or raise num_experts"
+        )
+    dense = values.get("mlp_only_layers") or []
+    if bad := [layer for layer in dense if not isinstance(layer, int) or not 0 <= layer < layers]:
+        raise Refused(
+            f"{where}: mlp_only_layers: {show(bad[0])}, expected numbers of layers, from 0 to {layers - 1}"
+        )
+    if not experts.layers:
+        raise Refused(
+            f"{where}: mlp_only_layers and decoder_sparse_step leave no layer with experts. Change them, or "
+            "train a qwen3, which has none"
         )
 
 
@@ -186,6 +213,29 @@ def _check_rope(kind: str, values: dict[str, Any] | None, where: str) -> None:
 def attention_heads(model: dict[str, Any]) -> int | None:
     """The number of query heads in a model.json; architectures have two names for it."""
     return model.get("num_attention_heads") or model.get("n_head")
+
+
+class Experts(NamedTuple):
+    """The experts of a model. layers: those that have experts. of_token: those that a token uses in each."""
+
+    layers: int
+    count: int
+    of_token: int
+    width: int
+
+
+def experts_of(model: dict[str, Any]) -> Experts | None:
+    """The experts of a model; None where it has none.
+
+    model: the values of model.json with `DEFAULTS`, or of a config.json, in which transformers 5 gives their
+    number another name.
+    """
+    count = model.get("num_local_experts") or model.get("num_experts")
+    if not count:
+        return None
+    step, dense = model["decoder_sparse_step"], model.get("mlp_only_layers") or []
+    layers = sum(n % step == 0 and n - 1 not in dense for n in range(1, model["num_hidden_layers"] + 1))
+    return Experts(layers, count, model["num_experts_per_tok"], model["moe_intermediate_size"])
 
 
 def sliding_window(model: dict[str, Any]) -> int | None:
@@ -223,6 +273,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
     | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "attention_bias": False}
     | {"sliding_window": 4096, "tie_word_embeddings": True},
+    "qwen3_moe": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24}
+    | {"num_attention_heads": 32, "num_key_value_heads": 4, "attention_bias": False}
+    | {"use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8}
+    | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
     | {"tie_word_embeddings": True, "attn_pdrop": 0.1},
     "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44}

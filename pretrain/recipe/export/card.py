@@ -97,6 +97,11 @@ def _front_matter() -> str:
     return f"---\n{data.to_yaml().strip()}\n---"
 
 
+def _experts(trained: dict[str, Any]) -> str:
+    active = trained["figures"]["active"].get("active_parameters")
+    return f" ({active:,} active for a token)" if active else ""
+
+
 def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
     trained = records["05_pretrain"]
     started = trained["figures"].get("initial_model")
@@ -114,8 +119,8 @@ def _summary(config: dict[str, dict[str, Any]], records: dict[str, dict[str, Any
         origin += f" Its context was changed: {', '.join(changed)}." if changed else ""
     parts = [
         f"A Japanese language model: {model_values(config).get('model_type', 'published')}, "
-        f"{trained['figures']['active']['parameters']:,} parameters, pretrained in this recipe on "
-        f"{trained['figures']['tokens']:,} tokens.{origin}"
+        f"{trained['figures']['active']['parameters']:,} parameters{_experts(trained)}, pretrained in this "
+        f"recipe on {trained['figures']['tokens']:,} tokens.{origin}"
     ]
     titles = {stage: title for stage, (title, _) in _STAGES.items()} | {"14_evaluate": "Held-out questions"}
     lines = [

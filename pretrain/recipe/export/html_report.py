@@ -84,7 +84,9 @@ def headline_figures(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, 
     trained, measured = figures.get("05_pretrain", {}), figures.get("06_evaluate", {})
     tuned = figures.get("14_evaluate", {})
     if "parameters" in (trained.get("active") or {}):
-        yield "parameters", _short(trained["active"]["parameters"]), trained.get("hardware", "")
+        active = trained["active"].get("active_parameters")
+        note = f"{_short(active)} active" if active else trained.get("hardware", "")
+        yield "parameters", _short(trained["active"]["parameters"]), note
     if trained.get("tokens"):
         yield "training tokens", _short(trained["tokens"]), f"{trained['steps']:,} steps"
     if trained.get("eval_loss") is not None:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 import recipe.model.attention  # registers the attention "documents" in transformers
+import recipe.model.experts  # registers the products of experts
 import recipe.model.varlen  # registers the attention "varlen"
 from recipe.config.initial_model import NewPieces, changed_context, read_config_of
 from recipe.config.model import FROM_TOKENIZER
@@ -197,6 +198,19 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(map(_numel, model.parameters()))
 
 
+def active_parameter_count(model: PreTrainedModel) -> int:
+    """The number of parameters that a token uses: of the experts only those that its router chooses."""
+    return sum(_active(model, p) for p in model.parameters())
+
+
+def _active(model: PreTrainedModel, parameter: torch.nn.Parameter) -> int:
+    """The numbers of a parameter that a token uses. Those of a layer's experts have three dimensions."""
+    count = _numel(parameter)
+    if dimensions(parameter) < 3:
+        return count
+    return count * model.config.num_experts_per_tok // model.config.num_experts
+
+
 def _numel(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, where ZeRO-3 has partitioned it
 
@@ -209,15 +223,15 @@ def dimensions(parameter: torch.nn.Parameter) -> int:
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
     """Floating point operations of one training token: 6 per weight of a matrix, and attention.
 
-    A frozen weight counts 4. After Kaplan et al. (2020), appendix B, and Chowdhery et al. (2022), appendix B,
-    with attention halved because it is causal. The input embedding is a look-up and costs nothing; the output
-    matrix counts even if it is tied.
+    A frozen weight counts 4. Of the experts those count that a token uses. After Kaplan et al. (2020),
+    appendix B, and Chowdhery et al. (2022), appendix B, with attention halved because it is causal. The input
+    embedding is a look-up and costs nothing; the output matrix counts even if it is tied.
     """
     config = model.config
     matrices = sum(
-        _cost(p) * _numel(p)
+        _cost(p) * _active(model, p)
         for name, p in model.named_parameters()
-        if dimensions(p) == 2 and not is_outer(name)
+        if dimensions(p) >= 2 and not is_outer(name)
     )
     output = _cost(model.get_output_embeddings().weight) * config.vocab_size * config.hidden_size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

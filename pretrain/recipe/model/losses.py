@@ -1,4 +1,4 @@
-"""The loss that a model returns in training, with an optional z-loss."""
+"""The loss that a model returns in training, with an optional z-loss, and the routers' auxiliary loss."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import functools
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from recipe.model.experts import balance
 from recipe.tokenization.packing import IGNORED
 
 
 def return_loss_only(model: PreTrainedModel, z_loss: float = 0.0) -> None:
-    """Let the model's forward return only its loss when it is given labels, with an optional z-loss.
+    """Let the model's forward return only its loss when it is given labels, with what is added to it.
 
     The logits (batch x block x vocabulary) are by far the largest tensor of a step. Returned, they would be
     kept, and accelerate would convert them to float32 outside the compiled graph.
@@ -21,25 +22,47 @@ def return_loss_only(model: PreTrainedModel, z_loss: float = 0.0) -> None:
     drifting (Chowdhery et al., 2022, section 5: 1e-4). It is added in training only, so that the loss of an
     evaluation can be compared with that of other models. The forward then also returns ``z_loss``, detached:
     the part of the loss that is not cross entropy.
+
+    A mixture of experts with a ``router_aux_loss_coef`` in its config also returns ``router_aux_loss``,
+    likewise, and ``expert_shares`` (see `recipe.model.experts.balance`). transformers 5.23 would add the
+    whole auxiliary loss to each micro-batch of each rank; here each adds its part, by its trained positions.
     """
     forward = model.forward
     if z_loss:
         model.loss_function = cross_entropy_and_z
+    balancing = router_loss_weight(model.config)
+    if balancing:
+        # Of transformers' own; the config keeps the coefficient. An adapter is around the model.
+        getattr(model, "get_base_model", lambda: model)().router_aux_loss_coef = 0.0
 
     @functools.wraps(forward)
     def loss_of(*arguments: Any, **keywords: Any) -> Any:
-        output = forward(*arguments, **keywords)
+        balanced = balancing and model.training and keywords.get("labels") is not None
+        output = forward(*arguments, **keywords | ({"output_router_logits": True} if balanced else {}))
         if output.loss is None:
             return output
-        if not z_loss:
-            return {"loss": output.loss}
-        cross_entropy, z = output.loss[0], output.loss[1]
+        cross_entropy, z = (output.loss[0], output.loss[1]) if z_loss else (output.loss, None)
         if not model.training:
             return {"loss": cross_entropy.clone()}
-        share = z_loss * z
-        return {"loss": cross_entropy + share, "z_loss": share.detach()}
+        added: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
+        if z is not None:
+            added["z_loss"] = z_loss * z
+        if balanced:
+            auxiliary, shares = balance(output.router_logits, model.config.num_experts_per_tok)
+            part = balancing * auxiliary
+            if keywords.get("num_items_in_batch") is not None:
+                part = part * (keywords["labels"] != IGNORED).sum() / keywords["num_items_in_batch"]
+            added["router_aux_loss"], found["expert_shares"] = part, shares
+        loss = cross_entropy + sum(added.values())
+        return {"loss": loss} | {name: share.detach() for name, share in added.items()} | found
 
     model.forward = loss_of
+
+
+def router_loss_weight(config: PreTrainedConfig) -> float:
+    """The coefficient of the routers' auxiliary loss; 0 for a model without experts."""
+    return getattr(config, "router_aux_loss_coef", 0.0)
 
 
 def cross_entropy_and_z(

@@ -25,7 +25,7 @@ Part = tuple[tuple[int, ...], tuple[int, ...]]
 def orthogonalise(matrices: Tensor) -> Tensor:
     """The matrices with their singular values moved to about 1 (most to 0.7 to 1.2): bfloat16, same shape.
 
-    matrices: [rows, columns], or [number, rows, columns] for several at once.
+    matrices: [rows, columns], or [number, rows, columns] for several at once, such as a layer's experts.
     """
     a, b, c = COEFFICIENTS
     add = torch.baddbmm if matrices.ndim == 3 else torch.addmm
@@ -63,7 +63,10 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def _orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
-    """Matrices of one shape. On a CPU batches would only cost a copy."""
+    """Matrices of one shape, or parameters that hold several. On a CPU batches would only cost a copy."""
+    if matrices and matrices[0].ndim > 2:
+        size = max(1, BATCH // matrices[0][0].numel())
+        return [torch.cat([orthogonalise(part) for part in several.split(size)]) for several in matrices]
     if not matrices or matrices[0].device.type == "cpu":
         return [orthogonalise(matrix) for matrix in matrices]
     size = max(1, BATCH // matrices[0].numel())
@@ -124,16 +127,18 @@ def _parts(shape: torch.Size, mesh: DeviceMesh, placements: tuple) -> list[Part]
 def _assemble(flat: list[Tensor], parts: list[Part], shape: torch.Size) -> Tensor:
     """The whole matrix of the flat parts of all ranks."""
     whole = flat[0].new_empty(shape)
-    for numbers, (size, begin) in zip(flat, parts, strict=True):
-        rows, columns = (slice(b, b + n) for b, n in zip(begin, size, strict=True))
-        whole[rows, columns] = numbers[: math.prod(size)].view(size)
+    for numbers, part in zip(flat, parts, strict=True):
+        whole[_slices(part)] = numbers[: math.prod(part[0])].view(part[0])
     return whole
 
 
 def _cut(whole: Tensor, part: Part, like: Tensor) -> Tensor:
     """A rank's part of a whole matrix, flat, as long as `like`."""
-    rows, columns = (slice(b, b + n) for n, b in zip(*part, strict=True))
     flat = torch.zeros_like(like)
-    numbers = whole[rows, columns].flatten()
+    numbers = whole[_slices(part)].flatten()
     flat[: len(numbers)] = numbers
     return flat
+
+
+def _slices(part: Part) -> tuple[slice, ...]:
+    return tuple(slice(begin, begin + size) for size, begin in zip(*part, strict=True))

@@ -49,6 +49,10 @@ def build_muon(model: torch.nn.Module, settings: Settings, arguments: TrainingAr
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside the layers, AdamW for embeddings, output, norms and biases.
 
+    The weights of a layer's experts are one parameter of three dimensions: each expert's matrix is
+    orthogonalised on its own, gate and up projection as one, as transformers keeps them. A router's matrix
+    has Muon, too, as in Moonlight (Liu et al., 2025).
+
     Muon (Jordan et al., 2024) orthogonalises a matrix's momentum; its step is scaled to the size of AdamW's
     (Liu et al., 2025): 0.2 x the root of the longer side. It is one object, because the Trainer, its
     scheduler and its checkpoints accept only one optimizer: the first group is Muon's, the others AdamW's.
@@ -71,7 +75,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if parameter.ndim == 2 and not is_outer(name):
+            if parameter.ndim >= 2 and not is_outer(name):
                 matrices.append(parameter)
             else:
                 decay = weight_decay if name in with_decay else 0.0
@@ -106,7 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
             momentum.lerp_(parameter.grad, 1 - group["momentum"])
             updates.append(parameter.grad.lerp(momentum, group["momentum"]))
         for parameter, update in zip(matrices, orthogonalised(updates), strict=True):
-            rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
+            rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:]))
             own = own_part(parameter)
             own.mul_(1 - group["lr"] * group["weight_decay"])
             own.add_(update, alpha=-rate)

@@ -26,27 +26,30 @@ from recipe.tokenization.packing import pack
 MODES = ("mixed", "fp32", "half", "mixed compiled", "fp32 compiled")
 # 168 or 336 tokens: different from every width below.
 BLOCK, ROWS, VOCABULARY = 56, 3, 100
-# Hidden size, query and key widths, intermediate size.
+# Hidden size, query and key widths, intermediate size (with experts: of all that a token uses), and the
+# experts of a token.
 SHAPES = (
-    (96, 128, 64, 352),
-    (192, 128, 64, 352),
-    (96, 256, 64, 352),
-    (96, 128, 128, 352),
-    (96, 128, 64, 736),
+    (96, 128, 64, 352, 1),
+    (192, 128, 64, 352, 1),
+    (96, 256, 64, 352, 1),
+    (96, 128, 128, 352, 1),
+    (96, 128, 64, 736, 1),
+    (96, 128, 64, 352, 2),
 )
+Sizes = tuple[int, int, int, int, int]
 # GPT-2's dropouts. `memory` adds what a CPU keeps for them.
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
-def small_model(kind: str, layers: int, shape: tuple[int, int, int, int]) -> Any:
+def small_model(kind: str, layers: int, shape: Sizes) -> Any:
     """A model of `layers` layers with heads of width 32.
 
-    shape: hidden size, widths of queries and keys, intermediate size. GPT-2 and GPT-NeoX use only the hidden
-    and the intermediate size.
+    shape: an entry of `SHAPES`. GPT-2 and GPT-NeoX use only the hidden and the intermediate size, and only a
+    mixture of experts uses the last.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    hidden, query, key, intermediate = shape
+    hidden, query, key, intermediate, chosen = shape
     if kind == "gpt2":
         values = {"n_embd": hidden, "n_layer": layers, "n_head": hidden // 32, "n_inner": intermediate}
     else:
@@ -54,6 +57,9 @@ def small_model(kind: str, layers: int, shape: tuple[int, int, int, int]) -> Any
         values["num_attention_heads"] = hidden // 32
     if kind not in ("gpt2", "gpt_neox"):
         values |= {"num_attention_heads": query // 32, "num_key_value_heads": key // 32, "head_dim": 32}
+    if kind == "qwen3_moe":
+        values |= {"num_experts": 4, "num_experts_per_tok": chosen}
+        values |= {"moe_intermediate_size": intermediate // chosen}
     config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, pad_token_id=0, **values)
     for name in DROPOUTS:
         if hasattr(config, name):
@@ -70,7 +76,7 @@ def saved_bytes(model: Any, mode: str, block: int) -> int:
     if precision == "half":
         model.bfloat16()
     weights = {
-        tuple(shape) for p in model.parameters() for shape in (p.shape, p.T.shape if p.ndim == 2 else ())
+        tuple(shape) for p in model.parameters() for shape in (p.shape, p.mT.shape if p.ndim > 1 else ())
     }
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     # The partitioner decides what is kept; the code that Inductor generates later does not change it.
@@ -94,7 +100,7 @@ def saved_bytes(model: Any, mode: str, block: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def bytes_per_token(kind: str, mode: str, shape: tuple[int, int, int, int], block: int = BLOCK) -> float:
+def bytes_per_token(kind: str, mode: str, shape: Sizes, block: int = BLOCK) -> float:
     """The bytes per token that one more layer of this shape keeps."""
     torch._dynamo.reset()
     one, two = (saved_bytes(small_model(kind, layers, shape), mode, block) for layers in (1, 2))
@@ -104,15 +110,19 @@ def bytes_per_token(kind: str, mode: str, shape: tuple[int, int, int, int], bloc
 def coefficients(kind: str, mode: str) -> list[float]:
     """Bytes per token and layer, per unit of hidden size, query and key width, intermediate size, block.
 
-    GPT-2 and GPT-NeoX have 0 for the two widths, which follow from the hidden size.
+    GPT-2 and GPT-NeoX have 0 for the two widths, which follow from the hidden size. Before the block a
+    mixture of experts has another one, per unit of the hidden size and expert of a token.
     """
     base = SHAPES[0]
     start = bytes_per_token(kind, mode, base)
     found = []
-    for axis, shape in enumerate(SHAPES[1:]):
+    for axis, shape in enumerate(SHAPES[1:] if kind == "qwen3_moe" else SHAPES[1:5]):
         fixed = kind in ("gpt2", "gpt_neox") and axis in (1, 2)
         grown = start if fixed else bytes_per_token(kind, mode, shape)
         found.append((grown - start) / (shape[axis] - base[axis]))
+    if kind == "qwen3_moe":
+        found[4] /= base[0]
+        found[0] -= found[4]  # a wider hidden size had wider copies, too
     found.append((bytes_per_token(kind, mode, base, 2 * BLOCK) - start) / BLOCK)
     return [round(number, 3) for number in found]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.config.launch import check_launch, check_tensor_parallel
+from recipe.config.launch import check_experts, check_launch, check_tensor_parallel
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
 from recipe.config.training import attention_needs, check_boards
@@ -94,7 +94,9 @@ class Launch:
             check_liger(hardware, config[file], kind, sharded, f"{file}.json")
             choose(hardware, config[file], f"{file}.json", attention_needs(config, file))
         path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
-        check_tensor_parallel(model_values(config), self.tensor_parallel)
+        model = model_values(config)
+        check_tensor_parallel(model, self.tensor_parallel)
+        check_experts(model, config[file], self.ranks, self.fsdp, self.tensor_parallel)
         return path
 
 

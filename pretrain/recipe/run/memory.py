@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.config.model import DEFAULTS
+from recipe.config.model import DEFAULTS, experts_of
 from recipe.config.optimizers import OPTIMIZERS
 from recipe.hardware import CHUNK, CHUNKS, choose_loss
 
@@ -34,6 +34,7 @@ VECTORS: dict[str, Callable[[int, int, int, int], int]] = {
     "qwen3": lambda hidden, head, query, key: 2 * hidden + 2 * head,
     "olmo2": lambda hidden, head, query, key: 2 * hidden + query + key,
     "gemma3_text": lambda hidden, head, query, key: 4 * hidden + 2 * head,
+    "qwen3_moe": lambda hidden, head, query, key: 2 * hidden + 2 * head,
 }
 
 
@@ -41,9 +42,11 @@ VECTORS: dict[str, Callable[[int, int, int, int], int]] = {
 class Shape:
     """The sizes of a model.
 
-    query, key: widths of all heads together. The last four are numbers of parameters. matrices: the
-    two-dimensional weights of the layers. vectors: norms and biases. embeddings: of tokens and of learned
-    positions. output: the output matrix, 0 where it is tied to the embeddings.
+    query, key: widths of all heads together. intermediate: with experts what a token uses, the mean of the
+    layers. The last but one are numbers of parameters. matrices: the weights of the layers, of two dimensions
+    or three. vectors: norms and biases. embeddings: of tokens and of learned positions. output: the output
+    matrix, 0 where it is tied to the embeddings. active: the part of `matrices` that a token uses.
+    experts_of_token: the experts that a token uses in a layer, 0 without experts.
     """
 
     kind: str
@@ -59,11 +62,18 @@ class Shape:
     vectors: int
     embeddings: int
     output: int
+    active: int
+    experts_of_token: float = 0
 
     @property
     def parameters(self) -> int:
         """The number of parameters; tied ones count once."""
         return self.matrices + self.vectors + self.embeddings + self.output
+
+    @property
+    def active_parameters(self) -> int:
+        """The number of parameters that a token uses."""
+        return self.parameters - self.matrices + self.active
 
     def groups_of_rank(self, tensor_parallel: int) -> tuple[float, float, float, float]:
         """Matrices, embeddings, output and vectors on each of the ranks that share the matrices, by
@@ -79,7 +89,7 @@ class Shape:
     def flops_per_token(self, block_size: int) -> float:
         """FLOPs of a training step per token, as `recipe.model.build.flops_per_token` counts them."""
         attention = 6 * self.layers * self.query * block_size
-        return 6 * (self.matrices + self.vocabulary * self.hidden) + attention
+        return 6 * (self.active + self.vocabulary * self.hidden) + attention
 
 
 def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
@@ -99,6 +109,7 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
     query, key = heads * head, size("num_key_value_heads", heads) * head
     tied = values.get("tie_word_embeddings", False)
     embeddings = vocabulary * hidden
+    experts = experts_of(values)
     if kind in ("gpt2", "gpt_neox"):
         # One fused matrix for queries, keys and values; layer norms with a bias.
         query = key = hidden
@@ -116,6 +127,16 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
         if values.get("mlp_bias"):
             vectors += 2 * intermediate + hidden
         last = hidden
+    matrices *= layers
+    active = matrices
+    if experts:
+        # In the layers with experts, these and their router replace the feed-forward part.
+        one = 3 * hidden * experts.width
+        others = experts.layers * (3 * hidden * intermediate - experts.count * hidden)
+        matrices += experts.layers * experts.count * one - others
+        active += experts.layers * experts.of_token * one - others
+        wide = experts.layers * experts.of_token * experts.width
+        intermediate = (wide + (layers - experts.layers) * intermediate) // layers
     return Shape(
         kind,
         vocabulary,
@@ -126,10 +147,12 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
         query,
         key,
         values.get("attn_pdrop", 0.0) if kind == "gpt2" else values.get("attention_dropout", 0.0),
-        layers * matrices,
+        matrices,
         layers * vectors + last,
         embeddings,
         0 if tied else vocabulary * hidden,
+        active,
+        experts.of_token * experts.layers / layers if experts else 0,
     )
 
 
@@ -201,7 +224,9 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
     """
     tokens = setting.micro_batch * setting.block_size
     split = setting.tensor_parallel
-    widths = (shape.hidden, shape.query / split, shape.key / split, shape.intermediate / split)
+    widths = [shape.hidden, shape.query / split, shape.key / split, shape.intermediate / split]
+    if shape.experts_of_token:
+        widths.append(shape.experts_of_token * shape.hidden)  # the copies of a token for its experts
     *factors, mask = activation_table()[shape.kind][setting.mode]
     layer = sum(factor * size for factor, size in zip(factors, widths, strict=True))
     if setting.device != "cpu" or shape.attention_dropout:
@@ -219,7 +244,8 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
 def logit_bytes(shape: Shape, setting: Setting) -> float:
     """Bytes of the logits of a micro-batch, and of all that is made from them, at the peak of the loss."""
     logits = setting.micro_batch * setting.block_size * shape.vocabulary
-    if choose_loss(setting.device, logits, setting.compiled, setting.tensor_parallel) != CHUNKS:
+    chosen = choose_loss(setting.device, logits, setting.compiled, setting.tensor_parallel)
+    if chosen != CHUNKS or shape.experts_of_token:  # see `recipe.training.training`
         return LOGIT_BYTES[setting.mode] * logits
     # The output matrix's gradient in float32, and its product with the gradient of the loss. Then the logits
     # of a chunk are gone, but their memory remains reserved.

@@ -9,6 +9,10 @@ The rules, each with its source:
 - **Shapes**: Qwen3 with 64 of width, one head and half a key-value head per layer, an intermediate size of
   three times the width, and tied embeddings. `tiny` is the one with 4 layers. Within wide limits, the ratio
   of width to depth matters little (Kaplan et al., 2020).
+- **Experts**: with ``--experts N`` the feed-forward part of each layer becomes N experts of half its width,
+  of which a token uses 2: as many active parameters and FLOPs. The rules below count the active ones. They
+  were found with dense models: a mixture may reach a lower loss. The auxiliary loss has Switch's 0.01 (Fedus
+  et al., 2022).
 - **Tokens**: 20 for each parameter are compute-optimal (Hoffmann et al., 2022). Less is a model that is too
   large for its hours. More is a smaller model that is trained on: it costs little (twice as many tokens at
   equal FLOPs: about 0.03 in the loss by that law) and is cheaper to use.
@@ -55,6 +59,7 @@ BASE = "small"
 LAYERS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 WIDTH_PER_LAYER = 64
 POSITIONS = 2048
+EXPERTS_OF_TOKEN = 2
 # Tokens per parameter: compute-optimal (Hoffmann et al., 2022), and the fewest that are planned (`tiny` has
 # 0.6).
 OPTIMAL, FEWEST = 20, 0.5
@@ -74,9 +79,17 @@ MEMORY_MARGIN = 1.11
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
-def model_of(layers: int) -> dict[str, Any]:
-    """The model.json of a model with so many layers (an even number)."""
+def model_of(layers: int, experts: int = 0) -> dict[str, Any]:
+    """The model.json of a model with so many layers (an even number). experts: in each, 0 if it is dense."""
     width = WIDTH_PER_LAYER * layers
+    mixture = {
+        "model_type": "qwen3_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": EXPERTS_OF_TOKEN,
+        "moe_intermediate_size": 3 * width // EXPERTS_OF_TOKEN,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+    }
     return {
         "model_type": "qwen3",
         "hidden_size": width,
@@ -88,7 +101,7 @@ def model_of(layers: int) -> dict[str, Any]:
         "max_position_embeddings": POSITIONS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": True,
-    }
+    } | (mixture if experts else {})
 
 
 def learning_rate(parameters: float, tokens: float) -> float:
@@ -211,7 +224,11 @@ def bytes_per_token(recipe: str, vocabulary: int) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row. values: its pretrain.json. peak: computed bytes per device. missing: why it cannot be taken."""
+    """A row.
+
+    values: its pretrain.json. peak: computed bytes per device. missing: why it cannot be taken. experts: of
+    each layer, 0 for a dense model.
+    """
 
     layers: int
     shape: Shape
@@ -221,16 +238,17 @@ class Plan:
     tokens: int
     seconds: float
     missing: str = ""
+    experts: int = 0
 
     @property
     def per_parameter(self) -> float:
-        """Tokens for each parameter."""
-        return self.tokens / self.shape.parameters
+        """Tokens for each active parameter."""
+        return self.tokens / self.shape.active_parameters
 
 
-def plan(layers: int, hours: float, machine: Machine, corpus: Corpus) -> Plan:
-    """The row for a model with so many layers."""
-    shape = shape_of(model_of(layers), corpus.vocabulary)
+def plan(layers: int, hours: float, machine: Machine, corpus: Corpus, experts: int = 0) -> Plan:
+    """The row for a model with so many layers. experts: of each layer, 0 for a dense model."""
+    shape = shape_of(model_of(layers, experts), corpus.vocabulary)
     block = corpus.config["pretrain"]["block_size"]
     per_token = shape.flops_per_token(block)
     most = EPOCHS * corpus.tokens if corpus.tokens else math.inf
@@ -244,20 +262,19 @@ def plan(layers: int, hours: float, machine: Machine, corpus: Corpus) -> Plan:
         "max_steps": steps,
         "eval_steps": max(1, steps // 5),
         "save_steps": max(1, steps // 20),
-        "learning_rate": learning_rate(shape.matrices, tokens),
+        "learning_rate": learning_rate(shape.active, tokens),
     }
     missing = ""
     if peak * MEMORY_MARGIN > machine.free:
         missing = f"needs {peak * MEMORY_MARGIN / GIB:.2f} GiB, {machine.free / GIB:.2f} can be used"
-    elif most < FEWEST * shape.parameters:
-        need = FEWEST * shape.parameters / EPOCHS / corpus.tokens
+    elif most < FEWEST * shape.active_parameters:
+        need = FEWEST * shape.active_parameters / EPOCHS / corpus.tokens
         missing = f"the corpus is too small: {need:.3g} times as much is needed"
-    elif tokens < FEWEST * shape.parameters:
-        need = FEWEST * shape.parameters * per_token / machine.rate / 3600
+    elif tokens < FEWEST * shape.active_parameters:
+        need = FEWEST * shape.active_parameters * per_token / machine.rate / 3600
         missing = f"needs {math.ceil(need * 100) / 100:.2f} hours"
-    return Plan(
-        layers, shape, values, setting, peak, steps * step, steps * step * per_token / machine.rate, missing
-    )
+    seconds = steps * step * per_token / machine.rate
+    return Plan(layers, shape, values, setting, peak, steps * step, seconds, missing, experts)
 
 
 def settle(
@@ -286,9 +303,9 @@ def settle(
     return values, setting, peak
 
 
-def plans(hours: float, machine: Machine, corpus: Corpus) -> list[Plan]:
+def plans(hours: float, machine: Machine, corpus: Corpus, experts: int = 0) -> list[Plan]:
     """All rows. Raises Refused when none can be taken; the message names the nearest one that could be."""
-    rows = [plan(layers, hours, machine, corpus) for layers in LAYERS]
+    rows = [plan(layers, hours, machine, corpus, experts) for layers in LAYERS]
     if all(row.missing for row in rows):
         smallest = rows[0]
         raise Refused(
@@ -327,24 +344,27 @@ def report(rows: list[Plan], machine: Machine, corpus: Corpus) -> Iterator[str]:
     )
     tokens = f"{corpus.tokens:.3g} tokens; " if corpus.tokens else ""
     yield f"corpus    {tokens}{corpus.origin}; at most {EPOCHS} epochs. Vocabulary {corpus.vocabulary:,}"
-    yield "          layers  parameters  tokens  per param.  epochs  batch x accum.   GiB  hours  loss"
+    mixture = bool(rows[0].shape.experts_of_token)
+    head = f"          layers  parameters{'  active' if mixture else ''}"
+    yield f"{head}  tokens  per param.  epochs  batch x accum.   GiB  hours  loss"
     star = best(rows)
     for row in rows:
         head = f"{'-> ' if row is star else '':>10}{row.layers:>6}  {row.shape.parameters:>10.3g}"
+        head += f"  {row.shape.active_parameters:>6.2g}" if mixture else ""
         if row.missing:
             yield f"{head}  {row.missing}"
             continue
         epochs = f"{row.tokens / corpus.tokens:.2f}" if corpus.tokens else "?"
         again = " checkpointing" if row.setting.checkpointing else ""
-        low, high = expected_loss(row.shape.matrices, row.tokens)
+        low, high = expected_loss(row.shape.active, row.tokens)
         micro = f"{row.setting.micro_batch} x {row.setting.accumulation}"
         yield (
             f"{head}  {row.tokens:>6.2g}  {row.per_parameter:>10.1f}  {epochs:>6}  {micro:>14}  "
             f"{row.peak / GIB:>4.1f}  {row.seconds / 3600:>5.2f}  {low:.2f} to {high:.2f}{again}"
         )
     yield (
-        f"->        nearest to {OPTIMAL} tokens per parameter (Hoffmann et al., 2022). Hours: of stage 05, "
-        "without evaluation and compiling"
+        f"->        nearest to {OPTIMAL} tokens per {'active ' if mixture else ''}parameter (Hoffmann et "
+        "al., 2022). Hours: of stage 05, without evaluation and compiling"
     )
     yield (
         "          GiB: computed, as by --dry-run; 11 % are left free. loss: the expected range in nats per "
@@ -362,7 +382,7 @@ def write(name: str, row: Plan, corpus: Corpus) -> None:
     tuning = corpus.config["finetune"]
     micro = min(tuning["per_device_train_batch_size"], row.setting.micro_batch)
     own = {
-        "model": model_of(row.layers),
+        "model": model_of(row.layers, row.experts),
         "pretrain": row.values
         | {
             "lr_scheduler_type": "linear",
@@ -395,6 +415,9 @@ def main() -> None:
     parser.add_argument("--gpu", help=f"a card: {', '.join(CARDS)} (default: this machine)")
     parser.add_argument("--gpus", type=int, help="how many (default: those of this machine, or 1)")
     parser.add_argument("--corpus", default=BASE, help=f"a size such as 2GB, or a recipe (default: {BASE})")
+    parser.add_argument(
+        "--experts", type=int, default=0, help="experts of each layer (default: a dense model)"
+    )
     parser.add_argument("--layers", type=int, help="the row to write (default: the one with the arrow)")
     parser.add_argument("--write", metavar="NAME", help="write the row as the recipe configs/NAME")
     arguments = parser.parse_args()
@@ -403,8 +426,13 @@ def main() -> None:
             raise Refused(f"--hours {arguments.hours}: expected more than 0")
         if arguments.gpus is not None and arguments.gpus < 1:
             raise Refused(f"--gpus {arguments.gpus}: expected 1 or more")
+        if arguments.experts and arguments.experts <= EXPERTS_OF_TOKEN:
+            raise Refused(
+                f"--experts {arguments.experts}: expected more than the {EXPERTS_OF_TOKEN} that a token "
+                "uses, or 0 for a dense model"
+            )
         machine, corpus = machine_of(arguments.gpu, arguments.gpus), corpus_of(arguments.corpus, BASE)
-        rows = plans(arguments.hours, machine, corpus)
+        rows = plans(arguments.hours, machine, corpus, arguments.experts)
         row = chosen(rows, arguments.layers)
         for line in report(rows, machine, corpus):
             print(line)

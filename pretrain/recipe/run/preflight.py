@@ -342,8 +342,9 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
     steps = step_count(values, tokens)
     per_step = values["global_batch_size"] * values["block_size"]
     replicas = launch.ranks // launch.tensor_parallel
+    experts = f" ({shape.active_parameters:,} active)" if shape.experts_of_token else ""
     yield (
-        f"parameters   {shape.parameters:,}: {shape.kind}, {shape.layers} layers of {shape.hidden}, "
+        f"parameters   {shape.parameters:,}{experts}: {shape.kind}, {shape.layers} layers of {shape.hidden}, "
         f"vocabulary {vocabulary:,}{origin}"
     )
     yield (

@@ -219,6 +219,8 @@ NOT_WRITTEN = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_p
 SHOWN = {
     "loss": "loss {:.3f}",
     "z_loss": "z-loss {:.1e}",
+    "router_aux_loss": "router loss {:.1e}",
+    "expert_load_max": "busiest expert {:.2f}x",
     "bits_per_byte": "{:.3f} bits/byte",
     "eval_loss": "valid loss {:.4f}",
     "reward": "reward {:.3f}",

@@ -18,8 +18,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
 from recipe.hardware import Choice
-from recipe.model.build import parameter_count
+from recipe.model.build import active_parameter_count, parameter_count
 from recipe.model.chunked_loss import active_loss
+from recipe.model.losses import router_loss_weight
 from recipe.model.sharding import sharded_over
 from recipe.project import Refused
 from recipe.training.callbacks import gather
@@ -31,8 +32,9 @@ class Active:
     """What a training uses. None: not in use.
 
     loss: see `recipe.hardware.choose_loss`. compiled: by torch.compile. fused: whether the optimizer is one
-    kernel. offloaded: whether it runs on the CPU. scheduler: name and class. neftune: its noise alpha.
-    parallel: see `active_parallelism`. micro_batch, global_batch: sequences. boards: where figures go.
+    kernel. offloaded: whether it runs on the CPU. scheduler: name and class. router_aux_loss: its
+    coefficient. neftune: its noise alpha. parallel: see `active_parallelism`. micro_batch, global_batch:
+    sequences. active_parameters: those that a token uses, with experts. boards: where figures go.
     """
 
     device: str
@@ -50,6 +52,7 @@ class Active:
     gradient_clipping: float | None
     scheduler: str
     z_loss: float | None
+    router_aux_loss: float | None
     neftune: float | None
     parallel: str
     ranks: int
@@ -57,6 +60,7 @@ class Active:
     accumulation: int
     global_batch: int
     parameters: int
+    active_parameters: int | None
     seed: int
     boards: list[str]
 
@@ -66,6 +70,7 @@ class Asked:
     """What the recipe and the launcher ask of a training, apart from the TrainingArguments.
 
     loss: in the words of `recipe.hardware.choose_loss`. parallel: in those of `active_parallelism`.
+    router_aux_loss: the coefficient, of a mixture of experts.
     """
 
     settings: Settings
@@ -74,6 +79,7 @@ class Asked:
     optimizer: Optimizer
     parallel: str
     ranks: int
+    router_aux_loss: float | None = None
 
     def expected(self, active: Active, args: TrainingArguments) -> Active:
         """What should be active. Fields that the settings leave open are taken from `active`."""
@@ -88,6 +94,7 @@ class Asked:
             weight_decay=args.weight_decay or None,
             gradient_clipping=args.max_grad_norm or None,
             z_loss=self.settings.z_loss or None,
+            router_aux_loss=self.router_aux_loss,
             neftune=args.neftune_noise_alpha,
             parallel=self.parallel,
             ranks=self.ranks,
@@ -198,6 +205,7 @@ def read_active(trainer: Trainer) -> Active:
         precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
         clipping = engine.gradient_clipping()
     adam = [group for group in groups if "betas" in group and "eps" in group]
+    whole = parameter_count(model)
     sequences = round(sum(count for (count,) in gather([trainer.sequences], trainer.args.device)))
     return Active(
         device=str(trainer.args.device),
@@ -214,7 +222,8 @@ def read_active(trainer: Trainer) -> Active:
         weight_decay=_common(group["weight_decay"] for group in groups if group.get("weight_decay")),
         gradient_clipping=clipping or None,
         scheduler=f"{trainer.args.lr_scheduler_type.value} ({type(scheduler).__name__})",
-        z_loss=trainer.settings.z_loss if trainer.z_losses else None,
+        z_loss=trainer.settings.z_loss if trainer.added.get("z_loss") else None,
+        router_aux_loss=router_loss_weight(model.config) if trainer.added.get("router_aux_loss") else None,
         neftune=getattr(model.get_input_embeddings(), "neftune_noise_alpha", None),
         parallel=active_parallelism(engine),
         ranks=dist.get_world_size() if dist.is_initialized() else 1,
@@ -222,7 +231,8 @@ def read_active(trainer: Trainer) -> Active:
         accumulation=trainer.args.gradient_accumulation_steps,
         # Ranks that share matrices read the same batches.
         global_batch=sequences // sharded_over(model).get("tp", 1),
-        parameters=parameter_count(model),
+        parameters=whole,
+        active_parameters=active if (active := active_parameter_count(model)) != whole else None,
         seed=trainer.args.seed,
         boards=sorted(
             name

@@ -1,4 +1,4 @@
-"""The Trainer of all three trainings: optimizers of our own, verified checkpoints, a z-loss."""
+"""The Trainer of all three trainings: optimizers of our own, verified checkpoints, losses that are added."""
 
 from __future__ import annotations
 
@@ -20,17 +20,26 @@ from recipe.project import RecipeError, naming_full_disk
 from recipe.training.callbacks import Meter, gather
 from recipe.training.check_schedule import set_rates
 from recipe.training.checkpoints import MANIFEST, delete_old, list_checkpoints, write_manifest
+from recipe.training.expert_load import ExpertLoad
+
+# The parts of a loss that are not cross entropy (`recipe.model.losses.return_loss_only`).
+ADDED = ("z_loss", "router_aux_loss")
 
 
 class RecipeTrainer(ShardedTrainer):
-    """The Trainer with optimizers of our own, verified checkpoints and a z-loss that is logged separately."""
+    """The Trainer with optimizers of our own and verified checkpoints.
+
+    A z-loss and the routers' auxiliary loss are logged separately.
+    """
 
     rows_per_sample = 1  # rows of a batch that belong to one sample
 
     def __init__(self, settings: Settings, chosen: Optimizer, meter: Meter, **keywords: Any) -> None:
         """chosen: the entry of the optimizer that the training file asks for."""
         self.settings, self.chosen, self.meter = settings, chosen, meter
-        self.z_losses: list[torch.Tensor] = []  # of each micro-batch since the last log
+        # What is added to the cross entropy, by name, of each micro-batch since the last log.
+        self.added: dict[str, list[torch.Tensor]] = {}
+        self.expert_load: ExpertLoad | None = None  # of a mixture of experts whose load is balanced
         self.sequences = 0  # that this rank has trained on
         self.step_loss: torch.Tensor | float = 0.0  # of the micro-batches since the last step
         self.gradient_norm: torch.Tensor | float | None = None  # before clipping
@@ -101,27 +110,34 @@ class RecipeTrainer(ShardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's loss; the z-loss in it is also kept, on the device, for the log."""
-        if not self.settings.z_loss:
+        """The Trainer's loss; what is added in it is also kept, on the device, for the log."""
+        if not self.settings.z_loss and not self.expert_load:
             # trl would make the outputs by an extra forward pass.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if "z_loss" in outputs:
-            # As the Trainer scales a loss that is divided by the tokens of all ranks.
-            self.z_losses.append(self.accelerator.num_processes // self.get_tp_size() * outputs["z_loss"])
+        for name in ADDED:
+            if name in outputs:
+                # As the Trainer scales a loss that is divided by the tokens of all ranks.
+                scaled = self.accelerator.num_processes // self.get_tp_size() * outputs[name]
+                self.added.setdefault(name, []).append(scaled)
+        if self.expert_load and "expert_shares" in outputs:
+            self.expert_load.add(outputs["expert_shares"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the loss without the z-loss, the z-loss on its own, and what `Meter` measures."""
+        """Log the cross entropy, what is added to it, the experts' load, and what `Meter` measures."""
         if "loss" in logs:
             # The Trainer sets its sum of losses to 0 by subtraction, which leaves NaN as it is.
             self._tr_loss.zero_()
-        if "loss" in logs and self.z_losses:
-            mean = torch.stack(self.z_losses).mean().item() * self.args.gradient_accumulation_steps
-            shares = gather([mean], self.args.device)
-            logs["z_loss"] = sum(share for (share,) in shares) / len(shares)
-            logs["loss"] -= logs["z_loss"]
-            self.z_losses.clear()
+        for name, losses in self.added.items() if "loss" in logs else ():
+            if losses:
+                mean = torch.stack(losses).mean().item() * self.args.gradient_accumulation_steps
+                shares = gather([mean], self.args.device)
+                logs[name] = sum(share for (share,) in shares) / len(shares)
+                logs["loss"] -= logs[name]
+                losses.clear()
+        if "loss" in logs and self.expert_load:
+            self.expert_load.complete(logs, self.state, self.args.device)
         self.meter.complete(logs, self.state, self.args.device)
         super().log(logs, start_time)
 

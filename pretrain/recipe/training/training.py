@@ -54,7 +54,7 @@ from recipe.hardware import (
 )
 from recipe.model.build import flops_per_token
 from recipe.model.chunked_loss import return_loss_in_chunks
-from recipe.model.losses import return_loss_only
+from recipe.model.losses import return_loss_only, router_loss_weight
 from recipe.model.save import complete_configs
 from recipe.model.sharding import shard
 from recipe.model.zero import load_without_code
@@ -64,6 +64,7 @@ from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
+from recipe.training.expert_load import ExpertLoad
 from recipe.training.extended import read_extended, schedule_begin
 from recipe.training.phase_change import PhaseChange
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
@@ -304,7 +305,10 @@ def train_model(
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     rule = None if settings.spikes is None else SpikeRule(**settings.spikes)
     loss = _loss_of(run, model) if trainer_class is RecipeTrainer else WHOLE
-    check, guard = ActiveCheck(_asked(run, loss), tokens_per_step), Guard(run.folder, rule)
+    # trl's trainer for preferences has no auxiliary loss.
+    balancing = router_loss_weight(model.config) if trainer_class is RecipeTrainer else 0.0
+    load = ExpertLoad(run.folder) if balancing else None
+    check, guard = ActiveCheck(_asked(run, loss, balancing), tokens_per_step), Guard(run.folder, rule)
     life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
@@ -320,12 +324,16 @@ def train_model(
         args=run.arguments,
         train_dataset=samples,
         eval_dataset=valid,
-        callbacks=_callbacks(run, guard, check, sampling, meter, tokens_per_step, phases, life),
+        callbacks=[
+            *([load] if load else []),
+            *_callbacks(run, guard, check, sampling, meter, tokens_per_step, phases, life),
+        ],
         **trainer_keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.new_optimizer = run.new_optimizer
     check.trainer = guard.trainer = trainer
+    trainer.expert_load = load
     skipped = read_skipped(run.folder)
     trainer.schedule_begin = schedule_begin(run.folder)
     trainer.rate = lambda step: skipped.rate(step) * (phase_at(phases, step).rate if phases else 1.0)
@@ -354,11 +362,15 @@ def _loss_of(run: Run, model: PreTrainedModel) -> str:
     # A micro-batch has as many positions in all phases.
     positions = run.arguments.per_device_train_batch_size * longest_block(vars(run.settings))
     logits = positions * model.config.vocab_size
+    # In chunks there are no routers' logits, and nothing comes between the output matrix and the loss.
+    if any(getattr(model.config, key, None) for key in ("num_experts_per_tok", "final_logit_softcapping")):
+        return WHOLE
     return choose_loss(run.hardware.device, logits, run.choice.compile, run.tensor_parallel)
 
 
-def _asked(run: Run, loss: str) -> Asked:
+def _asked(run: Run, loss: str, router_aux_loss: float) -> Asked:
     return Asked(
+        router_aux_loss=router_aux_loss or None,
         settings=run.settings,
         choice=run.choice,
         loss=loss,

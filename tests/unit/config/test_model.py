@@ -1,5 +1,7 @@
 """The keys of model.json."""
 
+import functools
+
 import pytest
 from refusal import refusal
 
@@ -7,14 +9,18 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
-def gemma(**values):
-    """A change of a recipe: its model becomes a Gemma 3 of the same sizes, with these values."""
+def other(kind, **values):
+    """A change of a recipe: its model becomes one of another type, of the same sizes, with these values."""
 
     def change(recipe):
         shape = {key: recipe["model"][key] for key in SIZES}
-        recipe["model"] = {"model_type": "gemma3_text"} | shape | values
+        recipe["model"] = {"model_type": kind} | shape | values
 
     return change
+
+
+gemma = functools.partial(other, "gemma3_text")
+experts = functools.partial(other, "qwen3_moe", num_experts=8, num_experts_per_tok=2)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,13 @@ def gemma(**values):
             gemma(rope_parameters=ROPE),
             ["rope_parameters: {", "both kinds of layers", "full_attention and sliding"],
         ),
+        (experts(num_experts_per_tok=9), ["num_experts_per_tok: 9, more than the 8 of num_experts"]),
+        (experts(num_experts=0), ["num_experts: 0, expected a whole number from 1"]),
+        (experts(router_aux_loss_coef=1.5), ["router_aux_loss_coef: 1.5, expected 0 or more and below 1"]),
+        (experts(router_aux_loss_coef=-0.1), ["router_aux_loss_coef: -0.1, expected 0 or more and below 1"]),
+        (experts(output_router_logits=True), ["output_router_logits: true, expected false", "leave the key"]),
+        (experts(mlp_only_layers=[4]), ["mlp_only_layers: 4, expected numbers of layers, from 0 to 3"]),
+        (experts(decoder_sparse_step=9), ["leave no layer with experts. Change them, or train a qwen3"]),
         (
             gemma(rope_parameters={"full_attention": ROPE | {"rope_type": "linear"}}),
             ["rope_parameters: full_attention: factor: missing"],

@@ -1,7 +1,7 @@
 """GGUF: llama.cpp itself loads the file, and encodes and continues 200 Japanese prompts as we do."""
 
 import pytest
-from conftest import GEMMA3, SHAPE, sentences
+from conftest import EXPERTS, GEMMA3, SHAPE, sentences
 from recipe.config.chat_templates import chat_template
 from recipe.export.gguf import LIMITS, compare_with_llama_cpp, write_gguf
 from recipe.model.build import build_model
@@ -41,6 +41,7 @@ FLAT = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 MODELS = {"qwen3": QWEN3}
 MODELS |= {"olmo2": {"model_type": "olmo2", **FLAT}}
 MODELS |= {"gemma3_text": {"model_type": "gemma3_text", **SHAPE, **GEMMA3}}
+MODELS |= {"qwen3_moe": {"model_type": "qwen3_moe", **SHAPE, **EXPERTS}}
 
 
 @pytest.mark.extra("gguf")

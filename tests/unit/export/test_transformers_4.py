@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 import torch
-from conftest import GEMMA3, ROOT, SHAPE, sentences
+from conftest import EXPERTS, GEMMA3, ROOT, SHAPE, sentences
 from published_checkpoint import write_qwen2_tokenizer
 from recipe.config.chat_templates import chat_template, response_template
 from recipe.model.build import build_model
@@ -46,6 +46,7 @@ MODELS = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
+    "qwen3_moe": ("bpe", {"model_type": "qwen3_moe", **SHAPE, **EXPERTS, **rope()}, {"rope_theta": 5e3}),
     "gpt2": (
         "byte-level-bpe",
         {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},

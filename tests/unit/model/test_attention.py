@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, sentences
+from conftest import EXPERTS, SHAPE, sentences
 from recipe.config.known_keys import MODEL_TYPES
 from recipe.evaluation import generation
 from recipe.model import attention
@@ -141,6 +141,7 @@ def test_no_packed_block_goes_to_pytorchs_kernel(monkeypatch, kind, mixed):
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)
     fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.0} if kind == "gpt2" else SHAPE
+    shape = shape | (EXPERTS if kind == "qwen3_moe" else {})
     model = build_model({"model_type": kind, **shape}, fast, "documents", 0).train()
     window = torch.arange(65).numpy()
     sample = pack(window, np.array([0, 20]), 64, 0)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PhiConfig
         ("qwen2", True),
         ("olmo2", False),
         ("gemma3_text", True),
+        ("qwen3_moe", False),
     ],
 )
 def test_new_rows_are_means_and_nothing_else_changes(tmp_path, model_type, tied):

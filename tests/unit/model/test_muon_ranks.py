@@ -17,8 +17,9 @@ dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 torch.manual_seed(0)
 for placement in (Shard(0), Shard(1), Replicate()):
-    # Sides that do not divide by the ranks, and one that is shorter than their number.
-    whole = [torch.randn(shape) for shape in [(5, 9), (5, 9), (16, 8), (5, 9), (8, 16), (1, 7)]]
+    # Sides that do not divide by the ranks, and one that is shorter than their number; experts' matrices.
+    shapes = [(5, 9), (5, 9), (16, 8), (5, 9), (8, 16), (1, 7), (6, 5, 9), (6, 5, 9)]
+    whole = [torch.randn(shape) for shape in shapes]
     shared = orthogonalised([distribute_tensor(matrix.clone(), mesh, [placement]) for matrix in whole])
     for matrix, part in zip(whole, shared, strict=True):
         expected = distribute_tensor(orthogonalise(matrix), mesh, [placement]).to_local()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import EXPERTS, SHAPE
 from recipe.model.build import build_model
 from recipe.model.muon import orthogonalise
 from recipe.model.optimizers import MuonAdamW, decayed
@@ -94,6 +95,25 @@ def test_a_checkpoint_of_an_earlier_release_continues_identically():
     assert same_weights(straight, first)
 
 
+def test_every_matrix_of_the_experts_is_orthogonalised_on_its_own(corpus):
+    """The step is that of the same matrices as parameters of their own."""
+    values = {"model_type": "qwen3_moe"} | SHAPE | EXPERTS
+    model = build_model(values, AutoTokenizer.from_pretrained(corpus), "eager", 0)
+    optimizer = optimizer_of(model)
+    experts = model.model.layers[0].mlp.experts.down_proj
+    alone = torch.nn.LayerNorm(2)  # AdamW must have something, too
+    alone.matrices = torch.nn.ParameterList([expert.detach().clone() for expert in experts])
+    other = optimizer_of(alone)
+    experts.grad = torch.randn(experts.shape, generator=torch.Generator().manual_seed(0))
+    for matrix, gradient in zip(alone.matrices, experts.grad.clone(), strict=True):
+        matrix.grad = gradient
+    optimizer.step()
+    other.step()
+    for mine, theirs in zip(experts, alone.matrices, strict=True):
+        # bfloat16, and products of batches are summed in another order.
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
 def test_a_batch_of_matrices_is_orthogonalised_as_each_alone(shape):
     torch.manual_seed(0)
@@ -128,6 +148,11 @@ def test_resumed_optimizer_steps_identically():
         ("qwen2", {}, ["q_proj", "o_proj", "down_proj"]),
         ("olmo2", {}, ["q_proj", "o_proj", "down_proj"]),
         ("gemma3_text", {}, ["q_proj", "o_proj", "down_proj"]),
+        (
+            "qwen3_moe",
+            EXPERTS,
+            ["q_proj", "experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
+        ),
         ("gpt_neox", {}, ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h"]),
     ],
 )
@@ -138,9 +163,9 @@ def test_decay_leaves_norms_biases_and_embeddings_alone(corpus, kind, shape, mat
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    if kind in ("qwen3", "mistral", "gemma3_text"):
+    if kind in ("qwen3", "mistral", "gemma3_text", "qwen3_moe"):
         llama |= {"num_key_value_heads": 2, "head_dim": 16}
-    values = {"model_type": kind, "tie_word_embeddings": tied} | (shape or llama)
+    values = {"model_type": kind, "tie_word_embeddings": tied} | (llama if kind != "gpt2" else {}) | shape
     model = build_model(values, AutoTokenizer.from_pretrained(corpus), "eager", 0)
     names = set(decayed(model))
     everything = dict(model.named_parameters())

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe.config.launch import batch_layout, check_launch, check_tensor_parallel
+from recipe.config.launch import batch_layout, check_experts, check_launch, check_tensor_parallel
 from recipe.project import Refused
 from recipe.run import launch_options
 from recipe.run.launch import main
@@ -189,6 +189,19 @@ def test_impossible_launches_are_refused():
     check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 2)
     with pytest.raises(Refused, match="2 key-value heads"):
         check_tensor_parallel({"num_attention_heads": 8, "num_key_value_heads": 2}, 4)
+
+
+def test_experts_must_divide_over_the_ranks():
+    model = {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 96}
+    for ranks, fsdp, split in ((3, True, 1), (4, False, 1), (12, True, 4), (1, False, 1)):
+        check_experts(model, {}, ranks, fsdp, split)
+    with pytest.raises(Refused, match="6 experts do not divide over 4 ranks.* such as 3"):
+        check_experts(model, {}, 4, True, 1)
+    with pytest.raises(Refused, match="Muon needs it whole. Use --fsdp, or AdamW"):
+        check_experts(model, {"muon_learning_rate": 0.02}, 2, False, 2)
+    with pytest.raises(Refused, match="moe_intermediate_size 96 does not divide"):
+        check_tensor_parallel(model | {"num_key_value_heads": 5}, 5)
+    check_experts({"model_type": "qwen3"}, {}, 4, True, 1)
 
 
 @pytest.mark.parametrize("option", ["--fsdp", "--tensor-parallel"])

@@ -18,6 +18,9 @@ PUBLISHED = {
 }
 
 
+EXPERTS = {"num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
+
 def on_meta(model, vocabulary):
     """The model that transformers builds, without memory for its weights."""
     import torch
@@ -30,10 +33,11 @@ def on_meta(model, vocabulary):
 
 
 def assert_counted(model, vocabulary):
-    from recipe.model.build import flops_per_token, parameter_count
+    from recipe.model.build import active_parameter_count, flops_per_token, parameter_count
 
     shape, real = shape_of(model, vocabulary), on_meta(model, vocabulary)
     assert shape.parameters == parameter_count(real)
+    assert shape.active_parameters == active_parameter_count(real)
     assert shape.flops_per_token(100) == flops_per_token(real, 100)
 
 
@@ -57,6 +61,9 @@ def test_parameters_of_every_recipe(recipe):
         {"model_type": "olmo2", "num_key_value_heads": 2, "attention_bias": True},
         {"model_type": "gemma3_text"},
         {"model_type": "gemma3_text", "head_dim": 24, "num_key_value_heads": 2, "attention_bias": True},
+        {"model_type": "qwen3_moe"} | EXPERTS,
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 2, "num_hidden_layers": 5} | EXPERTS,
+        {"model_type": "qwen3_moe", "mlp_only_layers": [1], "head_dim": 24} | EXPERTS,
         {"model_type": "gpt_neox"},
         {"model_type": "gpt_neox", "attention_bias": False, "tie_word_embeddings": True},
         {"model_type": "gpt2", "n_inner": 100, "n_positions": 77},
@@ -86,20 +93,22 @@ def test_defaults_are_those_of_transformers():
         assert bool(getattr(config, "tie_word_embeddings", False)) == values.get("tie_word_embeddings", False)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gpt2", "gemma3_text", "qwen3_moe"])
 @pytest.mark.parametrize("mode", ["mixed", "fp32", "half"])
 def test_activations_are_what_a_model_keeps(kind, mode):
     """The table, made from other shapes, against the tensors that PyTorch keeps for the backward pass."""
     from recipe.run.activations import ROWS, bytes_per_token
 
     hidden, query, key, intermediate, block = 160, 256 if kind != "gpt2" else 160, 64, 480, 80
-    kept = bytes_per_token(kind, mode, (hidden, query, key, intermediate), block)
+    kept = bytes_per_token(kind, mode, (hidden, query, key, intermediate, 3), block)
     precision = "fp32" if mode == "fp32" else "bf16"
     if kind == "gpt2":
         model = {"n_embd": hidden, "n_layer": 3, "n_head": 5, "n_inner": intermediate, "attn_pdrop": 0.0}
     else:
         model = SMALL | {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 3}
         model |= {"num_attention_heads": query // 32, "num_key_value_heads": key // 32, "head_dim": 32}
+    if kind == "qwen3_moe":
+        model |= {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": intermediate // 3}
     setting = dataclasses.replace(
         PLAIN, block_size=block, micro_batch=ROWS, precision=precision, zero=int(mode == "half")
     )
@@ -120,7 +129,7 @@ def test_a_cpu_keeps_no_attention_mask(kind, mode, monkeypatch):
 
     small_model, width, block = activations.small_model, 128, 320
     monkeypatch.setattr(activations, "small_model", with_documents)
-    kept = activations.bytes_per_token(kind, mode, (160, width, width, 480), block)
+    kept = activations.bytes_per_token(kind, mode, (160, width, width, 480, 1), block)
     model = SMALL | {"model_type": kind, "hidden_size": 160, "intermediate_size": 480, "head_dim": width // 4}
     precision = "fp32" if mode == "fp32" else "bf16"
     setting = dataclasses.replace(PLAIN, device="cpu", block_size=block, micro_batch=1, precision=precision)

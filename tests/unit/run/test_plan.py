@@ -8,6 +8,7 @@ import sys
 import pytest
 from recipe import project
 from recipe.config import recipe as recipes_module
+from recipe.config.model import check_model
 from recipe.config.recipe import load_recipe
 from recipe.project import Refused
 from recipe.run import cards, plan, preflight
@@ -144,6 +145,22 @@ def test_a_written_recipe_is_accepted_and_takes_the_memory_of_its_row(base, tmp_
     assert config["dataset"] == read(base, "dataset")
     tokens = config["pretrain"]["max_steps"] * row.values["global_batch_size"] * row.values["block_size"]
     assert tokens == row.tokens
+
+
+def test_a_mixture_of_experts_has_the_active_parameters_of_the_dense_row(tmp_path, monkeypatch):
+    """But for its routers. Rates and tokens follow the active ones, memory all of them."""
+    machine, corpus = plan.machine_of("rtx4090", 1), plan.corpus_of("6GB", "tiny")
+    dense, mixture = (plan.plan(12, 3, machine, corpus, experts) for experts in (0, 8))
+    routers = 12 * 8 * 768
+    assert mixture.shape.active_parameters == dense.shape.parameters + routers
+    assert mixture.shape.parameters == mixture.shape.active_parameters + 12 * 6 * 3 * 768 * 1152
+    assert mixture.per_parameter == pytest.approx(dense.per_parameter, rel=0.05)
+    assert mixture.peak > dense.peak
+    lines = "\n".join(plan.report([mixture], machine, corpus))
+    assert "parameters  active" in lines and "20 tokens per active parameter" in lines
+    model = plan.model_of(12, 8)
+    check_model(model, "model.json")
+    assert (model["num_experts"], model["num_experts_per_tok"]) == (8, 2)
 
 
 def test_a_faulty_recipe_is_not_left_behind(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import GEMMA3, SHAPE
+from conftest import EXPERTS, GEMMA3, SHAPE
 from recipe.project import RecipeError
 from recipe.tokenization.packing import (
     IGNORED,
@@ -266,6 +266,7 @@ KINDS = {
     "mistral": SHAPE | {"sliding_window": 6},
     "olmo2": SHAPE,
     "gemma3_text": SHAPE | GEMMA3,
+    "qwen3_moe": SHAPE | EXPERTS,
     # A window in the second layer only.
     "qwen2": SHAPE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "gpt2": {
