@@ -40,7 +40,7 @@ def changed(config, path, value):
     for key in path[:-1]:
         section[key] = copy.copy(section.get(key) or {})
         section = section[key]
-    section[path[-1]] = value
+    section[path[-1]] = copy.copy(value)  # transformers writes into what it is given
     return result
 
 

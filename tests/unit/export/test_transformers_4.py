@@ -84,7 +84,7 @@ CHAT = [
     {"role": "user", "content": "湖は?"},
 ]
 # 100 positions: more than the 64 after which `dynamic` scales, and than the window of mistral.
-IDS = [3 + i * 7 % 390 for i in range(100)]
+IDS = [3 + i * 7 % 290 for i in range(100)]
 
 READER = """
 import json, sys
