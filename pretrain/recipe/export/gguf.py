@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.export.card import copy_model
-from recipe.project import RecipeError, Refused
+from recipe.project import RecipeError, Refused, read_json
 
 # Shares of the texts. With a share below its limit the file is not kept. They were fixed before measuring.
 LIMITS = {"identical_ids": 0.99, "same_next_token": 0.99, "identical_chat": 1.0}
@@ -46,7 +46,8 @@ def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
     """Convert a model folder to ``work/model.gguf``, in float32, and return its path.
 
     model: the folder. sentencepiece: the tokenizer's ``spm.model``. kind: that of tokenizer.json. work: an
-    empty folder. Raises Refused unless the kind is bpe or unigram, RecipeError when the converter fails.
+    empty folder. Raises Refused unless the kind is bpe or unigram and
+    the converter knows how to read it for this type of model, RecipeError when the converter fails.
     """
     if kind not in ("bpe", "unigram"):
         raise Refused(
@@ -59,6 +60,11 @@ def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
     script = Path(vendored) / "llama.cpp/convert_hf_to_gguf.py"
     command = [sys.executable, str(script), str(work), "--outfile", str(converted), "--outtype", "f32"]
     result = subprocess.run(command, capture_output=True, text=True)
+    if "BPE pre-tokenizer was not recognized" in result.stderr:
+        raise Refused(
+            f"GGUF: model_type: {read_json(model / 'config.json')['model_type']}: for this type llama.cpp's "
+            "converter reads no SentencePiece tokenizer. Train a qwen3 instead, or share the folder as it is"
+        )
     if result.returncode or not converted.exists():
         raise RecipeError(f"GGUF: llama.cpp's converter failed: {result.stderr.strip()[-400:]}")
     _set_tokenizer(converted, work / "model.gguf", kind)

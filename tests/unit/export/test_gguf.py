@@ -1,7 +1,7 @@
 """GGUF: llama.cpp itself loads the file, and encodes and continues 200 Japanese prompts as we do."""
 
 import pytest
-from conftest import EXPERTS, GEMMA3, SHAPE, sentences
+from conftest import EXPERTS, SHAPE, sentences
 from recipe.config.chat_templates import chat_template
 from recipe.export.gguf import LIMITS, compare_with_llama_cpp, write_gguf
 from recipe.model.build import build_model
@@ -38,10 +38,13 @@ def converted(kind, tmp_path, values=QWEN3):
 
 
 FLAT = {key: value for key, value in SHAPE.items() if key != "head_dim"}
-MODELS = {"qwen3": QWEN3}
-MODELS |= {"olmo2": {"model_type": "olmo2", **FLAT}}
-MODELS |= {"gemma3_text": {"model_type": "gemma3_text", **SHAPE, **GEMMA3}}
-MODELS |= {"qwen3_moe": {"model_type": "qwen3_moe", **SHAPE, **EXPERTS}}
+# llama.cpp knows one pattern of windows, that of the published Gemma 3.
+GEMMA = {"model_type": "gemma3_text", **SHAPE, "query_pre_attn_scalar": 16, "sliding_window": 6}
+MODELS = {"qwen3": QWEN3, "gemma3_text": GEMMA}
+REFUSED = {
+    "olmo2": {"model_type": "olmo2", **FLAT},
+    "qwen3_moe": {"model_type": "qwen3_moe", **SHAPE, **EXPERTS},
+}
 
 
 @pytest.mark.extra("gguf")
@@ -51,6 +54,13 @@ def test_bpe_is_identical(tmp_path, values):
     figures = compare_with_llama_cpp(file, tokenizer, model, TEXTS, CHATS)
     assert figures["texts"] == 200
     assert {key: figures[key] for key in LIMITS} == dict.fromkeys(LIMITS, 1.0), figures
+
+
+@pytest.mark.extra("gguf")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_type_that_the_converter_cannot_read_is_refused(tmp_path, kind):
+    with pytest.raises(Refused, match=f"model_type: {kind}: .* no SentencePiece tokenizer. Train a qwen3"):
+        converted("bpe", tmp_path, REFUSED[kind])
 
 
 @pytest.mark.extra("gguf")
