@@ -11,7 +11,8 @@ from recipe.model import chunked_loss, optimizers
 from recipe.model.build import build_model
 from recipe.training import trainer, training
 from tiny_training import GPT2, losses_of
-from transformers import AutoTokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoTokenizer, masking_utils, modeling_utils
 
 pytest_plugins = ["tiny_training"]
 
@@ -104,3 +105,35 @@ def test_an_optimizer_of_our_own_is_chosen_by_its_name(train, monkeypatch):
     monkeypatch.setattr(optimizers, "build_nadam", build, raising=False)
     figures, rows, _ = train(optim="nadam")
     assert figures["active"]["optimizer"] == "NAdam" and losses_of(rows)[-1] < losses_of(rows)[0]
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are read out of tensors: each would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"z_loss": 1e-3}])
+def test_a_micro_batch_waits_for_nothing(train, monkeypatch, changes):
+    """No value is read in a micro-batch, so that a GPU has the next one before it has finished this one.
+
+    Without torch.compile transformers itself reads two in each forward: whether the batch is packed, and
+    whether it is padded. It does not while it is traced.
+    """
+    step, reads = trainer.RecipeTrainer.training_step, []
+
+    def counted(self, *rest):
+        with Reads() as mode:
+            loss = step(self, *rest)
+        reads.append(mode.count)
+        return loss
+
+    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", counted)
+    for module in (modeling_utils, masking_utils):
+        monkeypatch.setattr(module, "is_tracing", lambda *_: True)
+    train(per_device_train_batch_size=1, max_steps=3, **changes)
+    assert reads == [0] * 12
