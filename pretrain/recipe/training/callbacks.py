@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recipe.hardware import peak_memory
 from recipe.project import append_json_line, read_json_lines, write_json_lines
+from recipe.training.gpu_load import GpuLoad, open_gpu
 from recipe.training.signals import on_stop
 from recipe.training.watchdog import SignsOfLife
 
@@ -101,9 +102,11 @@ class Meter(TrainerCallback):
         self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak
         self.bytes_per_token = bytes_per_token
         self.compiled = False
+        self.load: GpuLoad | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
+        self.load = open_gpu(args.device)
         self._restart(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -122,10 +125,12 @@ class Meter(TrainerCallback):
 
     def _restart(self, state: TrainerState) -> None:
         self.mark, self.mark_step = time.perf_counter(), state.global_step
+        if self.load:
+            self.load.restart()
 
     def complete(self, logs: dict[str, float], state: TrainerState, device: torch.device) -> None:
         """Add figures to a log: to every loss its bits per byte; to a training log tokens/s, MFU, seconds
-        left, and each rank's tokens/s and memory.
+        left, and each rank's tokens/s and memory, and its GPU's utilisation and power where NVML tells them.
 
         All ranks must call it. Memory is the peak so far in GiB: of the GPU's allocator, or on a CPU what is
         resident in the process.
@@ -137,15 +142,18 @@ class Meter(TrainerCallback):
         if "loss" not in logs or state.global_step == self.mark_step:
             return
         steps, seconds = state.global_step - self.mark_step, time.perf_counter() - self.mark
-        rows = gather([seconds, peak_memory(device.type)], device)
+        load = self.load.read() if self.load else (math.nan, math.nan)
+        rows = gather([seconds, peak_memory(device.type), *load], device)
         slowest = max(row[0] for row in rows)
         speed = steps * self.tokens_per_step / slowest
         logs |= {"tokens_per_second": round(speed, 1), "mfu": round(speed * self.flops / self.peak, 4)}
         logs["seconds_left"] = round((state.max_steps - state.global_step) * slowest / steps)
-        for rank, (taken, memory) in enumerate(rows):
+        for rank, (taken, memory, percent, watts) in enumerate(rows):
             share = steps * self.tokens_per_step / len(rows)
             logs[f"rank{rank}/tokens_per_second"] = round(share / taken, 1)
             logs[f"rank{rank}/memory_gib"] = round(memory / 2**30, 3)
+            if not math.isnan(watts):
+                logs[f"rank{rank}/gpu_percent"], logs[f"rank{rank}/watts"] = percent, round(watts, 1)
         self._restart(state)
 
 
