@@ -247,7 +247,23 @@ def _attention(
 ) -> str:
     """The kernel of the attention: the one asked for, or else the fastest that computes what is needed."""
     asked = values.get("attn_implementation", "auto")
-    reasons = {
+    reasons = _why_not(hardware, needs, precision)
+    if asked == "auto":
+        return next((name for name in ("documents", "varlen") if not reasons[name]), "sdpa")
+    if reasons.get(asked):
+        raise Refused(f"{where}: attn_implementation: {asked} {reasons[asked]}. Write auto or sdpa")
+    return asked
+
+
+def usable_attention(hardware: Hardware, needs: AttentionNeeds, choice: Choice) -> list[str]:
+    """The kernels that could be used in place of the chosen one, without `eager`, which no one needs."""
+    reasons = _why_not(hardware, needs, choice.precision) | {"sdpa": ""}
+    return [name for name, reason in reasons.items() if not reason and name != choice.attention]
+
+
+def _why_not(hardware: Hardware, needs: AttentionNeeds, precision: str) -> dict[str, str]:
+    """By kernel, why it cannot be used here; empty if it can."""
+    return {
         "documents": _why_not_documents(hardware, needs),
         "varlen": _why_not_varlen(hardware, needs, precision),
         "flex_attention": _why_not_flex(hardware, needs),
@@ -255,11 +271,6 @@ def _attention(
         f"flash_attention_{version}": _why_not_flash(hardware, version, precision)
         for version in FLASH_ATTENTION
     }
-    if asked == "auto":
-        return next((name for name in ("documents", "varlen") if not reasons[name]), "sdpa")
-    if reasons.get(asked):
-        raise Refused(f"{where}: attn_implementation: {asked} {reasons[asked]}. Write auto or sdpa")
-    return asked
 
 
 def _why_not_documents(hardware: Hardware, needs: AttentionNeeds) -> str:

@@ -70,7 +70,7 @@ def ours(
             row |= read_json(folder / IDLE) if (folder / IDLE).exists() else {}
         return row
 
-    micro = TOKENS // block
+    micro, way = TOKENS // block, probe.Way(Launch(), 0, True)
     values = {"block_size": block, "global_batch_size": micro, "per_device_train_batch_size": micro}
     config = {
         "dataset": {"sources": {}},
@@ -85,7 +85,7 @@ def ours(
         (probe.OUTPUTS / "bench").mkdir()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), VOCABULARY)}
-        row = probe.measure(script or ROOT / "pretrain/run_clm.py", plan, Launch(), False, True, micro)
+        row = probe.measure(script or ROOT / "pretrain/run_clm.py", plan, way, micro)
     probe.attempt = attempt
     return row
 

@@ -126,7 +126,7 @@ def run(name: str) -> tuple[float, dict[str, Any], int]:
         (probe.OUTPUTS / "bench").mkdir()
         plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), vocabulary)}
         script = ROOT / "pretrain/run_clm.py"
-        row = probe.measure(script, plan, launch, checkpointing, compiled, micro)
+        row = probe.measure(script, plan, probe.Way(launch, int(checkpointing), compiled), micro)
     return computed["peak"], row, shape.parameters
 
 

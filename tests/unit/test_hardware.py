@@ -18,6 +18,7 @@ from recipe.hardware import (
     gemm_peak,
     glance,
     host_memory,
+    usable_attention,
     visible_gpus,
 )
 from recipe.project import Refused
@@ -234,3 +235,16 @@ def test_liger_is_refused_where_it_cannot_work(hardware, model_type, sharded, wh
         check_liger(hardware, {"use_liger_kernel": True}, model_type, sharded, where)
     check_liger(hardware, {}, model_type, sharded, where)
     check_liger(A100_WITH_LIGER, {"use_liger_kernel": True}, "mistral", False, "pretrain.json")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "needs", "expected"),
+    [
+        (ZEN4, AttentionNeeds(), ["sdpa"]),
+        (A100, AttentionNeeds(), ["flex_attention", "flash_attention_2", "sdpa"]),
+        (T4, AttentionNeeds(), ["flex_attention"]),
+        (A100_WITHOUT_FLASH, AttentionNeeds(dropout=True), []),
+    ],
+)
+def test_the_kernels_that_a_probe_compares_with_the_chosen_one(hardware, needs, expected):
+    assert usable_attention(hardware, needs, choose(hardware, {}, needs=needs)) == expected

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,9 +162,10 @@ class Setting:
     """How a training runs.
 
     block_size: tokens of a sequence. micro_batch: sequences of a rank at once. accumulation: micro-batches of
-    a step. precision: ``bf16``, ``fp16`` or ``fp32``. optimizer: a name in `OPTIMIZERS`. zero: DeepSpeed's
-    stage, 0 without DeepSpeed. offload_optimizer, offload_parameters: kept in the host's memory.
-    bucket_elements: gradients that DeepSpeed reduces at once. tensor_parallel: ranks that share each matrix.
+    a step. checkpointing: every so many layers are computed again; 0: none. precision: ``bf16``, ``fp16`` or
+    ``fp32``. optimizer: a name in `OPTIMIZERS`. zero: DeepSpeed's stage, 0 without DeepSpeed.
+    offload_optimizer, offload_parameters: kept in the host's memory. bucket_elements: gradients that
+    DeepSpeed reduces at once. tensor_parallel: ranks that share each matrix.
     """
 
     device: str
@@ -173,7 +175,7 @@ class Setting:
     accumulation: int
     precision: str
     compiled: bool
-    checkpointing: bool
+    checkpointing: int
     optimizer: str
     zero: int = 0
     offload_optimizer: bool = False
@@ -218,7 +220,7 @@ def activation_table() -> dict[str, dict[str, list[float]]]:
 def activation_bytes(shape: Shape, setting: Setting) -> float:
     """Bytes that all layers keep for the backward pass of one micro-batch.
 
-    With checkpointing only each layer's input is kept, and one layer at a time is computed again. Tensor
+    Of a checkpointed layer only the input is kept, and one layer at a time is computed again. Tensor
     parallelism splits only what is as wide as the heads or as the intermediate size. On a CPU attention is
     that of `recipe.model.attention`; its layers share one mask, which is small compared with the logits.
     """
@@ -237,7 +239,9 @@ def activation_bytes(shape: Shape, setting: Setting) -> float:
         layer += 12 * shape.heads * setting.block_size + 6 * shape.hidden
     if setting.checkpointing:
         residual = 2 if setting.mode == "half" else 4
-        return tokens * (shape.layers * residual * shape.hidden + layer)
+        inputs_only = math.ceil(shape.layers / setting.checkpointing)
+        kept = shape.layers - inputs_only + 1  # with the one that is computed again
+        return tokens * (inputs_only * residual * shape.hidden + kept * layer)
     return tokens * shape.layers * layer
 
 

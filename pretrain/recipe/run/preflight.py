@@ -123,12 +123,18 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
         accumulation,
         half,
         bool(values.get("torch_compile", shutil.which("g++"))),
-        bool(values.get("activation_checkpointing")),
+        _checkpointed(values),
         optimizer_name(values),
         fsdp=launch.fsdp,
         tensor_parallel=split,
     )
     return replace(setting, **zero_of(launch.deepspeed)) if launch.deepspeed else setting
+
+
+def _checkpointed(values: dict[str, Any]) -> int:
+    """Every so many layers are computed again in the backward pass; 0: none."""
+    every = (values.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
+    return every if values.get("activation_checkpointing") else 0
 
 
 def zero_of(name: str) -> dict[str, Any]:

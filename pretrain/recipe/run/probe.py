@@ -1,4 +1,4 @@
-"""Find the fastest settings by measuring: micro-batch x activation checkpointing x compile (x ZeRO stage).
+"""Find the fastest settings by measuring: micro-batch, checkpointing, compile, attention, sharding.
 
 ``bash pretrain/05_pretrain.sh --probe`` trains a few steps with each combination, each in its own process
 under the launcher that the training itself would use. A combination that runs out of memory, crashes or is
@@ -9,21 +9,24 @@ fastest combination to ``probe.options`` (its options) and ``probe.json`` (its f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipe.config.initial_model import find_initial
-from recipe.config.launch import batch_layout
+from recipe.config.launch import batch_layout, check_launch, check_tensor_parallel
+from recipe.config.model import model_values
 from recipe.config.recipe import check_recipe, load_recipe
+from recipe.config.training import attention_needs
+from recipe.hardware import choose, glance, usable_attention
 from recipe.project import OUTPUTS, RecipeError, Refused, read_json, stage_folder, write_json, write_text
 from recipe.run import preflight
 from recipe.run.launch_options import Launch, add_options, launch_of
@@ -46,6 +49,8 @@ OUT_OF_MEMORY = re.compile(
     r"|(can't|cannot) allocate memory",
     re.I,
 )
+# The column of checkpointing, by `Way.checkpointed`.
+CHECKPOINTED = {0: "no", 1: "yes", 2: "every second layer"}
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
 # What a probe leaves out of a training. A schedule may be longer than its few steps.
 SHORT = {
@@ -106,23 +111,62 @@ def attempt(
     return {"outcome": "failed", "reason": said[0].removeprefix("error: ")[:300]}
 
 
-def combinations(values: dict[str, Any], launch: Launch) -> Iterator[tuple[Launch, bool, bool]]:
-    """The combinations worth comparing, as (launch, checkpointing, compile).
+@dataclass(frozen=True)
+class Way:
+    """One way to train, apart from the micro-batch.
 
-    ZeRO's stages are compared with DDP where the user has chosen no sharding for several ranks, but never
-    with Muon. torch.compile is tried only without sharding, where there is a compiler, and unless
-    pretrain.json says false.
+    checkpointed: every so many layers are computed again in the backward pass; 0: none. attention: an
+    attn_implementation; None: the recipe's own.
     """
-    sharded = launch.deepspeed or launch.fsdp or launch.tensor_parallel > 1
+
+    launch: Launch
+    checkpointed: int
+    compiled: bool
+    attention: str | None = None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The keys of pretrain.json that make it."""
+        every = {"every_n_layers": self.checkpointed} if self.checkpointed > 1 else None
+        attention = {"attn_implementation": self.attention} if self.attention else {}
+        return attention | {
+            "activation_checkpointing": self.checkpointed > 0,
+            "activation_checkpointing_kwargs": every,
+            "torch_compile": self.compiled,
+        }
+
+
+def ways_to_train(
+    values: dict[str, Any], model: dict[str, Any], launch: Launch, attention: Sequence[str], compiler: bool
+) -> list[Way]:
+    """The ways worth comparing: sharding x checkpointing x compile, then the other kernels of attention.
+
+    Where the user has chosen no sharding for several ranks, one rank, DDP, the stages of ZeRO, FSDP2 and
+    tensor parallelism over two ranks are compared, as far as the optimizer and the model work with them.
+    values: of pretrain.json. model: of model.json. attention: the kernels that work here. compiler: whether
+    there is one for torch.compile; it is left out where pretrain.json says false.
+    """
     launches = [launch]
-    if launch.ranks > 1 and not sharded and not values.get("muon_learning_rate"):
-        launches += [replace(launch, deepspeed=name) for name in ("zero1", "zero2", "zero3")]
-    compiler = shutil.which("g++") and values.get("torch_compile") is not False
-    for way in launches:
-        for checkpointing in (False, True):
-            yield way, checkpointing, False
-            if compiler and not sharded and not way.deepspeed:
-                yield way, checkpointing, True
+    if launch.ranks > 1 and not launch_words(launch):
+        launches.insert(0, replace(launch, processes=1))
+        others = [replace(launch, deepspeed=name) for name in ("zero1", "zero2", "zero3")]
+        others += [replace(launch, fsdp=True), replace(launch, tensor_parallel=2)]
+        launches += [other for other in others if _can_train(values, model, other)]
+    compiles = [False, True] if compiler and values.get("torch_compile") is not False else [False]
+    ways = [Way(*row) for row in itertools.product(launches, (0, 2, 1), compiles)]
+    kernels = [] if values.get("attn_implementation", "auto") != "auto" else attention
+    return ways + [Way(launch, 0, compiles[-1], kernel) for kernel in kernels]
+
+
+def _can_train(values: dict[str, Any], model: dict[str, Any], launch: Launch) -> bool:
+    try:
+        micro = {"per_device_train_batch_size": 1}
+        sharded = launch.deepspeed, launch.ranks, launch.fsdp, launch.tensor_parallel
+        check_launch(values | micro, "pretrain", *sharded)
+        check_tensor_parallel(model, launch.tensor_parallel)
+    except Refused:
+        return False
+    return True
 
 
 def micro_batches(share: int, own: int) -> list[int]:
@@ -156,9 +200,7 @@ def options_of(row: dict[str, Any], overrides: Sequence[str] = ()) -> str:
     """
     parts = [f"--set {_word(override)}" for override in overrides]
     parts += [f"--set pretrain.per_device_train_batch_size={row['micro_batch']}"]
-    parts.append(f"--set pretrain.activation_checkpointing={str(row['checkpointing']).lower()}")
-    if not row["launch"]:
-        parts.append(f"--set pretrain.torch_compile={str(row['compiled']).lower()}")
+    parts += [f"--set {_word(f'pretrain.{key}={json.dumps(value)}')}" for key, value in row["values"].items()]
     return " ".join([*parts, row["launch"]]).strip()
 
 
@@ -184,10 +226,10 @@ def launch_words(launch: Launch) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, the fastest first."""
     lines = [
-        "| micro-batch | checkpointing | compiled | sharding | tokens/s | GFLOP/s | peak GiB | outcome |",
-        "|---:|---|---|---|---:|---:|---:|---|",
+        "| micro-batch | checkpointing | compiled | attention | sharding | tokens/s | GFLOP/s | peak GiB "
+        "| outcome |",
+        "|---:|---|---|---|---|---:|---:|---:|---|",
     ]
-    yes = {True: "yes", False: "no"}
     for row in sorted(rows, key=lambda row: -row.get("tokens_per_second", 0)):
         figures = ["", "", ""]
         if row["outcome"] == "ok":
@@ -197,31 +239,65 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['peak_memory_bytes'] / 2**30:.2f}",
             ]
         outcome = row["outcome"] + (f": {row['reason']}" if row.get("reason") else "")
-        cells = [str(row["micro_batch"]), yes[row["checkpointing"]], yes[row["compiled"]], row["launch"]]
-        lines.append("| " + " | ".join([*cells, *figures, outcome.replace("|", "/")]) + " |")
+        cells = [row["checkpointing"], row["compiled"], row["attention"], sharding_of(row)]
+        cells = [str(row["micro_batch"]), *cells, *figures, outcome.replace("|", "/")]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def measure(
-    script: Path, plan: dict[str, Any], launch: Launch, checkpointing: bool, compiled: bool, micro: int
-) -> dict[str, Any]:
+def sharding_of(row: dict[str, Any]) -> str:
+    """The column of sharding: the options, or what there is without any."""
+    return row["launch"] or ("DDP" if row["ranks"] > 1 else "one rank")
+
+
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """The fastest row of each sharding as a Markdown table, with its speed relative to one rank.
+
+    Empty unless several shardings were measured.
+    """
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row.get("tokens_per_second", 0)):
+        if row["outcome"] == "ok":
+            best[row["ranks"], row["launch"]] = row
+    if len(best) < 2:
+        return ""
+    alone = best.get((1, ""))
+    lines = ["| sharding | ranks | tokens/s | speed-up | peak GiB of a rank |", "|---|---:|---:|---:|---:|"]
+    for (ranks, _), row in best.items():
+        speed = row["tokens_per_second"]
+        speed_up = f"{speed / alone['tokens_per_second']:.2f}" if alone else ""
+        cells = [
+            sharding_of(row),
+            str(ranks),
+            f"{speed:,.0f}",
+            speed_up,
+            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measure(script: Path, plan: dict[str, Any], way: Way, micro: int) -> dict[str, Any]:
     """A row of the table: the plan's training with these settings, for `STEPS` steps.
 
     plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` gives them to a training. At most two
     micro-batches are accumulated: memory is highest in the second one, and more would only take time. The
     optimizer's share of a step is therefore somewhat larger than in the training.
     """
-    values, replicas = plan["config"]["pretrain"], launch.ranks // launch.tensor_parallel
+    values, launch = plan["config"]["pretrain"], way.launch
+    replicas = launch.ranks // launch.tensor_parallel
     accumulation = min(2, values["global_batch_size"] // replicas // micro)
     values = values | SHORT
-    values |= {
+    values |= way.values | {
         "per_device_train_batch_size": micro,
         "global_batch_size": micro * replicas * accumulation,
-        "activation_checkpointing": checkpointing,
-        "torch_compile": compiled,
     }
-    row = {"micro_batch": micro, "checkpointing": checkpointing, "compiled": compiled}
-    row |= {"launch": launch_words(launch)}
+    own = plan["config"]["pretrain"]
+    changed = {key: value for key, value in way.values.items() if value is not None or key in own}
+    row = {"micro_batch": micro, "values": changed, "launch": launch_words(launch)}
+    row |= {"ranks": launch.ranks, "compiled": "yes" if way.compiled else "no"}
+    row["checkpointing"] = CHECKPOINTED[way.checkpointed]
+    row["attention"] = way.attention or values.get("attn_implementation", "auto")
     config = plan["config"] | {"pretrain": values}
     path = launch.check(config, "pretrain")
     shape, setting, free = preflight.on_this_machine(plan["recipe"], config, launch)
@@ -241,8 +317,8 @@ def measure(
 
 
 def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str, Any]]:
-    """Measure all combinations, printing each row as soon as it is measured."""
-    values = plan["config"]["pretrain"]
+    """Measure all ways to train, printing each row as soon as it is measured."""
+    values, model = plan["config"]["pretrain"], model_values(plan["config"])
     replicas = launch.ranks // launch.tensor_parallel
     own, accumulation = batch_layout(
         values["global_batch_size"], values["per_device_train_batch_size"], replicas
@@ -252,10 +328,12 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str,
             "ZeRO is left out because it does not work with Muon (--set pretrain.muon_learning_rate=null)",
             flush=True,
         )
+    here, needs = glance(), attention_needs(plan["config"], "pretrain")
+    kernels = usable_attention(here, needs, choose(here, values, needs=needs))
     rows: list[dict[str, Any]] = []
     micros = micro_batches(own * accumulation, own)
-    for way in combinations(values, launch):
-        for row in climb(micros, lambda micro, way=way: measure(script, plan, *way, micro)):
+    for way in ways_to_train(values, model, launch, kernels, here.compiler):
+        for row in climb(micros, lambda micro, way=way: measure(script, plan, way, micro)):
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
     return rows
@@ -278,14 +356,14 @@ def main(script: Path) -> None:
         # Check again: the checkpoint's config.json has been fetched since.
         check_recipe(config, f"configs/{recipe}")
     rows = search(script, {"recipe": recipe, "config": config, "inputs": inputs}, launch)
-    shown = table(rows)
+    shown = "\n\n".join(part for part in (table(rows), comparison(rows)) if part)
     measured = [row for row in rows if row["outcome"] == "ok"]
     if not measured:
         raise RecipeError(f"every setting failed:\n{shown}\nTry what `05_pretrain.sh --dry-run` suggests")
     fastest = max(measured, key=lambda row: row["tokens_per_second"])
     options = options_of(fastest, arguments.overrides)
-    if arguments.nproc:
-        options += f" --nproc {arguments.nproc}"
+    if arguments.nproc or fastest["ranks"] != launch.ranks:
+        options += f" --nproc {fastest['ranks']}"
     folder = OUTPUTS / recipe
     write_text(folder / "probe.md", f"{shown}\n\nfastest: {options}\n")
     write_text(folder / "probe.options", options + "\n")

@@ -234,3 +234,13 @@ def test_a_gpu_holds_the_logits_of_a_chunk_only():
     assert many == 8 * 2**25 + 8 * 32_000 * shape.hidden < few / 3
     split = dataclasses.replace(PLAIN, ranks=2, micro_batch=16, tensor_parallel=2)
     assert memory(shape, split)["logits"] == 4 * few
+
+
+def test_every_second_layer_is_between_none_and_all():
+    shape = shape_of(read("mistral-300m", "model"), 32_000)
+    none, second, every = (
+        activation_bytes(shape, dataclasses.replace(PLAIN, checkpointing=each)) for each in (0, 2, 1)
+    )
+    layer, inputs = none / shape.layers, 4 * shape.hidden * 4 * 1024
+    assert second == pytest.approx(12 * inputs + 13 * layer)
+    assert every == pytest.approx(24 * inputs + layer)

@@ -16,14 +16,16 @@ from recipe.run import preflight, probe
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import shape_of
 from recipe.run.probe import (
+    Way,
     attempt,
     climb,
-    combinations,
+    comparison,
     launch_words,
     measure,
     micro_batches,
     options_of,
     table,
+    ways_to_train,
 )
 from recipe.run.processes import child_environment
 
@@ -130,18 +132,41 @@ def test_micro_batches_divide_the_share():
     assert micro_batches(3, 1) == [1, 3]
 
 
-def test_combinations_are_those_that_training_accepts():
+LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+BATCH = {"global_batch_size": 8, "per_device_train_batch_size": 2}
+
+
+def test_ways_are_those_that_training_accepts():
     one, two = Launch(), Launch(processes=2)
-    plain = list(combinations({}, one))
-    assert [(way, c) for way, c, compiled in plain if not compiled] == [(one, False), (one, True)]
-    assert not any(compiled for _, _, compiled in combinations({"torch_compile": False}, one))
-    shared = list(combinations({}, two))
-    assert {way.deepspeed for way, _, _ in shared} == {None, "zero1", "zero2", "zero3"}
-    assert not any(compiled for way, _, compiled in shared if way.deepspeed)  # refused by check_launch
-    assert all(way == two for way, _, _ in combinations({"muon_learning_rate": 0.1}, two))
+    plain = ways_to_train(BATCH, LLAMA, one, [], False)
+    assert plain == [Way(one, checkpointed, False) for checkpointed in (0, 2, 1)]
+    assert len(ways_to_train(BATCH, LLAMA, one, [], True)) == 6
+    assert ways_to_train(BATCH | {"torch_compile": False}, LLAMA, one, [], True) == plain
+
+    def launches(values=BATCH, model=LLAMA, launch=two):
+        rows = ways_to_train(values, model, launch, [], True)
+        assert all(
+            sum(way.launch == row.launch for way in rows) == 6 for row in rows
+        )  # all are compiled, too
+        return list(dict.fromkeys(row.launch for row in rows))
+
+    zero = [Launch(processes=2, deepspeed=name) for name in ("zero1", "zero2", "zero3")]
+    fsdp, tensor = Launch(processes=2, fsdp=True), Launch(processes=2, tensor_parallel=2)
+    assert launches() == [one, two, *zero, fsdp, tensor]
+    # Muon works under neither stage of ZeRO, Adafactor under no sharding, and GPT-2 has no plan.
+    assert launches(BATCH | {"muon_learning_rate": 0.1}) == [one, two, fsdp, tensor]
+    assert launches(BATCH | {"optim": "adafactor"}) == [one, two]
+    assert launches(model={"model_type": "gpt2", "n_head": 4}) == [one, two, *zero, fsdp]
     # The sharding that the user has chosen is kept.
-    fsdp = Launch(processes=2, fsdp=True)
-    assert list(combinations({}, fsdp)) == [(fsdp, False, False), (fsdp, True, False)]
+    assert launches(launch=fsdp) == [fsdp]
+
+
+def test_other_kernels_of_attention_are_measured_unless_one_is_chosen():
+    one = Launch()
+    rows = ways_to_train(BATCH, LLAMA, one, ["flex_attention", "sdpa"], True)
+    assert rows[6:] == [Way(one, 0, True, "flex_attention"), Way(one, 0, True, "sdpa")]
+    chosen = BATCH | {"attn_implementation": "sdpa"}
+    assert len(ways_to_train(chosen, LLAMA, one, ["flex_attention"], True)) == 6
 
 
 @pytest.mark.parametrize(
@@ -163,24 +188,62 @@ def test_the_climb_ends_at_a_failure_or_a_loss(speeds, measured):
     assert [row["micro_batch"] for row in climb([1, 2, 4, 8], measure)] == measured
 
 
+def row_of(way, **more):
+    return {
+        "micro_batch": 8,
+        "values": way.values,
+        "ranks": way.launch.ranks,
+        "launch": launch_words(way.launch),
+        "checkpointing": probe.CHECKPOINTED[way.checkpointed],
+        "compiled": "yes" if way.compiled else "no",
+        "attention": way.attention or "auto",
+    } | more
+
+
 def test_table_and_options():
-    row = {"micro_batch": 8, "checkpointing": True, "compiled": False, "launch": "--deepspeed zero2"}
+    row = row_of(Way(Launch(processes=2, deepspeed="zero2"), 2, False, "sdpa"))
     assert options_of(row) == (
-        "--set pretrain.per_device_train_batch_size=8 --set pretrain.activation_checkpointing=true "
-        "--deepspeed zero2"
+        "--set pretrain.per_device_train_batch_size=8 --set pretrain.attn_implementation=sdpa "
+        "--set pretrain.activation_checkpointing=true "
+        '--set pretrain.activation_checkpointing_kwargs={"every_n_layers":2} '
+        "--set pretrain.torch_compile=false --deepspeed zero2"
     )
     asked = ["pretrain.max_steps=7", 'generation.prompts=["a b", "c"]', "pretrain.run_name=a b"]
     assert options_of(row, asked).startswith(
         r'--set pretrain.max_steps=7 --set generation.prompts=["a\u0020b","c"] '
         r'--set pretrain.run_name="a\u0020b" --set pretrain.per_device_train_batch_size=8'
     )
-    good = row | {"launch": "", "compiled": True, "outcome": "ok", "tokens_per_second": 1234.5}
+    speed = {"outcome": "ok", "tokens_per_second": 1234.5, "flops_per_second": 2e11}
+    good = row_of(Way(Launch(), 1, True), **speed, peak_memory_bytes=3 * 2**30)
     assert options_of(good).endswith("--set pretrain.torch_compile=true")
-    good |= {"flops_per_second": 2e11, "peak_memory_bytes": 3 * 2**30}
     bad = row | {"outcome": "failed", "reason": "a | b"}
     lines = table([bad, good]).splitlines()
-    assert lines[2] == "| 8 | yes | yes |  | 1,234 | 200 | 3.00 | ok |"
-    assert lines[3] == "| 8 | yes | no | --deepspeed zero2 |  |  |  | failed: a / b |"
+    assert lines[2] == "| 8 | yes | yes | auto | one rank | 1,234 | 200 | 3.00 | ok |"
+    assert lines[3] == ("| 8 | every second layer | no | sdpa | --deepspeed zero2 |  |  |  | failed: a / b |")
+
+
+def test_shardings_are_compared_by_their_fastest_rows():
+    def row(launch, speed, gib, compiled=True, outcome="ok"):
+        figures = {"outcome": outcome, "tokens_per_second": speed, "peak_memory_bytes": gib * 2**30}
+        return row_of(Way(launch, 0, compiled), **figures)
+
+    two = Launch(processes=2)
+    rows = [
+        row(Launch(), 100.0, 4),
+        row(Launch(), 80.0, 5, False),
+        row(two, 190.0, 4),
+        row(two, 170.0, 5, False),
+    ]
+    assert comparison(rows[:2]) == ""
+    rows += [
+        row(Launch(processes=2, fsdp=True), 150.0, 2),
+        row(Launch(processes=2, deepspeed="zero2"), 9, 9, True, "killed"),
+    ]
+    assert comparison(rows).splitlines()[2:] == [
+        "| one rank | 1 | 100 | 1.00 | 4.00 |",
+        "| --fsdp | 2 | 150 | 1.50 | 2.00 |",
+        "| DDP | 2 | 190 | 1.90 | 4.00 |",
+    ]
 
 
 def test_launch_words_are_the_options_of_the_launch():
@@ -216,7 +279,7 @@ def plan_of(project, **changes):
 
 def test_settings_far_beyond_the_memory_are_left_out(prepared):
     """A block of 2**30 tokens of the mini model would keep terabytes."""
-    row = measure(Path("none.py"), plan_of(prepared, block_size=2**30), Launch(), False, False, 4)
+    row = measure(Path("none.py"), plan_of(prepared, block_size=2**30), Way(Launch(), 0, False), 4)
     assert row["outcome"] == "not tried" and "GiB are free" in row["reason"]
 
 
@@ -241,8 +304,8 @@ def test_lack_of_memory_ends_a_row_and_not_the_search(measured, monkeypatch):
     monkeypatch.setattr(probe.subprocess, "Popen", limited)
     monkeypatch.setattr(probe, "HOPELESS", float("inf"))
     plan = plan_of(measured, global_batch_size=2**12)
-    way = (Launch(), False, False)
-    rows = list(climb([1, 2**12], lambda micro: measure(SCRIPT, plan, *way, micro)))
+    way = Way(Launch(), 0, False)
+    rows = list(climb([1, 2**12], lambda micro: measure(SCRIPT, plan, way, micro)))
     assert [row["outcome"] for row in rows] == ["ok", "out of memory"]
 
 
@@ -256,7 +319,7 @@ def test_a_row_is_a_training_with_these_settings(measured, monkeypatch):
     monkeypatch.setattr(
         probe, "attempt", lambda line, *rest: folders.append(rest[0]) or attempts(line, *rest)
     )
-    row = measure(SCRIPT, plan, Launch(), True, False, 2)
+    row = measure(SCRIPT, plan, Way(Launch(), 1, False), 2)
     assert row["outcome"] == "ok" and row["steps"] == probe.STEPS
     active = row["active"]
     assert (active["micro_batch"], active["accumulation"], active["compiled"]) == (2, 2, False)
@@ -270,10 +333,11 @@ def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
     small = ("--set", "pretrain.global_batch_size=2")
     result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", *small)
     folder = prepared.folder / "outputs/mini"
-    rows = [line.strip("| ").split(" | ") for line in (folder / "probe.md").read_text().splitlines()[2:6]]
-    assert {(row[0], row[1]) for row in rows} == {(m, c) for m in "12" for c in ("yes", "no")}
+    rows = [line.strip("| ").split(" | ") for line in (folder / "probe.md").read_text().splitlines()[2:10]]
+    ways = {("no", "auto"), ("yes", "auto"), ("every second layer", "auto"), ("no", "sdpa")}
+    assert {(row[0], row[1], row[3]) for row in rows} == {(micro, *way) for micro in "12" for way in ways}
     assert all(row[-1] == "ok" for row in rows)
-    speeds = [float(row[4].replace(",", "")) for row in rows]
+    speeds = [float(row[5].replace(",", "")) for row in rows]
     assert speeds == sorted(speeds, reverse=True)
     figures = json.loads((folder / "probe.json").read_text())["figures"]
     assert {"hardware", "mfu", "gemm_peak_flops", "active"} <= figures.keys()  # read by the preflight
