@@ -17,7 +17,9 @@ def complete_configs(folder: Path) -> None:
     folder: as ``save_pretrained`` of transformers 5 wrote it.
     """
     config = read_json(folder / "config.json")
-    write_json(folder / "config.json", config | old_rope_keys(config))
+    # transformers 4 has its own name for the number of experts, and 128 of them without it.
+    experts = {"num_experts": config["num_local_experts"]} if config["model_type"] == "qwen3_moe" else {}
+    write_json(folder / "config.json", config | old_rope_keys(config) | experts)
     generation = read_json(folder / "generation_config.json")
     kept = {key: value for key, value in generation.items() if key not in _NOT_OF_GENERATION}
     write_json(folder / "generation_config.json", kept)
