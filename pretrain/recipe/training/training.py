@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,15 @@ from recipe.model.save import complete_configs
 from recipe.model.sharding import shard
 from recipe.model.zero import load_without_code
 from recipe.progress import write_lines_without_a_terminal
-from recipe.project import EXIT_TERMINATED, RecipeError, Refused, naming_full_disk, read_json, read_json_lines
+from recipe.project import (
+    EXIT_TERMINATED,
+    NO_SPACE,
+    RecipeError,
+    Refused,
+    naming_full_disk,
+    read_json,
+    read_json_lines,
+)
 from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
@@ -505,11 +514,23 @@ def speed_of(figures: dict[str, Any]) -> str:
     return f", {figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.0%}"
 
 
+def _name_full_disk(failed: threading.ExceptHookArgs) -> None:
+    """One line instead of a traceback when a thread, such as TensorBoard's writer, finds the disk full.
+
+    The training goes on; a full disk ends it where it saves something itself.
+    """
+    if isinstance(failed.exc_value, OSError) and failed.exc_value.errno in NO_SPACE:
+        print(f"warning: the disk is full, so a log is incomplete: {failed.exc_value}", flush=True)
+    else:
+        threading.__excepthook__(failed)
+
+
 def run_script(work: Callable[[dict[str, Any]], None]) -> None:
     """Call a training script's main function with its plan; an error that a user can fix ends in one line."""
     write_lines_without_a_terminal()
     plan = read_json(Path(sys.argv[1]))
     faulthandler.register(STACKS)
+    threading.excepthook = _name_full_disk
     if "LOCAL_RANK" in os.environ:
         # The launcher between this rank and the stage was killed, so that nobody ends the other ranks.
         end_with_parent(signal.SIGKILL)
