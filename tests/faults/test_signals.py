@@ -63,8 +63,9 @@ def test_every_signal_in_every_stage(finished, fault_row):
         for signum, code in CODES.items():
             record = finished.output("mini", name)
             before = record.read_bytes()
-            run = finished.start(script, "--recipe", "mini", "--force")
             work = record.parents[1] / f".{name}.work"
+            shutil.rmtree(work, ignore_errors=True)  # what the signal before has left
+            run = finished.start(script, "--recipe", "mini", "--force")
             wait_for(lambda work=work, run=run: work.exists() or run.poll() is not None)
             time.sleep(0.3)
             run.send_signal(signum)
