@@ -165,7 +165,9 @@ def test_answers_are_written_with_a_cache(learn, monkeypatch):
     generate = GroupTrainer._generate_single_turn
 
     def noted(self, *given):
-        note = lambda _, arguments, keywords: widths.append(keywords["input_ids"].shape[1])  # noqa: E731
+        def note(model, arguments, keywords):
+            widths.append(keywords["input_ids"].shape[1])
+
         hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             return generate(self, *given)
