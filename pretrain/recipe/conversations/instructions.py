@@ -166,6 +166,23 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
     return "\n".join(lines) + "\n"
 
 
+def counts_of(
+    out: int, dropped: Counter[str], unused: Counter[str], characters: Counter[str] | None
+) -> dict[str, Any]:
+    """A funnel's entry for stage 13: rows ``in`` and ``out``, ``dropped`` by reason, and what else was seen.
+
+    unused: rows with a value, by column that is not read. characters: what the normaliser did to them; it is
+    emptied, for the next entry.
+    """
+    counts: dict[str, Any] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+    if unused:
+        counts["unused_columns"] = dict(unused)
+    if characters:
+        counts["characters"] = dict(+characters)
+        characters.clear()
+    return counts
+
+
 def unused_columns(funnel: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of Markdown that list the columns that were not read; none if all were read.
 

@@ -22,6 +22,7 @@ from recipe.conversations.dialogues import (
     said_before,
 )
 from recipe.conversations.instructions import (
+    counts_of,
     entry_facts,
     make_pair,
     messages_of,
@@ -81,12 +82,7 @@ def load_preferences(
             valid = is_valid_side(text_hash(first), values.get("valid_share", 0.05))
             sides["valid" if valid else "train"].append(preference)
             out += 1
-        funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
-        if unused:
-            funnel[name]["unused_columns"] = dict(unused)
-        if figures:
-            funnel[name]["characters"] = dict(+figures)
-            figures.clear()
+        funnel[name] = counts_of(out, dropped, unused, figures)
     for side, preferences in sides.items():
         if not preferences:
             raise RecipeError(

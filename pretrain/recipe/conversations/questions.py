@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from recipe.config.rewards import reads_answer
-from recipe.conversations.instructions import messages_of, pair_side, read_pairs
+from recipe.conversations.instructions import counts_of, messages_of, pair_side, read_pairs
 from recipe.conversations.read_rows import Message
 from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
@@ -64,12 +64,7 @@ def load_questions(
             seen.add(identity)
             sides[pair_side(pair, values.get("valid_share", 0.05))].append(Question(messages, pair.output))
             out += 1
-        funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
-        if unused:
-            funnel[name]["unused_columns"] = dict(unused)
-        if characters:
-            funnel[name]["characters"] = dict(+characters)
-            characters.clear()
+        funnel[name] = counts_of(out, dropped, unused, characters)
     for side, questions in sides.items():
         if not questions:
             raise RecipeError(
