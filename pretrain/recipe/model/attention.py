@@ -19,32 +19,37 @@ from transformers.masking_utils import sdpa_mask
 NAME = "documents"  # the value of attn_implementation
 # Queries of a chunk: its scores stay in the second-level cache; 256 was not faster.
 QUERIES = 128
+# Rows whose chunks are computed together: fewer and larger matrix products; 8 was not faster.
+ROWS = 4
 # The keys of a chunk begin at a multiple of this: oneDNN makes and keeps a kernel for each shape of matrices.
 KEYS = 64
 
 
-def chunks(position_ids: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """(row, queries, keys) of each chunk.
+def chunks(position_ids: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(rows, queries, keys) of each chunk.
 
-    The keys begin at the start of the first query's document, or up to `KEYS` before it, and end at the last
-    query. position_ids: int64 [rows, positions]; a document begins where it is 0, and at the start of a row.
+    The keys begin where the documents of all first queries have begun, or up to `KEYS` before it, and end at
+    the last query. position_ids: int64 [rows, positions]; a document begins where it is 0, and at the start
+    of a row.
     """
     firsts = torch.arange(0, position_ids.shape[1], QUERIES)
     begins = (firsts - position_ids[:, ::QUERIES]).clamp(min=0) // KEYS * KEYS
-    for row, of_row in enumerate(begins.tolist()):
-        for here, first in zip(firsts.tolist(), of_row, strict=True):
+    for first_row, of_rows in zip(range(0, len(begins), ROWS), begins.split(ROWS), strict=True):
+        rows = slice(first_row, first_row + len(of_rows))
+        for here, first in zip(firsts.tolist(), of_rows.amin(0).tolist(), strict=True):
             end = min(here + QUERIES, position_ids.shape[1])
-            yield row, slice(here, end), slice(first, end)
+            yield rows, slice(here, end), slice(first, end)
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
-    """The attention weights: [groups, queries * heads of a group, keys].
+    """The attention weights: [rows * groups, queries * heads of a group, keys].
 
-    query: [groups, queries * heads of a group, size], scaled; key: [groups, keys, size]; hidden: the mask
-    that is added to the scores, [queries, keys].
+    query: [rows * groups, queries * heads of a group, size], scaled; key: [rows * groups, keys, size].
+    hidden: the mask that is added to the scores, [rows, queries, keys].
     """
     scores = query @ key.transpose(1, 2)
-    scores.view(len(key), len(hidden), -1, len(hidden[0])).add_(hidden[:, None])
+    rows, queries, keys = hidden.shape
+    scores.view(rows, -1, queries, len(query[0]) // queries, keys).add_(hidden[:, None, :, None])
     return torch.softmax(scores, -1)
 
 
@@ -55,14 +60,15 @@ def document_attention(
     """Causal attention inside each document; shape and type are those of query.
 
     query: [rows, groups, positions, heads of a group, size], scaled. key and value: [rows, groups, positions,
-    size]. All are contiguous, so that a chunk is read without a copy. hidden: of the same type, [rows, 1,
-    positions, positions], 0 where a query sees a key, else minus infinity. position_ids: see `chunks`.
+    size]. All are contiguous. hidden: of the same type, [rows, 1, positions, positions], 0 where a query sees
+    a key, else minus infinity. position_ids: see `chunks`.
     """
     out = torch.empty_like(query)
-    for row, queries, keys in chunks(position_ids):
-        seen = hidden[row, 0, queries, keys]
-        weights = _weights(query[row, :, queries].flatten(1, 2), key[row, :, keys], seen)
-        out[row, :, queries] = (weights @ value[row, :, keys]).view_as(out[row, :, queries])
+    for rows, queries, keys in chunks(position_ids):
+        here, seen = (rows, slice(None), queries), (rows, slice(None), keys)
+        asked = query[here].flatten(2, 3).flatten(0, 1)
+        weights = _weights(asked, key[seen].flatten(0, 1), hidden[rows, 0, queries, keys])
+        out[here] = (weights @ value[seen].flatten(0, 1)).view_as(out[here])
     return out
 
 
@@ -73,15 +79,16 @@ def document_attention_backward(
     """The gradients of `document_attention`'s query, key and value; it computes the weights again."""
     of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     gradient = gradient.contiguous()
-    for row, queries, keys in chunks(position_ids):
-        here, seen = (row, slice(None), queries), (row, slice(None), keys)
-        asked, of_out = query[here].flatten(1, 2), gradient[here].flatten(1, 2)
-        weights = _weights(asked, key[seen], hidden[row, 0, queries, keys])
-        of_weights = of_out @ value[seen].transpose(1, 2)
+    for rows, queries, keys in chunks(position_ids):
+        here, seen = (rows, slice(None), queries), (rows, slice(None), keys)
+        asked, of_out = (x[here].flatten(2, 3).flatten(0, 1) for x in (query, gradient))
+        keys_seen, values_seen = (x[seen].flatten(0, 1) for x in (key, value))
+        weights = _weights(asked, keys_seen, hidden[rows, 0, queries, keys])
+        of_weights = of_out @ values_seen.transpose(1, 2)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_query[here] = (of_scores @ key[seen]).view_as(query[here])
-        of_key[seen] += of_scores.transpose(1, 2) @ asked
-        of_value[seen] += weights.transpose(1, 2) @ of_out
+        of_query[here] = (of_scores @ keys_seen).view_as(query[here])
+        of_key[seen] += (of_scores.transpose(1, 2) @ asked).view_as(key[seen])
+        of_value[seen] += (weights.transpose(1, 2) @ of_out).view_as(value[seen])
     return of_query, of_key, of_value
 
 

@@ -7,15 +7,17 @@ from conftest import EXPERTS, SHAPE, sentences
 from recipe.config.known_keys import MODEL_TYPES
 from recipe.evaluation import generation
 from recipe.model import attention
-from recipe.model.attention import KEYS, QUERIES, attend, chunks, document_attention
+from recipe.model.attention import KEYS, QUERIES, ROWS, attend, chunks, document_attention
 from recipe.model.build import build_model
 from recipe.tokenization.encode_text import prompt_ids
 from recipe.tokenization.packing import pack
 from recipe.tokenization.train import train_tokenizer
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-# Documents shorter and longer than a chunk, of one token, and one that fills its row.
-LENGTHS = [[1, QUERIES + 70, 30, 2 * QUERIES - 101], [3 * QUERIES]]
+# Documents shorter and longer than a chunk, of one token, and some that fill their row. One row more than are
+# computed together.
+FIRST = [1, QUERIES + 70, 30, 2 * QUERIES - 101]
+LENGTHS = [FIRST, *[[3 * QUERIES]] * (ROWS - 1), FIRST[::-1]]
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
 PLACES = POSITIONS.shape[1]
 
@@ -32,7 +34,7 @@ def hidden(dtype):
 def inputs(heads, groups, dtype):
     """Queries, keys and values: [rows, heads or groups, positions, size]."""
     generator = torch.Generator().manual_seed(1)
-    shapes = [(2, count, PLACES, 16) for count in (heads, groups, groups)]
+    shapes = [(len(LENGTHS), count, PLACES, 16) for count in (heads, groups, groups)]
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -50,20 +52,21 @@ def masked(query, key, value, scale):
 
 def test_chunks_hold_every_query_once_and_all_keys_that_it_sees():
     found = torch.zeros_like(POSITIONS)
-    for row, queries, keys in chunks(POSITIONS):
-        found[row, queries] += 1
+    for rows, queries, keys in chunks(POSITIONS):
+        found[rows, queries] += 1
         assert keys.stop == queries.stop and keys.start % KEYS == 0
-        assert not VISIBLE[row, 0, queries, : keys.start].any()
+        assert not VISIBLE[rows, 0, queries, : keys.start].any()
     assert (found == 1).all()
 
 
 def test_chunks_read_little_that_no_query_sees():
-    """The last chunk of the first row begins in a document from 229 on: its keys begin at 192."""
-    assert [(keys.start, keys.stop) for row, _, keys in chunks(POSITIONS) if row == 0] == [
-        (0, 128),
-        (0, 256),
-        (192, 384),
-    ]
+    """The last chunk of the first row begins in a document from 229 on: its keys begin at 192. Together with
+    rows of one document, they begin at 0.
+    """
+    ends = [(0, 128), (0, 256), (192, 384)]
+    assert [(keys.start, keys.stop) for *_, keys in chunks(POSITIONS[:1])] == ends
+    together = [(rows, keys.start) for rows, _, keys in chunks(POSITIONS)][:3]
+    assert together == [(slice(0, ROWS), 0)] * 3
 
 
 def test_a_row_that_begins_inside_a_document_is_read_from_its_beginning():
