@@ -1,6 +1,9 @@
 """Which launcher starts a training, with which environment, and which options are refused."""
 
 import argparse
+import os
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -142,6 +145,18 @@ def test_users_environment_wins():
         >= int(child_environment({}, 2)["OMP_NUM_THREADS"])
         >= 1
     )
+
+
+def test_a_training_on_a_cpu_keeps_the_memory_of_freed_tensors():
+    """Twenty times 64 MB: only the first time is new memory. A page has at least 4 KiB."""
+    code = "import resource\nfor _ in range(20): b'x' * 64_000_000\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    environment = child_environment(os.environ | {"CUDA_VISIBLE_DEVICES": ""}, 1)
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
+        for env in (os.environ, environment)
+    ]
+    assert faults[1] < 64_000_000 / resource.getpagesize() * 2 < faults[0], faults
 
 
 def test_global_batch_is_one_number():
