@@ -93,7 +93,7 @@ def test_before_and_after_stand_in_one_table(asked):
     (row,) = [line for line in lines if line.startswith("| response loss ")]
     before, after = (float(cell) for cell in row.split("|")[2:4])
     assert after < before
-    assert any(line.startswith("| held-out mine | acc_norm | ") for line in lines)
+    assert any(line.startswith("| held-out mine | acc_mutual_info | ") for line in lines)
 
 
 def test_a_task_without_its_data_is_refused_before_the_first_stage(asked):

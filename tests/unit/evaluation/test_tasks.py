@@ -206,9 +206,13 @@ def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
     for sample, item in zip(samples, asked, strict=True):
         ids = [tokenizer.bos_token_id, *encode_text(tokenizer, f"名前\n{item['name']} -")]
         assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in ids
-        for choice, ((found, _),) in zip(item["choices"], sample["resps"], strict=True):
-            expected = log_likelihood(trained, ids, encode_text(tokenizer, choice))
-            assert found == pytest.approx(expected, rel=1e-5)
+        answers = [encode_text(tokenizer, choice) for choice in item["choices"]]
+        # After the question, then, for mutual information, as the beginning of a text.
+        expected = [log_likelihood(trained, ids, answer) for answer in answers]
+        expected += [log_likelihood(trained, [tokenizer.bos_token_id], answer) for answer in answers]
+        assert [found for ((found, _),) in sample["resps"]] == pytest.approx(expected, rel=1e-5)
+        gains = [after - alone for after, alone in zip(expected[:4], expected[4:], strict=True)]
+        assert sample["acc_mutual_info"] == (gains.index(max(gains)) == item["answer"])
 
 
 def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
@@ -238,7 +242,7 @@ def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
         (row,) = [row for row in rows if row["output"] == choices[sample["target"]]]
         ids, marks = encode_conversation(tokenizer, messages_of(row))
         start = len(marks) - 1 - marks[::-1].index(False) + 1
-        for choice, ((found, _),) in zip(choices, sample["resps"], strict=True):
+        for choice, ((found, _),) in zip(choices, sample["resps"][: len(choices)], strict=True):
             expected = log_likelihood(trained, ids[:start], encode_text(tokenizer, choice))
             assert found == pytest.approx(expected, rel=1e-5)
 

@@ -251,7 +251,9 @@ def scores(samples: list[Sample], values: dict[str, Any] | None = None) -> Figur
     bounds = dict(zip(("low", "high"), wilson(score, len(parts)), strict=True)) if share else None
     figures = {"metric": metric, "items": len(rows), "score": score}
     figures |= (bounds or _interval(score, error)) | {"share": share, "majority": None, "random": None}
-    choices = [len(row["arguments"]) for row in rows]
+    # For mutual information, the harness also asks for each choice without the question.
+    asked_twice = "acc_mutual_info" in rows[0]["metrics"]
+    choices = [len(row["arguments"]) // (2 if asked_twice else 1) for row in rows]
     if max(choices) > 1:
         most = Counter(str(row["target"]) for row in rows).most_common(1)[0][1]
         figures |= {"majority": most / len(rows), "random": sum(1 / n for n in choices) / len(rows)}
