@@ -1,11 +1,12 @@
 """Spikes of three kinds at three sizes: which ones the rule sees, and false alarms over healthy steps.
 
-A Qwen3 of two layers trains on the tokens of tiny, by AdamW in float32 with a warm-up, and every step is
-judged by the rule with its defaults. Then, from the same state each time, six steps follow. The first (for
-the rate: the first three) is changed: a share of the batch is random tokens, the gradient is multiplied, or
-the learning rate is. A step that is seen changes no weight. Stages 01 to 04 of tiny must be there.
+A Qwen3 of two layers trains on the tokens of tiny, by AdamW with a warm-up, in bf16 where the CPU is fast
+at it and else in float32, and every step is judged by the rule with its defaults. Then, from the same state
+each time, six steps follow. The first (for the rate: the first three) is changed: a share of the batch is
+random tokens, the gradient is multiplied, or the learning rate is. A step that is seen changes no weight.
+Stages 01 to 04 of tiny must be there.
 
-Run (about 4 minutes):  .venv/bin/python tests/bench/spikes.py [HIDDEN [STEPS [SEQUENCES]]]
+Run (about 4 minutes):  .venv/bin/python tests/bench/spikes.py [HIDDEN [STEPS [SEQUENCES [RATE]]]]
 """
 
 import copy
@@ -14,6 +15,7 @@ import sys
 import torch
 from recipe.config.recipe import load_recipe
 from recipe.config.settings import SpikeRule
+from recipe.hardware import detect
 from recipe.model.build import build_model, parameter_count
 from recipe.project import OUTPUTS
 from recipe.tokenization.packing import PackedBlocks, collate
@@ -29,9 +31,10 @@ KINDS = {"garbage": (0.25, 0.5, 1.0), "gradient": (3, 10, 100), "rate": (10, 30,
 class Run:
     """A training whose single steps can be changed."""
 
-    def __init__(self, hidden: int, steps: int, sequences: int) -> None:
+    def __init__(self, hidden: int, steps: int, sequences: int, rate: float) -> None:
         tokenizer = AutoTokenizer.from_pretrained(OUTPUTS / "tiny/03_tokenizer")
-        self.steps, self.sequences = steps, sequences
+        self.steps, self.sequences, self.rate = steps, sequences, rate
+        self.bf16 = detect().fast_bf16
         self.samples = PackedBlocks(
             TokenFile(OUTPUTS / "tiny/04_tokenize/train"),
             BLOCK,
@@ -44,7 +47,7 @@ class Run:
         self.model = build_model(values, tokenizer, "sdpa", 0)
         self.model.config.use_cache = False
         self.vocabulary = len(tokenizer)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-3, (0.9, 0.95), weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), rate, (0.9, 0.95), weight_decay=0.1)
         self.window: list[tuple[float, float]] = []
 
     def step(self, step: int, garbage: float = 0, gradient: float = 1, rate: float = 1) -> str:
@@ -58,8 +61,9 @@ class Run:
             batch["input_ids"][:rows] = tokens
             batch["labels"][:rows, :-1] = tokens[:, 1:]
         for group in self.optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / (0.02 * self.steps)) * rate
-        loss = self.model(**batch).loss
+            group["lr"] = self.rate * min(1, (step + 1) / (0.02 * self.steps)) * rate
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.model(**batch).loss
         (loss * gradient).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         found = spike(self.window, loss.item(), norm.item(), RULE.deviations)
@@ -72,8 +76,9 @@ class Run:
 
 def main() -> None:
     """Train, then inject."""
-    hidden, steps, sequences = (int(x) for x in [*sys.argv[1:], *("128", "2000", "8")[len(sys.argv) - 1 :]])
-    run = Run(hidden, steps, sequences)
+    given = [*sys.argv[1:], *("128", "2000", "8", "3e-3")[len(sys.argv) - 1 :]]
+    hidden, steps, sequences = (int(number) for number in given[:3])
+    run = Run(hidden, steps, sequences, float(given[3]))
     alarms = [step for step in range(steps) if run.step(step)]
     loss, norm = run.window[-1]
     print(
