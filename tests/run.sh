@@ -17,13 +17,20 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit ;; esac
 extras=(tests)
+parallel=()
 case ${1:-} in
   lint) marker=none ;;
   slow | faults | gpu) marker=$1 ;;
   browser) marker=$1 extras+=(browser) ;;
   extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf notebook japanese) ;;
   all) marker="slow or not slow" extras+=(ray sudachi megatron gguf notebook japanese browser) ;;
-  *) marker="not slow and not faults and not gpu and not browser and not extra" ;;
+  *)
+    marker="not slow and not faults and not gpu and not browser and not extra"
+    # A process per core, each with one thread: most time goes into starting Python. Two processes with two
+    # threads each would wait for one another.
+    parallel=(-n logical --maxprocesses 4 --dist loadfile)
+    export OMP_NUM_THREADS=1
+    ;;
 esac
 case ${1:-} in lint | slow | faults | gpu | browser | extras | all) shift ;; esac
 
@@ -33,4 +40,4 @@ PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$P
 shellcheck ./*.sh pretrain/*.sh fine-tuning/*.sh tests/*.sh .ci/run
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-[[ $marker == none ]] || "$python" -m pytest -m "$marker" "$@"
+[[ $marker == none ]] || "$python" -m pytest -m "$marker" "${parallel[@]}" "$@"
