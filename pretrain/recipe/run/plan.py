@@ -142,14 +142,18 @@ class Machine:
 
 def machine_of(gpu: str | None, gpus: int | None) -> Machine:
     """The machine that a user names, or this one. Raises Refused for a GPU whose speed is not known."""
-    if gpu:
+    if gpu is not None:
         named, launch = card(gpu), Launch(processes=gpus or 1)
         kind = "cuda" if named.capability > (0, 0) else "cpu"
+        if kind == "cpu" and launch.processes > 1:
+            raise Refused(f"--gpus {gpus}: --gpu {gpu} is no GPU. Leave one of the two out")
         device = Device(named.name, named.gigabytes, named.flops, named.bf16 or kind == "cpu", kind)
         rate, origin = named.rate()
         return Machine(device, launch, named.gigabytes * GIB * USABLE, rate * launch.ranks, origin)
     launch = Launch(processes=gpus or max(1, len(preflight.gpus())))
     device, free = preflight.this_machine(launch)
+    if device.kind == "cpu" and gpus is not None:
+        raise Refused(f"--gpus {gpus}: this machine has no GPU. Name a card, such as --gpu rtx4090")
     if measured := preflight.measured_rate("", device, launch.ranks):
         return Machine(device, launch, free, *measured)
     if device.kind == "cpu":
@@ -179,13 +183,15 @@ class Corpus:
 
 def corpus_of(text: str, default: str) -> Corpus:
     """The corpus that a user names: a size such as ``2GB``, or a recipe. Raises Refused."""
-    size = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B", text, re.I)
+    size = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]?)B", text, re.I)
     base = default if size else text
     if base not in recipes():
         raise Refused(
             f"--corpus {text}: expected a size, such as 2GB, or a recipe.{nearest(text, recipes())} Known: "
             f"{', '.join(recipes())}"
         )
+    if size and not float(size[1]):
+        raise Refused(f"--corpus {text}: expected more than 0")
     config = load_recipe(base)
     vocabulary, _ = preflight.vocabulary_of(base, config)
     counted = preflight.training_tokens(base, config["dataset"])
@@ -194,7 +200,7 @@ def corpus_of(text: str, default: str) -> Corpus:
     per_token, where = bytes_per_token(base, vocabulary)
     sources = [one for one in config["dataset"]["sources"].values() if not one.get("held_out")]
     if size:
-        total: float | None = float(size[1]) * UNITS[size[2].upper()]
+        total = float(size[1]) * UNITS[size[2].upper()]
     elif all("maximum_megabytes" in one for one in sources):
         total = sum(one["maximum_megabytes"] for one in sources) * 1e6
     else:
@@ -436,7 +442,7 @@ def main() -> None:
         row = chosen(rows, arguments.layers)
         for line in report(rows, machine, corpus):
             print(line)
-        if arguments.write:
+        if arguments.write is not None:
             write(arguments.write, row, corpus)
             print(
                 f"wrote     configs/{arguments.write}: bash run_all.sh --recipe {arguments.write} --dry-run"

@@ -455,7 +455,8 @@ def _device_lines(
 
 
 def _duration(seconds: float) -> str:
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (360_000, 3600, "h")):
+    hours = ((36_000, 3600, "h", 1), (360_000, 3600, "h", 0))
+    for limit, unit, name, digits in ((120, 1, "s", 0), (7200, 60, "min", 0), *hours):
         if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
+            return f"{seconds / unit:.{digits}f} {name}"
     return f"{seconds / 86400:.0f} days"

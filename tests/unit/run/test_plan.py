@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -64,8 +65,23 @@ def test_our_own_recipes_follow_the_rules(recipe, layers, gpu, gibibytes, hours)
     assert tokens < plan.EPOCHS * corpus.tokens and 5 < tokens / shape.parameters < 40
 
 
+@pytest.mark.parametrize("page", ["README.md", "README.ja.md", "configs/small/README.md"])
+def test_the_hours_of_small_in_the_documentation_are_those_computed(page):
+    values = load_recipe("small")["pretrain"]
+    work = values["max_steps"] * values["global_batch_size"] * values["block_size"]
+    work *= shape_of(read("small", "model"), 32_000).flops_per_token(values["block_size"])
+    text = (project.ROOT / page).read_text("utf-8")
+    if page.startswith("README"):
+        text = "\n".join(line for line in text.splitlines() if "| `small` |" in line)
+    found = re.findall(r"([\d.]+)(?: 時間)? (?:\(|on an )(RTX \d+|A100)", text)
+    assert len(found) == 3
+    for hours, name in found:
+        rate = cards.card("a100-40gb" if name == "A100" else name).rate()[0]
+        assert float(hours) == pytest.approx(work / rate / 3600, rel=0.07), name
+
+
 def test_system_a_takes_the_hours_and_reaches_the_loss_its_author_published():
-    """One epoch of 551,057 x 19 blocks on an RT, "tiny").tokens is None 4090: 98 hours, a loss of 3.5582."""
+    """One epoch of 551,057 x 19 blocks on an RTX 4090: 98 hours, and a loss of 3.5582."""
     tokens = 551_057 * 1024 * 19
     shape = shape_of(read("mistral-300m", "model"), 50_000)
     rate, origin = cards.card("rtx4090").rate()
@@ -179,12 +195,25 @@ def test_a_faulty_recipe_is_not_left_behind(tmp_path, monkeypatch):
         (0.001, "cpu", "6GB", r"the smallest model, 4 layers with 5,196,544 parameters, needs 0\.20 hours"),
         (3, "rtx4090", "1MB", r"4 layers.*the corpus is too small: 3\.2\d times as much"),
         (3, "rtx4080ti", "6GB", r"--gpu rtx4080ti: not in the table of cards\. Did you mean rtx4080\?"),
+        (3, "", "6GB", r"--gpu : not in the table of cards\. Known: cpu, t4"),
         (3, "rtx4090", "tyny", r"--corpus tyny: .* such as 2GB, or a recipe\. Did you mean 'tiny'\?"),
+        (3, "rtx4090", "1.2.3GB", r"--corpus 1\.2\.3GB: expected a size, such as 2GB, or a recipe"),
+        (3, "rtx4090", "0.0GB", r"--corpus 0\.0GB: expected more than 0"),
     ],
 )
 def test_what_fits_nothing_is_refused_and_the_nearest_is_named(hours, gpu, corpus, message):
     with pytest.raises(Refused, match=message):
         rows(hours, gpu, corpus)
+
+
+def test_gpus_that_are_none(monkeypatch):
+    with pytest.raises(Refused, match="--gpus 4: --gpu cpu is no GPU"):
+        plan.machine_of("cpu", 4)
+    here = preflight.Device("CPU", 16, 0.0, True, "cpu")
+    monkeypatch.setattr(preflight, "this_machine", lambda launch: (here, 16.0 * preflight.GIB))
+    with pytest.raises(Refused, match="--gpus 2: this machine has no GPU. Name a card"):
+        plan.machine_of(None, 2)
+    assert plan.machine_of(None, None).device == here
 
 
 def test_a_gpu_that_is_too_small_or_unknown(monkeypatch):
@@ -242,11 +271,13 @@ def test_every_rule_gives_finite_values_over_the_whole_table():
             assert row.missing or 1e-4 < row.values["learning_rate"] < 2e-2
 
 
-def test_it_does_not_import_torch(tmp_path):
+def test_it_does_not_import_torch_and_takes_less_than_two_seconds():
+    """Seconds of the processor, which other programs do not change."""
     code = (
-        "import sys\nfrom recipe.run import plan\n"
+        "import sys, time\nfrom recipe.run import plan\n"
         "sys.argv = ['plan', '--hours', '3', '--gpu', 'rtx4090', '--gpus', '1']\nplan.main()\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "assert time.process_time() < 2, time.process_time()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and "Hoffmann" in result.stdout, result.stderr
