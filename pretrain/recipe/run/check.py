@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from recipe.config.recipe import load_recipe, recipe_options
+from recipe.config.tasks import in_suite, metadata, tasks_of
 from recipe.config.training import training_files, unreached_steps
 from recipe.conversations.instructions import pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import source_facts
-from recipe.evaluation.tasks.available import check_available
+from recipe.evaluation.tasks.available import answers, check_available, hub_address, not_served, silence
+from recipe.evaluation.tasks.files import to_download
 from recipe.hardware import glance
-from recipe.project import EXIT_REFUSED, RECORD, RecipeError, known_record, require_extra, stage_folder
+from recipe.project import (
+    EXIT_REFUSED,
+    RECORD,
+    ROOT,
+    RecipeError,
+    Refused,
+    known_record,
+    require_extra,
+    stage_folder,
+)
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 
 
@@ -26,6 +40,59 @@ def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
         return False
     before = record["wanted"]["config"]["evaluation"]
     return before.get("tasks", {}) == config["evaluation"].get("tasks", {})
+
+
+def fetched_later(recipe: str, config: dict[str, Any], first: int, last: int) -> dict[str, tuple[str, str]]:
+    """What the stages from `first` to `last` will read from a server, by its key in the recipe.
+
+    For each the stage, and a data set of the hub or a URL. Left out are sources of stage 01, which starts at
+    once, tasks that `check_available` looks at, and stages that are finished.
+    """
+    rows = [
+        ("02_dataset", f"dataset.json: sources.{name}", spec.get("dataset"))
+        for name, spec in config["dataset"]["sources"].items()
+    ]
+    for stage, file in (("11_dataset", "instruction"), ("13_preference", "preference")):
+        for name, spec in config.get(file, {}).get("pairs", {}).items():
+            rows.append((stage, f"{file}.json: pairs.{name}", spec.get("dataset")))
+    for stage in ("14_evaluate", "06_evaluate"):  # the first one that runs fetches the file of a task
+        for name in tasks_of(config, stage):
+            if "files" in metadata(name) and not in_suite(name, config["evaluation"]):
+                url = to_download(name, config["evaluation"]["tasks"][name])
+                rows.append((stage, f"evaluation.json: tasks.{name}", url))
+    return {
+        where: (stage, name)
+        for stage, where, name in rows
+        if name
+        and first <= int(stage[:2]) <= last
+        and not (ROOT / Path(name).expanduser()).is_dir()
+        and not (stage_folder(recipe, stage) / RECORD).exists()
+    }
+
+
+def check_reachable(needed: dict[str, tuple[str, str]]) -> Iterator[str]:
+    """A note for what a stage will read from a server that does not answer. needed: of `fetched_later`.
+
+    Raises Refused for data sets that the hub does not serve: the stage would stop, perhaps hours later.
+    """
+    servers = {
+        name: "/".join(name.split("/")[:3]) if "://" in name else hub_address() for _, name in needed.values()
+    }
+    hosts = sorted(set(servers.values()))
+    with ThreadPoolExecutor(8) as threads:
+        reached = dict(zip(hosts, threads.map(answers, hosts), strict=True))
+        sets = [name for name in servers if "://" not in name and reached[servers[name]]]
+        lacks = dict(zip(sets, threads.map(not_served, sets), strict=True))
+    refused = [
+        f"{where}: {lack.why}. {lack.remedy}."
+        for where, (_, name) in needed.items()
+        if (lack := lacks.get(name))
+    ]
+    if refused:
+        raise Refused(" ".join(refused))
+    for where, (stage, name) in needed.items():
+        if not reached[servers[name]]:
+            yield f"note: {where}: stage {stage[:2]} will read {name}, but {silence(servers[name])}"
 
 
 def main() -> None:
@@ -61,6 +128,8 @@ def main() -> None:
                 arguments.recipe, stage_name, config
             ):
                 check_available(config)
+        for line in check_reachable(fetched_later(arguments.recipe, config, arguments.first, arguments.last)):
+            print(line)
         source_facts(config)
         pair_facts(config)
         preference_facts(config)

@@ -96,7 +96,7 @@ def _unreachable(missing: dict[str, list[DataSet]], downloads: dict[str, str]) -
     elif missing:
         paths = list(dict.fromkeys(path for sets in missing.values() for path, _ in sets))
         with ThreadPoolExecutor(len(paths)) as threads:
-            refused = dict(zip(paths, threads.map(_not_served, paths), strict=True))
+            refused = dict(zip(paths, threads.map(not_served, paths), strict=True))
         for name, sets in missing.items():
             if lacks := [lack for path, _ in sets if (lack := refused[path])]:
                 found[name] = lacks[0]
@@ -105,13 +105,13 @@ def _unreachable(missing: dict[str, list[DataSet]], downloads: dict[str, str]) -
     for name, url in downloads.items():
         if hosts[url] in silent:
             found[name] = Lack(
-                f"its file {url} is not in data/, and {_silence(hosts[url])}",
+                f"its file {url} is not in data/, and {silence(hosts[url])}",
                 f'Download it elsewhere and give its folder in tasks: "{name}": {{"path": FOLDER}}',
             )
     return found
 
 
-def _not_served(path: str) -> Lack | None:
+def not_served(path: str) -> Lack | None:
     """Why the hub does not serve a data set to us; None if it does, or if that cannot be known."""
     from huggingface_hub import get_token
 
@@ -134,7 +134,7 @@ def _not_served(path: str) -> Lack | None:
     if any(file.get("rfilename") == script for file in facts.get("siblings", [])):
         return Lack(
             f"{path} is loaded by a script of its own, {script}, which datasets no longer runs",
-            "Write a task of your own that reads a file (configs/README.md)",
+            "Read its content from files of your own (configs/README.md)",
         )
     if facts.get("gated") and not token:
         return Lack(
@@ -258,7 +258,7 @@ def answers(address: str) -> bool:
     return answered.is_set()
 
 
-def _silence(address: str) -> str:
+def silence(address: str) -> str:
     """Why a server cannot be asked, in words."""
     return "the environment says offline" if hub_offline() else f"{address} does not answer"
 
@@ -273,7 +273,7 @@ def _how_to_fetch(sets: list[DataSet]) -> Lack:
         for found in sets[:3]
     )
     return Lack(
-        f"its data, {shown}{more}, are not in the cache of datasets, and {_silence(hub_address())}",
+        f"its data, {shown}{more}, are not in the cache of datasets, and {silence(hub_address())}",
         f'Run `.venv/bin/python -c "import datasets; {calls.rstrip(";")}"` on a machine with a network, and '
         f"copy {folders} from its cache to {cache_folder()}",
     )

@@ -1,0 +1,90 @@
+"""What a run will read from servers is asked for before the first stage, not hours later."""
+
+import http.server
+import json
+import threading
+
+import pytest
+from recipe import project
+from recipe.config.recipe import load_recipe
+from recipe.evaluation.tasks import files
+from recipe.project import Refused
+from recipe.run import check
+
+PAIRS = {"magpie": "llm-jp/magpie-sft-v1.0", "dolly": "kunishou/databricks-dolly-15k-ja"}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub's answers about data sets: one has another name now, one is gated."""
+
+    def do_GET(self):
+        content = json.dumps({"siblings": [], "gated": "dolly" in self.path and "auto"}).encode()
+        self.send_response(404 if "magpie" in self.path else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server in place of the hub; no token, no downloads, no finished stages."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "HF_TOKEN": "",
+        "HF_TOKEN_PATH": str(tmp_path / "none"),
+        "HF_HUB_OFFLINE": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(project, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(files, "DATA", tmp_path / "data")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def needed(config=None, first=0, last=99):
+    return check.fetched_later("small", config or load_recipe("small"), first, last)
+
+
+def test_what_each_stage_will_read_from_a_server(hub):
+    found = needed()
+    assert found["dataset.json: sources.wikipedia"] == ("02_dataset", "wikimedia/wikipedia")
+    assert found["instruction.json: pairs.dolly"] == ("11_dataset", PAIRS["dolly"])
+    stage, url = found["evaluation.json: tasks.jnli"]
+    assert stage == "06_evaluate" and url.startswith("https://raw.githubusercontent.com/")
+    assert len(found) == 7 and needed(first=5, last=5) == {}
+    assert {stage for stage, _ in needed(first=7).values()} == {"11_dataset", "14_evaluate"}
+
+
+def test_a_finished_stage_and_a_local_folder_need_no_server(hub, tmp_path):
+    (tmp_path / "small/02_dataset").mkdir(parents=True)
+    (tmp_path / "small/02_dataset/stage.json").write_text("{}")
+    config = load_recipe("small")
+    config["instruction"]["pairs"]["magpie"]["dataset"] = str(tmp_path)
+    assert {where for where in needed(config) if "tasks" not in where} == {"instruction.json: pairs.dolly"}
+
+
+def test_gated_and_renamed_data_sets_are_refused_before_the_first_stage(hub):
+    with pytest.raises(Refused) as raised:
+        list(check.check_reachable(needed(last=11)))
+    message = str(raised.value)
+    assert f"instruction.json: pairs.magpie: {PAIRS['magpie']} does not exist on the hub" in message
+    assert f"instruction.json: pairs.dolly: {PAIRS['dolly']} is gated. Accept its terms on" in message
+    assert "sources" not in message  # they are served
+    assert list(check.check_reachable(needed(first=2, last=2))) == []
+
+
+def test_servers_that_do_not_answer_are_noted(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = list(check.check_reachable(needed()))
+    assert len(lines) == 7 and all(line.startswith("note: ") for line in lines)
+    assert lines[-1].startswith("note: evaluation.json: tasks.jsquad: stage 06 will read https://raw")
+    assert all(line.endswith("but the environment says offline") for line in lines)
+    assert list(check.check_reachable({})) == []
