@@ -15,6 +15,7 @@ from recipe.project import Refused
 from recipe.run import cards, plan, preflight
 from recipe.run.launch_options import Launch
 from recipe.run.memory import memory, shape_of
+from recipe.tokenization.train import expected_memory
 from shapes import SHIPPED, read
 
 ABOUT_TINY = 935.3 / 3600, 3_112_960, 4.2612  # hours, tokens, loss: README.md, 2 cores with 167 GFLOP/s
@@ -63,6 +64,26 @@ def test_our_own_recipes_follow_the_rules(recipe, layers, gpu, gibibytes, hours)
     peak = memory(shape, preflight.setting_of(values, machine.device, Launch()))["peak"]
     assert peak * plan.MEMORY_MARGIN < gibibytes * preflight.GIB * preflight.USABLE
     assert tokens < plan.EPOCHS * corpus.tokens and 5 < tokens / shape.parameters < 40
+
+
+def test_colab_t4_stays_within_the_limits_of_its_host():
+    """2 cores, 12 GB of memory, 78 GB of disk, fp16 only; a cut costs at most a twelfth of the training."""
+    config, machine = load_recipe("colab-t4"), plan.machine_of("t4", 1)
+    shape = shape_of(config["model"], preflight.vocabulary_of("colab-t4", config)[0])
+    disk = config["dataset"]["disk_gigabytes"] * 1e9
+    for file in ("pretrain", "finetune"):
+        values = config[file]
+        setting = preflight.setting_of(values, machine.device, Launch())
+        assert setting.precision == "fp16" and "bf16" not in values
+        assert "attn_implementation" not in values  # the hardware decides: test_hardware.py
+        assert memory(shape, setting)["peak"] * plan.MEMORY_MARGIN < machine.free
+        disk += preflight.training_disk(shape, setting, values, values.get("max_steps", 10_000))
+        assert values.get("dataloader_num_workers", 0) <= 2
+    assert disk < 0.5 * 78e9
+    assert config["pretrain"]["save_steps"] <= config["pretrain"]["max_steps"] / 12
+    assert expected_memory(config["tokenizer"]) < 2e9
+    assert sum(one["maximum_megabytes"] for one in config["dataset"]["sources"].values()) <= 1500
+    assert set(config["dataset"]["sources"]) == {"wikipedia"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.ja.md", "configs/small/README.md"])
