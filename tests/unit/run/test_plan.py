@@ -285,6 +285,19 @@ def test_the_table_says_where_the_speed_comes_from(tmp_path):
     assert len(lines) == 3 + len(plan.LAYERS) + 2
 
 
+def test_a_probe_on_this_machine_gives_the_speed(tmp_path, monkeypatch):
+    here = preflight.Device("NVIDIA L4", 22, 0.0, True)
+    monkeypatch.setattr(preflight, "this_machine", lambda launch: (here, 20.0 * preflight.GIB))
+    figures = {"hardware": "NVIDIA L4", "mfu": 0.5, "gemm_peak_flops": 1e14}
+    (tmp_path / "outputs/a").mkdir(parents=True)
+    project.write_json(tmp_path / "outputs/a/probe.json", {"figures": figures})
+    machine = plan.machine_of(None, 2)
+    assert (machine.rate, machine.origin) == (1e14, "measured, recipe a")
+    assert (machine.free, machine.launch.ranks) == (20.0 * preflight.GIB, 2)
+    (tmp_path / "outputs/a/probe.json").unlink()
+    assert plan.machine_of(None, 2).origin == "tabulated 121 TFLOP/s x 40%"
+
+
 def test_every_rule_gives_finite_values_over_the_whole_table():
     for hours, gpu in ((0.3, "cpu"), (3, "t4"), (1000, "h200")):
         for row in rows(hours, gpu):
