@@ -1,4 +1,4 @@
-"""What a GPU does with the model of mistral-300m: speed against the stock Trainer, waiting, attention.
+"""What a GPU does with mistral-300m and small: speed against the stock Trainer, waiting, attention, hours.
 
 All tokens are random, so that nothing must be downloaded. Each row is a process of its own. gpu.sh runs all
 sections. With `--tiny` each section is rehearsed with the smallest sizes, also on a CPU: such figures say
@@ -10,6 +10,8 @@ nothing about speed.
   after the model is built, with an empty cache of compiled code.
 - ``documents``: the same with blocks of 4,096 tokens.
 - ``attention``: ours, 8 layers, by each kernel that works here.
+- ``small``: the recipe `small` as it is shipped, for 200 steps: tokens/s, MFU, memory, and the hours that its
+  whole pretraining would take at that speed. On a card that needs more time than gpu.sh gives, run it alone.
 - ``idle``: the share of the time in which the GPU runs no kernel, over five steps of ours (torch.profiler).
 
 Run:  .venv/bin/python tests/bench/gpu.py [--tiny] SECTION...
@@ -47,6 +49,7 @@ VOCABULARY = 1000 if TINY else 32_000
 TOKENS = 1024 if TINY else 16 * 1024  # of a step
 BLOCK, LONG = (128, 512) if TINY else (1024, 4096)
 STEPS = 6 if TINY else 25
+STEPS_OF_RECIPE = 6 if TINY else 200
 PROFILED = range(2, 4) if TINY else range(10, 15)  # steps
 IDLE = "idle.json"
 STOCK = {"stock": False, "stock, compiled": True}
@@ -56,21 +59,7 @@ def ours(
     block: int, model: dict[str, Any] = MODEL, script: Path | None = None, **more: Any
 ) -> dict[str, Any]:
     """The probe's row of a training by run_clm.py, with the seconds of the first step."""
-    from preflight import inputs
-    from recipe.project import ROOT, read_json, read_json_lines
-    from recipe.run import probe
-    from recipe.run.launch_options import Launch
-
-    attempt = probe.attempt
-
-    def attempt_and_look(line: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        row = attempt(line, folder, environment, 240.0)
-        if row["outcome"] == "ok":
-            row["first"] = read_json_lines(folder / "metrics.jsonl")[0]["seconds"]
-            row |= read_json(folder / IDLE) if (folder / IDLE).exists() else {}
-        return row
-
-    micro, way = TOKENS // block, probe.Way(Launch(), 0, True)
+    micro = TOKENS // block
     values = {"block_size": block, "global_batch_size": micro, "per_device_train_batch_size": micro}
     config = {
         "dataset": {"sources": {}},
@@ -79,12 +68,38 @@ def ours(
         "pretrain": values | {"learning_rate": 1e-4} | more,
         "generation": {"prompts": []},
     }
-    probe.SHORT["max_steps"], probe.attempt = STEPS, attempt_and_look
+    return trained(config, STEPS, script)
+
+
+def trained(
+    config: dict[str, Any], steps: int, script: Path | None = None, limit: float = 240
+) -> dict[str, Any]:
+    """The probe's row of so many steps by run_clm.py, with the seconds of the first step.
+
+    config: a recipe. limit: seconds that it may take.
+    """
+    from preflight import inputs
+    from recipe.project import ROOT, read_json, read_json_lines
+    from recipe.run import probe
+    from recipe.run.launch_options import Launch
+
+    attempt, values, vocabulary = probe.attempt, config["pretrain"], config["tokenizer"]["vocab_size"]
+
+    def attempt_and_look(line: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+        row = attempt(line, folder, environment, limit)
+        if row["outcome"] == "ok":
+            row["first"] = read_json_lines(folder / "metrics.jsonl")[0]["seconds"]
+            row |= read_json(folder / IDLE) if (folder / IDLE).exists() else {}
+        return row
+
+    micro, way = values["per_device_train_batch_size"], probe.Way(Launch(), 0, True)
+    probe.ACCUMULATED = values["global_batch_size"] // micro
+    probe.SHORT["max_steps"], probe.attempt = steps, attempt_and_look
     with tempfile.TemporaryDirectory() as folder:
         probe.OUTPUTS = Path(folder)
         (probe.OUTPUTS / "bench").mkdir()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
-        plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), VOCABULARY)}
+        plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), vocabulary)}
         row = probe.measure(script or ROOT / "pretrain/run_clm.py", plan, way, micro)
     probe.attempt = attempt
     return row
@@ -165,6 +180,38 @@ def compare(block: int) -> None:
         print(
             f"| {name} | {speed:,.0f} | {ratio} | {mfu} | {first:.0f} s | {memory / 2**30:.1f} |", flush=True
         )
+
+
+def whole_recipe(name: str) -> None:
+    """A recipe with its own model, batch and accumulation, for `STEPS_OF_RECIPE` steps."""
+    from recipe.config.recipe import load_recipe
+    from recipe.run import preflight
+    from recipe.run.launch_options import Launch
+    from recipe.run.memory import memory
+
+    config = load_recipe(name)
+    values, model = config["pretrain"], config["model"]
+    if TINY:
+        config["tokenizer"]["vocab_size"] = VOCABULARY
+        model |= {key: SHALLOW[key] for key in model if key in SHALLOW and key != "model_type"}
+        model["head_dim"] = 16
+        values |= {"block_size": BLOCK, "global_batch_size": 8, "per_device_train_batch_size": 2}
+    planned = values["max_steps"] * values["global_batch_size"] * values["block_size"]
+    shape, setting, _ = preflight.on_this_machine(name, config, Launch())
+    computed = memory(shape, setting)["peak"] / 2**30
+    row = trained(config, STEPS_OF_RECIPE, limit=1800)
+    if row["outcome"] != "ok":
+        print(f"\n{name}: {row}")
+        return
+    active, speed = row["active"], row["tokens_per_second"]
+    layout = f"{active['micro_batch']} x {active['accumulation']} x {values['block_size']}"
+    print(f"\n{name}, {STEPS_OF_RECIPE} steps of {layout} tokens, {_name()}, {planned:,} tokens planned\n")
+    print("| parameters | tokens/s | MFU | first step | peak GiB | computed GiB | hours, extrapolated |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        f"| {active['parameters']:,} | {speed:,.0f} | {row['mfu']:.0%} | {row['first']:.0f} s | "
+        f"{row['peak_memory_bytes'] / 2**30:.2f} | {computed:.2f} | {planned / speed / 3600:.2f} |"
+    )
 
 
 def kernels() -> None:
@@ -263,6 +310,7 @@ def main() -> None:
         "documents": lambda: compare(LONG),
         "attention": kernels,
         "idle": idle,
+        "small": lambda: whole_recipe("small"),
     }
     for word in words:
         if word in sections:

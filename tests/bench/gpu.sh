@@ -35,13 +35,14 @@ job preflight 240 "$python" tests/bench/preflight.py ${tiny[@]+"6M one block"} &
 wait
 # These need the GPU for themselves.
 job training 150 "$python" tests/bench/gpu.py ${tiny[@]+"${tiny[@]}"} training
+job small 150 "$python" tests/bench/gpu.py ${tiny[@]+"${tiny[@]}"} small
 job idle 75 "$python" tests/bench/gpu.py ${tiny[@]+"${tiny[@]}"} idle
 job loss 30 "$python" tests/bench/loss.py ${tiny[@]+64 16 1000}
 # What is left of the ten minutes.
 job documents $((590 - SECONDS + started > 30 ? 590 - SECONDS + started : 30)) \
   "$python" tests/bench/gpu.py ${tiny[@]+"${tiny[@]}"} documents attention
-for name in preflight training idle loss documents; do
-  { echo; grep -hE '^\||^idle|tokens a step' "$folder/$name.log" || echo "$name: no table"; } >>"$folder/summary.md"
+for name in preflight training small idle loss documents; do
+  { echo; grep -hE '^\||^idle|^small|tokens a step' "$folder/$name.log" || echo "$name: no table"; } >>"$folder/summary.md"
 done
 for log in "$folder"/tests*.log; do tail -n 1 "$log"; done >>"$folder/summary.md"
 cat "$folder/summary.md"

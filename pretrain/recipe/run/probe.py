@@ -36,6 +36,9 @@ from recipe.run.stage import stage_arguments
 
 # Steps of one measurement. The first one compiles and is not measured.
 STEPS = 5
+# Micro-batches accumulated in a step, at most. Memory is highest in the second one, and more would only take
+# time.
+ACCUMULATED = 2
 # Seconds for one combination.
 LIMIT = 1800
 # Each micro-batch is at least so many times the one before; closer ones would tell little more.
@@ -280,13 +283,13 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 def measure(script: Path, plan: dict[str, Any], way: Way, micro: int) -> dict[str, Any]:
     """A row of the table: the plan's training with these settings, for `STEPS` steps.
 
-    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` gives them to a training. At most two
-    micro-batches are accumulated: memory is highest in the second one, and more would only take time. The
-    optimizer's share of a step is therefore somewhat larger than in the training.
+    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` gives them to a training. Because at
+    most `ACCUMULATED` micro-batches are accumulated, the optimizer's share of a step is somewhat larger than
+    in the training.
     """
     values, launch = plan["config"]["pretrain"], way.launch
     replicas = launch.ranks // launch.tensor_parallel
-    accumulation = min(2, values["global_batch_size"] // replicas // micro)
+    accumulation = min(ACCUMULATED, values["global_batch_size"] // replicas // micro)
     values = values | SHORT
     values |= way.values | {
         "per_device_train_batch_size": micro,
