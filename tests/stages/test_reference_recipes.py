@@ -352,7 +352,7 @@ def test_two_whole_layers_train_in_the_memory_announced(recipe, tmp_path, monkey
     values["initial_model"] = None
     vocabulary, _ = preflight.vocabulary_of(recipe, config)
     plan = {"recipe": recipe, "config": config, "inputs": random_inputs(tmp_path, vocabulary)}
-    row = probe.measure(ROOT / "pretrain/run_clm.py", plan, Launch(), False, False, 1)
+    row = probe.measure(ROOT / "pretrain/run_clm.py", plan, probe.Way(Launch(), 0, False), 1)
     assert row["outcome"] == "ok", row
     assert row["tokens"] == probe.STEPS * 2 * values["block_size"]
     values |= {"per_device_train_batch_size": 1, "global_batch_size": 2, "torch_compile": False}
