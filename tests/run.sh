@@ -22,8 +22,8 @@ case ${1:-} in
   lint) marker=none ;;
   slow | faults | gpu) marker=$1 ;;
   browser) marker=$1 extras+=(browser) ;;
-  extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf notebook japanese) ;;
-  all) marker="slow or not slow" extras+=(ray sudachi megatron gguf notebook japanese browser) ;;
+  extras) marker="extra and not slow and not browser" extras+=(ray sudachi megatron gguf notebook japanese torchao) ;;
+  all) marker="slow or not slow" extras+=(ray sudachi megatron gguf notebook japanese torchao browser) ;;
   *)
     marker="not slow and not faults and not gpu and not browser and not extra"
     # A process per core, each with one thread: most time goes into starting Python. Two processes with two

@@ -32,6 +32,8 @@ TOO_MANY_BYTES = 2**32
 CHUNK = 2**25
 # How the loss is computed, in the words of the check after the first step.
 WHOLE, CHUNKS, LIGER = "whole logits", "chunks", "Liger"
+# The least compute capability with fp8 units: Ada and Hopper.
+FP8_CAPABILITY = (8, 9)
 # The architectures whose loss Liger's kernels can replace; it does nothing with others.
 LIGER_MODELS = ("llama", "mistral", "qwen3")
 GPU_COLUMNS = "uuid,name,compute_cap,memory.total,memory.free"
@@ -44,8 +46,8 @@ class Hardware:
     device: ``cuda`` or ``cpu``. name: for people. capability: CUDA compute capability, (0, 0) on a CPU.
     torch: PyTorch's version. fast_bf16: whether it has bf16 units. flash_attention: the versions of
     FlashAttention that are installed and run on this device. compiler: whether there is a C++ compiler for
-    torch.compile. bitsandbytes, liger: whether that library is installed, for 8-bit optimizers, and for
-    Liger's kernels.
+    torch.compile. bitsandbytes, liger, torchao: whether that library is installed, for 8-bit optimizers, for
+    Liger's kernels, and for fp8.
     """
 
     device: str
@@ -57,6 +59,7 @@ class Hardware:
     compiler: bool
     bitsandbytes: bool = False
     liger: bool = False
+    torchao: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,15 @@ class AttentionNeeds:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a training uses: precision ``bf16``, ``fp16`` or ``fp32``, attention kernel, torch.compile."""
+    """What a training uses: precision ``bf16``, ``fp16`` or ``fp32``, attention kernel, torch.compile.
+
+    fp8: whether the layers multiply in fp8; the precision is bf16 then, of everything else.
+    """
 
     precision: str
     attention: str
     compile: bool
+    fp8: bool = False
 
 
 def detect() -> Hardware:
@@ -157,7 +164,7 @@ def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
     )
     # Ampere (8.0) is the first generation with bf16 units.
     ampere = capability >= (8, 0)
-    libraries = _is_installed("bitsandbytes"), _is_installed("liger_kernel")
+    libraries = [_is_installed(name) for name in ("bitsandbytes", "liger_kernel", "torchao")]
     return Hardware("cuda", name, capability, _torch_version(), ampere, flash, _compiler(), *libraries)
 
 
@@ -207,7 +214,11 @@ def choose(
             f"{where}: tf32: true, but it needs an NVIDIA GPU of capability 8.0 or more; this is "
             f"{hardware.name}. Leave the key out"
         )
-    return Choice(precision, attention, values.get("torch_compile", hardware.compiler))
+    choice = Choice(
+        precision, attention, values.get("torch_compile", hardware.compiler), bool(values.get("fp8"))
+    )
+    _check_fp8(hardware, choice, where)
+    return choice
 
 
 def choose_loss(device: str, logits: int, compiled: bool, tensor_parallel: int) -> str:
@@ -326,6 +337,21 @@ def _why_not_flash(hardware: Hardware, version: int, precision: str) -> str:
             f"{hardware.name}"
         )
     return "computes in bf16 or fp16 only, but fp32 is asked for" if precision == "fp32" else ""
+
+
+def _check_fp8(hardware: Hardware, choice: Choice, where: str) -> None:
+    """Raise Refused for ``fp8`` where the hardware or the other choices rule it out."""
+    reason = ""
+    if hardware.device != "cuda" or hardware.capability < FP8_CAPABILITY:
+        reason = f"it needs an NVIDIA GPU of capability 8.9 or more; this is {hardware.name}"
+    elif not hardware.torchao:
+        reason = "torchao is not installed (bash setup.sh --extra torchao)"
+    elif choice.precision != "bf16":
+        reason = f"everything but its products is computed in bf16, and {choice.precision} is asked for"
+    elif not choice.compile:
+        reason = "uncompiled it is slower than bf16, and there is no torch.compile (torch_compile, g++)"
+    if choice.fp8 and reason:
+        raise Refused(f"{where}: fp8: true, but {reason}. Leave the key out, and bf16 is used")
 
 
 def check_quantization(hardware: Hardware, values: dict[str, Any], where: str) -> None:

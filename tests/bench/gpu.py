@@ -10,6 +10,7 @@ nothing about speed.
   after the model is built, with an empty cache of compiled code.
 - ``documents``: the same with blocks of 4,096 tokens.
 - ``attention``: ours, 8 layers, by each kernel that works here.
+- ``fp8``: ours, 8 layers, in bf16 and with the layers in fp8, with the loss of the last step.
 - ``small``: the recipe `small` as it is shipped, for 200 steps: tokens/s, MFU, memory, and the hours that its
   whole pretraining would take at that speed. On a card that needs more time than gpu.sh gives, run it alone.
 - ``idle``: the share of the time in which the GPU runs no kernel, over five steps of ours (torch.profiler).
@@ -88,7 +89,8 @@ def trained(
     def attempt_and_look(line: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
         row = attempt(line, folder, environment, limit)
         if row["outcome"] == "ok":
-            row["first"] = read_json_lines(folder / "metrics.jsonl")[0]["seconds"]
+            logged = read_json_lines(folder / "metrics.jsonl")
+            row |= {"first": logged[0]["seconds"], "loss": [s["loss"] for s in logged if "loss" in s][-1]}
             row |= read_json(folder / IDLE) if (folder / IDLE).exists() else {}
         return row
 
@@ -231,6 +233,23 @@ def kernels() -> None:
         print(f"| {name} | {cells} |", flush=True)
 
 
+def in_fp8() -> None:
+    """Ours without and with fp8."""
+    print(f"\n{SHALLOW['num_hidden_layers']} layers, {TOKENS // BLOCK} x {BLOCK} tokens a step, {_name()}\n")
+    print("| products of the layers | tokens/s | last loss | peak GiB |\n|---|---:|---:|---:|")
+    for name in ("bf16", "fp8"):
+        try:
+            row = ours(BLOCK, SHALLOW, fp8=name == "fp8")
+        except Exception as error:  # refused: no fp8 units, or no torchao
+            row = {"outcome": "refused", "reason": str(error)}
+        if row["outcome"] == "ok":
+            memory = row["peak_memory_bytes"] / 2**30
+            cells = f"{row['tokens_per_second']:,.0f} | {row['loss']:.4f} | {memory:.1f}"
+        else:
+            cells = f"{row['outcome']}: {row.get('reason', '')[:100]} | |"
+        print(f"| {name} | {cells} |", flush=True)
+
+
 def idle() -> None:
     """The share of idle time of ours."""
     row = ours(BLOCK, script=Path(__file__))
@@ -309,6 +328,7 @@ def main() -> None:
         "training": lambda: compare(BLOCK),
         "documents": lambda: compare(LONG),
         "attention": kernels,
+        "fp8": in_fp8,
         "idle": idle,
         "small": lambda: whole_recipe("small"),
     }

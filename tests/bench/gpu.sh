@@ -28,7 +28,7 @@ job() {
 
 : >"$folder/summary.md"
 tests=("$python" -m pytest -q -rs -m gpu tests/stages/test_gpu.py)
-for group in "setting_is_active" "8_bit or qlora" "signal or chunks" "talking or probe"; do
+for group in "setting_is_active or fp8" "8_bit or qlora" "signal or chunks" "talking or probe"; do
   job "tests ${group%% *}" 240 "${tests[@]}" -k "$group" &
 done
 job preflight 240 "$python" tests/bench/preflight.py ${tiny[@]+"6M one block"} &
@@ -40,7 +40,7 @@ job idle 75 "$python" tests/bench/gpu.py ${tiny[@]+"${tiny[@]}"} idle
 job loss 30 "$python" tests/bench/loss.py ${tiny[@]+64 16 1000}
 # What is left of the ten minutes.
 job documents $((590 - SECONDS + started > 30 ? 590 - SECONDS + started : 30)) \
-  "$python" tests/bench/gpu.py ${tiny[@]+"${tiny[@]}"} documents attention
+  "$python" tests/bench/gpu.py ${tiny[@]+"${tiny[@]}"} documents fp8 attention
 for name in preflight training small idle loss documents; do
   { echo; grep -hE '^\||^idle|^small|tokens a step' "$folder/$name.log" || echo "$name: no table"; } >>"$folder/summary.md"
 done

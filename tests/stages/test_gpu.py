@@ -22,6 +22,10 @@ ampere = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
     reason="could not run: needs a GPU of compute capability 8.0 or more",
 )
+ada = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+    reason="could not run: needs a GPU of compute capability 8.9 or more",
+)
 flash = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="could not run: flash-attn is not installed"
 )
@@ -71,6 +75,17 @@ def test_setting_is_active_and_learns(prepared, options, expected):
     figures = train(prepared, name, *options)
     assert {key: figures["active"][key] for key in expected} == expected
     assert figures["eval_loss"] < 4  # ln(400) = 6.0 before training
+
+
+@ada
+@pytest.mark.extra("torchao")
+def test_fp8_is_active_and_its_loss_is_that_of_bf16(prepared):
+    """The bound is the one of tests/unit/model/test_fp8.py, where fp8 is emulated."""
+    compiled = ("--set", "pretrain.bf16=true", "--set", "pretrain.torch_compile=true")
+    bf16 = train(prepared, "without-fp8", *compiled)
+    fp8 = train(prepared, "with-fp8", *compiled, "--set", "pretrain.fp8=true")
+    assert bf16["active"]["fp8"] is None and fp8["active"]["fp8"] == 14
+    assert fp8["eval_loss"] - bf16["eval_loss"] < 0.01
 
 
 @bits

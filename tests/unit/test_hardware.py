@@ -28,6 +28,7 @@ A100 = Hardware("cuda", "A100", (8, 0), TORCH, True, (2,), True)
 A100_WITHOUT_FLASH = replace(A100, flash_attention=())
 A100_WITH_BITSANDBYTES = replace(A100, bitsandbytes=True)
 A100_WITH_LIGER = replace(A100, liger=True)
+ADA = replace(A100, name="RTX 4090", capability=(8, 9), torchao=True)
 T4 = Hardware("cuda", "T4", (7, 5), TORCH, False, (), True)
 ZEN4 = Hardware("cpu", "CPU", (0, 0), TORCH, True, (), True)
 OLD_CPU = Hardware("cpu", "CPU", (0, 0), TORCH, False, (), False)
@@ -44,6 +45,8 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), TORCH, False, (), False)
         (A100, {"bf16": False}, Choice("fp32", "sdpa", True)),
         (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "varlen", False)),
         (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
+        (ADA, {}, Choice("bf16", "varlen", True)),
+        (ADA, {"fp8": True}, Choice("bf16", "varlen", True, fp8=True)),
     ],
 )
 def test_choice(hardware, values, expected):
@@ -148,6 +151,12 @@ def test_installed_versions_of_flash_attention_count_where_they_run(monkeypatch)
         (replace(A100, torch=(2, 10)), {"attn_implementation": "varlen"}, "this is 2.10"),
         (ZEN4, {"attn_implementation": "flex_attention"}, "no gradient on a CPU"),
         (replace(A100, compiler=False), {"attn_implementation": "flex_attention"}, r"no g\+\+"),
+        (ZEN4, {"fp8": True}, "capability 8.9 or more; this is CPU"),
+        (replace(A100, torchao=True), {"fp8": True}, "capability 8.9 or more; this is A100"),
+        (replace(ADA, torchao=False), {"fp8": True}, "setup.sh --extra torchao"),
+        (ADA, {"fp8": True, "fp16": True}, "fp16 is asked for"),
+        (ADA, {"fp8": True, "torch_compile": False}, "no torch.compile"),
+        (replace(ADA, compiler=False), {"fp8": True}, "no torch.compile"),
     ],
 )
 def test_impossible_value_is_refused(hardware, values, words):

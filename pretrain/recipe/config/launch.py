@@ -13,6 +13,8 @@ from recipe.project import CONFIGS, Refused
 
 # Keys of zero_optimization that current versions of DeepSpeed no longer read, with their successors.
 REPLACED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+# Architectures whose products torchao cannot replace, and where their weights are instead.
+NO_FP8 = {"gpt2": "its matrices in Conv1D", "qwen3_moe": "its experts in tensors of three dimensions"}
 
 
 def check_deepspeed(name: str) -> Path:
@@ -195,6 +197,33 @@ def check_experts(
             "which its ranks share in two parts, and Muon needs it whole. Use --fsdp, or AdamW "
             "(muon_learning_rate: null)"
         )
+
+
+def check_fp8(
+    model: dict[str, Any], values: dict[str, Any], deepspeed: str | None, fsdp: bool, tensor_parallel: int
+) -> None:
+    """Raise Refused for ``fp8`` where the model or the launch rules it out.
+
+    model: the values of model.json. values: of pretrain.json. The other arguments: see `check_launch`.
+    """
+    if not values.get("fp8"):
+        return
+    kind = model.get("model_type", "")
+    model = DEFAULTS.get(kind, {}) | model
+    width, block = model.get("hidden_size", 0), values["block_size"]
+    reason = ""
+    if deepspeed or fsdp or tensor_parallel > 1:
+        option = "--deepspeed" if deepspeed else "--fsdp" if fsdp else "--tensor-parallel"
+        reason = f"it works in one process and under DDP, not with {option}. Leave the option or the key out"
+    elif kind in NO_FP8:
+        reason = f"torchao replaces torch.nn.Linear, and {kind} keeps {NO_FP8[kind]}. Leave the key out"
+    elif width % 16:
+        reason = f"model.json has hidden_size {width}, and fp8 needs a multiple of 16. Change one of the two"
+    elif block % 16:
+        # The micro-batches of all phases have as many positions as those of this size.
+        reason = f"block_size is {block}, and fp8 needs a multiple of 16. Change one of the two"
+    if reason:
+        raise Refused(f"pretrain.json: fp8: true, but {reason}")
 
 
 def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:

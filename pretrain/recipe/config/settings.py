@@ -41,6 +41,7 @@ class Settings:
     lora: train an adapter instead of all weights (see `recipe.model.adapters`).
     phases: mixtures, block sizes and rates that change on the way (see `recipe.config.phases`).
     initial_model, initial_revision: a published checkpoint to start from (see `recipe.config.initial_model`).
+    fp8: the layers multiply in fp8 (see `recipe.model.fp8`).
     """
 
     global_batch_size: int
@@ -59,3 +60,4 @@ class Settings:
     phases: Annotated[Any, list | None] = None
     initial_model: str | None = None
     initial_revision: str | None = None
+    fp8: bool = False

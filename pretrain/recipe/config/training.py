@@ -35,9 +35,9 @@ from recipe.hardware import FLASH_ATTENTION, AttentionNeeds
 from recipe.project import Refused
 
 # The keys of ours with their JSON types: those of every training file; in pretrain.json also the published
-# checkpoint to start from, and phases; in finetune.json and preference.json also an adapter.
+# checkpoint to start from, phases, and fp8; in finetune.json and preference.json also an adapter.
 SETTINGS = fields_of(Settings)
-PRETRAINING = {key: SETTINGS[key] for key in ("initial_model", "initial_revision", "phases")}
+PRETRAINING = {key: SETTINGS[key] for key in ("initial_model", "initial_revision", "phases", "fp8")}
 TUNING = {"lora": SETTINGS["lora"]}
 TRAINING = {key: types for key, types in SETTINGS.items() if key not in PRETRAINING | TUNING}
 # The keys of `lora`, by LoraConfig's names.

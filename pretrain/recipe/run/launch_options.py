@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.config.launch import check_experts, check_launch, check_tensor_parallel
+from recipe.config.launch import check_experts, check_fp8, check_launch, check_tensor_parallel
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
 from recipe.config.training import attention_needs, check_boards
@@ -97,6 +97,7 @@ class Launch:
         model = model_values(config)
         check_tensor_parallel(model, self.tensor_parallel)
         check_experts(model, config[file], self.ranks, self.fsdp, self.tensor_parallel)
+        check_fp8(model, config[file], self.deepspeed, self.fsdp, self.tensor_parallel)
         return path
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.initial_model import find_initial
-from recipe.config.launch import batch_layout, check_launch, check_tensor_parallel
+from recipe.config.launch import batch_layout, check_fp8, check_launch, check_tensor_parallel
 from recipe.config.model import model_values
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.training import attention_needs
@@ -156,6 +156,8 @@ def ways_to_train(
         others += [replace(launch, fsdp=True), replace(launch, tensor_parallel=2)]
         launches += [other for other in others if _can_train(values, model, other)]
     compiles = [False, True] if compiler and values.get("torch_compile") is not False else [False]
+    if values.get("fp8"):
+        compiles = [True]
     ways = [Way(*row) for row in itertools.product(launches, (0, 2, 1), compiles)]
     kernels = [] if values.get("attn_implementation", "auto") != "auto" else attention
     return ways + [Way(launch, 0, compiles[-1], kernel) for kernel in kernels]
@@ -167,6 +169,7 @@ def _can_train(values: dict[str, Any], model: dict[str, Any], launch: Launch) ->
         sharded = launch.deepspeed, launch.ranks, launch.fsdp, launch.tensor_parallel
         check_launch(values | micro, "pretrain", *sharded)
         check_tensor_parallel(model, launch.tensor_parallel)
+        check_fp8(model, values, launch.deepspeed, launch.fsdp, launch.tensor_parallel)
     except Refused:
         return False
     return True

@@ -20,6 +20,7 @@ from recipe.config.settings import Settings
 from recipe.hardware import Choice
 from recipe.model.build import active_parameter_count, parameter_count
 from recipe.model.chunked_loss import active_loss
+from recipe.model.fp8 import active_fp8
 from recipe.model.losses import router_loss_weight
 from recipe.model.sharding import sharded_over
 from recipe.project import Refused
@@ -31,14 +32,16 @@ from recipe.training.check_schedule import check_rates
 class Active:
     """What a training uses. None: not in use.
 
-    loss: see `recipe.hardware.choose_loss`. compiled: by torch.compile. fused: whether the optimizer is one
-    kernel. offloaded: whether it runs on the CPU. scheduler: name and class. router_aux_loss: its
-    coefficient. neftune: its noise alpha. parallel: see `active_parallelism`. micro_batch, global_batch:
-    sequences. active_parameters: those that a token uses, with experts. boards: where figures go.
+    fp8: the number of matrices that are multiplied in fp8. loss: see `recipe.hardware.choose_loss`.
+    compiled: by torch.compile. fused: whether the optimizer is one kernel. offloaded: whether it runs on the
+    CPU. scheduler: name and class. router_aux_loss: its coefficient. neftune: its noise alpha. parallel: see
+    `active_parallelism`. micro_batch, global_batch: sequences. active_parameters: those that a token uses,
+    with experts. boards: where figures go.
     """
 
     device: str
     precision: str
+    fp8: int | None
     attention: str
     loss: str
     compiled: bool
@@ -70,7 +73,7 @@ class Asked:
     """What the recipe and the launcher ask of a training, apart from the TrainingArguments.
 
     loss: in the words of `recipe.hardware.choose_loss`. parallel: in those of `active_parallelism`.
-    router_aux_loss: the coefficient, of a mixture of experts.
+    router_aux_loss: the coefficient, of a mixture of experts. fp8: the number of matrices that fit.
     """
 
     settings: Settings
@@ -80,12 +83,14 @@ class Asked:
     parallel: str
     ranks: int
     router_aux_loss: float | None = None
+    fp8: int | None = None
 
     def expected(self, active: Active, args: TrainingArguments) -> Active:
         """What should be active. Fields that the settings leave open are taken from `active`."""
         expected = replace(
             active,
             precision=self.choice.precision,
+            fp8=self.fp8,
             attention=self.choice.attention,
             loss=self.loss,
             compiled=self.choice.compile,
@@ -210,6 +215,7 @@ def read_active(trainer: Trainer) -> Active:
     return Active(
         device=str(trainer.args.device),
         precision={"no": "fp32"}.get(precision, precision),
+        fp8=active_fp8(model) or None,
         attention=model.config._attn_implementation,
         loss=active_loss(model),
         compiled=counters["stats"]["unique_graphs"] > 0,

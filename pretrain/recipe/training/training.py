@@ -55,6 +55,7 @@ from recipe.hardware import (
 )
 from recipe.model.build import flops_per_token
 from recipe.model.chunked_loss import return_loss_in_chunks
+from recipe.model.fp8 import use_fp8
 from recipe.model.losses import return_loss_only, router_loss_weight
 from recipe.model.save import complete_configs
 from recipe.model.sharding import shard
@@ -317,7 +318,8 @@ def train_model(
     # trl's trainer for preferences has no auxiliary loss.
     balancing = router_loss_weight(model.config) if trainer_class is RecipeTrainer else 0.0
     load = ExpertLoad(run.folder) if balancing else None
-    check, guard = ActiveCheck(_asked(run, loss, balancing), tokens_per_step), Guard(run.folder, rule)
+    fp8 = use_fp8(model) if run.choice.fp8 else None
+    check, guard = ActiveCheck(_asked(run, loss, balancing, fp8), tokens_per_step), Guard(run.folder, rule)
     life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
@@ -377,9 +379,10 @@ def _loss_of(run: Run, model: PreTrainedModel) -> str:
     return choose_loss(run.hardware.device, logits, run.choice.compile, run.tensor_parallel)
 
 
-def _asked(run: Run, loss: str, router_aux_loss: float) -> Asked:
+def _asked(run: Run, loss: str, router_aux_loss: float, fp8: int | None) -> Asked:
     return Asked(
         router_aux_loss=router_aux_loss or None,
+        fp8=fp8,
         settings=run.settings,
         choice=run.choice,
         loss=loss,

@@ -91,3 +91,25 @@ def test_what_the_hardware_lacks_is_refused_before_torch_is_imported():
         )
         assert result.returncode == 2 and result.stdout == "False\n", result.stderr
         assert result.stderr.startswith(f"error: pretrain.json: {key}: ") and words in result.stderr
+
+
+MISTRAL = {"model_type": "mistral", "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "launched", "reason"),
+    [
+        (MISTRAL, 64, ("zero2", False, 1), "not with --deepspeed"),
+        (MISTRAL, 64, (None, True, 1), "not with --fsdp"),
+        (MISTRAL, 64, (None, False, 2), "not with --tensor-parallel"),
+        ({"model_type": "gpt2"}, 64, (None, False, 1), "gpt2 keeps its matrices in Conv1D"),
+        ({"model_type": "qwen3_moe"}, 64, (None, False, 1), "qwen3_moe keeps its experts"),
+        (MISTRAL | {"hidden_size": 72}, 64, (None, False, 1), "hidden_size 72, .*multiple of 16"),
+        (MISTRAL, 72, (None, False, 1), "block_size is 72, .*multiple of 16"),
+    ],
+)
+def test_fp8_is_refused_where_it_cannot_work(model, block, launched, reason):
+    with pytest.raises(Refused, match=f"pretrain.json: fp8: true, but .*{reason}"):
+        launch.check_fp8(model, {"fp8": True, "block_size": block}, *launched)
+    launch.check_fp8(model, {"block_size": block}, *launched)
+    launch.check_fp8(MISTRAL, {"fp8": True, "block_size": 64}, None, False, 1)

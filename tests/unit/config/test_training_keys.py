@@ -22,7 +22,7 @@ def test_json_types_are_those_of_the_dataclass():
     types = training.TRAINING
     assert types["block_size"] == "int" and types["sample_steps"] == "int|list|null"
     assert types["muon_learning_rate"] == "float|null" and training.TUNING == {"lora": "dict|null"}
-    assert set(training.PRETRAINING) == {"initial_model", "initial_revision", "phases"}
+    assert set(training.PRETRAINING) == {"initial_model", "initial_revision", "phases", "fp8"}
     everywhere = training.TRAINING | training.PRETRAINING | training.TUNING
     assert list(everywhere.values()).count("any") == 0
     assert set(everywhere) == {field.name for field in dataclasses.fields(Settings)}
