@@ -95,14 +95,13 @@ def trained(
         return row
 
     micro, way = values["per_device_train_batch_size"], probe.Way(Launch(), 0, True)
-    probe.ACCUMULATED = values["global_batch_size"] // micro
     probe.SHORT["max_steps"], probe.attempt = steps, attempt_and_look
     with tempfile.TemporaryDirectory() as folder:
         probe.OUTPUTS = Path(folder)
         (probe.OUTPUTS / "bench").mkdir()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), vocabulary)}
-        row = probe.measure(script or ROOT / "pretrain/run_clm.py", plan, way, micro)
+        row = probe.measure(script or ROOT / "pretrain/run_clm.py", plan, way, micro, whole_batch=True)
     probe.attempt = attempt
     return row
 

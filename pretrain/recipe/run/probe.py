@@ -36,9 +36,6 @@ from recipe.run.stage import stage_arguments
 
 # Steps of one measurement. The first one compiles and is not measured.
 STEPS = 5
-# Micro-batches accumulated in a step, at most. Memory is highest in the second one, and more would only take
-# time.
-ACCUMULATED = 2
 # Seconds for one combination.
 LIMIT = 1800
 # Each micro-batch is at least so many times the one before; closer ones would tell little more.
@@ -256,48 +253,50 @@ def sharding_of(row: dict[str, Any]) -> str:
     return row["launch"] or ("DDP" if row["ranks"] > 1 else "one rank")
 
 
-def comparison(rows: list[dict[str, Any]]) -> str:
-    """The fastest row of each sharding as a Markdown table, with its speed relative to one rank.
-
-    Empty unless several shardings were measured.
-    """
-    best: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: row.get("tokens_per_second", 0)):
+def finalists(rows: list[tuple[Way, dict[str, Any]]]) -> list[tuple[Way, int]]:
+    """The way and micro-batch of the fastest row of each sharding; empty unless several were measured."""
+    best: dict[tuple[int, str], tuple[Way, int]] = {}
+    for way, row in sorted(rows, key=lambda measured: measured[1].get("tokens_per_second", 0)):
         if row["outcome"] == "ok":
-            best[row["ranks"], row["launch"]] = row
-    if len(best) < 2:
-        return ""
-    alone = best.get((1, ""))
-    lines = ["| sharding | ranks | tokens/s | speed-up | peak GiB of a rank |", "|---|---:|---:|---:|---:|"]
-    for (ranks, _), row in best.items():
-        speed = row["tokens_per_second"]
-        speed_up = f"{speed / alone['tokens_per_second']:.2f}" if alone else ""
-        cells = [
-            sharding_of(row),
-            str(ranks),
-            f"{speed:,.0f}",
-            speed_up,
-            f"{row['peak_memory_bytes'] / 2**30:.2f}",
-        ]
+            best[row["ranks"], row["launch"]] = way, row["micro_batch"]
+    return list(best.values()) if len(best) > 1 else []
+
+
+def comparison(rows: list[dict[str, Any]], global_batch: int) -> str:
+    """Rows of one global batch as a Markdown table, with their speed relative to one rank."""
+    alone = next((row for row in rows if row["ranks"] == 1 and row["outcome"] == "ok"), None)
+    lines = [
+        f"With the global batch of the training, {global_batch} sequences a step:\n",
+        "| sharding | ranks | micro-batch | tokens/s | speed-up | peak GiB of a rank |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [row["outcome"], "", ""]
+        if row["outcome"] == "ok":
+            speed = row["tokens_per_second"]
+            speed_up = f"{speed / alone['tokens_per_second']:.2f}" if alone else ""
+            cells = [f"{speed:,.0f}", speed_up, f"{row['peak_memory_bytes'] / 2**30:.2f}"]
+        cells = [sharding_of(row), str(row["ranks"]), str(row["micro_batch"]), *cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def measure(script: Path, plan: dict[str, Any], way: Way, micro: int) -> dict[str, Any]:
+def measure(
+    script: Path, plan: dict[str, Any], way: Way, micro: int, whole_batch: bool = False
+) -> dict[str, Any]:
     """A row of the table: the plan's training with these settings, for `STEPS` steps.
 
-    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` gives them to a training. Because at
-    most `ACCUMULATED` micro-batches are accumulated, the optimizer's share of a step is somewhat larger than
-    in the training.
+    plan: ``recipe``, ``config`` and ``inputs``, as `recipe.run.launch` gives them to a training. At most two
+    micro-batches are accumulated: memory is highest in the second one, and more would only take time. The
+    optimizer's share of a step is therefore somewhat larger than in the training. whole_batch: accumulate
+    the training's own global batch instead, so that rows can be compared.
     """
     values, launch = plan["config"]["pretrain"], way.launch
     replicas = launch.ranks // launch.tensor_parallel
-    accumulation = min(ACCUMULATED, values["global_batch_size"] // replicas // micro)
-    values = values | SHORT
-    values |= way.values | {
-        "per_device_train_batch_size": micro,
-        "global_batch_size": micro * replicas * accumulation,
-    }
+    accumulation = min(2, values["global_batch_size"] // replicas // micro)
+    values = values | SHORT | way.values | {"per_device_train_batch_size": micro}
+    if not whole_batch:
+        values["global_batch_size"] = micro * replicas * accumulation
     own = plan["config"]["pretrain"]
     changed = {key: value for key, value in way.values.items() if value is not None or key in own}
     row = {"micro_batch": micro, "values": changed, "launch": launch_words(launch)}
@@ -322,7 +321,7 @@ def measure(script: Path, plan: dict[str, Any], way: Way, micro: int) -> dict[st
     return row
 
 
-def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str, Any]]:
+def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[tuple[Way, dict[str, Any]]]:
     """Measure all ways to train, printing each row as soon as it is measured."""
     values, model = plan["config"]["pretrain"], model_values(plan["config"])
     replicas = launch.ranks // launch.tensor_parallel
@@ -336,11 +335,11 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[dict[str,
         )
     here, needs = glance(), attention_needs(plan["config"], "pretrain")
     kernels = usable_attention(here, needs, choose(here, values, needs=needs))
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Way, dict[str, Any]]] = []
     micros = micro_batches(own * accumulation, own)
     for way in ways_to_train(values, model, launch, kernels, here.compiler):
         for row in climb(micros, lambda micro, way=way: measure(script, plan, way, micro)):
-            rows.append(row)
+            rows.append((way, row))
             print(table([row]).splitlines()[-1], flush=True)
     return rows
 
@@ -361,9 +360,16 @@ def main(script: Path) -> None:
     if find_initial(config["pretrain"]):
         # Check again: the checkpoint's config.json has been fetched since.
         check_recipe(config, f"configs/{recipe}")
-    rows = search(script, {"recipe": recipe, "config": config, "inputs": inputs}, launch)
-    shown = "\n\n".join(part for part in (table(rows), comparison(rows)) if part)
-    measured = [row for row in rows if row["outcome"] == "ok"]
+    plan = {"recipe": recipe, "config": config, "inputs": inputs}
+    tried = search(script, plan, launch)
+    rows = [row for _, row in tried]
+    shown = table(rows)
+    compared = [measure(script, plan, way, micro, whole_batch=True) for way, micro in finalists(tried)]
+    if compared:
+        shown += "\n\n" + comparison(compared, config["pretrain"]["global_batch_size"])
+    # Where every comparison fails, the rows of the search still tell something.
+    measured = [row for row in compared if row["outcome"] == "ok"]
+    measured = measured or [row for row in rows if row["outcome"] == "ok"]
     if not measured:
         raise RecipeError(f"every setting failed:\n{shown}\nTry what `05_pretrain.sh --dry-run` suggests")
     fastest = max(measured, key=lambda row: row["tokens_per_second"])

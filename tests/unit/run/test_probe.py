@@ -1,6 +1,7 @@
 """The search by measuring: real trainings of a mini model, and runs that end in every possible way."""
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import MINI
 from recipe.project import ROOT
 from recipe.run import preflight, probe
 from recipe.run.launch_options import Launch, add_options, launch_of
@@ -20,6 +22,7 @@ from recipe.run.probe import (
     attempt,
     climb,
     comparison,
+    finalists,
     launch_words,
     measure,
     micro_batches,
@@ -224,27 +227,45 @@ def test_table_and_options():
 
 
 def test_shardings_are_compared_by_their_fastest_rows():
-    def row(launch, speed, gib, compiled=True, outcome="ok"):
+    def row(launch, micro, speed, gib, outcome="ok"):
+        way = Way(launch, 0, True)
         figures = {"outcome": outcome, "tokens_per_second": speed, "peak_memory_bytes": gib * 2**30}
-        return row_of(Way(launch, 0, compiled), **figures)
+        return way, row_of(way, **figures) | {"micro_batch": micro}
 
-    two = Launch(processes=2)
-    rows = [
-        row(Launch(), 100.0, 4),
-        row(Launch(), 80.0, 5, False),
-        row(two, 190.0, 4),
-        row(two, 170.0, 5, False),
+    one, two = Launch(), Launch(processes=2)
+    shards, zero = Launch(processes=2, fsdp=True), Launch(processes=2, deepspeed="zero2")
+    rows = [row(one, 8, 100.0, 4), row(one, 4, 80.0, 5)]
+    assert finalists(rows) == []
+    rows += [row(two, 8, 190.0, 4), row(two, 4, 170.0, 5), row(shards, 2, 150.0, 2)]
+    rows += [row(zero, 8, 9, 9, "killed")]
+    assert [(way.launch, micro) for way, micro in finalists(rows)] == [(one, 8), (shards, 2), (two, 8)]
+    shown = comparison([rows[0][1], rows[4][1], rows[2][1], rows[5][1]], 64)
+    assert "64 sequences a step" in shown
+    assert shown.splitlines()[4:] == [
+        "| one rank | 1 | 8 | 100 | 1.00 | 4.00 |",
+        "| --fsdp | 2 | 2 | 150 | 1.50 | 2.00 |",
+        "| DDP | 2 | 8 | 190 | 1.90 | 4.00 |",
+        "| --deepspeed zero2 | 2 | 8 | killed |  |  |",
     ]
-    assert comparison(rows[:2]) == ""
-    rows += [
-        row(Launch(processes=2, fsdp=True), 150.0, 2),
-        row(Launch(processes=2, deepspeed="zero2"), 9, 9, True, "killed"),
-    ]
-    assert comparison(rows).splitlines()[2:] == [
-        "| one rank | 1 | 100 | 1.00 | 4.00 |",
-        "| --fsdp | 2 | 150 | 1.50 | 2.00 |",
-        "| DDP | 2 | 190 | 1.90 | 4.00 |",
-    ]
+
+
+def test_compared_rows_have_the_global_batch_of_the_training(monkeypatch):
+    """By the plans that the ranks get: two micro-batches in the search, all of them in the comparison."""
+    plans = []
+    monkeypatch.setattr(probe, "write_json", lambda path, plan: plans.append(plan["config"]["pretrain"]))
+    monkeypatch.setattr(probe, "attempt", lambda *_: {"outcome": "failed"})
+    monkeypatch.setattr(probe.tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext("none"))
+    plan = {
+        "recipe": "x",
+        "inputs": {},
+        "config": MINI | {"pretrain": MINI["pretrain"] | {"report_to": None}},
+    }
+    plan["config"]["pretrain"]["global_batch_size"] = 32
+    for launch, micro in ((Launch(), 4), (Launch(processes=2), 2)):
+        for whole in (False, True):
+            measure(SCRIPT, plan, Way(launch, 0, False), micro, whole)
+    batches = [(values["per_device_train_batch_size"], values["global_batch_size"]) for values in plans]
+    assert batches == [(4, 8), (4, 32), (2, 8), (2, 32)]
 
 
 def test_launch_words_are_the_options_of_the_launch():
