@@ -90,11 +90,25 @@ class Choice:
 
 
 def detect() -> Hardware:
-    """The hardware that PyTorch finds in this process."""
+    """The hardware that PyTorch finds in this process.
+
+    Raises Refused where there is a GPU that PyTorch cannot use: the training would be on the CPU.
+    """
     import torch
 
     if torch.cuda.is_available():
         return _gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    if seen := gpus():
+        try:
+            torch.cuda.init()
+            reason = "torch.cuda.is_available() is false"
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+        raise Refused(
+            f"nvidia-smi lists {seen[0].name}, but PyTorch {torch.__version__} cannot use it: {reason}. "
+            "Install a build of torch for the CUDA version of the driver (nvidia-smi shows it), or train on "
+            "the CPU: export CUDA_VISIBLE_DEVICES="
+        )
     return _cpu()
 
 

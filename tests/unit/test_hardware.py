@@ -1,5 +1,6 @@
 """The choice of precision, attention and compilation for given hardware."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -201,6 +202,24 @@ def test_visible_gpus(environment, expected):
 
 def test_a_glance_finds_what_torch_finds():
     assert glance() == detect()
+
+
+def test_a_gpu_that_torch_cannot_use_is_one_line(tmp_path, monkeypatch):
+    """Such as a CPU build of torch, or one for a newer driver."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text(f"#!/bin/sh\ncat <<END\n{LISTING}END\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for error in (RuntimeError("The driver is too old\nmore"), AssertionError("no CUDA")):
+        monkeypatch.setattr("torch.cuda.init", lambda error=error: (_ for _ in ()).throw(error))
+        first = str(error).splitlines()[0]
+        with pytest.raises(Refused, match=f"lists NVIDIA A100.*cannot use it: {first}. Install") as caught:
+            detect()
+        assert "\n" not in str(caught.value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert detect().device == "cpu"
 
 
 def test_host_memory_is_what_the_machine_has(monkeypatch, tmp_path):
