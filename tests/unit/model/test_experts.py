@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import EXPERTS, SHAPE
+from recipe.model import experts as module
 from recipe.model.build import build_model
-from recipe.model.experts import balance
+from recipe.model.experts import MULTIPLE, balance, even_groups
 from recipe.model.losses import return_loss_only
 from recipe.tokenization.packing import IGNORED
 from torch._dynamo.utils import counters
@@ -43,6 +44,40 @@ def test_experts_compute_in_the_type_of_autocast(model):
         results[name] = exact, (half.float() - exact).abs().max() / exact.abs().max()
     torch.testing.assert_close(results["grouped_mm"][0], results["eager"][0])
     assert 1e-4 < results["grouped_mm"][1] < 2 * results["eager"][1]
+
+
+def chosen_experts(tokens, used):
+    """Two different experts for each token, of the first `used`."""
+    first = torch.randint(used, (tokens, 1))
+    return torch.cat([first, (first + 1 + torch.randint(used - 1, (tokens, 1))) % used], dim=1)
+
+
+def test_in_a_large_batch_every_expert_gets_a_multiple_of_tokens():
+    torch.manual_seed(0)
+    hidden, index, weights = torch.randn(1100, 32), chosen_experts(1100, 3), torch.rand(1100, 2)
+    more, added, shares = even_groups(hidden, index, weights, 4)
+    before, after = (torch.bincount(i.flatten(), minlength=4)[:4] for i in (index, added))
+    assert (before % MULTIPLE).any() and not (after % MULTIPLE).any()
+    assert (after - before < MULTIPLE).all() and after[3] == 0
+    assert torch.equal(more[:1100], hidden) and not more[1100:].any() and not shares[1100:].any()
+    assert even_groups(hidden[:900], index[:900], weights[:900], 4)[0].shape == (900, 32)
+
+
+def test_what_is_added_changes_neither_outputs_nor_gradients(model, monkeypatch):
+    experts = model.model.layers[0].mlp.experts
+    torch.manual_seed(0)
+    index = chosen_experts(1100, 4)
+    given = [torch.randn(1100, 32, requires_grad=True), torch.rand(1100, 2, requires_grad=True)]
+    results = []
+    for function in (even_groups, lambda hidden, index, weights, count: (hidden, index, weights)):
+        monkeypatch.setattr(module, "even_groups", function)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = experts(given[0], index, given[1])
+        loss = (output.float() * torch.linspace(-1, 1, 32)).sum()
+        results.append([output, *torch.autograd.grad(loss, [*given, *experts.parameters()])])
+    for one, other in zip(*results, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01 * other.abs().max().item())
 
 
 def test_balance_by_hand():
