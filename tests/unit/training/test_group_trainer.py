@@ -1,5 +1,6 @@
 """Training by rewards: what is logged of the groups, and rewards that teach nothing."""
 
+import itertools
 import os
 import platform
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from recipe.config import rewards
 from recipe.model.build import build_model
 from recipe.project import RecipeError
 from recipe.training import training
+from recipe.training.callbacks import Meter
 from recipe.training.group_trainer import EQUAL_GROUPS, GroupTrainer
 from recipe.training.preference_trainer import in_order
 from tiny_training import GPT2, rows_of
@@ -55,7 +57,7 @@ def learn(corpus, tmp_path, monkeypatch, train):
             in_order(rows, 0, 1),
             in_order(rows[:3], 0, 1),
             trainer_class=GroupTrainer,
-            tokens_per_step=8 * (3 + 8),
+            tokens_per_step=1000,  # more than a step has, so that what is measured differs from it
             processing_class=tokenizer,
             rewards=chosen,
         )
@@ -100,6 +102,20 @@ def test_what_is_logged_of_the_groups(learn, monkeypatch):
 def given_value(position):
     """The values of the three validation questions follow the 24 of the training."""
     return [0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0][(24 + position) % 8]
+
+
+def test_the_speed_counts_the_tokens_that_were_read_and_written(learn, monkeypatch):
+    counted = []
+    complete = Meter.complete
+
+    def noted(self, logs, *rest):
+        if "loss" in logs:
+            counted.append(self.tokens_per_step)
+        complete(self, logs, *rest)
+
+    monkeypatch.setattr(Meter, "complete", noted)
+    tokens = [row["tokens"] for row in learn({"japanese": {}})[1] if "loss" in row]
+    assert counted == [after - before for before, after in itertools.pairwise([0, *tokens])]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
