@@ -73,6 +73,7 @@ def grpo(config, **values):
         ({"rewards": {"length": {"max": 20}}}, ["rewards.length: max", "unknown key"]),
         ({"rewards": {"format": {}}}, ["rewards.format.pattern: missing"]),
         ({"rewards": {"format": {"pattern": "("}}}, ["rewards.format: pattern", "regular expression"]),
+        ({"rewards": {"format": {"pattern": ""}}}, ["rewards.format: pattern", "not empty"]),
         ({"rewards": {"length": {"weight": 0}}}, ["rewards.length: weight: 0", "above 0"]),
         ({"rewards": {"length": {"minimum": 9, "maximum": 3}}}, ["minimum 9 is above maximum 3"]),
         ({"num_generations": 1}, ["num_generations: 1", "2 or more", "no other to compare"]),
