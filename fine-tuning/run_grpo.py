@@ -13,6 +13,7 @@ MEASURED = 256  # questions of the validation side, at most: the model writes an
 
 def main(plan: dict[str, Any]) -> None:
     """Encode the questions, let the model answer, train by the rewards, save; rank 0 writes result.json."""
+    from datasets import Dataset
     from recipe.config.instruction import NUM_GENERATIONS
     from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import preferences_table
@@ -22,7 +23,6 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.training.callbacks import METRICS
     from recipe.training.curves import write_curves
     from recipe.training.group_trainer import GroupTrainer
-    from recipe.training.preference_trainer import in_order
     from transformers import AutoTokenizer
     from trl import GRPOConfig
 
@@ -30,7 +30,7 @@ def main(plan: dict[str, Any]) -> None:
     group, longest = preference.get("num_generations", NUM_GENERATIONS), preference["max_completion_length"]
     own = {"method", "pairs", "valid_share", "rewards"}
     values = {key: value for key, value in preference.items() if key not in own}
-    # The lengths of batches differ, so nothing is compiled. `in_order` shuffles.
+    # The lengths of batches differ, so nothing is compiled. `encode_questions` shuffles.
     fixed = {"num_generations": group, "shuffle_dataset": False, "torch_compile": False, "spikes": None}
     fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
     # `GroupTrainer.evaluate` needs no whole groups.
@@ -42,38 +42,41 @@ def main(plan: dict[str, Any]) -> None:
     check_template(tokenizer)
     sides, funnel = load_questions(preference, plan["config"]["dataset"])
     room = settings.block_size - longest
-    rows, left_out = {}, {}
-    for side, questions in sides.items():
-        rows[side] = encode_questions(
-            questions, lambda messages: encode_conversation(tokenizer, messages)[0], room
+    questions_per_step = settings.global_batch_size // group
+
+    def encoded(side: str, seed: int, **ends: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        rows, left_out = encode_questions(
+            sides[side], lambda messages: encode_conversation(tokenizer, messages)[0], room, seed, **ends
         )
-        left_out[side] = {"question too long": len(questions) - len(rows[side])}
-        if not rows[side]:
+        if not rows:
             raise RecipeError(
-                f"preference.json: none of {len(questions)} questions on the {side} side fits into {room} "
+                f"preference.json: none of {len(sides[side])} questions on the {side} side fits into {room} "
                 f"tokens (block_size {settings.block_size} without max_completion_length {longest}). Raise "
                 "block_size, or lower max_completion_length"
             )
-    questions_per_step = settings.global_batch_size // group
-    arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), questions_per_step)
+        return rows, left_out
+
+    if arguments.max_steps <= 0:
+        fitting, _ = encoded("train", arguments.seed, epochs=1)
+        arguments.max_steps, _ = total_steps(arguments, len(fitting), questions_per_step)
     check_steps(run, preference, "preference.json")
-    valid = in_order(rows["valid"], 0, 1)
-    valid = valid.select(range(min(MEASURED, len(valid))))
-    left_out["valid"]["not measured"] = len(rows["valid"]) - len(valid)
+    left_out = {}
+    rows, left_out["train"] = encoded("train", arguments.seed, count=arguments.max_steps * questions_per_step)
+    valid, left_out["valid"] = encoded("valid", 0, count=MEASURED, epochs=1)
     model = load_model(base, run.choice.attention)
     if run.is_main:
         print(
-            f"{len(rows['train']):,} questions, {questions_per_step} x {group} answers a step, "
+            f"{len(sides['train']):,} questions, {questions_per_step} x {group} answers a step, "
             f"{arguments.max_steps:,} steps; {funnel}; left out: {left_out}",
             flush=True,
         )
-    mean = sum(len(row["prompt"]) for row in rows["train"]) / len(rows["train"])
+    mean = sum(len(row["prompt"]) for row in rows) / len(rows)
     figures = train_model(
         run,
         model,
         tokenizer,
-        in_order(rows["train"], arguments.seed, epochs),
-        valid,
+        Dataset.from_list(rows),
+        Dataset.from_list(valid),
         trainer_class=GroupTrainer,
         # The most that a step can have: the lengths of the answers are known only when they are written.
         tokens_per_step=round(settings.global_batch_size * (mean + longest)),

@@ -6,6 +6,7 @@ trained: it is what the reward ``answer`` expects.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.splitting import text_hash
 from recipe.project import DATA, RecipeError
+from recipe.tokenization.packing import permuted
 
 
 class Question(NamedTuple):
@@ -75,11 +77,32 @@ def load_questions(
 
 
 def encode_questions(
-    questions: list[Question], encode: Callable[[list[Message]], list[int]], longest: int
-) -> list[dict[str, Any]]:
-    """Rows for `GroupTrainer`: ``prompt`` (ids by the chat template) and ``answer`` (the expected text).
+    questions: list[Question],
+    encode: Callable[[list[Message]], list[int]],
+    longest: int,
+    seed: int,
+    count: int | None = None,
+    epochs: int | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Rows for `GroupTrainer` in the order of training, and the counts of the questions that are left out.
 
-    Questions longer than `longest` tokens, which leave no room for an answer, are left out.
+    A row has ``prompt`` (ids by the chat template) and ``answer`` (the expected text). Each epoch is another
+    permutation, a function of (seed, epoch) only. It ends after `count` rows or `epochs`, whichever is first,
+    and encodes no other questions: 100,000 of them take a minute and 1 GB. Questions longer than `longest`
+    tokens, which leave no room for an answer, are left out.
     """
-    rows = [{"prompt": encode(question.messages), "answer": question.expected} for question in questions]
-    return [row for row in rows if len(row["prompt"]) <= longest]
+    rows: list[dict[str, Any]] = []
+    known: dict[int, list[int]] = {}
+    for epoch in itertools.count() if epochs is None else range(epochs):
+        for index in range(len(questions)):
+            number = permuted(index, len(questions), seed * 1_000_003 + epoch + 1)
+            if len(rows) == count:
+                break
+            if number not in known:
+                known[number] = encode(questions[number].messages)
+            if len(known[number]) <= longest:
+                rows.append({"prompt": known[number], "answer": questions[number].expected})
+        if not rows or len(rows) == count:
+            break
+    too_long = sum(len(ids) > longest for ids in known.values())
+    return rows, {"question too long": too_long, "not asked": len(questions) - len(known)}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from recipe.conversations import questions
+from recipe.conversations.instructions import Pair
 from recipe.conversations.questions import Question, encode_questions, load_questions
 from recipe.project import RecipeError
 
@@ -61,7 +62,48 @@ def test_packaged_text_that_was_deleted_is_named(tmp_path, monkeypatch):
         load_questions(values, {})
 
 
+def test_packaged_questions_are_normalised_as_the_pretraining_text(tmp_path, monkeypatch):
+    (tmp_path / "tatoeba").mkdir()
+    (tmp_path / "tatoeba/SENTENCES").touch()
+    monkeypatch.setattr(questions, "DATA", tmp_path)
+
+    def read_pairs(name, spec, normalize, *_):
+        return [Pair(f"{i}?", normalize("山 は"), "", name, str(i)) for i in range(20)]
+
+    monkeypatch.setattr(questions, "read_pairs", read_pairs)
+    sides, _ = load(tmp_path, FILL, pairs={"translation": {"source": "tatoeba"}})
+    asked = [question.messages[0]["content"] for question in sides["train"] + sides["valid"]]
+    assert len(asked) == 20 and all("山は" in text for text in asked)
+
+
+def encode(messages):
+    return list(range(len(messages[0]["content"])))
+
+
 def test_questions_that_leave_no_room_are_left_out():
     asked = [Question([user("あ" * size)], "い") for size in (3, 4, 5)]
-    rows = encode_questions(asked, lambda messages: list(range(len(messages[0]["content"]))), 4)
-    assert rows == [{"prompt": [0, 1, 2], "answer": "い"}, {"prompt": [0, 1, 2, 3], "answer": "い"}]
+    rows, left_out = encode_questions(asked, encode, 4, 0, epochs=1)
+    short = [{"prompt": [0, 1, 2], "answer": "い"}, {"prompt": [0, 1, 2, 3], "answer": "い"}]
+    assert sorted(rows, key=lambda row: len(row["prompt"])) == short
+    assert left_out == {"question too long": 1, "not asked": 0}
+    # A training whose questions are all too long ends, too.
+    assert encode_questions(asked, encode, 2, 0, count=9)[0] == []
+
+
+def test_the_order_is_that_of_seed_and_epoch_and_no_more_questions_are_encoded_than_are_asked():
+    asked = [Question([user("あ" * size)], str(size)) for size in range(1, 9)]
+    seen = []
+
+    def noted(messages):
+        seen.append(len(messages[0]["content"]))
+        return encode(messages)
+
+    rows, left_out = encode_questions(asked, noted, 6, 1, count=3)
+    assert len(rows) == 3 and len(seen) == len(set(seen)) < 8
+    assert left_out == {"question too long": len(seen) - 3, "not asked": 8 - len(seen)}
+    longer, _ = encode_questions(asked, encode, 6, 1, count=18)
+    assert longer[:3] == rows  # a training that is made longer goes on with the questions that follow
+    epochs = [[row["answer"] for row in longer[start : start + 6]] for start in (0, 6, 12)]
+    assert [sorted(epoch) for epoch in epochs] == [["1", "2", "3", "4", "5", "6"]] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert encode_questions(asked, encode, 6, 2, count=18)[0] != longer
