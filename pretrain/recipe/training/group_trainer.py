@@ -18,6 +18,7 @@ from trl import GRPOTrainer
 from recipe.config.rewards import Attempt, score, weights
 from recipe.project import RecipeError
 from recipe.training.callbacks import gather
+from recipe.training.preference_trainer import score_answers_only
 from recipe.training.trainer import RecipeTrainer
 
 EQUAL_GROUPS = 200  # groups one after the other without any difference, after which a training stops or warns
@@ -33,6 +34,7 @@ class GroupTrainer(RecipeTrainer, GRPOTrainer):
 
     def __init__(self, *positional: Any, rewards: dict[str, Any], **keywords: Any) -> None:
         """rewards: the value of `rewards` in preference.json."""
+        score_answers_only()
         self.rewards, self.equal_groups, self.ever_different = rewards, 0, False
         self.logged_at = (0, 0)  # tokens and step of the last log
         keywords["args"].reward_weights = weights(rewards)
