@@ -8,8 +8,8 @@
 #   faults     hundreds of kills, damages and signals, with a table of what they did: about half an hour
 #   gpu        tests that need a GPU; without one, each says why it could not run
 #   browser    the chat page in headless Chromium (chromium on PATH); installs playwright
-#   extras     tests of Ray, Sudachi, Megatron-LM, GGUF, a notebook and xlsum; installs these extras of pyproject.toml.
-#              Also of transformers 4, which goes into a folder of its own
+#   extras     tests of Ray, Sudachi, Megatron-LM, GGUF, fp8, a notebook and xlsum; installs these extras of
+#              pyproject.toml. Also of transformers 4, which goes into a folder of its own
 #   all        everything; installs all these
 #
 # RECIPE_PYTHON=python3 uses that Python as it is, see setup.sh: nothing is installed, missing packages are named.

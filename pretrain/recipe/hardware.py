@@ -412,7 +412,7 @@ def check_liger(
     if hardware.device != "cuda":
         reason = f"its kernels are for GPUs; this is {hardware.name}"
     elif not hardware.liger:
-        reason = "liger-kernel is not installed (.venv/bin/pip install liger-kernel)"
+        reason = "liger-kernel is not installed (bash setup.sh --extra liger)"
     elif model_type is not None and model_type not in LIGER_MODELS:
         reason = f"it has no kernels for {model_type}, only for {', '.join(LIGER_MODELS)}"
     elif sharded:
