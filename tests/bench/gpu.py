@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -259,21 +258,12 @@ def idle() -> None:
     print(f"\nidle over {steps} steps, {_name()}: {row['idle']:.1%} of {row['ms']:.0f} ms")
 
 
-def idle_share(intervals: Iterable[tuple[float, float]], begin: float, end: float) -> float:
-    """The share of the time from `begin` to `end` that no interval (from, to) covers."""
-    covered, last = 0.0, begin
-    for start, stop in sorted(intervals):
-        start, stop = max(start, last), min(stop, end)
-        covered += max(0.0, stop - start)
-        last = max(last, stop)
-    return 1 - covered / (end - begin)
-
-
 def profiled_training() -> None:
     """What `idle` starts in place of run_clm.py: the same training, some steps of it under the profiler."""
     import run_clm
     import torch
     from recipe.training import training
+    from recipe.training.communication import covered
     from torch.profiler import DeviceType, ProfilerActivity
     from transformers import TrainerCallback
 
@@ -297,7 +287,7 @@ def profiled_training() -> None:
                 events = [event for event in self.profiler.events() if event.device_type == wanted]
                 spans = [(event.time_range.start, event.time_range.end) for event in events]
                 begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
-                figures = {"idle": idle_share(spans, begin, end), "ms": (end - begin) / 1000}
+                figures = {"idle": 1 - covered(spans) / (end - begin), "ms": (end - begin) / 1000}
                 (folder / IDLE).write_text(json.dumps(figures))
 
     training._callbacks = lambda *rest: [*stock_callbacks(*rest), Profile()]

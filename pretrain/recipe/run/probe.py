@@ -263,19 +263,23 @@ def finalists(rows: list[tuple[Way, dict[str, Any]]]) -> list[tuple[Way, int]]:
 
 
 def comparison(rows: list[dict[str, Any]], global_batch: int) -> str:
-    """Rows of one global batch as a Markdown table, with their speed relative to one rank."""
+    """Rows of one global batch as a Markdown table, with their speed relative to one rank.
+
+    communication: see `recipe.training.communication`, of rank 0 in the last step.
+    """
     alone = next((row for row in rows if row["ranks"] == 1 and row["outcome"] == "ok"), None)
     lines = [
         f"With the global batch of the training, {global_batch} sequences a step:\n",
-        "| sharding | ranks | micro-batch | tokens/s | speed-up | peak GiB of a rank |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| sharding | ranks | micro-batch | tokens/s | speed-up | communication | peak GiB of a rank |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        cells = [row["outcome"], "", ""]
+        cells = [row["outcome"], "", "", ""]
         if row["outcome"] == "ok":
             speed = row["tokens_per_second"]
             speed_up = f"{speed / alone['tokens_per_second']:.2f}" if alone else ""
-            cells = [f"{speed:,.0f}", speed_up, f"{row['peak_memory_bytes'] / 2**30:.2f}"]
+            share = f"{row['communication']:.0%}" if "communication" in row else ""
+            cells = [f"{speed:,.0f}", speed_up, share, f"{row['peak_memory_bytes'] / 2**30:.2f}"]
         cells = [sharding_of(row), str(row["ranks"]), str(row["micro_batch"]), *cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -74,6 +74,7 @@ from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
+from recipe.training.communication import CommunicationShare
 from recipe.training.expert_load import ExpertLoad
 from recipe.training.extended import read_extended, schedule_begin
 from recipe.training.phase_change import PhaseChange
@@ -321,6 +322,7 @@ def train_model(
     fp8 = use_fp8(model) if run.choice.fp8 else None
     check, guard = ActiveCheck(_asked(run, loss, balancing, fp8), tokens_per_step), Guard(run.folder, rule)
     life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
+    communication = CommunicationShare() if run.probe and run.ranks > 1 else None
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
         if loss != LIGER:  # the Trainer itself puts its kernels into the model
@@ -336,7 +338,7 @@ def train_model(
         train_dataset=samples,
         eval_dataset=valid,
         callbacks=[
-            *([load] if load else []),
+            *(callback for callback in (load, communication) if callback),
             *_callbacks(run, guard, check, sampling, meter, tokens_per_step, phases, life),
         ],
         **trainer_keywords,
@@ -349,6 +351,8 @@ def train_model(
     trainer.schedule_begin = schedule_begin(run.folder)
     trainer.rate = lambda step: skipped.rate(step) * (phase_at(phases, step).rate if phases else 1.0)
     _train_to_the_end(run, trainer, life)
+    measured = {"communication": communication.share} if communication else {}
+    measured |= _speed(run.folder, flops / meter.peak) if run.is_main else {}
     eval_loss = None
     if not run.probe:
         eval_loss = _final_eval_loss(trainer)
@@ -364,7 +368,7 @@ def train_model(
         "peak_memory_bytes": peak_memory(run.hardware.device),
         "skipped_steps": sorted(guard.skipped),
         "extended": read_extended(run.folder),
-    } | (_speed(run.folder, flops / meter.peak) if run.is_main else {})
+    } | measured
 
 
 def _loss_of(run: Run, model: PreTrainedModel) -> str:

@@ -230,6 +230,7 @@ def test_shardings_are_compared_by_their_fastest_rows():
     def row(launch, micro, speed, gib, outcome="ok"):
         way = Way(launch, 0, True)
         figures = {"outcome": outcome, "tokens_per_second": speed, "peak_memory_bytes": gib * 2**30}
+        figures |= {"communication": 0.25} if launch.ranks > 1 else {}
         return way, row_of(way, **figures) | {"micro_batch": micro}
 
     one, two = Launch(), Launch(processes=2)
@@ -242,10 +243,10 @@ def test_shardings_are_compared_by_their_fastest_rows():
     shown = comparison([rows[0][1], rows[4][1], rows[2][1], rows[5][1]], 64)
     assert "64 sequences a step" in shown
     assert shown.splitlines()[4:] == [
-        "| one rank | 1 | 8 | 100 | 1.00 | 4.00 |",
-        "| --fsdp | 2 | 2 | 150 | 1.50 | 2.00 |",
-        "| DDP | 2 | 8 | 190 | 1.90 | 4.00 |",
-        "| --deepspeed zero2 | 2 | 8 | killed |  |  |",
+        "| one rank | 1 | 8 | 100 | 1.00 |  | 4.00 |",
+        "| --fsdp | 2 | 2 | 150 | 1.50 | 25% | 2.00 |",
+        "| DDP | 2 | 8 | 190 | 1.90 | 25% | 4.00 |",
+        "| --deepspeed zero2 | 2 | 8 | killed |  |  |  |",
     ]
 
 
@@ -348,6 +349,13 @@ def test_a_row_is_a_training_with_these_settings(measured, monkeypatch):
     assert [folder.parent for folder in folders] == [measured.folder / "outputs/mini"]
     assert not folders[0].exists()
     assert row["tokens_per_second"] > 0 and 2**27 < row["peak_memory_bytes"] < 2**32
+
+
+def test_a_row_of_two_ranks_has_the_share_of_their_communication(measured):
+    plan = plan_of(measured, global_batch_size=8)
+    row = measure(SCRIPT, plan, Way(Launch(processes=2), 0, False), 2, whole_batch=True)
+    assert row["outcome"] == "ok" and row["active"]["global_batch"] == 8
+    assert 0 < row["communication"] < 1
 
 
 def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
