@@ -5,7 +5,7 @@ layer is dense, or becomes experts of half its width of which a token uses 2. So
 in both, but for the routers. Both train by stage 05, with the rates of tiny, on the same tokens in the same
 batches, one after the other.
 
-Run (about 3 minutes for each row on one core, nothing else running), after `bash run_all.sh --to 04`:
+Run (about 5 minutes for each row on one core, nothing else running), after `bash run_all.sh --to 04`:
     .venv/bin/python tests/bench/experts.py [--experts 0 8] [--steps 150]
 """
 
@@ -60,8 +60,10 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {experts: train(experts, arguments.steps) for experts in arguments.experts}
     first = results[arguments.experts[0]][0]["tokens_per_second"]
-    print("| experts | parameters | active | tokens/s | ratio | valid loss | bits/byte | busiest | idlest |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| experts | parameters | active | tokens/s | ratio | valid loss | bits/byte | busiest | idlest | memory |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for experts, (figures, last) in results.items():
         active, speed = figures["active"], figures["tokens_per_second"]
         used = active["active_parameters"] or active["parameters"]
@@ -74,6 +76,7 @@ def main() -> None:
         ]
         cells += [f"{figures['eval_loss']:.4f}", f"{last['eval_bits_per_byte']:.4f}"]
         cells += [f"{last[key]:.2f}" if experts else "" for key in ("expert_load_max", "expert_load_min")]
+        cells.append(f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB")
         print("| " + " | ".join(cells) + " |")
 
 
