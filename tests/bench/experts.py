@@ -60,9 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {experts: train(experts, arguments.steps) for experts in arguments.experts}
     first = results[arguments.experts[0]][0]["tokens_per_second"]
-    print(
-        "| experts | parameters | active | tokens/s | ratio | valid loss | bits/byte | busiest | idlest | memory |"
-    )
+    print("| experts | parameters | active | tokens/s | ratio | loss | bits/byte | busiest | idlest | GiB |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for experts, (figures, last) in results.items():
         active, speed = figures["active"], figures["tokens_per_second"]
@@ -76,7 +74,7 @@ def main() -> None:
         ]
         cells += [f"{figures['eval_loss']:.4f}", f"{last['eval_bits_per_byte']:.4f}"]
         cells += [f"{last[key]:.2f}" if experts else "" for key in ("expert_load_max", "expert_load_min")]
-        cells.append(f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB")
+        cells.append(f"{figures['peak_memory_bytes'] / 2**30:.2f}")
         print("| " + " | ".join(cells) + " |")
 
 
