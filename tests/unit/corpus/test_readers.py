@@ -137,7 +137,7 @@ FAULTS_IN_TEXT = [
     ("a.txt", "一".encode("utf-16"), "a.txt:1", "bad UTF-8", "\ufffd\ufffd\x00N", "iconv"),
     ("a.txt", b"", "a.txt", "empty file", "", "no document in it"),
     ("a.txt", b"\n \n\xe3\x80\x80\n", "a.txt", "empty file", "", "no document in it"),
-    ("a.txt.gz", gzip.compress(b""), "a.txt.gz", "empty file", "", "no document in it"),
+    ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz", "empty file", "", "no document in it"),
     ("a.jsonl", b"", "a.jsonl", "empty file", "", "no document in it"),
     ("a.jsonl", b'{"text": \n', "a.jsonl:1", "bad JSON", '{"text": ', "line 1 column"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl:1", "bad JSON", "[" * 100_000, "recursion"),
