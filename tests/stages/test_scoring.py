@@ -32,7 +32,10 @@ def cache_belebele(folder):
 
 @pytest.fixture(scope="module")
 def asked(project):
-    """The recipe `asked`: mini with JNLI and JSQuAD from files in their own form, and a cached Belebele."""
+    """The recipe `asked`: mini with JNLI and JSQuAD from files in their own form, and a cached Belebele.
+
+    Its environment is offline; the other tests of the shared project get theirs back.
+    """
     shutil.copytree(project.folder / "configs/mini", project.folder / "configs/asked")
     rows = [
         {"sentence1": f"{i}回見ました。", "sentence2": f"{i}回です。", "label": label}
@@ -49,12 +52,17 @@ def asked(project):
         (project.folder / f"jnli/{side}-v1.3.json").write_text(text, "utf-8")
         (project.folder / f"jsquad/{side}-v1.3.json").write_text(json.dumps(squad), "utf-8")
     cache_belebele(project.folder)
-    project.environment |= {"HF_DATASETS_CACHE": str(project.folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    before = project.environment
+    project.environment = before | {
+        "HF_DATASETS_CACHE": str(project.folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
     tasks = {"jnli": {"path": "jnli"}, "jsquad": {"path": "jsquad"}, "belebele_jpn_Jpan": {}}
     suite = {"suite": "japanese", "skip_unavailable": True}
     project.edit("asked", "evaluation", tasks=tasks, items_per_task=9, **suite)
     project.run("run_all.sh", "--recipe", "asked", "--to", "14", timeout=600)
-    return project
+    yield project
+    project.environment = before
 
 
 def test_tasks_are_scored_beside_guessing(asked):

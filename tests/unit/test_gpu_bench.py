@@ -20,7 +20,7 @@ def test_small_is_measured_at_full_size_and_its_hours_are_extrapolated(monkeypat
     gpu.whole_recipe("small")
     assert asked == [(load_recipe("small"), 200)]
     # 18,000 x 64 x 1,024 tokens at 100,000 a second.
-    row = r"\| 109,531,392 \| 100,000 \| 40% \| 30 s \| 7\.00 \| \d\.\d\d \| 3\.28 \|"
+    row = r"\| 109,531,392 \| 100,000 \| 40% \| 30 s \| 7\.00 \| \d\.\d\d \| 2\.73 \|"
     assert re.search(row, capsys.readouterr().out)
 
 

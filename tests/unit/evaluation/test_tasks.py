@@ -182,6 +182,7 @@ def test_offline_tasks_run_without_the_network(packaged, trained, tmp_path, offl
     assert set(found) == set(TASKS)
     for figures in found.values():
         assert figures["items"] == 8 and figures["random"] == 0.25
+        assert figures["metric"] == "acc_mutual_info" and 0 <= figures["acc_norm"] <= 1
         assert 0 <= figures["low"] <= figures["score"] <= figures["high"] <= 1
         assert figures["majority"] >= 0.25
 

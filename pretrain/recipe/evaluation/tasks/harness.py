@@ -36,6 +36,7 @@ Sample = dict[str, Any]  # what the harness logs of an item
 Figures = dict[str, Any]  # what `scores` gives of a task
 
 SEED = 1234  # of the harness's choice of shots
+MUTUAL_INFORMATION = "acc_mutual_info"  # the harness gives it last; where a task has it, it comes first here
 Z = 1.959964  # the normal distribution has 95 % between -Z and Z
 BOOTSTRAP = 100  # resamples for the standard error of metrics that are not means
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would start a process per core for them
@@ -240,11 +241,11 @@ def scores(samples: list[Sample], values: dict[str, Any] | None = None) -> Figur
     nothing to choose from. The other metrics follow under their own names.
     """
     rows = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-    first = rows[0]["metrics"][0]
     if values is None:
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]["metrics"]}
         values = {f"{name},none": mean for name, mean in means.items()}
     (metric, score, error), *others = _metrics(values)
+    first = metric.split(",")[0]
     parts = [row[first] for row in rows if first in row]
     share = all(isinstance(part, int | float) and 0 <= part <= 1 for part in parts)
     share = share and math.isclose(sum(parts) / len(parts), score, abs_tol=1e-9)
@@ -252,7 +253,7 @@ def scores(samples: list[Sample], values: dict[str, Any] | None = None) -> Figur
     figures = {"metric": metric, "items": len(rows), "score": score}
     figures |= (bounds or _interval(score, error)) | {"share": share, "majority": None, "random": None}
     # For mutual information, the harness also asks for each choice without the question.
-    asked_twice = "acc_mutual_info" in rows[0]["metrics"]
+    asked_twice = MUTUAL_INFORMATION in rows[0]["metrics"]
     choices = [len(row["arguments"]) // (2 if asked_twice else 1) for row in rows]
     if max(choices) > 1:
         most = Counter(str(row["target"]) for row in rows).most_common(1)[0][1]
@@ -263,7 +264,8 @@ def scores(samples: list[Sample], values: dict[str, Any] | None = None) -> Figur
 def _metrics(values: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     """The metrics of the harness's results, each with its standard error, or None where it has none.
 
-    Their keys are ``metric,filter``; the filter is left out where there is only one.
+    Mutual information is the first one. Their keys are ``metric,filter``; the filter is left out where there
+    is only one.
     """
     keys = [key.split(",", 1) for key in values if "," in key and "_stderr," not in key]
     one = len({name for _, name in keys}) == 1
@@ -272,7 +274,7 @@ def _metrics(values: dict[str, Any]) -> list[tuple[str, float, float | None]]:
         error = values.get(f"{metric}_stderr,{name}")
         number = float(error) if isinstance(error, int | float) else None
         found.append((metric if one else f"{metric},{name}", float(values[f"{metric},{name}"]), number))
-    return found
+    return sorted(found, key=lambda row: not row[0].startswith(MUTUAL_INFORMATION))
 
 
 def _interval(score: float, error: float | None) -> dict[str, float | None]:
