@@ -2,7 +2,7 @@
 # Set up if needed, then check the style of shell and Python and run the tests.
 #
 # Usage: bash tests/run.sh [lint|slow|faults|gpu|browser|extras|all] [PYTEST OPTION]...
-#   (nothing)  style and the default tests: under 15 minutes on 2 cores
+#   (nothing)  style and the default tests: 20 minutes on 2 busy cores
 #   lint       style only: shellcheck, ruff
 #   slow       tests of more than a minute: launchers on 2 ranks, DeepSpeed, kill and resume
 #   faults     hundreds of kills, damages and signals, with a table of what they did: about half an hour
