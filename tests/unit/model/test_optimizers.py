@@ -57,40 +57,67 @@ def steps(model, optimizer, numbers):
         model.zero_grad()
 
 
-class Apart:
-    """Muon and AdamW of PyTorch, as an earlier release used and saved them."""
-
-    def __init__(self, model):
-        matrices, others = ([p for p in group["params"]] for group in optimizer_of(model).param_groups)
-        muon = torch.optim.Muon(matrices, 0.02, 0.1, 0.95, adjust_lr_fn="match_rms_adamw")
-        self.parts = [muon, torch.optim.AdamW(others, 0.003, (0.9, 0.95), 1e-8, 0.0, fused=True)]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
+def in_parts(optimizer):
+    """The state as an earlier release saved it: Muon's and AdamW's apart, each numbered from 0."""
+    whole, parts = optimizer.state_dict(), []
+    for groups in (whole["param_groups"][:1], whole["param_groups"][1:]):
+        numbers = [number for group in groups for number in group["params"]]
+        own = {number: index for index, number in enumerate(numbers)}
+        renumbered = [group | {"params": [own[n] for n in group["params"]]} for group in groups]
+        state = {own[n]: state for n, state in whole["state"].items() if n in own}
+        parts.append({"state": state, "param_groups": renumbered})
+    return {"parts": parts}
 
 
 def same_weights(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_steps_are_those_of_pytorchs_optimizers():
+def test_adamws_steps_are_those_of_pytorch():
     ours, theirs = tiny_qwen3(), tiny_qwen3()
-    steps(ours, optimizer_of(ours), range(3))
-    steps(theirs, Apart(theirs), range(3))
-    assert same_weights(ours, theirs)
+    mine = optimizer_of(ours)
+    others = [p for group in optimizer_of(theirs).param_groups[1:] for p in group["params"]]
+    torchs = torch.optim.AdamW(others, 0.003, (0.9, 0.95), 1e-8, 0.0, fused=True)
+    steps(ours, mine, range(1))
+    steps(theirs, torchs, range(1))
+    updated = [p for group in mine.param_groups[1:] for p in group["params"]]
+    assert all(torch.equal(a, b) for a, b in zip(updated, others, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
+def test_muons_steps_are_those_of_pytorch_with_rows_of_equal_length(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    moved = []
+    for build in (
+        lambda model: MuonAdamW(model, 0.02, 0.003, (0.9, 0.95), 1e-8, 0.1),
+        lambda model: torch.optim.Muon([model.inner], 0.02, 0.1, 0.95, adjust_lr_fn="match_rms_adamw"),
+    ):
+        model = torch.nn.LayerNorm(2)  # AdamW must have something, too
+        model.inner = torch.nn.Parameter(start.clone())
+        optimizer = build(model)
+        gradients = torch.Generator().manual_seed(1)
+        before = start
+        for _ in range(3):
+            model.inner.grad = torch.randn(shape, generator=gradients)
+            before = model.inner.detach().clone()
+            optimizer.step()
+        moved.append(model.inner.detach() - before * (1 - 0.02 * 0.1))
+    ours, theirs = moved
+    assert ours.square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=2e-3)
+    lengths = [update.norm(dim=1, keepdim=True) for update in moved]
+    assert lengths[0].max() / lengths[0].min() < 1.01 < 1.05 < lengths[1].max() / lengths[1].min()
+    # bfloat16 has 8 bits.
+    torch.testing.assert_close(ours / lengths[0], theirs / lengths[1], rtol=0, atol=2**-8)
 
 
 def test_a_checkpoint_of_an_earlier_release_continues_identically():
     straight, first = tiny_qwen3(), tiny_qwen3()
     steps(straight, optimizer_of(straight), range(6))
-    before = Apart(first)
+    before = optimizer_of(first)
     steps(first, before, range(3))
     after = optimizer_of(first)
-    after.load_state_dict(before.state_dict())
+    after.load_state_dict(in_parts(before))
     steps(first, after, range(3, 6))
     assert same_weights(straight, first)
 
@@ -121,7 +148,8 @@ def test_a_batch_of_matrices_is_orthogonalised_as_each_alone(shape):
     alone = torch.stack([orthogonalise(matrix) for matrix in batch])
     # bfloat16 has 8 bits, and products of batches are summed in another order.
     torch.testing.assert_close(orthogonalise(batch), alone, rtol=0, atol=2**-6)
-    assert torch.linalg.svdvals(alone.float()).max() < 1.3
+    # Rows of equal length move the singular values a little.
+    assert torch.linalg.svdvals(alone.float()).max() < 1.5
 
 
 def test_resumed_optimizer_steps_identically():

@@ -1,0 +1,337 @@
+"""The ledger: what each choice of a recipe is worth in equal time, at three sizes.
+
+Every row is the recipe tiny with one choice changed. All rows train on the same text with one thread each,
+and are measured on the whole validation side, in bits per byte. Equal time: a row makes as many steps as fit
+into the time of ``--steps`` steps of tiny. For that its steps and those of tiny are timed in turn in one
+process (the median of seven ratios), so that a busy machine slows both. Compiling is not counted.
+
+The model, the packed blocks, the optimizers and the formula of the schedule are the project's own; the loop
+is a plain one, because some rows change what no recipe can ask for (`EXPERIMENTS`). Results are appended to
+a file, and a row that is there is not run again.
+
+Run, after `bash run_all.sh --to 04` (at 3m about 4 minutes for each row and seed on one core, with other
+vocabularies a minute more; two processes with other choices may share two cores):
+    .venv/bin/python tests/bench/ledger.py --size 3m --seeds 1 2 3 [--core 0] [--choices NAME ...]
+    .venv/bin/python tests/bench/ledger.py --table
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "pretrain"))
+TINY = {name: json.loads((ROOT / f"configs/tiny/{name}.json").read_text()) for name in ("model", "pretrain")}
+RESULTS = ROOT / "outputs/ledger.jsonl"
+# Parameters with a vocabulary of 8,000: 3.3, 8.4 and 19.9 million. For each, the layers and the width.
+SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
+MODEL_KEYS = ("tie_word_embeddings", "initializer_range", "num_hidden_layers", "hidden_act")
+ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
+# A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or what no recipe can:
+# even_rows: of Muon's updates (`recipe.model.muon`). momentum: of Muon. embedding_rate: of the embeddings,
+# apart from the output's. zero_projections: the last matrix of attention and feed-forward starts at zero.
+# average: decay of an average of the weights, which is measured in their place. short_first: the share of
+# the steps that read blocks of a quarter of the length.
+CHOICES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "rows of Muon's updates not evened": {"even_rows": False},
+    "the same, its rate x 1.5": {"even_rows": False, "muon_learning_rate": 1.5},
+    "Muon's rate x 0.67": {"muon_learning_rate": 0.67},
+    "Muon's rate x 1.5": {"muon_learning_rate": 1.5},
+    "Muon's momentum 0.9": {"momentum": 0.9},
+    "AdamW's rate x 0.5": {"learning_rate": 0.5},
+    "AdamW's rate x 2": {"learning_rate": 2.0},
+    "AdamW for all, 3e-3": ADAMW,
+    "AdamW for all, 6e-4, eps 1e-4, cosine (published rates)": ADAMW
+    | {"learning_rate": 6e-4, "adam_epsilon": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05},
+    "cosine": {"lr_scheduler_type": "cosine"},
+    "constant, then a decay in the last 40 %": {"lr_scheduler_type": "wsd"},
+    "batch of 2,048 tokens": {"global_batch_size": 8},
+    "batch of 8,192 tokens": {"global_batch_size": 32},
+    "blocks of 64 tokens in the first 30 %": {"short_first": 0.3},
+    "blocks of 512 tokens": {"block_size": 512, "global_batch_size": 8},
+    "vocabulary of 4,000": {"vocab_size": 4000},
+    "vocabulary of 16,000": {"vocab_size": 16000},
+    "output not tied to the embeddings": {"tie_word_embeddings": False},
+    "the same, embeddings at 0.1": {"tie_word_embeddings": False, "embedding_rate": 0.1},
+    "initial weights 0.01": {"initializer_range": 0.01},
+    "initial weights 0.04": {"initializer_range": 0.04},
+    "layers start as the identity": {"zero_projections": True},
+    "z-loss 1e-4": {"z_loss": 1e-4},
+    "no weight decay": {"weight_decay": 0.0},
+    "averaged weights, 0.99": {"average": 0.99},
+}
+
+
+def shape(size: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The model.json of a size with the changes of a choice."""
+    layers, width = SIZES[size]
+    heads = width // 64
+    values = TINY["model"] | {"num_hidden_layers": layers, "hidden_size": width, "head_dim": 64}
+    values |= {"intermediate_size": 3 * width, "num_attention_heads": heads}
+    values |= {"num_key_value_heads": heads // 2 if heads % 2 == 0 else 1}
+    return values | {key: changes[key] for key in MODEL_KEYS if key in changes}
+
+
+def rates(changes: dict[str, Any]) -> dict[str, Any]:
+    """The pretrain.json of a choice; a rate of 0.5 or more is a factor of that of tiny."""
+    values = TINY["pretrain"] | {key: value for key, value in changes.items() if key not in MODEL_KEYS}
+    for key in ("learning_rate", "muon_learning_rate"):
+        if key in changes and changes[key] is not None and changes[key] >= 0.5:
+            values[key] = changes[key] * TINY["pretrain"][key]
+    return values
+
+
+@cache
+def tokens_of(vocabulary: int | None) -> Path:
+    """The outputs of tiny, or of a copy of it with another vocabulary, which stages 01 to 04 make."""
+    if vocabulary is None:
+        return ROOT / "outputs/tiny"
+    folder = ROOT / f"configs/bench-vocabulary-{vocabulary}"
+    shutil.copytree(ROOT / "configs/tiny", folder, dirs_exist_ok=True)
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text()) | {"vocab_size": vocabulary}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2))
+        command = ["bash", "run_all.sh", "--recipe", folder.name, "--to", "04"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    finally:
+        shutil.rmtree(folder)
+    return ROOT / "outputs" / folder.name
+
+
+class Run:
+    """A model in training by the choices of one row; `step` makes one step and can be timed."""
+
+    def __init__(self, size: str, changes: dict[str, Any], seed: int, steps: int) -> None:
+        import torch
+        from recipe.model.build import build_model
+        from recipe.model.losses import return_loss_only
+        from recipe.model.muon import even_rows
+        from recipe.tokenization.packing import PackedBlocks
+        from recipe.tokenization.save import load_tokenizer
+        from recipe.tokenization.token_files import TokenFile
+
+        self.changes, self.values, self.steps = changes, rates(changes), steps
+        self.even_rows = even_rows if changes.get("even_rows", True) else lambda matrices: matrices
+        outputs = tokens_of(changes.get("vocab_size"))
+        self.tokens = outputs / "04_tokenize"
+        tokenizer = load_tokenizer(outputs / "03_tokenizer")
+        self.pad = tokenizer.pad_token_id
+        self.model = build_model(shape(size, changes), tokenizer, "documents", seed)
+        if changes.get("zero_projections"):
+            for name, parameter in self.model.named_parameters():
+                if "o_proj" in name or "down_proj" in name:
+                    torch.nn.init.zeros_(parameter)
+        return_loss_only(self.model, self.values.get("z_loss", 0.0))
+        self.compiled = torch.compile(self.model.train(), dynamic=False)
+        self.optimizer = self.build_optimizer()
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = [p.detach().clone() for p in self.model.parameters()] if "average" in changes else None
+        batch, block = self.values["global_batch_size"], self.values["block_size"]
+        train = TokenFile(self.tokens / "train")
+        self.blocks = PackedBlocks(train, block, self.pad, seed, (steps + 50) * batch)
+        self.short = None
+        if "short_first" in changes:
+            self.short = PackedBlocks(train, block // 4, self.pad, seed + 1, (steps + 50) * batch * 4)
+
+    def build_optimizer(self) -> Any:
+        """MuonAdamW or AdamW of the project, with the embeddings at a rate of their own if a row asks so."""
+        import torch
+        from recipe.model.optimizers import MuonAdamW, decayed
+
+        values = self.values
+        betas, epsilon = (0.9, values["adam_beta2"]), values.get("adam_epsilon", 1e-8)
+        decay = values["weight_decay"]
+        if values["muon_learning_rate"] is None:
+            names = set(decayed(self.model))
+            split = {True: [], False: []}
+            for name, parameter in self.model.named_parameters():
+                split[name in names].append(parameter)
+            groups = [{"params": split[kind], "weight_decay": decay * kind} for kind in (True, False)]
+            return torch.optim.AdamW(groups, lr=values["learning_rate"], betas=betas, eps=epsilon, fused=True)
+        muon_rate, rate = values["muon_learning_rate"], values["learning_rate"]
+        optimizer = MuonAdamW(self.model, muon_rate, rate, betas, epsilon, decay)
+        optimizer.param_groups[0]["momentum"] = self.changes.get("momentum", 0.95)
+        if "embedding_rate" in self.changes:
+            embeddings = self.model.get_input_embeddings().weight
+            for group in optimizer.param_groups[1:]:
+                group["params"] = [p for p in group["params"] if p is not embeddings]
+            group = dict(optimizer.param_groups[1]) | {"lr": self.changes["embedding_rate"]}
+            optimizer.param_groups.append(group | {"params": [embeddings]})
+            optimizer._share_states()
+        return optimizer
+
+    def factor(self, step: int) -> float:
+        """The share of the peak rate at a step, by the formula that stage 05 checks."""
+        from recipe.config.schedules import SCHEDULES
+
+        kind, options = self.values["lr_scheduler_type"], {}
+        if kind == "wsd":
+            kind, options = "warmup_stable_decay", {"num_decay_steps": round(0.4 * self.steps)}
+        warmup = math.ceil(self.values["warmup_steps"] * self.steps)
+        return SCHEDULES[kind].formula(options, step + 1, warmup, self.steps)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """The packed blocks of a step."""
+        from recipe.tokenization.packing import collate
+
+        size, blocks = self.values["global_batch_size"], self.blocks
+        if self.short is not None and step < self.changes["short_first"] * self.steps:
+            size, blocks = 4 * size, self.short
+        return collate([blocks[step * size + row] for row in range(size)])
+
+    def loss(self, batch: dict[str, Any]) -> Any:
+        """The loss of a batch, in bf16 autocast."""
+        import torch
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.compiled(**batch, use_cache=False)["loss"]
+
+    def step(self, number: int) -> None:
+        """One optimizer step."""
+        import torch
+
+        self.loss(self.batch(number)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.values["max_grad_norm"])
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(number)
+        with patch("recipe.model.muon.even_rows", self.even_rows):
+            self.optimizer.step()
+        self.model.zero_grad()
+        if self.average is not None:
+            warm = min(self.changes["average"], number / (number + 10))
+            torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - warm)
+
+    def bits_per_byte(self) -> float:
+        """Bits per byte of the whole validation side, by the weights or by their average."""
+        import torch
+        from recipe.tokenization.packing import IGNORED, PackedBlocks, collate
+        from recipe.tokenization.token_files import TokenFile
+
+        if self.average is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.model.parameters()), self.average)
+        valid = PackedBlocks(TokenFile(self.tokens / "valid"), 256, self.pad, seed=0)
+        totals = json.loads((self.tokens / "stage.json").read_text())["figures"]["totals"]["valid"]
+        self.model.eval()
+        nats = count = 0.0
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            for first in range(0, len(valid), 16):
+                batch = collate([valid[i] for i in range(first, min(first + 16, len(valid)))])
+                tokens = int((batch["labels"] != IGNORED).sum())
+                nats += float(self.model(**batch, use_cache=False)["loss"]) * tokens
+                count += tokens
+        bytes_per_token = totals["bytes"] / (totals["tokens"] - totals["documents"])
+        return nats / count / bytes_per_token / math.log(2)
+
+
+def relative_time(make: Callable[[dict[str, Any]], Run], changes: dict[str, Any]) -> float:
+    """The seconds of a step of a choice divided by those of tiny's: the median of seven pairs in turn."""
+    both = [make({}), make(changes)]
+    for run in both:
+        run.step(0)  # compiles
+        run.step(1)
+    seconds: list[list[float]] = [[], []]
+    for number in range(2, 9):
+        for run, found in zip(both, seconds, strict=True):
+            start = time.perf_counter()
+            run.step(number)
+            found.append(time.perf_counter() - start)
+    return statistics.median(other / tiny for tiny, other in zip(*seconds, strict=True))
+
+
+def measure(size: str, name: str, seed: int, steps: int, ratio: float) -> dict[str, Any]:
+    """Train a row and measure it."""
+    run = Run(size, CHOICES[name], seed, round(steps / ratio))
+    start = time.perf_counter()
+    for number in range(run.steps):
+        run.step(number)
+        if number % 50 == 49:
+            left = (time.perf_counter() - start) / (number + 1) * (run.steps - number - 1)
+            print(f"\r{size} {name}: {number + 1}/{run.steps}, {left:.0f} s left ", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    bits = run.bits_per_byte()
+    row = {"size": size, "choice": name, "seed": seed, "of": steps, "steps": run.steps, "time": ratio}
+    return row | {"seconds": time.perf_counter() - start, "bits_per_byte": bits}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table: for each size the mean of the seeds, with the least and the most, against tiny."""
+    sizes = [size for size in SIZES if any(row["size"] == size for row in rows)]
+    yield "| choice | " + " | ".join(f"{size}: bits/byte | against `tiny` | step" for size in sizes) + " |"
+    yield "|---" + "|---|---:|---:" * len(sizes) + "|"
+    for name in CHOICES:
+        cells = [name]
+        for size in sizes:
+            found = {r["seed"]: r for r in rows if (r["size"], r["choice"]) == (size, name)}
+            tiny = {r["seed"]: r for r in rows if (r["size"], r["choice"]) == (size, "tiny")}
+            bits = [row["bits_per_byte"] for row in found.values()]
+            pairs = [found[s]["bits_per_byte"] / tiny[s]["bits_per_byte"] - 1 for s in found if s in tiny]
+            if not pairs:
+                cells += [""] * 3
+                continue
+            spread = f" ({min(bits):.4f} to {max(bits):.4f})" if len(bits) > 1 else ""
+            times = statistics.mean(row["time"] for row in found.values())
+            against = statistics.mean(pairs)
+            cells += [f"{statistics.mean(bits):.4f}{spread}", f"{against:+.1%}", f"{times:.2f}"]
+        if any(cells[1:]):
+            yield "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Run the rows that are asked for and not there yet, or print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="3m")
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--steps", type=int, default=400, help="of tiny, for every size")
+    parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the results and run nothing")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(*table(read_results(arguments.results)), sep="\n")
+        return
+    os.sched_setaffinity(0, {arguments.core})
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "data/.torchinductor")}
+    import torch
+    from recipe.hardware import initialise_vector_math
+
+    torch.set_num_threads(1)
+    initialise_vector_math()
+    done = {(r["size"], r["choice"], r["seed"], r["of"]) for r in read_results(arguments.results)}
+    for name in arguments.choices:
+        wanted = [s for s in arguments.seeds if (arguments.size, name, s, arguments.steps) not in done]
+        if not wanted:
+            continue
+        ratio = 1.0
+        if CHOICES[name]:
+            ratio = relative_time(lambda changes: Run(arguments.size, changes, 0, 100), CHOICES[name])
+        for seed in wanted:
+            torch._dynamo.reset()
+            row = measure(arguments.size, name, seed, arguments.steps, ratio)
+            print(f"{row['bits_per_byte']:.4f} {row}", file=sys.stderr, flush=True)
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
