@@ -56,7 +56,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan et al., 2024) orthogonalises a matrix's momentum, here with rows of equal length; its step is
     scaled to the size of AdamW's (Liu et al., 2025): 0.2 x the root of the longer side. It is one object,
     because the Trainer, its scheduler and its checkpoints accept only one optimizer: the first group is
-    Muon's, the others AdamW's. Matrices may be sharded, by FSDP2 or tensor parallelism (see `recipe.model.muon`).
+    Muon's, the others AdamW's. Matrices may be sharded, by FSDP2 or tensor parallelism (see
+    `recipe.model.muon`).
     """
 
     def __init__(
