@@ -37,13 +37,13 @@ import random
 import re
 import runpy
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +62,9 @@ RECIPES: dict[str, dict[str, Any]] = {  # changes in pretrain.json
     "adamw": {"learning_rate": 3e-3, "muon_learning_rate": None},
     "published-rates": PUBLISHED | {"muon_learning_rate": None},
 }
-MODULES = {"litgpt": ("litgpt", "lightning"), "nanochat": ("rustbpe", "tiktoken", "wandb")}
-NAMES = (*RECIPES, "litgpt", "nanochat", "nanochat-stock")
+PEERS = {"litgpt": "litgpt", "nanochat": "nanochat", "nanochat-stock": "nanochat"}
+KINDS = dict.fromkeys(RECIPES, "recipe") | PEERS
+MODULES = {"recipe": (), "litgpt": ("litgpt", "lightning"), "nanochat": ("rustbpe", "tiktoken", "wandb")}
 Row = dict[str, Any]
 
 
@@ -82,11 +83,11 @@ def blocks(documents: list[list[int]]) -> torch.Tensor:
 
 
 class Scored(NamedTuple):
-    """What the score needs of a contestant. encode: with the start token. logits: of ids [batch, BLOCK]."""
+    """What the score needs of a contestant."""
 
-    encode: Callable[[str], list[int]]
+    encode: Callable[[str], list[int]]  # with the start token
     decode: Callable[[list[int]], str]
-    logits: Callable[[torch.Tensor], torch.Tensor]
+    logits: Callable[[torch.Tensor], torch.Tensor]  # of ids [batch, BLOCK]
     model: torch.nn.Module
 
 
@@ -253,9 +254,8 @@ def prepare(options: argparse.Namespace) -> None:
         with recipe(TEXT.parent.name):
             pass
         base = Path(os.environ["NANOCHAT_BASE_DIR"])
-        if (base / "tokenizer/token_bytes.pt").exists() or not {"nanochat", "nanochat-stock"} & {
-            *options.names
-        }:
+        wanted = any(KINDS[name] == "nanochat" for name in options.names)
+        if not wanted or (base / "tokenizer/token_bytes.pt").exists():
             return
         folder = base / "base_data_climbmix"
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def prepare(options: argparse.Namespace) -> None:
             path = folder / f"shard_{number:05d}.parquet"
             parquet.write_table(pyarrow.table({"text": documents}), path, row_group_size=1000)
         command = [options.peers_python, "-m", "scripts.tok_train", f"--vocab-size={VOCABULARY}"]
-        call(command, base / "tokenizer.log", options.nanochat)
+        call(command, base / "tokenizer.log", Path(options.nanochat))
 
 
 def train_recipe(name: str, tag: str, options: argparse.Namespace, steps: int) -> Row:
@@ -298,7 +298,7 @@ def train(name: str, options: argparse.Namespace, steps: int) -> Row:
     row = way(name, f"{name}-{options.size}-{options.seed}", options, steps)
     times = row.pop("times")
     row |= {"folder": str(row["folder"]), "steps": steps}
-    return row | {"median_step": statistics.median(times), "mean_step": statistics.mean(times)}
+    return row | {"median_step": median(times), "mean_step": mean(times)}
 
 
 def steps_of(name: str, options: argparse.Namespace) -> int:
@@ -333,27 +333,20 @@ def compete(name: str, options: argparse.Namespace) -> None:
     steps = steps_of(name, options)
     print(f"{name}: {steps} steps", file=sys.stderr, flush=True)
     row = key | train(name, options, steps)
-    kind, python = (
-        ("recipe", sys.executable) if name in RECIPES else (name.split("-")[0], options.peers_python)
-    )
+    python = sys.executable if name in RECIPES else options.peers_python
     log = WORK / f"{name}-{options.size}-{options.seed}-score.log"
-    call([python, "-P", __file__, "--score", kind, row["folder"]], log)
-    row |= json.loads(log.read_text().splitlines()[-1])
+    call([python, "-P", __file__, "--score", KINDS[name], row["folder"]], log)
+    row |= json.loads(re.findall(r"^\{.*\}$", log.read_text(), re.MULTILINE)[-1])
     append(options.results, row | {"tokens": steps * BATCH * BLOCK, "seconds": steps * row["mean_step"]})
     print(f"{name}: {row['bits_per_byte']:.4f} bits/byte", file=sys.stderr, flush=True)
 
 
 def missing(name: str, options: argparse.Namespace) -> str:
     """What a contestant lacks here, or nothing."""
-    kind = name.split("-")[0]
-    if name in RECIPES:
-        return ""
-    if kind == "nanochat" and not (
-        options.nanochat and (options.nanochat / "scripts/base_train.py").exists()
-    ):
+    if KINDS[name] == "nanochat" and not Path(options.nanochat, "scripts/base_train.py").exists():
         return "a checkout of nanochat (--nanochat)"
     code = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if not u.find_spec(m)])"
-    command = [options.peers_python, "-c", code, *MODULES[kind]]
+    command = [options.peers_python, "-c", code, *MODULES[KINDS[name]]]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
@@ -368,19 +361,16 @@ def table(results: Path) -> None:
         print(f"\n{size}, {budget:g} seconds, {cores} core{'s' * (cores > 1)}:\n")
         print("| contestant | seeds | parameters | tokens read | seconds of steps | seconds in all ", end="")
         print("| bits/byte | difference to ours |\n|---" + "|---:" * 7 + "|")
-        ours = statistics.mean(
-            row["bits_per_byte"] for row in group.get("ours", [{"bits_per_byte": math.nan}])
-        )
-        for name in sorted(group, key=NAMES.index):
-            rows = group[name]
+        ours = mean([row["bits_per_byte"] for row in group.get("ours", [])] or [math.nan])
+        for name in sorted(group, key=list(KINDS).index):
+            rows, bits = group[name], [row["bits_per_byte"] for row in group[name]]
             cells = [name, str(len(rows))]
             for key in ("parameters", "tokens", "seconds", "whole"):
-                cells.append(f"{statistics.mean(row[key] for row in rows):,.0f}")
-            bits = [row["bits_per_byte"] for row in rows]
+                cells.append(f"{mean(row[key] for row in rows):,.0f}")
             spread = f" ({min(bits):.4f} to {max(bits):.4f})" if len(bits) > 1 else ""
-            cells += [f"{statistics.mean(bits):.4f}{spread}", f"{statistics.mean(bits) / ours - 1:+.1%}"]
+            cells += [f"{mean(bits):.4f}{spread}", f"{mean(bits) / ours - 1:+.1%}"]
             print("| " + " | ".join(cells) + " |")
-            if lost := sum(row["lost"] for row in rows):
+            if lost := max(row["lost"] for row in rows):
                 print(f"{name}: {lost} documents do not come back from its tokenizer", file=sys.stderr)
 
 
@@ -389,21 +379,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help=f"default: {' '.join(NAMES)}")
+    here = os.path.abspath
+    parser.add_argument("names", nargs="*", help=f"default: {' '.join(KINDS)}")
     parser.add_argument("--size", choices=SIZES, default="8m")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument(
-        "--steps", action="append", default=[], metavar="NAME=K", help="instead of a first run"
-    )
-    parser.add_argument("--peers-python", default=sys.executable)
-    parser.add_argument("--nanochat", type=Path, help="a checkout of nanochat")
+    parser.add_argument("--steps", nargs="+", action="extend", default=[], metavar="NAME=K")
+    parser.add_argument("--peers-python", type=here, default=sys.executable)
+    parser.add_argument("--nanochat", type=here, default="", help="a checkout of nanochat")
     parser.add_argument("--results", type=Path, default=ROOT / "outputs/contest.jsonl")
     parser.add_argument("--table", action="store_true", help="only print the table")
-    parser.add_argument(
-        "--score", nargs=2, metavar=("KIND", "FOLDER"), help=f"only that: {', '.join(LOADERS)}"
-    )
+    parser.add_argument("--score", nargs=2, metavar=("KIND", "FOLDER"), help="only that")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.score:
@@ -413,18 +400,19 @@ def main() -> None:
         plan = json.loads(options.train)
         (train_litgpt if plan["name"] == "litgpt" else train_nanochat)(plan)
         return
-    if unknown := {*options.names} - {*NAMES}:
-        parser.error(f"no contestant {', '.join(unknown)}: {', '.join(NAMES)}")
+    if unknown := {*options.names} - {*KINDS}:
+        parser.error(f"no contestant {', '.join(unknown)}: {', '.join(KINDS)}")
     if not options.table:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
         os.environ |= {"OMP_NUM_THREADS": str(options.cores), "RECIPE_PYTHON": sys.executable}
-        os.environ |= {"NANOCHAT": str(options.nanochat), "NANOCHAT_DTYPE": "bfloat16"}
+        os.environ |= {"NANOCHAT": options.nanochat, "NANOCHAT_DTYPE": "bfloat16"}
         os.environ["NANOCHAT_BASE_DIR"] = str(WORK / f"nanochat-{options.seed}")  # its text and tokenizer
-        options.steps = {name: int(steps) for name, steps in (given.split("=") for given in options.steps)}
-        lacking = {name: missing(name, options) for name in options.names or NAMES}
-        for name in (name for name, what in lacking.items() if what):
-            print(f"{name} is left out: {lacking.pop(name)} is missing", file=sys.stderr)
-        options.names = list(lacking)
+        options.steps = {name: int(steps) for name, steps in (pair.split("=") for pair in options.steps)}
+        lacking = {name: missing(name, options) for name in options.names or KINDS}
+        for name, what in lacking.items():
+            if what:
+                print(f"{name} is left out: {what} is missing", file=sys.stderr)
+        options.names = [name for name, what in lacking.items() if not what]
         prepare(options)
         for name in options.names:
             compete(name, options)
