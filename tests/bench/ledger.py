@@ -2,7 +2,7 @@
 
 Every row is the recipe tiny with one choice changed. All rows train on the same text with one thread each,
 and are measured on the whole validation side, in bits per byte. Equal time: a row makes as many steps as fit
-into the time of ``--steps`` steps of tiny. For that its steps and those of tiny are timed in turn in one
+into the time of `STEPS` steps of tiny. For that its steps and those of tiny are timed in turn in one
 process (the median of seven ratios), so that a busy machine slows both. Compiling is not counted.
 
 The model, the packed blocks, the optimizers and the formula of the schedule are the project's own; the loop
@@ -11,7 +11,7 @@ a file, and a row that is there is not run again.
 
 Run, after `bash run_all.sh --to 04` (at 3m about 4 minutes for each row and seed on one core, with other
 vocabularies a minute more; two processes with other choices may share two cores):
-    .venv/bin/python tests/bench/ledger.py --size 3m --seeds 1 2 3 [--core 0] [--choices NAME ...]
+    .venv/bin/python tests/bench/ledger.py --size 3m --seeds 1 2 3 [--core 0] [--choices NAME …]
     .venv/bin/python tests/bench/ledger.py --table
 """
 
@@ -34,9 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pretrain"))
 TINY = {name: json.loads((ROOT / f"configs/tiny/{name}.json").read_text()) for name in ("model", "pretrain")}
 RESULTS = ROOT / "outputs/ledger.jsonl"
-# Parameters with a vocabulary of 8,000: 3.3, 8.4 and 19.9 million. For each, the layers and the width.
+# Parameters with a vocabulary of 8,000: 3.3 (tiny), 8.4 and 19.9 million. For each, the layers and the width.
 SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
-MODEL_KEYS = ("tie_word_embeddings", "initializer_range", "num_hidden_layers", "hidden_act")
+STEPS = {"3m": 900, "8m": 450, "20m": 200}  # of tiny's choices, 3 to 4 minutes on one core
+MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or what no recipe can:
 # even_rows: of Muon's updates (`recipe.model.muon`). momentum: of Muon. embedding_rate: of the embeddings,
@@ -57,10 +58,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     | {"learning_rate": 6e-4, "adam_epsilon": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05},
     "cosine": {"lr_scheduler_type": "cosine"},
     "constant, then a decay in the last 40 %": {"lr_scheduler_type": "wsd"},
-    "batch of 2,048 tokens": {"global_batch_size": 8},
+    "batch of 1,024 tokens": {"global_batch_size": 4},
+    "batch of 4,096 tokens": {"global_batch_size": 16},
     "batch of 8,192 tokens": {"global_batch_size": 32},
     "blocks of 64 tokens in the first 30 %": {"short_first": 0.3},
-    "blocks of 512 tokens": {"block_size": 512, "global_batch_size": 8},
+    "blocks of 512 tokens": {"block_size": 512, "global_batch_size": 4},
     "vocabulary of 4,000": {"vocab_size": 4000},
     "vocabulary of 16,000": {"vocab_size": 16000},
     "output not tied to the embeddings": {"tie_word_embeddings": False},
@@ -68,6 +70,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "initial weights 0.01": {"initializer_range": 0.01},
     "initial weights 0.04": {"initializer_range": 0.04},
     "layers start as the identity": {"zero_projections": True},
+    "a Mistral: queries and keys without a norm": {"model_type": "mistral", "sliding_window": None},
     "z-loss 1e-4": {"z_loss": 1e-4},
     "no weight decay": {"weight_decay": 0.0},
     "averaged weights, 0.99": {"average": 0.99},
@@ -302,7 +305,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="3m")
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=400, help="of tiny, for every size")
+    parser.add_argument("--steps", type=int, help="of the row tiny; by default those of STEPS")
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
@@ -310,6 +313,7 @@ def main() -> None:
     if arguments.table:
         print(*table(read_results(arguments.results)), sep="\n")
         return
+    steps = arguments.steps or STEPS[arguments.size]
     os.sched_setaffinity(0, {arguments.core})
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "data/.torchinductor")}
     import torch
@@ -319,7 +323,7 @@ def main() -> None:
     initialise_vector_math()
     done = {(r["size"], r["choice"], r["seed"], r["of"]) for r in read_results(arguments.results)}
     for name in arguments.choices:
-        wanted = [s for s in arguments.seeds if (arguments.size, name, s, arguments.steps) not in done]
+        wanted = [s for s in arguments.seeds if (arguments.size, name, s, steps) not in done]
         if not wanted:
             continue
         ratio = 1.0
@@ -327,7 +331,7 @@ def main() -> None:
             ratio = relative_time(lambda changes: Run(arguments.size, changes, 0, 100), CHOICES[name])
         for seed in wanted:
             torch._dynamo.reset()
-            row = measure(arguments.size, name, seed, arguments.steps, ratio)
+            row = measure(arguments.size, name, seed, steps, ratio)
             print(f"{row['bits_per_byte']:.4f} {row}", file=sys.stderr, flush=True)
             with arguments.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -7,7 +7,7 @@ from refusal import refusal
 
 PHASES = [
     {"until_step": 600},
-    {"until_tokens": 700 * 4096, "sources": {"tatoeba": 2, "manpages": 1}, "rate": 0.5},
+    {"until_tokens": 700 * 2048, "sources": {"tatoeba": 2, "manpages": 1}, "rate": 0.5},
     {"block_size": 1024, "rope_theta": 500000.0},
 ]
 
@@ -20,19 +20,19 @@ def test_phases_follow_each_other_to_the_end_of_the_run():
     config = load_recipe("tiny")
     config["pretrain"]["phases"] = PHASES
     check_recipe(config, "configs/x")
-    found = phases_of(config["pretrain"], 760)
-    assert [(phase.begin, phase.end) for phase in found] == [(0, 600), (600, 700), (700, 760)]
+    found = phases_of(config["pretrain"], 2000)
+    assert [(phase.begin, phase.end) for phase in found] == [(0, 600), (600, 700), (700, 2000)]
     assert [phase.block_size for phase in found] == [256, 256, 1024]
     assert [phase.rate for phase in found] == [1, 0.5, 1]
-    assert [phase_at(found, step).begin for step in (0, 599, 600, 759, 760)] == [0, 0, 600, 700, 700]
-    assert longest_block(config["pretrain"]) == 1024 and samples_of(config["pretrain"]) == (4, 4)
+    assert [phase_at(found, step).begin for step in (0, 599, 600, 759, 2000)] == [0, 0, 600, 700, 700]
+    assert longest_block(config["pretrain"]) == 1024 and samples_of(config["pretrain"]) == (2, 2)
 
 
 def test_a_run_without_phases_is_one_phase_of_sequences():
     values = load_recipe("tiny")["pretrain"]
-    (phase,) = phases_of(values, 760)
-    assert (phase.begin, phase.end, phase.sources, phase.block_size, phase.rate) == (0, 760, None, 256, 1)
-    assert longest_block(values) == 256 and samples_of(values) == (16, 16)
+    (phase,) = phases_of(values, 2000)
+    assert (phase.begin, phase.end, phase.sources, phase.block_size, phase.rate) == (0, 2000, None, 256, 1)
+    assert longest_block(values) == 256 and samples_of(values) == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,15 @@ def test_a_run_without_phases_is_one_phase_of_sequences():
             ["phases: phase 2 ends at step 100, but begins after step 100", "in their order"],
         ),
         (
-            phases({"until_step": 100}, {"until_tokens": 4096}, {}),
+            phases({"until_step": 100}, {"until_tokens": 2048}, {}),
             ["phase 2 ends at step 1, but begins after"],
         ),
         (
             phases({"until_step": 100}, {"until_step": 700}),
-            ["ends at step 700, but max_steps is 760", "steps 701 to 760 have no phase", "Leave the end"],
+            ["ends at step 700, but max_steps is 2,000", "steps 701 to 2,000 have no phase", "Leave the end"],
         ),
-        (phases({"until_step": 900}), ["ends at step 900, but max_steps is 760", "the run ends before"]),
-        (phases({}, {"until_step": 760}), ["phase 1: no end", "until_step or until_tokens"]),
+        (phases({"until_step": 900}), ["ends at step 900, but max_steps is 2,000", "the run ends before"]),
+        (phases({}, {"until_step": 2000}), ["phase 1: no end", "until_step or until_tokens"]),
         (phases({"until_step": 9, "until_tokens": 9}, {}), ["phase 1: until_step and until_tokens"]),
         (phases(), ["phases: []", "at least one phase"]),
         (phases(5), ["phases: phase 1: 5 is"]),

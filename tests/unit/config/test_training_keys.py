@@ -74,7 +74,7 @@ def lora(config, **values):
         (schedule("cosine_with_min_lr", {"min_lr": 0.0045}), ["min_lr: 0.0045", "below 0.0045"]),
         (schedule("cosine", {"min_lr": 1e-5}), ["min_lr: cosine has no such option", "num_cycles"]),
         (schedule("warmup_stable_decay"), ["num_decay_steps: null", '"num_decay_steps": 1000']),
-        (schedule("warmup_stable_decay", {"num_decay_steps": 760}), ["num_decay_steps: 760", "15.2", "760"]),
+        (schedule("warmup_stable_decay", {"num_decay_steps": 2000}), ["num_decay_steps: 2000", "40", "2000"]),
         (schedule("linear", "x"), ["lr_scheduler_kwargs", "expected an object"]),
         (lambda c: c["pretrain"].update(report_to=["wanb"]), ["report_to", "'wandb'"]),
         (lambda c: c["pretrain"].update(sample_steps=[10, 0]), ["sample_steps: [10, 0]", "1 or more"]),

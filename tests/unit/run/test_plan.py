@@ -18,7 +18,8 @@ from recipe.run.memory import memory, shape_of
 from recipe.tokenization.train import expected_memory
 from shapes import SHIPPED, read
 
-ABOUT_TINY = 935.3 / 3600, 3_112_960, 4.2612  # hours, tokens, loss: README.md, 2 cores with 167 GFLOP/s
+# Hours, tokens and loss of a run of 4 layers on the text of tiny, on 2 cores with 167 GFLOP/s.
+FOUR_LAYERS = 935.3 / 3600, 3_112_960, 4.2612
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +33,14 @@ def rows(hours, gpu="rtx4090", corpus="6GB", gpus=1):
     return plan.plans(hours, plan.machine_of(gpu, gpus), plan.corpus_of(corpus, "tiny"))
 
 
-def test_the_real_run_of_tiny():
-    """On the machine of README.md, in its seconds: the shape, tokens, loss and rates found there."""
-    hours, tokens, loss = ABOUT_TINY
+def test_a_real_run_of_the_smallest_model():
+    """On that machine, in its seconds: the shape, the tokens and the loss found there."""
+    hours, tokens, loss = FOUR_LAYERS
     found = plan.best(rows(hours, "cpu", "tiny"))
-    assert plan.model_of(4) | {"max_position_embeddings": 1024} == read("tiny", "model")
     assert found.layers == 4 and found.shape.parameters == 5_196_544
     assert found.tokens == pytest.approx(tokens, rel=0.1)
     low, high = plan.expected_loss(found.shape.matrices, found.tokens)
     assert low < loss < high
-    tuned = read("tiny", "pretrain")
-    assert found.values["learning_rate"] == pytest.approx(tuned["learning_rate"], rel=0.1)
-    assert found.values["global_batch_size"] == tuned["global_batch_size"]
 
 
 @pytest.mark.parametrize(
