@@ -40,8 +40,8 @@ STEPS = {"3m": 900, "8m": 450, "20m": 200}  # of tiny's choices, 3 to 4 minutes 
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or what no recipe can:
-# even_rows: of Muon's updates (`recipe.model.muon`). momentum: of Muon. embedding_rate: of the embeddings,
-# apart from the output's. zero_projections: the last matrix of attention and feed-forward starts at zero.
+# even_rows, iterations, momentum: of Muon (`recipe.model.muon`). embedding_rate: of the embeddings, apart
+# from the output's. zero_projections: the last matrix of attention and feed-forward starts at zero.
 # average: decay of an average of the weights, which is measured in their place. short_first: the share of
 # the steps that read blocks of a quarter of the length.
 CHOICES: dict[str, dict[str, Any]] = {
@@ -51,6 +51,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "Muon's rate x 0.67": {"muon_learning_rate": 0.67},
     "Muon's rate x 1.5": {"muon_learning_rate": 1.5},
     "Muon's momentum 0.9": {"momentum": 0.9},
+    "4 iterations of Muon": {"iterations": 4},
+    "3 iterations of Muon": {"iterations": 3},
     "AdamW's rate x 0.5": {"learning_rate": 0.5},
     "AdamW's rate x 2": {"learning_rate": 2.0},
     "AdamW for all, 3e-3": ADAMW,
@@ -209,7 +211,8 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.values["max_grad_norm"])
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(number)
-        with patch("recipe.model.muon.even_rows", self.even_rows):
+        muon = {"even_rows": self.even_rows, "STEPS": self.changes.get("iterations", 5)}
+        with patch.multiple("recipe.model.muon", **muon):
             self.optimizer.step()
         self.model.zero_grad()
         if self.average is not None:
