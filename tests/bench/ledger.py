@@ -39,13 +39,16 @@ SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
 STEPS = {"3m": 900, "8m": 450, "20m": 200}  # of tiny's choices, 3 to 4 minutes on one core
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
-# A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or what no recipe can:
-# even_rows, iterations, momentum: of Muon (`recipe.model.muon`). embedding_rate: of the embeddings, apart
-# from the output's. zero_projections: the last matrix of attention and feed-forward starts at zero.
-# average: decay of an average of the weights, which is measured in their place. short_first: the share of
-# the steps that read blocks of a quarter of the length.
+# A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
+# factors of the size's. even_rows, iterations, momentum: of Muon (`recipe.model.muon`). embedding_rate: of
+# the embeddings, apart from the output's. zero_projections: the last matrix of attention and feed-forward starts
+# at zero. average: decay of an average of the weights, which is measured in their place. short_first: the
+# share of the steps that read blocks of a quarter of the length.
 CHOICES: dict[str, dict[str, Any]] = {
     "tiny": {},
+    "a third wider": {"width": 4 / 3},
+    "half of the layers": {"layers": 0.5},
+    "layers x 1.5": {"layers": 1.5},
     "rows of Muon's updates not evened": {"even_rows": False},
     "the same, its rate x 1.5": {"even_rows": False, "muon_learning_rate": 1.5},
     "Muon's rate x 0.67": {"muon_learning_rate": 0.67},
@@ -82,7 +85,8 @@ CHOICES: dict[str, dict[str, Any]] = {
 def shape(size: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The model.json of a size with the changes of a choice."""
     layers, width = SIZES[size]
-    heads = width // 64
+    layers, heads = round(layers * changes.get("layers", 1)), round(width * changes.get("width", 1) / 64)
+    width = 64 * heads
     values = TINY["model"] | {"num_hidden_layers": layers, "hidden_size": width, "head_dim": 64}
     values |= {"intermediate_size": 3 * width, "num_attention_heads": heads}
     values |= {"num_key_value_heads": heads // 2 if heads % 2 == 0 else 1}
