@@ -41,9 +41,9 @@ MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initialize
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
 # factors of the size's. even_rows, iterations, momentum: of Muon (`recipe.model.muon`). embedding_rate: of
-# the embeddings, apart from the output's. zero_projections: the last matrix of attention and feed-forward starts
-# at zero. average: decay of an average of the weights, which is measured in their place. short_first: the
-# share of the steps that read blocks of a quarter of the length.
+# the embeddings, apart from the output's. zero_projections: the last matrix of attention and feed-forward
+# starts at zero. average: decay of an average of the weights, which is measured in their place.
+# short_first: the share of the steps that read blocks of a quarter of the length.
 CHOICES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "a third wider": {"width": 4 / 3},
