@@ -114,6 +114,27 @@ def train(corpus, tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def scored(monkeypatch):
+    """How many positions trl computes the output and its loss for: a number for each forward pass."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    numbers = []
+    function = utils._ChunkedLogProbFunction
+
+    class Noted:
+        @staticmethod
+        def apply(hidden, *rest):
+            numbers.append(len(hidden))
+            return function.apply(hidden, *rest)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Noted)
+    # As trl has it, whatever a trainer has set in this process before.
+    monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
+    return numbers
+
+
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
