@@ -201,14 +201,22 @@ LOGIT_BYTES = {"mixed": 16, "fp32": 16, "half": 16, "mixed compiled": 4, "fp32 c
 # What a process holds without a model: libraries on a CPU (measured); the context and the allocator's reserve
 # on a GPU (assumed).
 PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
-# What torch.compile adds on a CPU, measured.
-COMPILER_BYTES = 0.13e9
+# What torch.compile adds on a CPU, measured from an empty cache, of dense models and of mixtures of experts.
+# Their graph is larger, and what its backward part takes is added while all activations exist.
+COMPILER_BYTES, EXPERTS_COMPILER_BYTES = 0.13e9, 0.34e9
 # What communication over gloo takes on CPUs, measured. For ZeRO-1 and 2 it is part of the buckets.
 GLOO_BYTES = 0.2e9
 # Share of the peak that is added on a CPU under ZeRO-3 and FSDP2, measured: freed weights leave gaps between
 # activations, which the heap does not return. MALLOC_MMAP_THRESHOLD_=1048576 avoids nearly all of it, but
 # training is slower then.
 FRAGMENTATION = 0.15
+# Bytes per logit that a mixture of experts adds in 16 bits on a CPU, where one process keeps the memory of
+# freed tensors (`recipe.run.processes.KEPT_MEMORY`). oneDNN keeps a kernel for each number of tokens that an
+# expert gets, and these lie in the memory that tensors have freed, until no hole is large enough for the
+# logits. Measured in 60 steps: 16-bit logits were put at a new place five times within the first 12, then not
+# again; so were those of the first evaluation, in 16 and in 32 bits. A step of a dense model has no such
+# kernels.
+HOLES = 5 * 2 + 6
 
 
 @functools.cache
@@ -286,7 +294,7 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
         "process": PROCESS_BYTES[setting.device],
     }
     if setting.device == "cpu" and setting.compiled:
-        parts["process"] += COMPILER_BYTES
+        parts["process"] += EXPERTS_COMPILER_BYTES if shape.experts_of_token else COMPILER_BYTES
     if setting.device == "cpu" and setting.ranks > 1 and setting.zero in (0, 3):
         parts["process"] += GLOO_BYTES
     host = 0.0
@@ -300,8 +308,23 @@ def memory(shape: Shape, setting: Setting) -> dict[str, float]:
     kept = parts["process"] + parts["weights"] + parts["optimizer"] + parts["buckets"]
     early = setting.accumulation > 1 or setting.ranks > 1
     peak = kept + (parts["gradients"] + forward if early else max(parts["gradients"], forward))
-    parts["fragmentation"] = FRAGMENTATION * peak if setting.device == "cpu" and stage >= 3 else 0
+    parts["fragmentation"] = _fragmentation_bytes(shape, setting, peak)
     return parts | {"peak": peak + parts["fragmentation"], "host": host}
+
+
+def _fragmentation_bytes(shape: Shape, setting: Setting, peak: float) -> float:
+    """Bytes of the holes in a CPU's heap that tensors leave and others do not fit into.
+
+    peak: what the tensors and the process take together. For a GPU, the allocator's reserve is part of the
+    process.
+    """
+    if setting.device != "cpu":
+        return 0
+    if setting.fsdp or setting.zero >= 3:
+        return FRAGMENTATION * peak
+    if shape.experts_of_token and setting.ranks == 1 and setting.precision == "bf16":
+        return HOLES * setting.micro_batch * setting.block_size * shape.vocabulary
+    return 0
 
 
 def _bucket_bytes(shape: Shape, setting: Setting, count: float) -> float:

@@ -6,6 +6,7 @@ import pytest
 from recipe.config.known_keys import MODEL_TYPES
 from recipe.config.model import DEFAULTS
 from recipe.run.memory import activation_bytes, activation_table, memory, shape_of
+from recipe.run.plan import model_of
 from shapes import PLAIN, SHIPPED, SMALL, read
 
 # Numbers of parameters that the authors have published, each with the vocabulary it belongs to.
@@ -181,6 +182,19 @@ def test_only_gathered_weights_fragment_the_heap():
     ):
         parts = memory(shape, dataclasses.replace(PLAIN, ranks=2, zero=zero, fsdp=fsdp, device=device))
         assert parts["fragmentation"] == pytest.approx(share * (parts["peak"] - parts["fragmentation"]))
+
+
+def test_experts_fragment_the_heap_of_one_process():
+    """A CPU that multiplies in 16 bits, against the peak of 150 steps of tests/bench/experts.py."""
+    setting = dataclasses.replace(
+        PLAIN, device="cpu", block_size=256, micro_batch=16, compiled=True, optimizer="muon"
+    )
+    dense, experts = (shape_of(model_of(4, count), 8000) for count in (0, 8))
+    assert memory(experts, setting)["peak"] == pytest.approx(1.79 * 2**30, rel=0.1)
+    assert memory(dense, setting)["peak"] == pytest.approx(0.97 * 2**30, rel=0.01)
+    assert memory(dense, setting)["fragmentation"] == 0
+    for changes in ({"ranks": 2}, {"precision": "fp32"}, {"device": "cuda"}):
+        assert memory(experts, dataclasses.replace(setting, **changes))["fragmentation"] == 0
 
 
 def test_offloading_moves_to_the_host():
