@@ -201,8 +201,8 @@ LOGIT_BYTES = {"mixed": 16, "fp32": 16, "half": 16, "mixed compiled": 4, "fp32 c
 # What a process holds without a model: libraries on a CPU (measured); the context and the allocator's reserve
 # on a GPU (assumed).
 PROCESS_BYTES = {"cpu": 0.55e9, "cuda": 1.0e9}
-# What torch.compile adds on a CPU, measured from an empty cache, of dense models and of mixtures of experts.
-# Their graph is larger, and what its backward part takes is added while all activations exist.
+# What torch.compile adds on a CPU, measured from an empty cache, of dense models and of a mixture of experts
+# of 4 layers. Its graph is larger, and its backward part is compiled while all activations exist.
 COMPILER_BYTES, EXPERTS_COMPILER_BYTES = 0.13e9, 0.34e9
 # What communication over gloo takes on CPUs, measured. For ZeRO-1 and 2 it is part of the buckets.
 GLOO_BYTES = 0.2e9
@@ -211,11 +211,11 @@ GLOO_BYTES = 0.2e9
 # training is slower then.
 FRAGMENTATION = 0.15
 # Bytes per logit that a mixture of experts adds in 16 bits on a CPU, where one process keeps the memory of
-# freed tensors (`recipe.run.processes.KEPT_MEMORY`). oneDNN keeps a kernel for each number of tokens that an
-# expert gets, and these lie in the memory that tensors have freed, until no hole is large enough for the
-# logits. Measured in 60 steps: 16-bit logits were put at a new place five times within the first 12, then not
-# again; so were those of the first evaluation, in 16 and in 32 bits. A step of a dense model has no such
-# kernels.
+# freed tensors (`recipe.run.processes.KEPT_MEMORY`). Measured in 60 compiled steps of 4 layers: the 16-bit
+# logits found no hole and were put at a new place five times within the first 15, then not again; so were
+# those of the first evaluation, in 16 and in 32 bits. Where large tensors go back to the system, the logits
+# have no new places. Likely cause: oneDNN keeps a kernel for each new number of tokens that an expert gets,
+# and some of them lie where the logits were.
 HOLES = 5 * 2 + 6
 
 
