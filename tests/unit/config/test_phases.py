@@ -20,18 +20,18 @@ def test_phases_follow_each_other_to_the_end_of_the_run():
     config = load_recipe("tiny")
     config["pretrain"]["phases"] = PHASES
     check_recipe(config, "configs/x")
-    found = phases_of(config["pretrain"], 2000)
-    assert [(phase.begin, phase.end) for phase in found] == [(0, 600), (600, 700), (700, 2000)]
+    found = phases_of(config["pretrain"], 1800)
+    assert [(phase.begin, phase.end) for phase in found] == [(0, 600), (600, 700), (700, 1800)]
     assert [phase.block_size for phase in found] == [256, 256, 1024]
     assert [phase.rate for phase in found] == [1, 0.5, 1]
-    assert [phase_at(found, step).begin for step in (0, 599, 600, 759, 2000)] == [0, 0, 600, 700, 700]
+    assert [phase_at(found, step).begin for step in (0, 599, 600, 759, 1800)] == [0, 0, 600, 700, 700]
     assert longest_block(config["pretrain"]) == 1024 and samples_of(config["pretrain"]) == (2, 2)
 
 
 def test_a_run_without_phases_is_one_phase_of_sequences():
     values = load_recipe("tiny")["pretrain"]
-    (phase,) = phases_of(values, 2000)
-    assert (phase.begin, phase.end, phase.sources, phase.block_size, phase.rate) == (0, 2000, None, 256, 1)
+    (phase,) = phases_of(values, 1800)
+    assert (phase.begin, phase.end, phase.sources, phase.block_size, phase.rate) == (0, 1800, None, 256, 1)
     assert longest_block(values) == 256 and samples_of(values) == (8, 8)
 
 
@@ -48,10 +48,10 @@ def test_a_run_without_phases_is_one_phase_of_sequences():
         ),
         (
             phases({"until_step": 100}, {"until_step": 700}),
-            ["ends at step 700, but max_steps is 2,000", "steps 701 to 2,000 have no phase", "Leave the end"],
+            ["ends at step 700, but max_steps is 1,800", "steps 701 to 1,800 have no phase", "Leave the end"],
         ),
-        (phases({"until_step": 900}), ["ends at step 900, but max_steps is 2,000", "the run ends before"]),
-        (phases({}, {"until_step": 2000}), ["phase 1: no end", "until_step or until_tokens"]),
+        (phases({"until_step": 1900}), ["ends at step 1,900, but max_steps is 1,800", "the run ends before"]),
+        (phases({}, {"until_step": 1800}), ["phase 1: no end", "until_step or until_tokens"]),
         (phases({"until_step": 9, "until_tokens": 9}, {}), ["phase 1: until_step and until_tokens"]),
         (phases(), ["phases: []", "at least one phase"]),
         (phases(5), ["phases: phase 1: 5 is"]),
