@@ -26,11 +26,11 @@ experts = functools.partial(other, "qwen3_moe", num_experts=8, num_experts_per_t
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["model"].update(num_key_value_heads=3), ["does not divide by num_key_value_heads 3"]),
+        (lambda c: c["model"].update(num_key_value_heads=2), ["does not divide by num_key_value_heads 2"]),
         (lambda c: c["model"].update(model_type="mistrall"), ["model_type", "'mistral'"]),
         (
-            lambda c: (c["model"].pop("head_dim"), c["model"].update(hidden_size=258)),
-            ["model.json: hidden size 258 does not divide by 4"],
+            lambda c: (c["model"].pop("head_dim"), c["model"].update(hidden_size=260)),
+            ["model.json: hidden size 260 does not divide by 3"],
         ),
         (lambda c: c["model"].update(hidden_size=10**11), ["hidden_size: 100000000000", "1,000,000"]),
         (lambda c: c["model"].update(num_hidden_layers=0), ["num_hidden_layers: 0", "from 1 to 1,000,000"]),
@@ -41,7 +41,7 @@ experts = functools.partial(other, "qwen3_moe", num_experts=8, num_experts_per_t
         ),
         (gemma(attn_logit_softcapping=50.0), ["attn_logit_softcapping: 50.0", "leave the key out"]),
         (gemma(use_bidirectional_attention=True), ["use_bidirectional_attention: true, expected false"]),
-        (gemma(hidden_size=258), ["hidden size 258 does not divide by 4"]),
+        (gemma(hidden_size=260), ["hidden size 260 does not divide by 3"]),
         (
             gemma(rope_parameters=ROPE),
             ["rope_parameters: {", "both kinds of layers", "full_attention and sliding"],

@@ -278,6 +278,8 @@ KINDS = {
         "resid_pdrop": 0.0,
     },
 }
+# An expert multiplies the tokens of both documents at once: some CPUs round by the number of rows.
+ROUNDING = {"qwen3_moe": 2**-24}
 STARTS = np.array([0, 9])
 WINDOW = np.array([2, *range(10, 17), 3, 2, *range(20, 27), 3])
 OTHER = WINDOW.copy()
@@ -313,10 +315,10 @@ def check_separation(kind, attention, training, backend):
     call = torch.compile(model, backend=backend) if backend else model
     first, second = (logits(call, tokens, STARTS, training) for tokens in (WINDOW, OTHER))
     assert not torch.equal(first[:9], second[:9])  # the change is seen where it was made
-    assert torch.equal(first[9:], second[9:])
+    torch.testing.assert_close(first[9:], second[9:], rtol=0, atol=ROUNDING.get(kind, 0))
     # As one document, the same tokens do see each other: the test can tell.
     joined, changed = (logits(call, tokens, np.array([0]), training) for tokens in (WINDOW, OTHER))
-    assert not torch.equal(joined[9:], changed[9:])
+    assert (joined[9:] - changed[9:]).abs().max() > 1e-3
     # Positions restart, learned ones too: the second document means the same at a block's beginning.
     alone = logits(call, WINDOW[9:], np.array([0]), training)
     torch.testing.assert_close(first[9:18], alone[:9], rtol=1e-4, atol=1e-5)
