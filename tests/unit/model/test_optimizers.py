@@ -149,7 +149,7 @@ def test_a_batch_of_matrices_is_orthogonalised_as_each_alone(shape):
     # bfloat16 has 8 bits, and products of batches are summed in another order.
     torch.testing.assert_close(orthogonalise(batch), alone, rtol=0, atol=2**-6)
     # Rows of equal length move the singular values a little.
-    assert torch.linalg.svdvals(alone.float()).max() < 1.5
+    assert torch.linalg.svdvals(alone.float()).max() < 1.35
 
 
 def test_resumed_optimizer_steps_identically():
