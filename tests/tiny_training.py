@@ -68,6 +68,12 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def plan_of(folder, config):
+    """The plan of a training in this process alone, as the launcher writes it."""
+    plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder), "ranks": 1}
+    return plan | {"fsdp": False, "tensor_parallel": 1, "host": platform.node(), "parent": os.getpid()}
+
+
 @pytest.fixture
 def train(corpus, tmp_path, monkeypatch):
     """Train the tiny model with changed values; returns (figures, rows of metrics.jsonl, folder)."""
@@ -84,15 +90,7 @@ def train(corpus, tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)  # the same name again continues
         values = VALUES | changes
         config = {"pretrain": values, "generation": GENERATION, "model": model}
-        plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder)}
-        plan |= {
-            "ranks": 1,
-            "fsdp": False,
-            "tensor_parallel": 1,
-            "host": platform.node(),
-            "parent": os.getpid(),
-        }
-        run = training.prepare(plan, "pretrain")
+        run = training.prepare(plan_of(folder, config), "pretrain")
         tokenizer = AutoTokenizer.from_pretrained(corpus)
         pad, file, phases = tokenizer.pad_token_id, TokenFile(corpus / "train"), []
         samples = PackedBlocks(file, 32, pad, run.arguments.seed)

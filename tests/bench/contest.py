@@ -261,8 +261,8 @@ def prepare(options: argparse.Namespace) -> None:
         with recipe(TEXT.parent.name):
             pass
         base = Path(os.environ["NANOCHAT_BASE_DIR"])
-        wanted = any(KINDS[name] == "nanochat" for name in options.names)
-        if not wanted or (base / "tokenizer/token_bytes.pt").exists():
+        competes = any(KINDS[name] == "nanochat" for name in options.names)
+        if not competes or (base / "tokenizer/token_bytes.pt").exists():
             return
         folder = base / "base_data_climbmix"
         folder.mkdir(parents=True, exist_ok=True)
@@ -309,9 +309,7 @@ def train(name: str, options: argparse.Namespace, steps: int) -> Row:
 
 
 def steps_of(name: str, options: argparse.Namespace) -> int:
-    """The steps that fit into the contestant's time, by the median step of a short run, or as given."""
-    if name in options.steps:
-        return options.steps[name]
+    """The steps that fit into the contestant's time, by the median step of a short run."""
     program, share = ("ours", 0.25) if name == "quarter" else (name, 1)
     key = {"probe": program, "size": options.size, "cores": options.cores}
     if not rows_with(options.results, key):
@@ -392,7 +390,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--steps", nargs="+", action="extend", default=[], metavar="NAME=K")
     parser.add_argument("--peers-python", type=here, default=sys.executable)
     parser.add_argument("--nanochat", type=here, default="", help="a checkout of nanochat")
     parser.add_argument("--results", type=Path, default=ROOT / "outputs/contest.jsonl")
@@ -414,7 +411,6 @@ def main() -> None:
         os.environ |= {"OMP_NUM_THREADS": str(options.cores), "RECIPE_PYTHON": sys.executable}
         os.environ |= {"NANOCHAT": options.nanochat, "NANOCHAT_DTYPE": "bfloat16"}
         os.environ["NANOCHAT_BASE_DIR"] = str(WORK / f"nanochat-{options.seed}")  # its text and tokenizer
-        options.steps = {name: int(steps) for name, steps in (pair.split("=") for pair in options.steps)}
         lacking = {name: missing(name, options) for name in options.names or KINDS}
         for name, what in lacking.items():
             if what:

@@ -38,6 +38,7 @@ RESULTS = ROOT / "outputs/ledger.jsonl"
 SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
 STEPS = {"3m": 900, "8m": 450, "20m": 200}  # of tiny's choices, 3 to 4 minutes on one core
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
+RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
 # factors of the size's. even_rows, iterations, momentum: of Muon (`recipe.model.muon`). embedding_rate: of
@@ -50,14 +51,14 @@ CHOICES: dict[str, dict[str, Any]] = {
     "half of the layers": {"layers": 0.5},
     "layers x 1.5": {"layers": 1.5},
     "rows of Muon's updates not evened": {"even_rows": False},
-    "the same, its rate x 1.5": {"even_rows": False, "muon_learning_rate": 1.5},
-    "Muon's rate x 0.67": {"muon_learning_rate": 0.67},
-    "Muon's rate x 1.5": {"muon_learning_rate": 1.5},
+    "the same, its rate x 1.5": {"even_rows": False, "muon_learning_rate": 1.5 * MUON_RATE},
+    "Muon's rate x 0.67": {"muon_learning_rate": 0.67 * MUON_RATE},
+    "Muon's rate x 1.5": {"muon_learning_rate": 1.5 * MUON_RATE},
     "Muon's momentum 0.9": {"momentum": 0.9},
     "4 iterations of Muon": {"iterations": 4},
     "3 iterations of Muon": {"iterations": 3},
-    "AdamW's rate x 0.5": {"learning_rate": 0.5},
-    "AdamW's rate x 2": {"learning_rate": 2.0},
+    "AdamW's rate x 0.5": {"learning_rate": 0.5 * RATE},
+    "AdamW's rate x 2": {"learning_rate": 2.0 * RATE},
     "AdamW for all, 3e-3": ADAMW,
     "AdamW for all, 6e-4, eps 1e-4, cosine (published rates)": ADAMW
     | {"learning_rate": 6e-4, "adam_epsilon": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05},
@@ -93,15 +94,6 @@ def shape(size: str, changes: dict[str, Any]) -> dict[str, Any]:
     return values | {key: changes[key] for key in MODEL_KEYS if key in changes}
 
 
-def rates(changes: dict[str, Any]) -> dict[str, Any]:
-    """The pretrain.json of a choice; a rate of 0.5 or more is a factor of that of tiny."""
-    values = TINY["pretrain"] | {key: value for key, value in changes.items() if key not in MODEL_KEYS}
-    for key in ("learning_rate", "muon_learning_rate"):
-        if key in changes and changes[key] is not None and changes[key] >= 0.5:
-            values[key] = changes[key] * TINY["pretrain"][key]
-    return values
-
-
 @cache
 def tokens_of(vocabulary: int | None) -> Path:
     """The outputs of tiny, or of a copy of it with another vocabulary, which stages 01 to 04 make."""
@@ -126,13 +118,17 @@ class Run:
         import torch
         from recipe.model.build import build_model
         from recipe.model.losses import return_loss_only
+        from recipe.model.muon import STEPS as ITERATIONS
         from recipe.model.muon import even_rows
         from recipe.tokenization.packing import PackedBlocks
         from recipe.tokenization.save import load_tokenizer
         from recipe.tokenization.token_files import TokenFile
 
-        self.changes, self.values, self.steps = changes, rates(changes), steps
-        self.even_rows = even_rows if changes.get("even_rows", True) else lambda matrices: matrices
+        self.changes, self.values, self.steps = changes, TINY["pretrain"] | changes, steps
+        self.muon = {
+            "even_rows": even_rows if changes.get("even_rows", True) else lambda matrices: matrices,
+            "STEPS": changes.get("iterations", ITERATIONS),
+        }
         outputs = tokens_of(changes.get("vocab_size"))
         self.tokens = outputs / "04_tokenize"
         tokenizer = load_tokenizer(outputs / "03_tokenizer")
@@ -215,8 +211,7 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.values["max_grad_norm"])
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(number)
-        muon = {"even_rows": self.even_rows, "STEPS": self.changes.get("iterations", 5)}
-        with patch.multiple("recipe.model.muon", **muon):
+        with patch.multiple("recipe.model.muon", **self.muon):
             self.optimizer.step()
         self.model.zero_grad()
         if self.average is not None:
@@ -268,8 +263,10 @@ def measure(size: str, name: str, seed: int, steps: int, ratio: float) -> dict[s
     for number in range(run.steps):
         run.step(number)
         if number % 50 == 49:
-            left = (time.perf_counter() - start) / (number + 1) * (run.steps - number - 1)
-            print(f"\r{size} {name}: {number + 1}/{run.steps}, {left:.0f} s left ", end="", file=sys.stderr)
+            seconds = (time.perf_counter() - start) / (number + 1) * (run.steps - number - 1)
+            print(
+                f"\r{size} {name}: {number + 1}/{run.steps}, {seconds:.0f} s left ", end="", file=sys.stderr
+            )
     print(file=sys.stderr)
     bits = run.bits_per_byte()
     row = {"size": size, "choice": name, "seed": seed, "of": steps, "steps": run.steps, "time": ratio}
@@ -330,13 +327,13 @@ def main() -> None:
     initialise_vector_math()
     done = {(r["size"], r["choice"], r["seed"], r["of"]) for r in read_results(arguments.results)}
     for name in arguments.choices:
-        wanted = [s for s in arguments.seeds if (arguments.size, name, s, steps) not in done]
-        if not wanted:
+        seeds = [s for s in arguments.seeds if (arguments.size, name, s, steps) not in done]
+        if not seeds:
             continue
         ratio = 1.0
         if CHOICES[name]:
             ratio = relative_time(lambda changes: Run(arguments.size, changes, 0, 100), CHOICES[name])
-        for seed in wanted:
+        for seed in seeds:
             torch._dynamo.reset()
             row = measure(arguments.size, name, seed, steps, ratio)
             print(f"{row['bits_per_byte']:.4f} {row}", file=sys.stderr, flush=True)

@@ -1,8 +1,6 @@
 """Training by rewards: what is logged of the groups, and rewards that teach nothing."""
 
 import itertools
-import os
-import platform
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +11,7 @@ from recipe.training import training
 from recipe.training.callbacks import Meter
 from recipe.training.group_trainer import EQUAL_GROUPS, GroupTrainer
 from recipe.training.preference_trainer import in_order
-from tiny_training import GPT2, rows_of
+from tiny_training import GPT2, plan_of, rows_of
 from transformers import AutoTokenizer
 from trl import GRPOConfig
 
@@ -46,9 +44,7 @@ def learn(corpus, tmp_path, monkeypatch, train):
         path.mkdir()
         tokenizer = AutoTokenizer.from_pretrained(corpus)
         config = {"preference": VALUES | changes, "model": GPT2, "pretrain": {}}
-        plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(path), "ranks": 1}
-        plan |= {"fsdp": False, "tensor_parallel": 1, "host": platform.node(), "parent": os.getpid()}
-        run = training.prepare(plan, "preference", GRPOConfig)
+        run = training.prepare(plan_of(path, config), "preference", GRPOConfig)
         rows = [{"prompt": [5 + i, 6, 7], "answer": "はい"} for i in range(8)]
         figures = training.train_model(
             run,

@@ -1,13 +1,10 @@
 """Training by preferences: which positions are scored."""
 
-import os
-import platform
-
 import pytest
 from recipe.model.build import build_model
 from recipe.training import training
 from recipe.training.preference_trainer import PreferenceTrainer, in_order
-from tiny_training import GPT2
+from tiny_training import GPT2, plan_of
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
@@ -34,9 +31,7 @@ ROWS = [
 
 def learn(corpus, folder):
     """Train a tiny model for an epoch of `ROWS`, and evaluate it on the first two."""
-    plan = {"recipe": "x", "deepspeed": None, "folder": str(folder), "ranks": 1, "fsdp": False}
-    plan |= {"tensor_parallel": 1, "host": platform.node(), "parent": os.getpid()}
-    plan |= {"config": {"preference": VALUES, "model": GPT2, "pretrain": {}}}
+    plan = plan_of(folder, {"preference": VALUES, "model": GPT2, "pretrain": {}})
     run = training.prepare(plan, "preference", DPOConfig, {"max_length": None, "torch_compile": False})
     tokenizer = AutoTokenizer.from_pretrained(corpus)
     return training.train_model(
