@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.instruction import uses_rewards
-from recipe.training.training import check_steps, prepare, run_script, total_steps, train_model, whole_model
+from recipe.training.prepare import check_steps, prepare, total_steps, whole_model
+from recipe.training.script import run_script
+from recipe.training.training import train_model
 
 
 def main(plan: dict[str, Any]) -> None:

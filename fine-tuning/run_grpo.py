@@ -6,7 +6,8 @@ run_dpo.py calls it on every rank when preference.json says ``"method": "grpo"``
 from pathlib import Path
 from typing import Any
 
-from recipe.training.training import check_steps, prepare, total_steps, train_model
+from recipe.training.prepare import check_steps, prepare, total_steps
+from recipe.training.training import train_model
 
 MEASURED = 256  # questions of the validation side, at most: the model writes an answer to each of them
 

@@ -9,16 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from recipe.training.training import (
-    check_steps,
-    place,
-    prepare,
-    run_script,
-    speed_of,
-    total_steps,
-    train_model,
-    whole_model,
-)
+from recipe.training.prepare import check_steps, place, prepare, total_steps, whole_model
+from recipe.training.script import run_script
+from recipe.training.training import speed_of, train_model
 
 CHECKED = 20  # documents whose text the tokenizer of the saved folder must encode alike
 

@@ -3,11 +3,12 @@
 Every row is the recipe tiny with one choice changed. All rows train on the same text with one thread each,
 and are measured on the whole validation side, in bits per byte. Equal time: a row makes as many steps as fit
 into the time of `STEPS` steps of tiny. For that its steps and those of tiny are timed in turn in one
-process (the median of seven ratios), so that a busy machine slows both. Compiling is not counted.
+process (the median of seven ratios), so that a busy machine slows both. A row that changes only numbers
+(`ONLY_NUMBERS`) makes the steps of tiny. Compiling is not counted.
 
 The model, the packed blocks, the optimizers and the formula of the schedule are the project's own; the loop
-is a plain one, because some rows change what no recipe can ask for (`EXPERIMENTS`). Results are appended to
-a file, and a row that is there is not run again.
+is a plain one, because some rows change what no recipe can ask for (`CHOICES`). Results are appended to
+`ledger.jsonl`, and a row that is there is not run again: delete the file when tiny changes.
 
 Run, after `bash run_all.sh --to 04` (at 3m about 4 minutes for each row and seed on one core, with other
 vocabularies a minute more; two processes with other choices may share two cores):
@@ -33,11 +34,14 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pretrain"))
 TINY = {name: json.loads((ROOT / f"configs/tiny/{name}.json").read_text()) for name in ("model", "pretrain")}
-RESULTS = ROOT / "outputs/ledger.jsonl"
+RESULTS = ROOT / "tests/bench/ledger.jsonl"
 # Parameters with a vocabulary of 8,000: 3.3 (tiny), 8.4 and 19.9 million. For each, the layers and the width.
 SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
-STEPS = {"3m": 900, "8m": 450, "20m": 200}  # of tiny's choices, 3 to 4 minutes on one core
+STEPS = {"3m": 600, "8m": 300, "20m": 150}  # of tiny's choices, 2 to 4 minutes on one core
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
+# Keys that do not change the work of a step, unless their value is None.
+ONLY_NUMBERS = {"learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
+ONLY_NUMBERS |= {"momentum", "initializer_range", "zero_projections"}
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
@@ -331,7 +335,7 @@ def main() -> None:
         if not seeds:
             continue
         ratio = 1.0
-        if CHOICES[name]:
+        if not all(key in ONLY_NUMBERS and value is not None for key, value in CHOICES[name].items()):
             ratio = relative_time(lambda changes: Run(arguments.size, changes, 0, 100), CHOICES[name])
         for seed in seeds:
             torch._dynamo.reset()

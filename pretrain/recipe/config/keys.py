@@ -26,7 +26,7 @@ ELSEWHERE = {
     "hub_token": "the environment variable HF_TOKEN, or `hf auth login` (a token in a file gets published)",
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage, which always continues from its newest valid checkpoint",
-    "remove_unused_columns": "recipe/training/training.py",
+    "remove_unused_columns": "recipe/training/prepare.py",
     "train_sampling_strategy": "seed and epoch, which alone decide the order of samples",
     "data_seed": "seed, which also decides the order of samples",
     "use_cpu": "the hardware (CUDA_VISIBLE_DEVICES= hides the GPUs)",

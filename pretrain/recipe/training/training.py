@@ -1,4 +1,4 @@
-"""One training under the Hugging Face Trainer: prepare it, run it to its end, save the model.
+"""One training under the Hugging Face Trainer: run it to its end, save the model.
 
 ``run_clm.py``, ``run_sft.py``, ``run_dpo.py`` and ``run_grpo.py`` use it. They differ in the model they start
 from and in the samples they read.
@@ -6,17 +6,8 @@ from and in the samples they read.
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import math
-import os
-import platform
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -24,52 +15,17 @@ from typing import Any
 import torch.distributed as dist
 import transformers
 from torch.utils.data import Dataset
-from transformers import (
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
-from recipe.config.launch import batch_layout
-from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
-from recipe.config.phases import Phase, longest_block, phase_at, samples_of
-from recipe.config.schedules import check_schedule
-from recipe.config.settings import Settings, SpikeRule
-from recipe.config.training import attention_needs, check_boards, unreached_steps
-from recipe.hardware import (
-    CHUNKS,
-    LIGER,
-    WHOLE,
-    Choice,
-    Hardware,
-    choose,
-    choose_loss,
-    detect,
-    gemm_peak,
-    initialise_vector_math,
-    peak_memory,
-)
+from recipe.config.phases import Phase, longest_block, phase_at
+from recipe.config.settings import SpikeRule
+from recipe.hardware import CHUNKS, LIGER, WHOLE, choose_loss, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
 from recipe.model.chunked_loss import return_loss_in_chunks
 from recipe.model.fp8 import use_fp8
 from recipe.model.losses import return_loss_only, router_loss_weight
 from recipe.model.save import complete_configs
-from recipe.model.sharding import shard
-from recipe.model.zero import load_without_code
-from recipe.progress import write_lines_without_a_terminal
-from recipe.project import (
-    EXIT_TERMINATED,
-    NO_SPACE,
-    RecipeError,
-    Refused,
-    naming_full_disk,
-    read_json,
-    read_json_lines,
-)
+from recipe.project import EXIT_TERMINATED, RecipeError, naming_full_disk, read_json_lines
 from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
@@ -78,210 +34,13 @@ from recipe.training.communication import CommunicationShare
 from recipe.training.expert_load import ExpertLoad
 from recipe.training.extended import read_extended, schedule_begin
 from recipe.training.phase_change import PhaseChange
+from recipe.training.prepare import Run
 from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
-from recipe.training.signals import end_with_parent
 from recipe.training.skip_bad_steps import Guard
 from recipe.training.spikes import delete_given_up, read_skipped
 from recipe.training.trainer import RecipeTrainer
-from recipe.training.watchdog import REFUSED, STACKS, SignsOfLife
-
-
-@dataclass
-class Run:
-    """Everything that is decided before a model is built.
-
-    folder: the stage's work folder. deepspeed: path of a DeepSpeed file. tensor_parallel: ranks that share
-    each matrix. ranks: their number on all machines. parent: the process whose end stops the training.
-    probe: only speed and memory are measured, and no model is saved. new_optimizer: a checkpoint of another
-    kind of parallelism is continued without its optimizer state.
-    """
-
-    settings: Settings
-    arguments: TrainingArguments
-    choice: Choice
-    optimizer: Optimizer
-    hardware: Hardware
-    folder: Path
-    deepspeed: str | None
-    fsdp: bool
-    tensor_parallel: int
-    ranks: int
-    parent: int
-    probe: bool
-    new_optimizer: bool
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP2 or tensor parallelism shards the weights."""
-        return self.fsdp or self.tensor_parallel > 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process is rank 0, which alone prints and writes."""
-        return self.arguments.process_index == 0
-
-
-# ------------------------------------------------------------------------------------------------- preparing
-
-
-def prepare(
-    plan: dict[str, Any],
-    file: str,
-    arguments_class: type[TrainingArguments] = TrainingArguments,
-    fixed: dict[str, Any] | None = None,
-) -> Run:
-    """Decide everything about a training by the plan that `recipe.run.launch` wrote.
-
-    file: ``pretrain``, ``finetune`` or ``preference``. arguments_class: the TrainingArguments of the trainer.
-    fixed: values that this trainer always needs. Raises Refused for what this hardware cannot do.
-    """
-    _quiet_libraries()
-    initialise_vector_math()
-    values = plan["config"][file] | (fixed or {})
-    hardware, folder = detect(), Path(plan["folder"])
-    choice, optimizer = _choose(plan, file, values, hardware)
-    native = _trainer_values(plan, file, values, hardware, choice)
-    if optimizer.builder:
-        native.pop("optim", None)  # the Trainer knows no optimizer of our own
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    os.environ.setdefault("WANDB_PROJECT", native["project"])
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
-    if plan["deepspeed"]:
-        _start_deepspeed(hardware)
-    return Run(
-        settings=settings,
-        arguments=arguments,
-        choice=choice,
-        optimizer=optimizer,
-        hardware=hardware,
-        folder=folder,
-        deepspeed=plan["deepspeed"],
-        fsdp=plan["fsdp"],
-        tensor_parallel=plan["tensor_parallel"],
-        ranks=plan["ranks"],
-        # The training stops when its launcher has ended. Ranks on other machines cannot see the launcher.
-        parent=plan["parent"] if plan["host"] == platform.node() else os.getpid(),
-        probe=plan.get("probe", False),
-        new_optimizer=plan.get("new_optimizer", False),
-    )
-
-
-def _quiet_libraries() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # trl and peft still use the old name of a setting, which a user cannot change.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-
-
-def _choose(
-    plan: dict[str, Any], file: str, values: dict[str, Any], hardware: Hardware
-) -> tuple[Choice, Optimizer]:
-    """Precision, attention and compiling, and the optimizer."""
-    where = f"{file}.json"
-    check_optimizer_hardware(hardware, values, where)
-    choice = choose(hardware, values, where, attention_needs(plan["config"], file))
-    return choice, OPTIMIZERS[optimizer_name(values)]
-
-
-def _trainer_values(
-    plan: dict[str, Any], file: str, values: dict[str, Any], hardware: Hardware, choice: Choice
-) -> dict[str, Any]:
-    """The values for TrainingArguments and `Settings`: defaults of ours, the file's, and what is fixed."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch, accumulation = batch_layout(
-        *samples_of(values),
-        ranks // plan["tensor_parallel"],
-    )
-    defaults = {
-        "ddp_find_unused_parameters": False,
-        "per_device_eval_batch_size": values["per_device_train_batch_size"],
-        "project": plan["recipe"],
-        "run_name": f"{plan['recipe']} {file}",
-    }
-    fixed = {
-        "output_dir": str(Path(plan["folder"]) / "checkpoints"),
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "use_cpu": hardware.device == "cpu",
-        "bf16": choice.precision == "bf16",
-        "fp16": choice.precision == "fp16",
-        "torch_compile": choice.compile,
-        "deepspeed": plan["deepspeed"],
-        "report_to": check_boards(values.get("report_to"), f"{file}.json"),
-        "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,  # it would hide a NaN loss, and wait for the GPU at each step
-        "push_to_hub": False,  # stage 16 pushes, once, what was measured
-        "dataloader_pin_memory": hardware.device == "cuda",
-    }
-    return defaults | values | fixed
-
-
-def _start_deepspeed(hardware: Hardware) -> None:
-    load_without_code()
-    if hardware.device == "cpu":
-        import deepspeed
-
-        # The Trainer does this only later, too late for from_pretrained under ZeRO-3.
-        deepspeed.init_distributed(dist_backend="gloo")
-
-
-def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -> tuple[int, int]:
-    """(optimizer steps, epochs that the dataset must offer), by max_steps or by num_train_epochs.
-
-    samples: of one epoch. global_batch: samples of one step.
-    """
-    steps = (
-        arguments.max_steps
-        if arguments.max_steps > 0
-        else math.ceil(arguments.num_train_epochs * samples / global_batch)
-    )
-    return steps, math.ceil(steps * global_batch / samples)
-
-
-def check_steps(run: Run, values: dict[str, Any], where: str) -> None:
-    """Check that the schedule fits into the steps of the run, which may follow from the number of epochs.
-
-    values: of the training file `where`. Raises Refused, for example for a warm-up that is longer than the
-    run. Prints a line about each key such as ``eval_steps`` that names a step after the last.
-    """
-    steps = run.arguments.max_steps
-    check_schedule(values | {"max_steps": steps}, where)
-    if run.is_main and not run.probe:
-        for line in unreached_steps(values, steps, where):
-            print(line, flush=True)
-
-
-@contextlib.contextmanager
-def whole_model(arguments: TrainingArguments) -> Iterator[None]:
-    """Build a new model whole on every rank, also under ZeRO-3, which partitions it later.
-
-    If ZeRO-3 partitioned the model while it is built, the same seed would give other weights than in one
-    process. The price is 4 bytes a parameter of host memory per rank while it is built.
-    """
-    if not arguments.deepspeed:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(arguments.hf_deepspeed_config)
-
-
-def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """The model of `build`: sharded over the ranks if the launcher asks for it, else whole on every rank."""
-    if not run.sharded:
-        return build()
-    bf16 = run.choice.precision == "bf16"
-    return shard(build, run.folder / "unsharded", run.tensor_parallel, run.choice.attention, bf16)
-
-
-# -------------------------------------------------------------------------------------------------- training
+from recipe.training.watchdog import SignsOfLife
 
 
 def train_model(
@@ -519,47 +278,3 @@ def speed_of(figures: dict[str, Any]) -> str:
     if "tokens_per_second" not in figures:
         return ""
     return f", {figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.0%}"
-
-
-def _name_full_disk(failed: threading.ExceptHookArgs) -> None:
-    """One line instead of a traceback when a thread, such as TensorBoard's writer, finds the disk full.
-
-    The training goes on; a full disk ends it where it saves something itself.
-    """
-    if isinstance(failed.exc_value, OSError) and failed.exc_value.errno in NO_SPACE:
-        print(f"warning: the disk is full, so a log is incomplete: {failed.exc_value}", flush=True)
-    else:
-        threading.__excepthook__(failed)
-
-
-def run_script(work: Callable[[dict[str, Any]], None]) -> None:
-    """Call a training script's main function with its plan; an error that a user can fix ends in one line."""
-    write_lines_without_a_terminal()
-    plan = read_json(Path(sys.argv[1]))
-    faulthandler.register(STACKS)
-    threading.excepthook = _name_full_disk
-    if "LOCAL_RANK" in os.environ:
-        # The launcher between this rank and the stage was killed, so that nobody ends the other ranks.
-        end_with_parent(signal.SIGKILL)
-    code = 0
-    try:
-        with naming_full_disk(Path(plan["folder"])):
-            work(plan)
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, Refused):
-            refused = Path(plan["folder"]) / "ranks" / REFUSED
-            refused.parent.mkdir(exist_ok=True)
-            refused.touch()
-        sys.exit(error.exit_code)
-    if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while another still talks to it would abort it
-        dist.destroy_process_group()
-        # Everything is written. At a regular exit gloo's threads, still joinable, sometimes abort the process
-        # ("terminate called without an active exception"), and a finished training would count as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

@@ -14,7 +14,7 @@ from recipe.evaluation.generation import generate_all, generation_config
 from recipe.model.build import build_model
 from recipe.project import Refused
 from recipe.tokenization.train import train_tokenizer
-from recipe.training.training import prepare
+from recipe.training.prepare import prepare
 from refusal import tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
