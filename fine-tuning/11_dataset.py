@@ -60,7 +60,7 @@ def main(stage: Stage) -> None:
         for side, found in kept.items():
             sides[side] += found
         out = sum(map(len, kept.values()))
-        funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+        funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(+dropped)}
         marks = byte_order_marks(f"instruction.json: pairs.{name}", spec)
         if marks:
             funnel[name]["byte_order_marks"] = marks
@@ -70,7 +70,7 @@ def main(stage: Stage) -> None:
         if unused:
             funnel[name]["unused_columns"] = dict(unused)
         stage.say(
-            f"{name}: {out:,} of {out + dropped.total():,} pairs kept; dropped: {dict(dropped) or 'none'}"
+            f"{name}: {out:,} of {out + dropped.total():,} pairs kept; dropped: {dict(+dropped) or 'none'}"
             + (f"; byte order marks removed from {marks} files" if marks else "")
             + (f"; columns that are not used: {', '.join(unused)}" if unused else "")
         )

@@ -111,13 +111,12 @@ def score(stage: Stage, model: Any, tokenizer: Any, held_out: Any, tasks: Any, b
 def answer(stage: Stage, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Figures about the answers to held-out instructions, each after what was said before it."""
     from recipe.conversations.encode import encode_conversation
-    from recipe.evaluation.generation import generate_all, generation_config
+    from recipe.evaluation.generation import evenly, generate_all, generation_config
     from recipe.evaluation.metrics import distinct, repetition
 
     values = stage.config["generation"]
     room = model.config.max_position_embeddings - values["max_new_tokens"]
-    # The sources follow one another in `rows`: this takes some of each.
-    chosen = rows[:: max(1, len(rows) // ANSWERED)][:ANSWERED]
+    chosen = evenly(rows, ANSWERED)
     prompts = [encode_conversation(tokenizer, messages_of(row)[:-1])[0] for row in chosen]
     fitting = [prompt for prompt in prompts if len(prompt) <= room]
     if not fitting:

@@ -19,6 +19,7 @@ def main(stage: Stage) -> None:
     from recipe.evaluation.generation import (
         check_room,
         clean_question,
+        evenly,
         generate_all,
         generation_config,
         side_by_side,
@@ -36,7 +37,7 @@ def main(stage: Stage) -> None:
     ]
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     pairs = pq.read_table(stage.inputs["11_dataset"] / "valid.parquet").to_pylist()
-    for pair in pairs[:: max(1, len(pairs) // HELD_OUT)][:HELD_OUT]:
+    for pair in evenly(pairs, HELD_OUT):
         *before, answer = messages_of(pair)
         asked.append(before)
         # A conversation of several turns is shown as one line.

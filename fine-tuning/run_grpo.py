@@ -21,10 +21,10 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.conversations.questions import encode_questions, load_questions
     from recipe.model.build import load_model
     from recipe.project import RecipeError, read_json_lines, write_json, write_text
+    from recipe.tokenization.save import load_tokenizer
     from recipe.training.callbacks import METRICS
     from recipe.training.curves import write_curves
     from recipe.training.group_trainer import GroupTrainer
-    from transformers import AutoTokenizer
     from trl import GRPOConfig
 
     preference = plan["config"]["preference"]
@@ -39,7 +39,7 @@ def main(plan: dict[str, Any]) -> None:
     run = prepare(plan | {"config": plan["config"] | {"preference": values}}, "preference", GRPOConfig, fixed)
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base = Path(plan["inputs"]["12_finetune"])
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     check_template(tokenizer)
     sides, funnel = load_questions(preference, plan["config"]["dataset"])
     room = settings.block_size - longest

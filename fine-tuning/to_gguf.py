@@ -60,6 +60,7 @@ def export(recipe: str, config: dict) -> str:
 def lines(recipe: str) -> list[str]:
     """PROMPTS lines of the validation side, evenly from all of its shards."""
     import pyarrow.parquet as pq
+    from recipe.evaluation.generation import evenly
 
     shards = sorted(stage_folder(recipe, "02_dataset").glob("valid-*.parquet"))
     found = [
@@ -69,7 +70,7 @@ def lines(recipe: str) -> list[str]:
         for line in text.split("\n")
         if len(line) >= 10
     ]
-    return found[:: max(1, len(found) // PROMPTS)][:PROMPTS]
+    return evenly(found, PROMPTS)
 
 
 if __name__ == "__main__":

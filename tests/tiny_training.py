@@ -20,9 +20,9 @@ from recipe.tokenization.phased import phased_blocks
 from recipe.tokenization.token_files import TokenFile, write_token_file
 from recipe.tokenization.train import train_tokenizer
 from recipe.training import training
+from recipe.training.prepare import prepare
 from recipe.training.sample_prompts import Samples
 from torch._dynamo.utils import counters
-from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 # With dropout, so that one random number more or less between two steps changes the losses.
@@ -85,16 +85,19 @@ def train(corpus, tmp_path, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
 
-    def run(name="run", model=GPT2, **changes):
+    def run(name="run", model=GPT2, valid=None, **changes):
+        """valid: changes every second block of the validation side."""
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)  # the same name again continues
         values = VALUES | changes
         config = {"pretrain": values, "generation": GENERATION, "model": model}
-        run = training.prepare(plan_of(folder, config), "pretrain")
+        run = prepare(plan_of(folder, config), "pretrain")
         tokenizer = AutoTokenizer.from_pretrained(corpus)
         pad, file, phases = tokenizer.pad_token_id, TokenFile(corpus / "train"), []
         samples = PackedBlocks(file, 32, pad, run.arguments.seed)
-        valid = Subset(samples, range(4))
+        blocks = [samples[number] for number in range(4)]
+        if valid:
+            blocks[1::2] = map(valid, blocks[1::2])
         if values.get("phases"):
             phases = phases_of(values, values["max_steps"])
             layout = samples_of(values)[0], longest_block(values), pad, run.arguments.seed
@@ -103,7 +106,7 @@ def train(corpus, tmp_path, monkeypatch):
         prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in GENERATION["prompts"]}
         sampling = Samples(run.settings.sample_steps, prompts, GENERATION, tokenizer, folder)
         figures = training.train_model(
-            run, model, tokenizer, samples, valid, bytes_per_token=3.0, sampling=sampling, phases=phases
+            run, model, tokenizer, samples, blocks, bytes_per_token=3.0, sampling=sampling, phases=phases
         )
         return figures, rows_of(folder / "metrics.jsonl"), folder
 

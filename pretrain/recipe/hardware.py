@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -12,9 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipe.project import Refused
+
+if TYPE_CHECKING:
+    import torch
 
 # Package and least compute capability of each version of FlashAttention.
 FLASH_ATTENTION = {
@@ -144,7 +148,8 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
     """The GPUs of a listing by nvidia-smi (with `GPU_COLUMNS`) that CUDA_VISIBLE_DEVICES leaves visible.
 
     The variable is read as CUDA does: numbers or beginnings of UUIDs, in the order given, up to the first one
-    that does not exist.
+    that does not exist. A part of a GPU (``MIG-…``) has the name of the first GPU and no memory of its own,
+    because the listing does not show parts.
     """
     present = []
     for line in listing.splitlines():
@@ -159,6 +164,9 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
         return [facts for _, facts in present]
     visible = []
     for name in (part.strip() for part in asked.split(",")):
+        if name.startswith("MIG-"):
+            visible += [facts._replace(total=None, free=None) for _, facts in present[:1]]
+            continue
         found = [
             facts
             for index, (uuid, facts) in enumerate(present)
@@ -299,7 +307,7 @@ def _why_not(hardware: Hardware, needs: AttentionNeeds, precision: str) -> dict[
 
 
 def _why_not_documents(hardware: Hardware, needs: AttentionNeeds) -> str:
-    """Why `recipe.model.attention.documents` cannot be used here; empty if it can."""
+    """Why `recipe.model.attention` cannot be used here; empty if it can."""
     if hardware.device != "cpu":
         return f"is for CPUs; this is {hardware.name}"
     if needs.dropout or needs.window or needs.padded:
@@ -313,7 +321,7 @@ def _why_not_documents(hardware: Hardware, needs: AttentionNeeds) -> str:
 def _why_not_varlen(hardware: Hardware, needs: AttentionNeeds, precision: str) -> str:
     """Why PyTorch's own FlashAttention over packed documents cannot be used here; empty if it can.
 
-    PyTorch has it from 2.10 on, with the arguments that `recipe.model.attention.varlen` uses from 2.11 on.
+    PyTorch has it from 2.10 on, with the arguments that `recipe.model.varlen` uses from 2.11 on.
     """
     if hardware.device != "cuda" or hardware.capability < (8, 0):
         return f"needs an NVIDIA GPU of capability 8.0 or more; this is {hardware.name}"
@@ -396,6 +404,16 @@ def initialise_vector_math() -> None:
     import torch
 
     torch.zeros(1).cos()
+
+
+def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """torch's context without effect on the random numbers that follow, for the CPU and the device.
+
+    By default it would copy the state of every GPU that a rank sees, and warn of that.
+    """
+    import torch
+
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def check_liger(

@@ -264,6 +264,7 @@ def profiled_training() -> None:
     import torch
     from recipe.training import training
     from recipe.training.communication import covered
+    from recipe.training.script import run_script
     from torch.profiler import DeviceType, ProfilerActivity
     from transformers import TrainerCallback
 
@@ -291,7 +292,7 @@ def profiled_training() -> None:
                 (folder / IDLE).write_text(json.dumps(figures))
 
     training._callbacks = lambda *rest: [*stock_callbacks(*rest), Profile()]
-    training.run_script(run_clm.main)
+    run_script(run_clm.main)
 
 
 def _device() -> str:

@@ -73,6 +73,7 @@ def train(texts: list[str], steps: int, seed: int, folder: Path) -> Any:
     from recipe.tokenization.token_files import TokenFile, write_token_file
     from recipe.tokenization.train import sample_bytes, train_tokenizer
     from recipe.training import training
+    from recipe.training.prepare import prepare
 
     share = sample_bytes(TINY["tokenizer"]) / sum(len(text.encode("utf-8")) for text in texts)
     tokenizer = train_tokenizer(sample_lines(texts, share, random.Random(0)), TINY["tokenizer"]).tokenizer
@@ -85,7 +86,7 @@ def train(texts: list[str], steps: int, seed: int, folder: Path) -> Any:
     }
     plan = {"recipe": "bench-normalizing", "config": {"pretrain": values, "model": MODEL}, "deepspeed": None}
     plan |= {"folder": str(folder), "ranks": 1, "fsdp": False, "tensor_parallel": 1}
-    run = training.prepare(plan | {"host": platform.node(), "parent": os.getpid()}, "pretrain")
+    run = prepare(plan | {"host": platform.node(), "parent": os.getpid()}, "pretrain")
     batch, block = values["global_batch_size"], values["block_size"]
     tokens = TokenFile(folder / "train")
     samples = PackedBlocks(tokens, block, tokenizer.pad_token_id, seed, steps * batch)

@@ -190,6 +190,7 @@ SHARED = Gpu("NVIDIA GB10", (12, 1), None, None)
         ({"CUDA_VISIBLE_DEVICES": "1,0"}, [SHARED, BIG]),
         ({"CUDA_VISIBLE_DEVICES": "GPU-aa2"}, [SHARED]),
         ({"CUDA_VISIBLE_DEVICES": "0,7,1"}, [BIG]),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-3c1f-aaaa"}, [BIG._replace(total=None, free=None)]),
         ({"CUDA_VISIBLE_DEVICES": ""}, []),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
     ],

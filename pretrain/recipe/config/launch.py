@@ -157,7 +157,7 @@ def check_launch(
             f"{file}.json: method: grpo: every rank writes answers with the whole model, so {option} is not "
             "supported. Run this stage with --nproc alone (bash fine-tuning/13_preference.sh --nproc 2)"
         )
-    if path and lora.get("quantization") and read_config(path)["zero_optimization"]["stage"] == 3:
+    if path and lora.get("quantization") and read_config(path).get("zero_optimization", {}).get("stage") == 3:
         raise Refused(
             f"{file}.json: lora.quantization: ZeRO-3 cannot partition nf4 weights. Use --deepspeed zero2, or "
             f"tune LoRA over unquantised weights: --set {file}.lora.quantization=null"

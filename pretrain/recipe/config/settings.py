@@ -32,7 +32,7 @@ class Settings:
     global_batch_size: sequences per optimizer step over all ranks; accumulation follows from it.
     block_size: tokens per sequence. muon_learning_rate: of Muon for the layers' matrices; absent: no Muon.
     attn_implementation: the attention; ``auto`` chooses by the hardware. eval_blocks: blocks of the
-    validation side that are measured during training; absent: all (stage 06 always measures all).
+    validation side that are measured during training; absent: all.
     z_loss: coefficient of the z-loss, 0 for no z-loss. sample_steps: every so many steps, or after the steps
     of a list, measure the validation side and continue the prompts of generation.json.
     spikes: which steps are spikes and what follows, by the fields of `SpikeRule`; None: no step is one.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -255,6 +255,12 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """One flag for each row of the batch."""
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def evenly(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the rows, from all parts of them: sources and shards follow one another."""
+    count = min(most, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]
 
 
 def side_by_side(rows: list[dict[str, Any]]) -> str:

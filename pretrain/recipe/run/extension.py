@@ -17,7 +17,7 @@ from recipe.training.spikes import SKIPPED
 
 LENGTH = ("max_steps", "num_train_epochs")
 # What a training goes on writing, next to its checkpoints.
-LOGS = ("metrics.jsonl", "samples.jsonl", "samples.md", SKIPPED, EXTENDED)
+LOGS = ("metrics.jsonl", "experts.jsonl", "samples.jsonl", "samples.md", SKIPPED, EXTENDED)
 
 
 class Extension(NamedTuple):

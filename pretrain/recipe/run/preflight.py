@@ -86,6 +86,8 @@ PROFILES = tuple(
 )
 # The usable share of a GPU's memory. The driver and fragmentation take the rest.
 USABLE = 0.94
+# The time of a step with activation checkpointing: its forward pass, a third of its work, is done twice.
+CHECKPOINTING = 4 / 3
 
 
 def this_machine(launch: Launch) -> tuple[Device, float]:
@@ -319,7 +321,8 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
     """FLOP/s of `ranks` together, from an earlier training or probe, and its origin in words.
 
     It was on a device of the same name. This recipe's own record comes first, then the newest of the others.
-    Each GPU is expected to be as fast as one was then. Ranks on a CPU share its cores, so together they are
+    Each GPU is expected to be as fast as one was then. What a checkpointed training did twice counts, because
+    `_device_lines` counts it, too. Ranks on a CPU share its cores, so together they are
     as fast as the ranks were then.
     """
     trained = [(path.parts[-3], path) for path in OUTPUTS.glob("*/05_pretrain/stage.json")]
@@ -328,8 +331,11 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
     for name, path in reversed(records):
         figures = (read_state(path, "figures") or {"figures": {}})["figures"]
         if figures.get("hardware") == device.name and figures.get("mfu"):
-            then = (figures.get("active") or {}).get("ranks", 1)
+            active = figures.get("active") or {}
+            then = active.get("ranks", 1)
             rate = figures["mfu"] * figures["gemm_peak_flops"]
+            if active.get("activation_checkpointing"):
+                rate *= CHECKPOINTING
             return rate * (ranks if device.kind == "cuda" else then), f"measured, recipe {name}"
     return None
 
@@ -443,7 +449,7 @@ def _device_lines(
     changed, options = found
     time = ""
     if rate:
-        again = 4 / 3 if changed.checkpointing and not setting.checkpointing else 1
+        again = CHECKPOINTING if changed.checkpointing else 1
         time = f"; {_duration(work * again / rate[0])}{unit} ({rate[1]})"
     if not options:
         yield f"{head}: fits{time}"

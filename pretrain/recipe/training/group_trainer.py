@@ -16,6 +16,7 @@ from transformers import TrainerState
 from trl import GRPOTrainer
 
 from recipe.config.rewards import Attempt, score, weights
+from recipe.hardware import fork_rng
 from recipe.project import RecipeError
 from recipe.training.callbacks import gather
 from recipe.training.preference_trainer import score_answers_only
@@ -142,7 +143,7 @@ class GroupTrainer(RecipeTrainer, GRPOTrainer):
         rows = list(self.eval_dataset)[rank::ranks]
         sums = torch.zeros(len(self.rewards) + 3, dtype=torch.float64)
         self.model.eval()
-        with torch.random.fork_rng():
+        with fork_rng(self.args.device):
             torch.manual_seed(self.args.seed + rank)
             for start in range(0, len(rows), self.args.per_device_eval_batch_size):
                 batch = rows[start : start + self.args.per_device_eval_batch_size]

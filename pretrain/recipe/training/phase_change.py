@@ -20,6 +20,10 @@ class PhaseChange(TrainerCallback):
     phases: Sequence[Phase]
     current: Phase | None = None
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Set the phase before an evaluation that comes before the first step (``eval_on_start``)."""
+        self.on_step_begin(args, state, control, **objects)
+
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         """Look up the phase of the step, so that a continued run is in the right one."""
         phase = phase_at(self.phases, state.global_step)

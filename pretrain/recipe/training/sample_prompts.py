@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 from recipe.evaluation.generation import generate_all, generation_config, side_by_side
+from recipe.hardware import fork_rng
 from recipe.project import append_json_line, read_json_lines, write_text
 from recipe.training.callbacks import keep_rows
 
@@ -66,12 +66,12 @@ class Samples(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **objects: Any
     ) -> None:
         """Sample after the evaluation of a chosen step."""
-        if self._is_due(state):
+        if state.global_step and self._is_due(state):
             self._write(objects["model"], state, {"eval_loss": metrics["eval_loss"]})
 
     def _write(self, model: PreTrainedModel, state: TrainerState, facts: dict[str, float]) -> None:
         was_training = model.training
-        with torch.random.fork_rng():
+        with fork_rng(model.device):
             answers = generate_all(model, self.tokenizer, list(self.prompts.values()), self.config, self.seed)
         model.train(was_training)
         if not state.is_world_process_zero:

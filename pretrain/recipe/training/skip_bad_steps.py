@@ -93,6 +93,9 @@ class Guard(TrainerCallback, ExportableState):
         row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
         if reason:
             self._go_back_if_due(args, state, row, math.isfinite(loss) and math.isfinite(norm or 0))
+        if args.fp16 and not args.max_grad_norm:
+            # Clipping does it otherwise. The scaler fails at a step without any gradient to unscale.
+            trainer.accelerator.unscale_gradients()
         for parameter in objects["model"].parameters():
             parameter.grad = None
         if listed:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config.settings import SpikeRule
 from recipe.project import append_json_line, read_json_lines, read_state
 from recipe.training.checkpoints import list_checkpoints, step_of
 
@@ -60,16 +59,6 @@ def spike(window: Sequence[Step], loss: float, norm: float | None, deviations: f
 
 def _deviation(values: list[float], middle: float) -> float:
     return SIGMA * statistics.median(abs(value - middle) for value in values)
-
-
-def find_spikes(steps: Iterable[Step], rule: SpikeRule) -> Iterator[tuple[int, str]]:
-    """(position, reason) of each spike in a sequence of steps; spikes do not enter the window."""
-    window: list[Step] = []
-    for position, (loss, norm) in enumerate(steps):
-        if reason := spike(window, loss, norm, rule.deviations):
-            yield position, reason
-        else:
-            window = [*window, (loss, norm)][-rule.window :]
 
 
 @dataclass

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.config.optimizers import Optimizer
 from recipe.config.schedules import same_rates_until
 from recipe.config.settings import Settings
+from recipe.hardware import fork_rng
 from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
 from recipe.project import RecipeError, naming_full_disk
+from recipe.tokenization.packing import IGNORED
 from recipe.training.callbacks import Meter, gather
 from recipe.training.check_schedule import set_rates
 from recipe.training.checkpoints import MANIFEST, delete_old, list_checkpoints, write_manifest
@@ -143,8 +146,34 @@ class RecipeTrainer(ShardedTrainer):
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """Evaluate without using the random numbers of the training."""
-        with torch.random.fork_rng():
+        with fork_rng(self.args.device):
             return super().evaluate(*arguments, **keywords)
+
+    def evaluation_loop(self, *arguments: Any, **keywords: Any) -> EvalLoopOutput:
+        """The Trainer's, but the loss is the mean over all trained tokens.
+
+        Its own is the mean of the batches' losses, in which the few tokens of a short answer count as much as
+        the many of a long one, so that the result depends on the micro-batch.
+        """
+        self.measured: list[torch.Tensor] = []
+        output = super().evaluation_loop(*arguments, **keywords)
+        if self.measured:
+            loss, tokens = torch.cat(self.measured).double().cpu().T
+            mean = (loss * tokens)[tokens > 0].sum() / tokens.sum()
+            output.metrics[f"{keywords.get('metric_key_prefix', 'eval')}_loss"] = mean.item()
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
+        """The Trainer's; for each row of all ranks, the loss of its batch and its trained tokens are kept."""
+        found = super().prediction_step(model, inputs, *rest, **keywords)
+        if "shift_labels" in inputs:
+            loss = found[0]
+            tokens = (inputs["shift_labels"] != IGNORED).sum(dim=-1).to(loss.device, torch.float32)
+            # Without the rows that accelerate repeats so that all ranks have as many.
+            self.measured.append(
+                self.gather_function(torch.stack((loss.float().expand_as(tokens), tokens), dim=1))
+            )
+        return found
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build an optimizer of our own where one is chosen; the Trainer builds all others."""

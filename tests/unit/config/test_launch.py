@@ -39,6 +39,15 @@ ZERO2 = {
 BATCHES = {"global_batch_size": 8, "per_device_train_batch_size": 2, "block_size": 64}
 
 
+def test_a_deepspeed_file_without_zero_shards_nothing_of_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    (tmp_path / "deepspeed").mkdir()
+    plain = {key: value for key, value in ZERO2.items() if key != "zero_optimization"}
+    (tmp_path / "deepspeed/mine.json").write_text(json.dumps(plain))
+    lora = {"lora": {"r": 4, "quantization": "nf4"}}
+    assert launch.check_launch(BATCHES | lora, "finetune", "mine", 2).name == "mine.json"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -1,6 +1,7 @@
 """Generation: batches and streams give the same text; prompts are prepared as in training."""
 
 import html
+import itertools
 import re
 import threading
 
@@ -171,6 +172,13 @@ def test_values_out_of_range_are_refused(fast, values, message):
 def test_whole_numbers_are_numbers(fast):
     values = {"max_new_tokens": 4, "do_sample": True, "temperature": 1, "top_p": 1, "repetition_penalty": 1}
     assert generation.generation_config(values, fast).temperature == 1.0
+
+
+@pytest.mark.parametrize(("rows", "most"), [(63, 32), (95, 32), (9, 5), (5, 5), (3, 5), (0, 5)])
+def test_evenly_reaches_the_last_rows(rows, most):
+    chosen = generation.evenly(range(rows), most)
+    assert len(chosen) == min(rows, most) and chosen == sorted(set(chosen))
+    assert rows == 0 or max(b - a for a, b in itertools.pairwise([*chosen, rows])) <= -(-rows // most)
 
 
 def test_side_by_side_is_a_table_that_shows_what_was_written():

@@ -8,6 +8,7 @@ from recipe.config.schedules import SCHEDULES, same_rates_until
 from recipe.project import Refused
 from recipe.run.extension import find_extension, prepare_extension, raised_length
 from recipe.training.checkpoints import delete_old, write_manifest
+from recipe.training.expert_load import EXPERTS
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 WSD = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 30}}
@@ -121,6 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_other_inputs_are_no_extension(t
 def test_the_finished_stage_stays_as_it_is(tmp_path):
     record = finished(tmp_path / "done", (30, 60, 90), **WSD)
     (tmp_path / "done/skipped.jsonl").write_text('{"step": 7}\n')
+    (tmp_path / "done" / EXPERTS).write_text('{"step": 10}\n')
     work = tmp_path / "work"
     work.mkdir()
     prepare_extension(find(tmp_path / "done", record), tmp_path / "done", work)
@@ -131,6 +133,7 @@ def test_the_finished_stage_stays_as_it_is(tmp_path):
     with (work / "skipped.jsonl").open("a") as handle:
         handle.write('{"step": 80}\n')
     assert (tmp_path / "done/skipped.jsonl").read_text() == '{"step": 7}\n'
+    assert (work / EXPERTS).read_text() == '{"step": 10}\n'
     assert json.loads((work / "extended.jsonl").read_text()) == {"from": 60, "steps": 100, "rewarm": False}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,24 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
     # Twice the GPUs are twice as fast; ranks on a CPU share its cores.
     assert preflight.measured_rate("a", gpu, 4) == (2e12, "measured, recipe c")
     assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")
+    # What a checkpointed training computed again was work, too.
+    figures["active"]["activation_checkpointing"] = True
+    (tmp_path / "b/probe.json").write_text(json.dumps({"figures": figures}))
+    assert preflight.measured_rate("a", l4, 1) == (2.5e11 * 4 / 3, "measured, recipe b")
+
+
+def test_checkpointing_takes_a_third_more_time_whoever_asks_for_it():
+    config = {name: read("mistral-300m", name) for name in ("dataset", "model", "tokenizer", "pretrain")}
+
+    def hours():
+        (line,) = (
+            line for line in preflight.report("mistral-300m", config, Launch()) if "80 GB A100" in line
+        )
+        return float(re.search(r"; ([\d.]+) h ", line)[1])
+
+    plain = hours()
+    config["pretrain"]["activation_checkpointing"] = True
+    assert hours() == pytest.approx(plain * 4 / 3, abs=0.1)
 
 
 LAUNCHES = [

@@ -11,6 +11,7 @@ from recipe.training import training
 from recipe.training.callbacks import Meter
 from recipe.training.group_trainer import EQUAL_GROUPS, GroupTrainer
 from recipe.training.preference_trainer import in_order
+from recipe.training.prepare import prepare
 from tiny_training import GPT2, plan_of, rows_of
 from transformers import AutoTokenizer
 from trl import GRPOConfig
@@ -44,7 +45,7 @@ def learn(corpus, tmp_path, monkeypatch, train):
         path.mkdir()
         tokenizer = AutoTokenizer.from_pretrained(corpus)
         config = {"preference": VALUES | changes, "model": GPT2, "pretrain": {}}
-        run = training.prepare(plan_of(path, config), "preference", GRPOConfig)
+        run = prepare(plan_of(path, config), "preference", GRPOConfig)
         rows = [{"prompt": [5 + i, 6, 7], "answer": "はい"} for i in range(8)]
         figures = training.train_model(
             run,

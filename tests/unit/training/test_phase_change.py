@@ -65,6 +65,18 @@ def test_what_changes_and_that_a_resume_at_any_step_changes_nothing(train, monke
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_an_evaluation_before_the_first_step_is_in_the_phase(train):
+    """Of a run that continues in the last phase, too: its first evaluation repeats that of the checkpoint."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 6, "eval_on_start": True}
+    _, rows, _ = train("once", QWEN3, **VALUES, **evaluation, phases=PHASES)
+    (expected,) = (row["eval_loss"] for row in rows if row["step"] == 6 and "eval_loss" in row)
+    folder = train("again", QWEN3, **(VALUES | {"max_steps": 7}), **evaluation, phases=PHASES)[2]
+    _, rows, _ = train("again", QWEN3, **VALUES, **evaluation, phases=PHASES)
+    assert (folder / "checkpoints/checkpoint-6").is_dir()
+    found = [row["eval_loss"] for row in rows if row["step"] == 6 and "eval_loss" in row]
+    assert found == pytest.approx([expected] * len(found), rel=1e-6) and len(found) == 2
+
+
 def test_rotary_embeddings_change_what_is_computed(train):
     """With one phase of another rope_theta, the first loss is another one."""
     settings = VALUES | {"max_steps": 1, "save_strategy": "no"}

@@ -4,6 +4,7 @@ import pytest
 from recipe.model.build import build_model
 from recipe.training import training
 from recipe.training.preference_trainer import PreferenceTrainer, in_order
+from recipe.training.prepare import prepare
 from tiny_training import GPT2, plan_of
 from transformers import AutoTokenizer
 from trl import DPOConfig
@@ -32,7 +33,7 @@ ROWS = [
 def learn(corpus, folder):
     """Train a tiny model for an epoch of `ROWS`, and evaluate it on the first two."""
     plan = plan_of(folder, {"preference": VALUES, "model": GPT2, "pretrain": {}})
-    run = training.prepare(plan, "preference", DPOConfig, {"max_length": None, "torch_compile": False})
+    run = prepare(plan, "preference", DPOConfig, {"max_length": None, "torch_compile": False})
     tokenizer = AutoTokenizer.from_pretrained(corpus)
     return training.train_model(
         run,

@@ -21,3 +21,9 @@ def test_samples_at_chosen_steps_change_nothing(train, steps):
     assert head.startswith("| prompt | step 0 | step 2, valid loss") and "step 6, valid loss" in head
     assert [line.split(" | ")[0] for line in body] == [f"| {prompt}" for prompt in GENERATION["prompts"]]
     assert not (sampled[2].parent / "plain/samples.jsonl").exists()
+
+
+def test_an_evaluation_before_the_first_step_samples_nothing_twice(train):
+    _, _, folder = train(sample_steps=3, eval_on_start=True, eval_strategy="steps", eval_steps=3)
+    rows = rows_of(folder / "samples.jsonl")
+    assert [row["step"] for row in rows[:: len(GENERATION["prompts"])]] == [0, 3, 6]

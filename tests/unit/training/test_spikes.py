@@ -6,7 +6,7 @@ import random
 
 import pytest
 from recipe.config.settings import SpikeRule
-from recipe.training.spikes import find_spikes, read_skipped, window_to_skip
+from recipe.training.spikes import read_skipped, spike, window_to_skip
 
 
 def healthy(steps, seed=0, level=2.0, noise=0.05):
@@ -17,8 +17,18 @@ def healthy(steps, seed=0, level=2.0, noise=0.05):
         yield loss, 0.6 * math.exp(draw.gauss(0, 0.25)) * (1 + 4 * math.exp(-step / 10))
 
 
+def spikes_in(steps):
+    """(position, reason) of each spike; spikes do not enter the window."""
+    rule, window = SpikeRule(), []
+    for position, (loss, norm) in enumerate(steps):
+        if reason := spike(window, loss, norm, rule.deviations):
+            yield position, reason
+        else:
+            window = [*window, (loss, norm)][-rule.window :]
+
+
 def found(steps):
-    return [position for position, _ in find_spikes(steps, SpikeRule())]
+    return [position for position, _ in spikes_in(steps)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -32,7 +42,7 @@ def test_healthy_steps_are_no_spikes(seed):
 def test_a_loss_from_2_to_8_and_a_high_gradient_norm_are_seen(position, loss, norm):
     steps = list(healthy(2000))
     steps[position] = (loss, norm)
-    ((seen, reason),) = find_spikes(steps, SpikeRule())
+    ((seen, reason),) = spikes_in(steps)
     assert seen == position
     assert reason.startswith(f"a loss of {loss:g}" if loss > 2 else f"a gradient norm of {norm:g}")
 

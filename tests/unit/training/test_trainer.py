@@ -9,6 +9,7 @@ from recipe.config import optimizers as table
 from recipe.config.optimizers import OPTIMIZERS, Optimizer
 from recipe.model import chunked_loss, optimizers
 from recipe.model.build import build_model
+from recipe.tokenization.packing import IGNORED
 from recipe.training import trainer, training
 from tiny_training import GPT2, losses_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,6 +88,21 @@ def test_the_loss_in_chunks_trains_the_same(train, monkeypatch, options):
     assert (whole["active"]["loss"], figures["active"]["loss"]) == ("whole logits", "chunks")
     assert losses_of(rows) == pytest.approx(losses_of(expected), rel=1e-4)
     assert figures["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
+
+
+def test_the_validation_loss_is_that_of_all_tokens_whatever_the_batches(train):
+    """Two of the four blocks train one token in seven, as a short answer in a block would."""
+
+    def sparse(block):
+        labels = block["shift_labels"].clone()
+        labels[:28] = IGNORED
+        return block | {"labels": labels, "shift_labels": labels}
+
+    losses = [
+        train(str(rows), valid=sparse, per_device_eval_batch_size=rows)[0]["eval_loss"] for rows in (1, 3, 4)
+    ]
+    # The stock Trainer's losses differ by 1 %.
+    assert losses == pytest.approx([losses[2]] * 3, rel=1e-6)
 
 
 def test_evaluation_changes_nothing(train):

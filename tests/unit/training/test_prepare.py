@@ -2,7 +2,7 @@
 
 import pytest
 from recipe.project import Refused
-from recipe.training import training
+from recipe.training.prepare import check_steps, prepare, total_steps
 from transformers import TrainingArguments
 
 
@@ -14,7 +14,7 @@ def test_total_steps(tmp_path, steps, epochs, expected):
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=steps, num_train_epochs=epochs, use_cpu=True
     )
-    assert training.total_steps(arguments, 100, 8) == expected
+    assert total_steps(arguments, 100, 8) == expected
     assert expected[1] * 100 >= expected[0] * 8
 
 
@@ -31,9 +31,9 @@ def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monk
     for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    run = training.prepare(plan, "pretrain")
-    run.arguments.max_steps = training.total_steps(run.arguments, 100, 8)[0]
+    run = prepare(plan, "pretrain")
+    run.arguments.max_steps = total_steps(run.arguments, 100, 8)[0]
     with pytest.raises(Refused, match="pretrain.json: warmup_steps: 14, more than the 13 steps of the run"):
-        training.check_steps(run, values, "pretrain.json")
-    training.check_steps(run, values | {"warmup_steps": 13}, "pretrain.json")
+        check_steps(run, values, "pretrain.json")
+    check_steps(run, values | {"warmup_steps": 13}, "pretrain.json")
     assert "eval_steps: 20, but the run has 13 steps" in capsys.readouterr().out
