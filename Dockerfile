@@ -3,6 +3,7 @@
 #
 #   docker build -t japanese-lm .
 #   alias in-container='docker run --rm -it --gpus all --network host -v "$PWD":/workspace japanese-lm'
+#   (without an NVIDIA GPU, leave out --gpus all)
 #   in-container bash run_all.sh
 #   in-container tensorboard --logdir outputs/tiny            # http://localhost:6006
 #   in-container python fine-tuning/chat.py --web             # http://localhost:7860
