@@ -52,6 +52,8 @@ class RecipeTrainer(ShardedTrainer):
         self.schedule_begin = 0  # the step at which the schedule begins, if not at 0
         self.rate: Callable[[int], float] = lambda step: 1.0  # factor of the schedule at a step
         self.save_postponed = False  # a checkpoint was due while steps were skipped
+        # Of an evaluation, for each batch [rows of all ranks, 2]: its loss, the trained tokens of each row.
+        self.measured: list[torch.Tensor] = []
         super().__init__(**keywords)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -155,7 +157,7 @@ class RecipeTrainer(ShardedTrainer):
         Its own is the mean of the batches' losses, in which the few tokens of a short answer count as much as
         the many of a long one, so that the result depends on the micro-batch.
         """
-        self.measured: list[torch.Tensor] = []
+        self.measured = []
         output = super().evaluation_loop(*arguments, **keywords)
         if self.measured:
             loss, tokens = torch.cat(self.measured).double().cpu().T
