@@ -23,7 +23,7 @@ def test_shipped_recipe_is_valid(recipe):
         (lambda c: c["pretrain"].update(block_size=4096), ["block_size: 4096", "1024 positions"]),
         (
             lambda c: c["model"].update(vocab_size=50257),
-            ["model.json: vocab_size: 50257", "tokenizer.json has 8000"],
+            ["model.json: vocab_size: 50257", "tokenizer.json has 4000"],
         ),
         (lambda c: c["model"].update(bos_token_id=0), ["bos_token_id: 0", "tokenizer has 2"]),
         (lambda c: pair(c, source="manpages"), ["expected a source of kind tatoeba"]),
