@@ -8,7 +8,7 @@ process (the median of seven ratios), so that a busy machine slows both. A row t
 
 The model, the packed blocks, the optimizers and the formula of the schedule are the project's own; the loop
 is a plain one, because some rows change what no recipe can ask for (`CHOICES`). Results are appended to
-`ledger.jsonl`, and a row that is there is not run again: delete the file when tiny changes.
+a file, and a row that is there is not run again: delete the file when tiny changes.
 
 Run, after `bash run_all.sh --to 04` (at 3m about 4 minutes for each row and seed on one core, with other
 vocabularies a minute more; two processes with other choices may share two cores):
@@ -34,8 +34,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pretrain"))
 TINY = {name: json.loads((ROOT / f"configs/tiny/{name}.json").read_text()) for name in ("model", "pretrain")}
-RESULTS = ROOT / "tests/bench/ledger.jsonl"
-# Parameters with a vocabulary of 8,000: 3.3 (tiny), 8.4 and 19.9 million. For each, the layers and the width.
+RESULTS = ROOT / "outputs/ledger.jsonl"
+# The layers and the width of each. The names are their millions of parameters with a vocabulary of 8,000.
 SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
 STEPS = {"3m": 600, "8m": 300, "20m": 150}  # of tiny's choices, 2 to 4 minutes on one core
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
@@ -73,7 +73,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "batch of 8,192 tokens": {"global_batch_size": 32},
     "blocks of 64 tokens in the first 30 %": {"short_first": 0.3},
     "blocks of 512 tokens": {"block_size": 512, "global_batch_size": 4},
-    "vocabulary of 4,000": {"vocab_size": 4000},
+    "vocabulary of 2,000": {"vocab_size": 2000},
+    "vocabulary of 8,000": {"vocab_size": 8000},
     "vocabulary of 16,000": {"vocab_size": 16000},
     "output not tied to the embeddings": {"tie_word_embeddings": False},
     "the same, embeddings at 0.1": {"tie_word_embeddings": False, "embedding_rate": 0.1},

@@ -44,8 +44,8 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    # An earlier `tiny` of 4 layers of 256: 71 % of 167 GFLOP/s. The present one reaches 328 on another CPU
-    # with bf16 units (README.md). CPUs differ by several times.
+    # An earlier `tiny` of 4 layers of 256: 71 % of 167 GFLOP/s. Later ones reached 147 and 328 GFLOP/s on
+    # other CPUs, with bf16 units.
     "cpu": Card(
         "CPU, 2 cores", 8, 167e9, (0, 0), 0.71 * 167e9, "an earlier `tiny` on 2 cores of a server CPU"
     ),

@@ -66,14 +66,14 @@ LONGEST = 100
 EPOCHS = 4
 # Kaplan et al. (2020), section 4: nats per token from parameters outside the embeddings and tokens.
 KAPLAN = {"N": 6.4e13, "D": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103}
-# Measured losses divided by the law's: `tiny` (4.1498 after 3.7e6 tokens; manual pages and short sentences
-# are easy), and the published loss of japanese-mistral-300m (3.5582 after
+# Measured losses divided by the law's: `tiny` with a vocabulary of 8,000 (4.1498 after 3.7e6 tokens; manual
+# pages and short sentences are easy), and the published loss of japanese-mistral-300m (3.5582 after
 # 10.7e9 tokens of Wikipedia and CC-100).
 LOSS_FACTORS = (0.84, 1.36)
 # Bytes for each token by the size of the vocabulary, measured by stage 03 on the held-out text of `tiny`
-# (8,000: README.md; 32,000: --set tokenizer.kind=bpe --set tokenizer.vocab_size=32000 --set
-# tokenizer.training_megabytes=28).
-BYTES_PER_TOKEN = {8_000: 4.81, 32_000: 5.97}
+# (4,000: README.md; 8,000: --set tokenizer.vocab_size=8000; 32,000: --set tokenizer.kind=bpe --set
+# tokenizer.vocab_size=32000 --set tokenizer.training_megabytes=28).
+BYTES_PER_TOKEN = {4_000: 3.97, 8_000: 4.81, 32_000: 5.97}
 # What a step really took, divided by what is computed for it: 11 % more on an H200 (README.md).
 MEMORY_MARGIN = 1.11
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

@@ -48,9 +48,9 @@ def test_a_run_without_phases_is_one_phase_of_sequences():
         ),
         (
             phases({"until_step": 100}, {"until_step": 700}),
-            ["ends at step 700, but max_steps is 1,800", "steps 701 to 1,800 have no phase", "Leave the end"],
+            ["ends at step 700, but max_steps is 2,200", "steps 701 to 2,200 have no phase", "Leave the end"],
         ),
-        (phases({"until_step": 1900}), ["ends at step 1,900, but max_steps is 1,800", "the run ends before"]),
+        (phases({"until_step": 2300}), ["ends at step 2,300, but max_steps is 2,200", "the run ends before"]),
         (phases({}, {"until_step": 1800}), ["phase 1: no end", "until_step or until_tokens"]),
         (phases({"until_step": 9, "until_tokens": 9}, {}), ["phase 1: until_step and until_tokens"]),
         (phases(), ["phases: []", "at least one phase"]),

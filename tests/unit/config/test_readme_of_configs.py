@@ -113,7 +113,7 @@ def test_the_table_of_recipes_has_their_real_figures():
         setting = preflight.setting_of(config["pretrain"], A100, Launch())
         assert int(parameters.replace(",", "")) == shape.parameters, name
         assert int(block.replace(",", "")) == config["pretrain"]["block_size"], name
-        assert float(disk.split()[0]) == config["dataset"].get("disk_gigabytes", 2), name
+        assert float(disk.split()[0]) == config["dataset"].get("disk_gigabytes", 0.3), name
         compiled = memory(shape, replace(setting, compiled=True))["peak"] / preflight.GIB
         assert float(peak.split()[0]) == pytest.approx(compiled, abs=0.051), name
         size = re.search(r"(\d+) layers of ([\d,]+)", shown)
