@@ -73,7 +73,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "batch of 8,192 tokens": {"global_batch_size": 32},
     "blocks of 64 tokens in the first 30 %": {"short_first": 0.3},
     "blocks of 512 tokens": {"block_size": 512, "global_batch_size": 4},
-    "vocabulary of 2,000": {"vocab_size": 2000},
+    "vocabulary of 3,000": {"vocab_size": 3000},
     "vocabulary of 8,000": {"vocab_size": 8000},
     "vocabulary of 16,000": {"vocab_size": 16000},
     "output not tied to the embeddings": {"tie_word_embeddings": False},
