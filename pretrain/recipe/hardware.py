@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -13,12 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from recipe.project import Refused
-
-if TYPE_CHECKING:
-    import torch
 
 # Package and least compute capability of each version of FlashAttention.
 FLASH_ATTENTION = {
@@ -404,16 +400,6 @@ def initialise_vector_math() -> None:
     import torch
 
     torch.zeros(1).cos()
-
-
-def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """torch's context without effect on the random numbers that follow, for the CPU and the device.
-
-    By default it would copy the state of every GPU that a rank sees, and warn of that.
-    """
-    import torch
-
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def check_liger(

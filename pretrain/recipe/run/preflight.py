@@ -79,6 +79,7 @@ PROFILES = tuple(
         ("8 GB RTX 4060", "rtx4060"),
         ("12 GB RTX 3060", "rtx3060"),
         ("16 GB T4 (fp16, no FlashAttention-2)", "t4"),
+        ("24 GB RTX 3090", "rtx3090"),
         ("24 GB RTX 4090", "rtx4090"),
         ("40 GB A100", "a100-40gb"),
         ("80 GB A100", "a100-80gb"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -165,6 +166,14 @@ def gather(values: list[float], device: torch.device) -> list[list[float]]:
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
     return [row.tolist() for row in rows]
+
+
+def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """torch's context without effect on the random numbers that follow, for the CPU and the device.
+
+    By default it would copy the state of every GPU that a rank sees, and warn of that.
+    """
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 class Progress(TrainerCallback):

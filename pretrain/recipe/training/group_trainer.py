@@ -16,9 +16,8 @@ from transformers import TrainerState
 from trl import GRPOTrainer
 
 from recipe.config.rewards import Attempt, score, weights
-from recipe.hardware import fork_rng
 from recipe.project import RecipeError
-from recipe.training.callbacks import gather
+from recipe.training.callbacks import fork_rng, gather
 from recipe.training.preference_trainer import score_answers_only
 from recipe.training.trainer import RecipeTrainer
 

@@ -14,9 +14,8 @@ from transformers import (
 )
 
 from recipe.evaluation.generation import generate_all, generation_config, side_by_side
-from recipe.hardware import fork_rng
 from recipe.project import append_json_line, read_json_lines, write_text
-from recipe.training.callbacks import keep_rows
+from recipe.training.callbacks import fork_rng, keep_rows
 
 
 class Samples(TrainerCallback):

@@ -15,12 +15,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from recipe.config.optimizers import Optimizer
 from recipe.config.schedules import same_rates_until
 from recipe.config.settings import Settings
-from recipe.hardware import fork_rng
 from recipe.model import optimizers
 from recipe.model.sharding import ShardedTrainer
 from recipe.project import RecipeError, naming_full_disk
 from recipe.tokenization.packing import IGNORED
-from recipe.training.callbacks import Meter, gather
+from recipe.training.callbacks import Meter, fork_rng, gather
 from recipe.training.check_schedule import set_rates
 from recipe.training.checkpoints import MANIFEST, delete_old, list_checkpoints, write_manifest
 from recipe.training.expert_load import ExpertLoad

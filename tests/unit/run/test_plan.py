@@ -94,7 +94,7 @@ def test_the_hours_of_small_in_the_documentation_are_those_computed(page):
     if page.startswith("README"):
         text = "\n".join(line for line in text.splitlines() if "| `small` |" in line)
     found = re.findall(r"([\d.]+)(?: 時間)? (?:\(|on an )(RTX \d+|A100)", text)
-    assert len(found) == 2
+    assert len(found) == 3
     for hours, name in found:
         rate = cards.card("a100-40gb" if name == "A100" else name).rate()[0]
         assert float(hours) == pytest.approx(work / rate / 3600, rel=0.07), name

@@ -3,6 +3,7 @@
 import pytest
 from recipe.project import Refused
 from recipe.training.prepare import check_steps, prepare, total_steps
+from tiny_training import plan_of
 from transformers import TrainingArguments
 
 
@@ -26,12 +27,10 @@ def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monk
         "num_train_epochs": 1,
     }
     values |= {"warmup_steps": 14, "eval_strategy": "steps", "eval_steps": 20, "bf16": False}
-    plan = {"recipe": "x", "config": {"pretrain": values, "model": {}}, "deepspeed": None, "ranks": 1}
-    plan |= {"fsdp": False, "tensor_parallel": 1, "host": "", "parent": 0, "folder": str(tmp_path)}
     for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    run = prepare(plan, "pretrain")
+    run = prepare(plan_of(tmp_path, {"pretrain": values, "model": {}}), "pretrain")
     run.arguments.max_steps = total_steps(run.arguments, 100, 8)[0]
     with pytest.raises(Refused, match="pretrain.json: warmup_steps: 14, more than the 13 steps of the run"):
         check_steps(run, values, "pretrain.json")

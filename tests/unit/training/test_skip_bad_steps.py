@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,3 +258,24 @@ def test_going_back_to_the_same_checkpoint_ends_after_some_times(train, inject):
 def test_a_loss_that_falls_or_doubles_is_no_spike(train, inject):
     inject(2.0, 3, 5)
     assert train(**STEPS)[0]["skipped_steps"] == []
+
+
+@pytest.mark.parametrize("clipping", [0, 1.0])
+def test_a_step_of_fp16_is_skipped_with_and_without_clipping(tmp_path, clipping):
+    """The scaler of a GPU, here on the CPU: it is asked for the step's gradients exactly once."""
+    model = torch.nn.Linear(2, 1)
+    optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
+    guard = Guard(tmp_path, None)
+    unscale = SimpleNamespace(unscale_gradients=lambda: scaler.unscale_(optimizer))
+    guard.trainer = SimpleNamespace(
+        accelerator=unscale, step_loss=math.nan, gradient_norm=None, is_deepspeed_enabled=False
+    )
+    before = model.weight.clone()
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    if clipping:
+        scaler.unscale_(optimizer)
+    asked = SimpleNamespace(fp16=True, bf16=False, max_grad_norm=clipping, device=torch.device("cpu"))
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    guard.on_pre_optimizer_step(asked, state, None, model=model)
+    scaler.step(optimizer)
+    assert guard.skipped == {1} and torch.equal(model.weight, before)
