@@ -1,8 +1,9 @@
 """The same text, the same time, the same score: our recipe against its peers, in bits per byte.
 
 All train on one text (that of tiny as people write it: characters not cleaned, layout kept), in batches of
-8 x 256 tokens, on the same cores, one after the other. The steps of each are the seconds that all get, over
-its own seconds per step, which a short run measures first; compiling, validation and saving do not count.
+8 x 256 tokens, on the same cores, one after the other, in bf16, or in float32 where the CPU has no bf16
+units. The steps of each are the seconds that all get, over its own seconds per step, which short runs of all
+measure first; compiling, validation and saving do not count.
 Then one function scores all: the bits that a model needs for a byte of the validation documents, all of them.
 What is held out (LibreOffice's help) is neither trained on nor scored.
 
@@ -10,7 +11,7 @@ What is held out (LibreOffice's help) is neither trained on nor scored.
 - ``adamw``: the same without Muon, with a tuned AdamW (lr 3e-3, linear decay to zero).
 - ``published-rates``: the same with the rates of a published 300M Japanese Mistral.
 - ``litgpt``: litgpt 0.5.13, a Llama of the same shape, its embeddings untied; its defaults (AdamW, lr 1e-3,
-  cosine to 4e-5) but for bf16-mixed, the batch and 5 % warm-up; our tokenizer of 8,000 tokens. It reads
+  cosine to 4e-5) but for the precision, the batch and 5 % warm-up; our tokenizer of 8,000 tokens. It reads
   blocks of documents laid end to end, in random order.
 - ``nanochat``: Karpathy's nanochat at commit 92d63d4, as deep and as wide; its own tokenizer of 8,000 tokens.
   Its loader crops documents, and of so little text it shows a third; here it reads blocks as litgpt does.
@@ -116,6 +117,19 @@ def score(scored: Scored) -> Row:
     return figures | {"parameters": sum(weight.numel() for weight in scored.model.parameters())}
 
 
+def has_bf16() -> bool:
+    """Whether this machine computes in bf16, and not in float32."""
+    sys.path.insert(0, str(ROOT / "pretrain"))
+    from recipe.hardware import detect
+
+    return detect().fast_bf16
+
+
+def autocast() -> torch.autocast:
+    """The precision that a model was trained in."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bf16())
+
+
 def load_recipe(folder: Path) -> Scored:
     """A model of stage 05."""
     sys.path.insert(0, str(ROOT / "pretrain"))
@@ -125,7 +139,7 @@ def load_recipe(folder: Path) -> Scored:
 
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    logits = torch.autocast("cpu", torch.bfloat16)(lambda ids: model(input_ids=ids, use_cache=False).logits)
+    logits = autocast()(lambda ids: model(input_ids=ids, use_cache=False).logits)
     return Scored(lambda text: prompt_ids(tokenizer, text), tokenizer.decode, logits, model)
 
 
@@ -136,7 +150,7 @@ def load_litgpt(folder: Path) -> Scored:
     tokenizer, model = Tokenizer(folder), GPT(Config.from_file(folder / "model_config.yaml")).eval()
     # Not only weights: the checkpoint, which this bench has written, holds the loader of the data as well.
     model.load_state_dict(torch.load(folder / "lit_model.pth", weights_only=False)["model"])
-    logits = torch.autocast("cpu", torch.bfloat16)(model)
+    logits = autocast()(model)
     encode, decode = tokenizer.encode, tokenizer.decode
     return Scored(
         lambda text: encode(text, bos=True).tolist(), lambda x: decode(torch.tensor(x)), logits, model
@@ -185,7 +199,8 @@ def train_litgpt(plan: Row) -> None:
     values |= {"max_norm": 1.0, "min_lr": 4e-5, "tie_embeddings": False}  # the defaults of `litgpt pretrain`
     litgpt.pretrain.save_hyperparameters = lambda *_: None  # it reads sys.argv as options of litgpt
     options = {"model_config": litgpt.pretrain.Config(name="contest", **shape), "train": TrainArgs(**values)}
-    options |= {"eval": EvalArgs(interval=steps + 1, final_validation=False), "precision": "bf16-mixed"}
+    options |= {"eval": EvalArgs(interval=steps + 1, final_validation=False)}
+    options |= {"precision": "bf16-mixed" if has_bf16() else "32-true"}
     options |= {"out_dir": Path(plan["folder"]).parent, "data": Documents(), "tokenizer_dir": TOKENIZER}
     litgpt.pretrain.setup("contest", logger_name="csv", seed=plan["seed"], **options)
 
@@ -330,15 +345,16 @@ def append(results: Path, row: Row) -> None:
         print(json.dumps(row), file=file)
 
 
-def compete(name: str, options: argparse.Namespace) -> None:
-    """Train and score a contestant, unless its result is there."""
+def key_of(name: str, options: argparse.Namespace) -> Row:
+    """What tells the result of a contestant from others."""
     key = {"name": name, "size": options.size, "seed": options.seed}
-    key |= {"budget": options.seconds, "cores": options.cores}
-    if rows_with(options.results, key):
-        return
-    steps = steps_of(name, options)
+    return key | {"budget": options.seconds, "cores": options.cores}
+
+
+def compete(name: str, options: argparse.Namespace, steps: int) -> None:
+    """Train a contestant and score it."""
     print(f"{name}: {steps} steps", file=sys.stderr, flush=True)
-    row = key | train(name, options, steps)
+    row = key_of(name, options) | train(name, options, steps)
     python = sys.executable if name in RECIPES else options.peers_python
     log = WORK / f"{name}-{options.size}-{options.seed}-score.log"
     call([python, "-P", __file__, "--score", KINDS[name], row["folder"]], log)
@@ -410,7 +426,8 @@ def main() -> None:
     if not options.table:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
         os.environ |= {"OMP_NUM_THREADS": str(options.cores), "RECIPE_PYTHON": sys.executable}
-        os.environ |= {"NANOCHAT": options.nanochat, "NANOCHAT_DTYPE": "bfloat16"}
+        os.environ["NANOCHAT"] = options.nanochat
+        os.environ["NANOCHAT_DTYPE"] = "bfloat16" if has_bf16() else "float32"
         os.environ["NANOCHAT_BASE_DIR"] = str(WORK / f"nanochat-{options.seed}")  # its text and tokenizer
         lacking = {name: missing(name, options) for name in options.names or KINDS}
         for name, what in lacking.items():
@@ -418,8 +435,10 @@ def main() -> None:
                 print(f"{name} is left out: {what} is missing", file=sys.stderr)
         options.names = [name for name, what in lacking.items() if not what]
         prepare(options)
-        for name in options.names:
-            compete(name, options)
+        names = [name for name in options.names if not rows_with(options.results, key_of(name, options))]
+        # All are timed before the first one trains: a machine may be slower an hour later.
+        for name, steps in [(name, steps_of(name, options)) for name in names]:
+            compete(name, options, steps)
     table(options.results)
 
 

@@ -121,6 +121,7 @@ class Run:
 
     def __init__(self, size: str, changes: dict[str, Any], seed: int, steps: int) -> None:
         import torch
+        from recipe.hardware import detect
         from recipe.model.build import build_model
         from recipe.model.losses import return_loss_only
         from recipe.model.muon import STEPS as ITERATIONS
@@ -144,6 +145,7 @@ class Run:
                 if "o_proj" in name or "down_proj" in name:
                     torch.nn.init.zeros_(parameter)
         return_loss_only(self.model, self.values.get("z_loss", 0.0))
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=detect().fast_bf16)
         self.compiled = torch.compile(self.model.train(), dynamic=False)
         self.optimizer = self.build_optimizer()
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -202,10 +204,8 @@ class Run:
         return collate([blocks[step * size + row] for row in range(size)])
 
     def loss(self, batch: dict[str, Any]) -> Any:
-        """The loss of a batch, in bf16 autocast."""
-        import torch
-
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        """The loss of a batch."""
+        with self.autocast:
             return self.compiled(**batch, use_cache=False)["loss"]
 
     def step(self, number: int) -> None:
@@ -236,7 +236,7 @@ class Run:
         totals = json.loads((self.tokens / "stage.json").read_text())["figures"]["totals"]["valid"]
         self.model.eval()
         nats = count = 0.0
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), self.autocast:
             for first in range(0, len(valid), 16):
                 batch = collate([valid[i] for i in range(first, min(first + 16, len(valid)))])
                 tokens = int((batch["labels"] != IGNORED).sum())

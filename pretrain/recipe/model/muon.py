@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from recipe.hardware import detect
+
 # The quintic iteration of Jordan et al. (2024), as torch.optim.Muon has it.
 COEFFICIENTS, STEPS, EPSILON = (3.4445, -4.775, 2.0315), 5, 1e-7
 # Numbers of a batch: enough to keep a GPU busy, while its copies stay below 1 GiB.
@@ -26,8 +28,17 @@ SMALL = 2**17
 Part = tuple[tuple[int, ...], tuple[int, ...]]
 
 
+@functools.cache
+def precision() -> torch.dtype:
+    """What the iteration computes in: bfloat16, which is enough for it, or float32 without units for that.
+
+    A CPU without such units (AVX2 alone) needs a hundred times as long for products in bfloat16 as in float32.
+    """
+    return torch.bfloat16 if detect().fast_bf16 else torch.float32
+
+
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The matrices with singular values of about 1 and rows of equal length: bfloat16, same shape.
+    """The matrices with singular values of about 1 and rows of equal length: of `precision`, same shape.
 
     matrices: [rows, columns], or [number, rows, columns] for several at once, such as a layer's experts.
     The iteration leaves rows of unequal length, so that some neurons would learn faster than others. NorMuon
@@ -36,7 +47,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     add = torch.baddbmm if matrices.ndim == 3 else torch.addmm
-    x = matrices.bfloat16()
+    x = matrices.to(precision())
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
@@ -96,7 +107,7 @@ def _orthogonalise_shards(updates: list[Tensor]) -> list[Tensor]:
     parts = _parts(updates[0].shape, mesh, updates[0].placements)
     ranks, me = len(parts), dist.get_rank(group)
     width = max(math.prod(shape) for shape, _ in parts)  # all ranks send as much as the largest part takes
-    like = updates[0].to_local().new_empty(width, dtype=torch.bfloat16)
+    like = updates[0].to_local().new_empty(width, dtype=precision())
 
     def exchange(send: Callable[[int], list[dist.Work]]) -> None:
         works = [work for index in range(len(updates)) for work in send(index)]

@@ -19,7 +19,7 @@ The rules, each with its source:
 - **Repeats**: up to 4 epochs are nearly as good as new text (Muennighoff et al., 2023); more are not planned.
 - **Batch and rate**: 0.58 D^0.571 tokens in a step, and a rate of 1.79 N^-0.713 D^0.307, for AdamW with N
   parameters outside the embeddings and D tokens (Li et al., 2025, "Step Law"; 0.06 to 1e9 parameters). For
-  `tiny` they give 3,650 and 7.1e-3; it has 2,048 and 4.5e-3, next to Muon (tests/bench/ledger.md).
+  `tiny` they give 3,650 and 7.1e-3; it has 2,048 and 9e-3, next to Muon (tests/bench/ledger.md).
 - **Loss**: the law of Kaplan et al. (2020), fitted to English web text in 50,257 tokens, times 0.84 to 1.36.
   These are the factors of the two trainings whose results are known here (`LOSS_FACTORS`). Other text and
   other tokenizers give other losses: compare bits per byte, not losses.

@@ -71,7 +71,7 @@ def lora(config, **values):
         (schedule("polynomial", warmup_steps=9, max_steps=9), ["warmup_steps: 9", "divide by zero"]),
         (schedule("cosine_with_min_lr"), ["lr_scheduler_kwargs", "one floor", "min_lr_rate"]),
         (schedule("cosine_with_min_lr", {"min_lr": 1, "min_lr_rate": 0.1}), ["one floor"]),
-        (schedule("cosine_with_min_lr", {"min_lr": 0.0045}), ["min_lr: 0.0045", "below 0.0045"]),
+        (schedule("cosine_with_min_lr", {"min_lr": 0.009}), ["min_lr: 0.009", "below 0.009"]),
         (schedule("cosine", {"min_lr": 1e-5}), ["min_lr: cosine has no such option", "num_cycles"]),
         (schedule("warmup_stable_decay"), ["num_decay_steps: null", '"num_decay_steps": 1000']),
         (schedule("warmup_stable_decay", {"num_decay_steps": 2200}), ["num_decay_steps: 2200", "44", "2200"]),

@@ -1,10 +1,12 @@
 """Muon with AdamW, and what weight decay applies to."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import EXPERTS, SHAPE
 from recipe.model.build import build_model
-from recipe.model.muon import orthogonalise
+from recipe.model.muon import orthogonalise, precision
 from recipe.model.optimizers import MuonAdamW, decayed
 from tiny_training import tiny_qwen3
 from transformers import AutoTokenizer
@@ -95,7 +97,8 @@ def test_adamws_steps_are_those_of_pytorch():
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
-def test_muons_steps_are_those_of_pytorch_with_rows_of_equal_length(shape):
+def test_muons_steps_are_those_of_pytorch_with_rows_of_equal_length(shape, monkeypatch):
+    monkeypatch.setattr("recipe.model.muon.precision", lambda: torch.bfloat16)  # as PyTorch has it
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     moved = []
@@ -163,6 +166,17 @@ def test_a_batch_of_matrices_is_orthogonalised_as_each_alone(shape, monkeypatch)
     # Rows of equal length move the singular values a little; here are those of the iteration.
     monkeypatch.setattr("recipe.model.muon.even_rows", lambda matrices: matrices)
     assert torch.linalg.svdvals(orthogonalise(batch).float()).max() < 1.3
+
+
+@pytest.mark.parametrize("units, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_computes_in_bf16_only_with_units_for_it(units, dtype, monkeypatch):
+    """A CPU with AVX2 alone needs a hundred times as long in bf16."""
+    monkeypatch.setattr("recipe.model.muon.detect", lambda: SimpleNamespace(fast_bf16=units))
+    precision.cache_clear()
+    try:
+        assert orthogonalise(torch.eye(4, 8)).dtype == dtype
+    finally:
+        precision.cache_clear()
 
 
 def test_resumed_optimizer_steps_identically():
