@@ -32,7 +32,7 @@ Part = tuple[tuple[int, ...], tuple[int, ...]]
 def precision() -> torch.dtype:
     """What the iteration computes in: bfloat16, which is enough for it, or float32 without units for that.
 
-    A CPU without such units (AVX2 alone) needs a hundred times as long for products in bfloat16 as in float32.
+    A CPU without such units (AVX2 alone) needs a hundred times as long for products in bfloat16.
     """
     return torch.bfloat16 if detect().fast_bf16 else torch.float32
 
