@@ -11,7 +11,8 @@
 #                           script that you start yourself: export PYTHONPATH=pretrain
 #   VENV=DIR                put the environment there instead of .venv (the Dockerfile uses /opt/venv)
 #   PYTHON=python3.12       the interpreter that .venv is made from
-#   TORCH_CPU_INDEX=URL     without a GPU: take torch from this index, which serves CPU builds
+#   TORCH_CPU_INDEX=URL     without a GPU: take torch from this index of CPU builds instead of PyTorch's own; where it
+#                           does not answer, or if URL is empty, pip takes the CUDA build (2.7 GB of libraries)
 #   FLASH_ATTN=build        with a GPU: compile flash-attn if no ready wheel fits (needs nvcc; up to an hour)
 #
 # Exit codes: 0 ready, 1 the installation failed, 2 refused (wrong option, RECIPE_PYTHON cannot be used).
@@ -37,7 +38,7 @@ capability() {
 #   check  compare them with what is installed, without importing it; print what is wrong in one line and exit 3
 packages() {
   SAME_MAJOR=$same_major "$1" - "$here" "${@:2}" <<'PY'
-import os, sys, tomllib
+import os, platform, sys, tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -50,7 +51,9 @@ if extras:
     pins = [pin for name in extras for pin in known[name]]
 else:
     lines = Path(here, "requirements.txt").read_text("utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
+    lines = [line.partition(";") for line in lines if line and not line.startswith("#")]
+    # The only marker in use: platform_machine == "...".
+    pins = [pin for pin, _, marker in lines if not marker or f'"{platform.machine()}"' in marker]
 if command == "pins":
     print("\n".join(pins))
     sys.exit()
@@ -110,9 +113,16 @@ install() {
   say "makes $venv with $("$base" --version) (a few minutes the first time)"
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear "$venv"
   gpu=$(capability)
-  if [[ -z $gpu && -n ${TORCH_CPU_INDEX:-} ]]; then
-    say "no NVIDIA GPU: takes torch from TORCH_CPU_INDEX"
-    pip_install --index-url "$TORCH_CPU_INDEX" "$(grep '^torch==' "$here/requirements.txt")"
+  local torch cpu_index=${TORCH_CPU_INDEX-https://download.pytorch.org/whl/cpu}
+  torch=$(grep '^torch==' "$here/requirements.txt")
+  if [[ -n $gpu ]]; then
+    # pip would keep the CPU build of a set-up without a GPU.
+    ! "$venv/bin/python" -m pip list --format=freeze 2>/dev/null | grep -q '^torch==.*+cpu' ||
+      "$venv/bin/python" -m pip uninstall -qq -y torch
+  elif [[ -n $cpu_index ]]; then
+    say "no NVIDIA GPU: takes the CPU build of torch"
+    pip_install --index-url "$cpu_index" --retries 2 --timeout 20 --no-deps "$torch" ||
+      say "$cpu_index: no answer, so torch comes with its CUDA libraries"
   fi
   mapfile -t pins < <(packages "$venv/bin/python" pins tests)
   pip_install -r "$here/requirements.txt" "${pins[@]}"
@@ -189,6 +199,10 @@ while (($#)); do
   esac
   shift
 done
+
+# torch.compile does not quote the paths of what it compiles.
+[[ ! $here$venv =~ [[:space:]\'\"] ]] ||
+  refuse "the path of the project or of its environment has a space or a quote: ${here}. Move the project to a path without"
 
 if [[ -n ${RECIPE_PYTHON:-} ]]; then
   use_as_it_is

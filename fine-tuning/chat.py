@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -157,6 +158,8 @@ def serve(talker: Talker, recipe: str, stage: str, port: int) -> None:
     from recipe.evaluation.talking import web_page
     from starlette.middleware import Middleware
 
+    # gradio asks its own page whether it is there, by http_proxy if that is set.
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
     page = web_page(talker, recipe, stage).queue()
     options = {"quiet": True, "footer_links": [], "prevent_thread_lock": True}
     options["app_kwargs"] = {"middleware": [Middleware(PageGuard)]}

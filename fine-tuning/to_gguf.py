@@ -11,8 +11,8 @@ from pathlib import Path
 
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.project import RecipeError, Refused, require_extra, stage_folder
+from recipe.run.endings import errors_in_one_line
 from recipe.run.integrity import require_whole
-from recipe.run.stage import errors_in_one_line
 
 PROMPTS, LONGEST = 200, 60  # lines of the validation side; characters of a line
 

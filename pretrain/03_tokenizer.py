@@ -5,11 +5,11 @@ bpe), new_pieces.json (the tokens added to a published tokenizer), report.json, 
 Run:  python pretrain/03_tokenizer.py --recipe tiny
 """
 
-import os
 import random
 from collections.abc import Iterator
 from typing import Any
 
+from recipe import host
 from recipe.config.tokenizer import SPECIAL_TOKENS, kind_of
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.progress import progress
@@ -93,7 +93,7 @@ def sample(stage: Stage) -> Iterator[str]:
     if config.get("segmenter"):
         from recipe.tokenization.word_segmenter import make_segmenter
 
-        return make_segmenter(config["segmenter"], DATA).parallel(lines, os.cpu_count() or 1)
+        return make_segmenter(config["segmenter"], DATA).parallel(lines, host.cores())
     return lines
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import resource
 import shutil
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,7 +99,9 @@ def detect() -> Hardware:
     import torch
 
     if torch.cuda.is_available():
-        return _gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        check_build(name, capability, torch.cuda.get_arch_list())
+        return _gpu(name, capability)
     if seen := gpus():
         try:
             torch.cuda.init()
@@ -110,6 +114,20 @@ def detect() -> Hardware:
             "the CPU: export CUDA_VISIBLE_DEVICES="
         )
     return _cpu()
+
+
+def check_build(name: str, capability: tuple[int, int], built: list[str]) -> None:
+    """Raise Refused for a GPU that is older than all that this build of PyTorch has kernels for.
+
+    built: of `torch.cuda.get_arch_list`, such as ``sm_75``.
+    """
+    numbers = [int(found[1]) for arch in built if (found := re.fullmatch(r"sm_(\d+)[a-z]?", arch))]
+    if numbers and 10 * capability[0] + capability[1] < min(numbers):
+        raise Refused(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, but this build of PyTorch has "
+            f"kernels from {min(numbers) / 10} on. Install a build of torch for an older CUDA (pytorch.org: "
+            "previous versions), or train on the CPU: export CUDA_VISIBLE_DEVICES="
+        )
 
 
 class Gpu(NamedTuple):
@@ -206,7 +224,8 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _compiler() -> bool:
-    return shutil.which("g++") is not None
+    # What torch.compile generates for a CPU includes Python.h.
+    return shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def choose(
@@ -224,8 +243,8 @@ def choose(
     attention = _attention(hardware, values, where, needs, precision)
     if values.get("torch_compile") and not hardware.compiler:
         raise Refused(
-            f"{where}: torch_compile: true, but there is no g++ on this machine. Install it, or leave the "
-            "key out"
+            f"{where}: torch_compile: true, but there is no g++, or no Python.h, on this machine. Install "
+            "them (apt-get install g++ python3-dev), or leave the key out"
         )
     if values.get("tf32") and hardware.capability < (8, 0):
         raise Refused(
@@ -253,10 +272,10 @@ def _precision(hardware: Hardware, values: dict[str, Any], where: str) -> str:
     if values.get("bf16"):
         if not hardware.fast_bf16:
             instead = "fp16" if hardware.device == "cuda" else "fp32"
-            raise Refused(
-                f"{where}: bf16: true, but {hardware.name} has no bf16 units (capability "
-                f"{hardware.capability}). Leave the key out, and {instead} is chosen"
-            )
+            lack = f"{hardware.name} has no bf16 units (capability {hardware.capability})"
+            if hardware.device == "cpu":
+                lack = "this CPU has no bf16 units that are known (AVX-512 bf16, AMX)"
+            raise Refused(f"{where}: bf16: true, but {lack}. Leave the key out, and {instead} is chosen")
         return "bf16"
     if values.get("fp16"):
         if hardware.device == "cpu":
@@ -428,17 +447,6 @@ def check_liger(
             f"{where}: use_liger_kernel: true, but {reason}. Leave the key out: a GPU computes the loss of a "
             "large batch in chunks anyway"
         )
-
-
-def host_memory() -> tuple[int, int]:
-    """Bytes of this machine's memory: (total, available). Without /proc (not on Linux) both are the total."""
-    try:
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except FileNotFoundError:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total, total
-    total, available = (int(facts[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    return total, available
 
 
 def peak_memory(device: str) -> int:

@@ -11,6 +11,7 @@ from recipe.hardware import (
     Choice,
     Gpu,
     Hardware,
+    check_build,
     check_liger,
     check_quantization,
     choose,
@@ -18,7 +19,6 @@ from recipe.hardware import (
     detect,
     gemm_peak,
     glance,
-    host_memory,
     usable_attention,
     visible_gpus,
 )
@@ -223,12 +223,27 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(tmp_path, monkeypatch):
     assert detect().device == "cpu"
 
 
-def test_host_memory_is_what_the_machine_has(monkeypatch, tmp_path):
-    total, available = host_memory()
-    assert 0 < available <= total
-    monkeypatch.setattr(hardware, "Path", lambda name: tmp_path / name.lstrip("/"))  # without /proc
-    without, free = host_memory()
-    assert without == free == pytest.approx(total, rel=0.02)
+@pytest.mark.parametrize(
+    ("capability", "built", "works"),
+    [
+        ((6, 1), ["sm_75", "sm_80", "sm_90a", "compute_120"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((12, 0), ["sm_75", "sm_90"], True),  # by PTX
+        ((6, 1), [], True),  # unknown
+    ],
+)
+def test_a_gpu_older_than_the_build_of_torch_is_refused(capability, built, works):
+    if works:
+        return check_build("GTX", capability, built)
+    with pytest.raises(Refused, match=r"GTX has compute capability 6.1, .* kernels from 7.5 on. Install"):
+        check_build("GTX", capability, built)
+
+
+def test_torch_compile_needs_the_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert hardware._compiler()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert not hardware._compiler()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-PINS = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+PINS = [line.partition(";")[0] for line in LINES]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -153,7 +155,10 @@ class Installer:
             folder / "venv/bin/python",
             f"""case "$*" in
               *"pip --version" | -) ;;
+              *"uninstall"*torch) echo torch >>{folder}/uninstalled ;;
               *uninstall*) rm -f {flash} ;;
+              *"pip list"*) cat {folder}/installed ;;
+              *"--index-url http://nobody/"*) exit 1 ;;
               *"--only-binary flash-attn"*) echo "$@" >>{self.log}; {wheel} {flash} ;;
               *"--no-binary flash-attn"*) echo "$@" >>{self.log}; touch {flash} ;;
               *" install "*) echo "$@" >>{self.log} ;;
@@ -165,6 +170,14 @@ class Installer:
         tools = executable(folder / "tools/g++", "").parent
         executable(tools / "nvcc", "")
         self.environment = {"VENV": folder / "venv", "PYTHON": sys.executable, "PATH": tools}
+
+    def holds(self, pin: str) -> None:
+        """Let `pip list` show a package."""
+        (self.log.parent / "installed").write_text(f"{pin}\n")
+
+    def uninstalled(self) -> list[str]:
+        """The packages that were uninstalled so far."""
+        return (self.log.parent / "uninstalled").read_text().split()
 
     def run(self, *arguments: str, gpu: Path | str = "", **environment: str) -> tuple[list[str], str]:
         """Run setup.sh. Returns the calls of `pip install` and what setup.sh said."""
@@ -178,12 +191,48 @@ class Installer:
 def test_set_up_installs_once_and_again_when_a_gpu_appears(tmp_path):
     installer = Installer(tmp_path)
     without = gpu(tmp_path / "none", "")  # a GPU of this machine is not seen
-    calls, said = installer.run(gpu=without)
+    calls, said = installer.run(gpu=without, TORCH_CPU_INDEX="")
     assert len(calls) == 1 and f"-r {ROOT}/requirements.txt" in calls[0] and EXTRAS["tests"][0] in calls[0]
     assert "flash-attn: not installed, no NVIDIA GPU" in said
     assert (tmp_path / "recipe.pth").read_text() == f"{ROOT}/pretrain\n"
     assert installer.run(gpu=without) == ([], "")
     assert len(installer.run(gpu=gpu(tmp_path / "gpu", "9.0"))[0]) == 2
+
+
+def test_torch_is_the_cpu_build_without_a_gpu_and_replaced_when_one_appears(tmp_path):
+    installer, torch = Installer(tmp_path), next(pin for pin in PINS if pin.startswith("torch=="))
+    without, present = gpu(tmp_path / "none", ""), gpu(tmp_path / "gpu", "9.0")
+    calls, said = installer.run(gpu=without)
+    assert len(calls) == 2 and f"-r {ROOT}/requirements.txt" in calls[1]
+    assert re.search(rf"--index-url https://\S+/cpu .*--no-deps {torch}$", calls[0])
+    installer.holds(f"{torch}+cpu")
+    assert not any("--index-url" in call for call in installer.run(gpu=present)[0])
+    assert installer.uninstalled() == ["torch"]
+    installer.holds(torch)
+    (tmp_path / "venv/.recipe-ready").unlink()
+    installer.run(gpu=present)
+    assert installer.uninstalled() == ["torch"]  # not once more
+
+
+def test_an_index_that_does_not_answer_does_not_end_the_set_up(tmp_path):
+    installer = Installer(tmp_path)
+    calls, said = installer.run(gpu=gpu(tmp_path / "none", ""), TORCH_CPU_INDEX="http://nobody/")
+    assert len(calls) == 1 and "http://nobody/: no answer, so torch comes with its CUDA" in said
+
+
+@pytest.mark.parametrize("name", ["a folder", "o'hara", 'a"b'])
+def test_a_path_that_torch_compile_cannot_use_is_refused(tmp_path, name):
+    for folder in (tmp_path / name, tmp_path / "日本語"):
+        folder.mkdir()
+        shutil.copy(ROOT / "setup.sh", folder)
+    environment = {k: v for k, v in os.environ.items() if k != "RECIPE_PYTHON"} | {"PYTHON": "python9"}
+    command = ["bash", "setup.sh"]
+    results = [
+        subprocess.run(command, cwd=tmp_path / place, env=environment, capture_output=True, text=True)
+        for place in (name, "日本語")
+    ]
+    assert results[0].returncode == 2 and f"a space or a quote: {tmp_path}/{name}. Move" in results[0].stderr
+    assert "python9: not found" in results[1].stderr
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
+import importlib.util
 import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-
-import aozora as notation
+from typing import Any
 
 from recipe.corpus.archives import HostileArchive, zip_members
 from recipe.corpus.readers import MAXIMUM_BYTES, Document, fault
-from recipe.project import RecipeError
+from recipe.project import RecipeError, Refused
 
 GETA = "〓"  # replaces a character that cannot be shown, as in print
 MAXIMUM_BAD_SHARE = 0.01  # of the characters; a file with more undecodable bytes is not Shift_JIS
@@ -152,6 +152,25 @@ _HIDDEN = {ord(character): 0xF0000 + number for number, character in enumerate("
 _SHOWN = {hidden: character for character, hidden in _HIDDEN.items()}
 
 
+def require_notation() -> None:
+    """Raise Refused if the library for the notation is not installed."""
+    if not importlib.util.find_spec("aozora"):
+        raise Refused(
+            "the source kind aozora needs the package aozora, which has ready wheels for x86_64 only. With "
+            "Rust installed, `pip install aozora` (as pinned in requirements.txt) builds it on other machines"
+        )
+
+
+@functools.cache
+def _notation() -> Any:
+    """The parser of the notation: a class whose objects are texts."""
+    require_notation()
+    # Not at the top: only this kind of source needs it, and it is not there for every machine.
+    from aozora import Document as Notation
+
+    return Notation
+
+
 def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
     """The prose of a work, and a count for each of FIGURES.
 
@@ -257,7 +276,7 @@ def _character(note: str) -> str:
             # EUC: row and cell plus A0, after 8F for the second plane.
             character = (b"\x8f" * (plane - 1) + bytes([row + 0xA0, cell + 0xA0])).decode("euc_jis_2004")
     if not _is_text(character):
-        found = notation.Document(f"※{note}").gaiji()
+        found = _notation()(f"※{note}").gaiji()
         character = (found[0].resolved or "") if found else ""
     return character if _is_text(character) else ""
 
@@ -269,5 +288,5 @@ def _is_text(characters: str) -> bool:
 
 def _accented(bracketed: str) -> str:
     """〔Ve'rite'〕 as Vérité; unchanged, with its brackets, if it has no accents."""
-    rendered = html.unescape(_TAG.sub("", notation.Document(bracketed).to_html())).strip()
+    rendered = html.unescape(_TAG.sub("", _notation()(bracketed).to_html())).strip()
     return bracketed if rendered == bracketed else rendered.removeprefix("〔").removesuffix("〕")

@@ -35,6 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from recipe import host
 from recipe.progress import progress
 from recipe.project import RecipeError, naming_full_disk, require_extra
 
@@ -61,7 +62,7 @@ class Engine:
 
     def __init__(self, config: dict[str, Any], folder: Path) -> None:
         self.config = {"executor": "local"} | config
-        self.workers = self.config.get("workers") or os.cpu_count() or 1
+        self.workers = self.config.get("workers") or host.cores()
         self.logs = folder / "logs"
         self.pool: ProcessPoolExecutor | None = None
 

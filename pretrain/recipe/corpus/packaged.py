@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe import host
 from recipe.corpus.archives import gunzip, tar_members
 from recipe.corpus.readers import Document
 from recipe.project import RecipeError
@@ -100,7 +101,7 @@ def read_manpages(folder: Path) -> Iterator[ManPage]:
         return ManPage(name, section, source, html)
 
     pages = _package_members(folder, re.compile(r"/man/ja/man\d\w*/.*\.gz$"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(host.cores()) as pool:
         while batch := list(itertools.islice(pages, 64)):
             yield from pool.map(render, batch)
 

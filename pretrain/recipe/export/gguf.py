@@ -153,11 +153,13 @@ def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]
         [sys.executable, "-c", _SERVER, str(gguf), str(port)], stderr=subprocess.DEVNULL
     )
 
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+
     def ask(path: str, body: dict) -> dict:
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with direct.open(request, timeout=60) as answer:
             return json.load(answer)
 
     for _ in range(600):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import logging as transformers_logging
 import recipe.model.attention  # registers the attention "documents" in transformers
 import recipe.model.experts  # registers the products of experts
 import recipe.model.varlen  # registers the attention "varlen"
+from recipe import host
 from recipe.config.initial_model import NewPieces, changed_context, read_config_of
 from recipe.config.model import FROM_TOKENIZER
 from recipe.hardware import initialise_vector_math
@@ -158,6 +160,8 @@ def _load(
     changed: values of its config.json.
     """
     initialise_vector_math()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(host.threads())
     transformers_logging.disable_progress_bar()  # loading takes less time than drawing its bar
     return AutoModelForCausalLM.from_pretrained(
         folder,

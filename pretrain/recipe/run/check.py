@@ -13,6 +13,7 @@ from recipe.config.tasks import in_suite, metadata, tasks_of
 from recipe.config.training import training_files, unreached_steps
 from recipe.conversations.instructions import pair_facts
 from recipe.conversations.preferences import preference_facts
+from recipe.corpus.aozora import require_notation
 from recipe.corpus.download import source_facts
 from recipe.evaluation.tasks.available import answers, check_available, hub_address, not_served, silence
 from recipe.evaluation.tasks.files import to_download
@@ -112,6 +113,8 @@ def main() -> None:
         cleans = arguments.first <= 2 <= arguments.last
         if cleans and config["dataset"].get("engine", {}).get("executor") == "ray":
             require_extra("ray", 'dataset.json: engine: executor: "ray"')
+        if cleans and any(spec["source"] == "aozora" for spec in config["dataset"]["sources"].values()):
+            require_notation()
         if config["tokenizer"].get("segmenter") == "sudachi":
             require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
         for stage in TRAINING_STAGES.values():

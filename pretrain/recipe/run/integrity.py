@@ -7,7 +7,6 @@ You may edit a file of a finished stage on purpose. Then accept the folder as it
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from recipe import host
 from recipe.corpus.fetch import digest_of
 from recipe.project import RECORD, RecipeError, Refused, read_record, redo, warn, write_json
 
@@ -48,7 +48,7 @@ def _output(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _digests(paths: list[Path]) -> list[str]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, host.cores())) as pool:
         return list(pool.map(digest_of, paths))
 
 

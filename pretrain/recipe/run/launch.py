@@ -50,6 +50,7 @@ from recipe.project import (
     write_json,
 )
 from recipe.run import probe
+from recipe.run.endings import errors_in_one_line, raise_stopped
 from recipe.run.extension import raised_length
 from recipe.run.launch_options import TRAINING_STAGES, TrainingStage, add_options, launch_of
 from recipe.run.preflight import check_room, report
@@ -63,7 +64,7 @@ from recipe.run.processes import (
     visible_devices,
 )
 from recipe.run.restarts import pause_before, why_not
-from recipe.run.stage import Stage, errors_in_one_line, raise_stopped, run_stage, stage_arguments
+from recipe.run.stage import Stage, run_stage, stage_arguments
 from recipe.training.messages import send_message
 from recipe.training.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
 from recipe.training.spikes import read_skipped

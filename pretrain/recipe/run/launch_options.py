@@ -14,7 +14,7 @@ from recipe.config.launch import check_experts, check_fp8, check_launch, check_t
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
 from recipe.config.training import attention_needs, check_boards
-from recipe.hardware import Hardware, check_liger, check_quantization, choose, count_gpus
+from recipe.hardware import Hardware, check_liger, check_quantization, choose, gpus
 from recipe.project import Refused
 
 
@@ -110,11 +110,18 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
         raise Refused(f"--nproc {arguments.nproc}: expected the number of ranks on this machine, 1 or more")
     if arguments.max_restarts < 0:
         raise Refused(f"--max-restarts {arguments.max_restarts}: expected 0 or more")
-    visible = count_gpus()
+    visible = len(seen := gpus())
     if visible and arguments.nproc > visible and not arguments.hostfile:
         raise Refused(
             f"--nproc {arguments.nproc}: {visible} GPUs are visible here (nvidia-smi, CUDA_VISIBLE_DEVICES). "
             "Give at most one rank per GPU"
+        )
+    processes = arguments.nproc or max(1, visible)
+    if len({gpu.capability >= (8, 0) for gpu in seen[:processes]}) > 1:
+        names = ", ".join(f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]})" for gpu in seen[:processes])
+        raise Refused(
+            f"{names}: ranks on GPUs with and without bf16 units (capability 8.0) would compute different "
+            "steps. Choose GPUs of one kind by CUDA_VISIBLE_DEVICES, or use one with --nproc 1"
         )
     if nodes > 1 and not arguments.master_addr:
         raise Refused(f"--nnodes {nodes}: --master-addr is missing. Give the address of node 0")
@@ -125,7 +132,7 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
         )
     hosts = read_hostfile(Path(arguments.hostfile)) if arguments.hostfile else {}
     return Launch(
-        processes=max(hosts.values()) if hosts else arguments.nproc or max(1, visible),
+        processes=max(hosts.values()) if hosts else processes,
         nodes=nodes,
         node_rank=node_rank,
         master_addr=arguments.master_addr,

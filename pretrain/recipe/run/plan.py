@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import shutil
 import sys
@@ -37,6 +36,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from recipe import host
 from recipe.config.keys import nearest
 from recipe.config.recipe import FILES, load_recipe, recipes
 from recipe.project import (
@@ -157,7 +157,7 @@ def machine_of(gpu: str | None, gpus: int | None) -> Machine:
     if measured := preflight.measured_rate("", device, launch.ranks):
         return Machine(device, launch, free, *measured)
     if device.kind == "cpu":
-        cores = len(os.sched_getaffinity(0))
+        cores = host.threads()
         rate, origin = CARDS["cpu"].rate()
         return Machine(device, launch, free, rate * cores / 2, f"{origin}, for {cores} cores")
     known: Card | None = seen_card(device.name, device.gigabytes)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipe import host
 from recipe.config.launch import batch_layout, offloads_optimizer
 from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name
 from recipe.config.phases import longest_block, samples_of
 from recipe.config.tokenizer import vocabulary_size
-from recipe.hardware import glance, gpus, host_memory
+from recipe.hardware import glance, gpus
 from recipe.project import (
     CONFIGS,
     DATA,
@@ -101,7 +102,7 @@ def this_machine(launch: Launch) -> tuple[Device, float]:
     if seen and seen[0].total and seen[0].free is not None:
         total, free = seen[0].total, float(seen[0].free)
     else:
-        total, available = host_memory()
+        total, available = host.memory()
         free = available / launch.processes
     return Device(here.name, round(total / GIB), 0.0, here.fast_bf16, here.device), free
 

@@ -13,14 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recipe import host
 from recipe.hardware import count_gpus
 from recipe.project import DATA, read_state, write_text
 from recipe.run.launch_options import Launch
-
-# Of glibc, for a training in one process on a CPU: freed tensors stay in it. By default large ones go back to
-# the system after each use, and every step of `tiny` has 35,000 page faults, which take 5 to 10 % of its
-# time. Under FSDP2 it would take 15 % more memory.
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def command(
@@ -66,15 +62,35 @@ def visible_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES") if count_gpus() else None
 
 
+def kept_memory(glibc: tuple[int, int]) -> dict[str, str]:
+    """Variables of glibc for a training in one process on a CPU: freed tensors stay in it.
+
+    By default large ones go back to the system after each use, and every step of `tiny` has 35,000 page
+    faults, which take 5 to 10 % of its time. Under FSDP2 it would take 15 % more memory.
+
+    glibc: its version. Before 2.35 a threshold above 32 MiB is ignored, and that of the trimming alone keeps
+    the default one, 128 KiB, from growing: still more page faults.
+    """
+    largest = 2**32 if glibc >= (2, 35) else 2**25
+    return {"MALLOC_MMAP_THRESHOLD_": str(largest), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
+def _glibc() -> tuple[int, int]:
+    name, number = platform.libc_ver()
+    major, _, minor = number.partition(".")
+    return (int(major), int(minor)) if name == "glibc" else (0, 0)
+
+
 def _defaults(processes: int) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, host.threads() // processes)
     gpus = count_gpus()
-    return (KEPT_MEMORY if processes == 1 and not gpus else {}) | {
+    return (kept_memory(_glibc()) if processes == 1 and not gpus else {}) | {
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(DATA / ".torchinductor"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DS_ACCELERATOR": "cuda" if gpus else "cpu",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi numbers them, not the fastest first
         "PYTHONUNBUFFERED": "1",
     }
 

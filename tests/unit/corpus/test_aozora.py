@@ -8,7 +8,7 @@ import pytest
 from recipe.corpus import aozora
 from recipe.corpus.aozora import prose, read_works
 from recipe.corpus.readers import FAULTS
-from recipe.project import RecipeError
+from recipe.project import RecipeError, Refused
 
 LEGEND = """-------------------------------------------------------
 【テキスト中に現れる記号について】
@@ -394,3 +394,9 @@ def test_unknown_kind_is_always_refused(tmp_path, tolerant):
 def test_missing_file_is_not_a_fault(tmp_path):
     with pytest.raises(FileNotFoundError):
         list(read_works(tmp_path / "a.zip", tolerant=True))
+
+
+def test_a_missing_library_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Refused, match="needs the package aozora, .* x86_64 only. With Rust installed, `pip"):
+        aozora.require_notation()

@@ -130,3 +130,17 @@ def test_one_thread_makes_the_first_call_of_the_vector_functions(tmp_path):
     with Recorder():
         build.load_model(folder)(torch.arange(200)[None])
     assert sizes[0] == 1 and max(sizes) > 1
+
+
+def test_a_loaded_model_computes_with_the_threads_of_this_process(tmp_path, monkeypatch):
+    folder, before = write_checkpoint(tmp_path / "checkpoint"), torch.get_num_threads()
+    monkeypatch.setattr("recipe.host.threads", lambda: before + 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+    try:
+        build.load_model(folder)
+        assert torch.get_num_threads() == before  # what the user has set
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        build.load_model(folder)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from recipe.config.launch import batch_layout, check_experts, check_launch, check_tensor_parallel
+from recipe.hardware import Gpu
 from recipe.project import Refused
 from recipe.run import launch_options
 from recipe.run.launch import main
 from recipe.run.launch_options import Launch, add_options, launch_of
-from recipe.run.processes import child_environment, command
+from recipe.run.processes import child_environment, command, kept_memory
 
 
 def test_one_process_is_plain_python():
@@ -122,12 +123,23 @@ def test_a_refused_start_ends_with_one_line(monkeypatch, capsys, words, fault):
 
 def test_no_more_ranks_than_gpus(monkeypatch):
     """Two ranks on one GPU would only end with an error from NCCL. On a CPU, ranks share the cores."""
-    monkeypatch.setattr(launch_options, "count_gpus", lambda: 2)
+    ampere = Gpu("NVIDIA RTX 3090", (8, 6), 2**34, 2**34)
+    monkeypatch.setattr(launch_options, "gpus", lambda: [ampere] * 2)
     assert options("--nproc", "2").processes == options().processes == 2
     with pytest.raises(Refused, match="--nproc 3: 2 GPUs are visible"):
         options("--nproc", "3")
-    monkeypatch.setattr(launch_options, "count_gpus", lambda: 0)
+    monkeypatch.setattr(launch_options, "gpus", lambda: [])
     assert options("--nproc", "3").processes == 3
+
+
+def test_ranks_with_and_without_bf16_units_are_refused(monkeypatch):
+    ampere, turing = Gpu("NVIDIA RTX 3090", (8, 6), 1, 1), Gpu("NVIDIA RTX 2080", (7, 5), 1, 1)
+    monkeypatch.setattr(launch_options, "gpus", lambda: [ampere, turing])
+    with pytest.raises(Refused, match=r"3090 \(8.6\), NVIDIA RTX 2080 \(7.5\): ranks on .*--nproc 1"):
+        options()
+    assert options("--nproc", "1").processes == 1
+    monkeypatch.setattr(launch_options, "gpus", lambda: [ampere, ampere._replace(capability=(8, 9))])
+    assert options().processes == 2
 
 
 def test_hosts_get_the_environment(tmp_path):
@@ -145,6 +157,17 @@ def test_users_environment_wins():
         >= int(child_environment({}, 2)["OMP_NUM_THREADS"])
         >= 1
     )
+
+
+def test_ranks_share_the_physical_cores(monkeypatch):
+    monkeypatch.setattr("recipe.host.threads", lambda: 6)
+    shares = [child_environment({}, ranks)["OMP_NUM_THREADS"] for ranks in (1, 2, 4, 8)]
+    assert shares == ["6", "3", "1", "1"]
+
+
+def test_an_older_glibc_gets_a_threshold_that_it_accepts():
+    old, new = (int(kept_memory(glibc)["MALLOC_MMAP_THRESHOLD_"]) for glibc in ((2, 34), (2, 35)))
+    assert old == 64 * 2**20 / 2 < new  # half of a heap of glibc
 
 
 def test_a_training_on_a_cpu_keeps_the_memory_of_freed_tensors():

@@ -8,8 +8,8 @@ import pytest
 from recipe import project
 from recipe.project import RecipeError, Refused
 from recipe.run import publication
+from recipe.run.endings import errors_in_one_line
 from recipe.run.publication import hold
-from recipe.run.stage import errors_in_one_line
 
 
 def test_a_drive_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from published_checkpoint import default_options, recipe_of, write_checkpoint
 from recipe.config import initial_model
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.project import Refused
-from recipe.run import freshness, launch, probe, stage
+from recipe.run import decision, freshness, launch, probe
 from recipe.run.stage import Stage
 
 
@@ -27,7 +27,7 @@ def test_a_fetched_checkpoint_is_checked_again_before_it_is_loaded(monkeypatch, 
 
 
 def test_a_dry_run_before_the_checkpoint_is_fetched_says_what_is_not_known(monkeypatch, capsys):
-    monkeypatch.setattr(stage, "load_recipe", lambda *_: recipe_of("nobody/model"))
+    monkeypatch.setattr(decision, "load_recipe", lambda *_: recipe_of("nobody/model"))
     monkeypatch.setattr("sys.argv", ["launch", "run_clm.py", "--recipe", "no-such-output", "--dry-run"])
     launch.main()
     assert "parameters   known once the checkpoint is fetched: nobody/model" in capsys.readouterr().out
