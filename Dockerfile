@@ -19,7 +19,9 @@ RUN apt-get update \
 # Only what setup.sh reads is copied: an edit of the code or of a recipe does not build the environment again.
 WORKDIR /workspace
 COPY setup.sh requirements.txt pyproject.toml ./
-RUN --mount=type=cache,target=/root/.cache/pip VENV=/opt/venv bash setup.sh
+# While an image is built no GPU is seen, but the build of torch for CUDA is needed (or of the CPU: --build-arg).
+ARG TORCH_CPU_INDEX=
+RUN --mount=type=cache,target=/root/.cache/pip TORCH_CPU_INDEX=$TORCH_CPU_INDEX VENV=/opt/venv bash setup.sh
 
 # The scripts use this environment as it is.
 ENV RECIPE_PYTHON=/opt/venv/bin/python PATH=/opt/venv/bin:$PATH

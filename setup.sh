@@ -110,6 +110,7 @@ install() {
   [[ -f $("$base" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h ]] ||
     die "Python.h not found; torch.compile and neologdn need it: apt-get install python3-dev"
 
+  rm -f "$stamp"
   say "makes $venv with $("$base" --version) (a few minutes the first time)"
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear "$venv"
   gpu=$(capability)
@@ -117,7 +118,7 @@ install() {
   torch=$(grep '^torch==' "$here/requirements.txt")
   if [[ -n $gpu ]]; then
     # pip would keep the CPU build of a set-up without a GPU.
-    ! "$venv/bin/python" -m pip list --format=freeze 2>/dev/null | grep -q '^torch==.*+cpu' ||
+    [[ $("$venv/bin/python" -m pip show torch 2>/dev/null) != *+cpu* ]] ||
       "$venv/bin/python" -m pip uninstall -qq -y torch
   elif [[ -n $cpu_index ]]; then
     say "no NVIDIA GPU: takes the CPU build of torch"
@@ -201,8 +202,10 @@ while (($#)); do
 done
 
 # torch.compile does not quote the paths of what it compiles.
-[[ ! $here$venv =~ [[:space:]\'\"] ]] ||
-  refuse "the path of the project or of its environment has a space or a quote: ${here}. Move the project to a path without"
+for path in "$here" "$venv"; do
+  [[ ! $path =~ [[:space:]\'\"] ]] ||
+    refuse "torch.compile cannot use a path with a space or a quote: $path. Move the project (or VENV) to another path"
+done
 
 if [[ -n ${RECIPE_PYTHON:-} ]]; then
   use_as_it_is

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipe.hardware import glance
 from recipe.project import missing_packages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +85,12 @@ MINI = {
         "torch_compile": False,
     },
 }
+
+
+def skip_bf16_without_units(kind: str) -> None:
+    """Skip a test of the precision bf16 where this machine cannot train in it."""
+    if kind == "bf16" and not glance().fast_bf16:
+        pytest.skip("could not run: this CPU has no bf16 units")
 
 
 def sentences(count: int, seed: int) -> list[str]:

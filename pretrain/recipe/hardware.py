@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 from recipe.project import Refused
 
+# CUDA numbers GPUs as nvidia-smi does, in every stage, and not the fastest first.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
 # Package and least compute capability of each version of FlashAttention.
 FLASH_ATTENTION = {
     2: ("flash_attn", (8, 0)),
@@ -47,9 +50,9 @@ class Hardware:
 
     device: ``cuda`` or ``cpu``. name: for people. capability: CUDA compute capability, (0, 0) on a CPU.
     torch: PyTorch's version. fast_bf16: whether it has bf16 units. flash_attention: the versions of
-    FlashAttention that are installed and run on this device. compiler: whether there is a C++ compiler for
-    torch.compile. bitsandbytes, liger, torchao: whether that library is installed, for 8-bit optimizers, for
-    Liger's kernels, and for fp8.
+    FlashAttention that are installed and run on this device. compiler: whether there are g++
+    and Python.h, which torch.compile needs. bitsandbytes, liger, torchao: whether that library is installed,
+    for 8-bit optimizers, for Liger's kernels, and for fp8.
     """
 
     device: str
@@ -359,7 +362,7 @@ def _why_not_flex(hardware: Hardware, needs: AttentionNeeds) -> str:
     if hardware.device != "cuda":
         return f"has no gradient on a CPU, and needs an NVIDIA GPU; this is {hardware.name}"
     if not hardware.compiler:
-        return "must be compiled, but there is no g++ on this machine"
+        return "must be compiled, but there is no g++, or no Python.h, on this machine"
     if needs.dropout:
         return "computes no dropout of attention (model.json: attention_dropout, attn_pdrop)"
     return ""

@@ -122,9 +122,10 @@ def page(project, *options, recipe="mini"):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # A proxy that does not answer, as in a company's network: the page must be reached without it.
-    project.environment["http_proxy"] = "http://127.0.0.1:9"
+    before = dict(project.environment)
+    project.environment.update(http_proxy="http://127.0.0.1:9", no_proxy="", NO_PROXY="")
     server = project.start("fine-tuning/chat.py", "--recipe", recipe, "--web", "--port", str(port), *options)
-    del project.environment["http_proxy"]
+    project.environment = before
     try:
         printed = iter(server.stdout.readline, "")
         address = next((line.split()[0] for line in printed if line.startswith("http://")), None)

@@ -32,7 +32,8 @@ def gpu(folder: Path, capability: str) -> Path:
 
 def setup(*arguments: str, **environment: str | Path) -> subprocess.CompletedProcess[str]:
     """Run setup.sh with changed environment variables."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("RECIPE_PYTHON", "PYTHONPATH")}
+    own = ("RECIPE_PYTHON", "PYTHONPATH", "TORCH_CPU_INDEX")
+    clean = {key: value for key, value in os.environ.items() if key not in own}
     return subprocess.run(
         ["bash", str(ROOT / "setup.sh"), *arguments],
         env=clean | {key: str(value) for key, value in environment.items()},
@@ -157,7 +158,7 @@ class Installer:
               *"pip --version" | -) ;;
               *"uninstall"*torch) echo torch >>{folder}/uninstalled ;;
               *uninstall*) rm -f {flash} ;;
-              *"pip list"*) cat {folder}/installed ;;
+              *"pip show torch"*) cat {folder}/installed ;;
               *"--index-url http://nobody/"*) exit 1 ;;
               *"--only-binary flash-attn"*) echo "$@" >>{self.log}; {wheel} {flash} ;;
               *"--no-binary flash-attn"*) echo "$@" >>{self.log}; touch {flash} ;;
@@ -172,8 +173,10 @@ class Installer:
         self.environment = {"VENV": folder / "venv", "PYTHON": sys.executable, "PATH": tools}
 
     def holds(self, pin: str) -> None:
-        """Let `pip list` show a package."""
-        (self.log.parent / "installed").write_text(f"{pin}\n")
+        """Let `pip show` show a package."""
+        name, version = pin.split("==")
+        shown = f"Name: {name}\nVersion: {version}\n" + "Summary: more\n" * 5000
+        (self.log.parent / "installed").write_text(shown)
 
     def uninstalled(self) -> list[str]:
         """The packages that were uninstalled so far."""
@@ -212,6 +215,12 @@ def test_torch_is_the_cpu_build_without_a_gpu_and_replaced_when_one_appears(tmp_
     (tmp_path / "venv/.recipe-ready").unlink()
     installer.run(gpu=present)
     assert installer.uninstalled() == ["torch"]  # not once more
+
+
+def test_an_image_gets_the_cuda_build_although_none_sees_a_gpu_while_it_is_built():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert "ARG TORCH_CPU_INDEX=" in lines
+    assert any("TORCH_CPU_INDEX=$TORCH_CPU_INDEX VENV=/opt/venv bash setup.sh" in line for line in lines)
 
 
 def test_an_index_that_does_not_answer_does_not_end_the_set_up(tmp_path):

@@ -22,7 +22,7 @@ from recipe.project import Refused
 # Native keys that are refused because something else decides the value, and what decides it.
 ELSEWHERE = {
     "gradient_accumulation_steps": "global_batch_size, per_device_train_batch_size and the ranks",
-    "output_dir": "recipe/run/stage.py",
+    "output_dir": "recipe/run/decision.py",
     "hub_token": "the environment variable HF_TOKEN, or `hf auth login` (a token in a file gets published)",
     "deepspeed": "the option --deepspeed zero2 and configs/deepspeed/",
     "resume_from_checkpoint": "the stage, which always continues from its newest valid checkpoint",

@@ -17,7 +17,7 @@ from recipe.hardware import detect
 
 # The quintic iteration of Jordan et al. (2024), as torch.optim.Muon has it.
 COEFFICIENTS, STEPS, EPSILON = (3.4445, -4.775, 2.0315), 5, 1e-7
-# Numbers of a batch: enough to keep a GPU busy, while its copies stay below 1 GiB.
+# Numbers of a batch: enough to keep a GPU busy, while its copies stay below 1 GiB (in bfloat16).
 BATCH = 2**26
 # On a CPU, a batch spreads over the cores what is too small to divide: 28 matrices of up to 192 x 576 need
 # 15 ms instead of 20 on 2 cores. A larger matrix is divided itself, and a batch would only cost copies: 35 of
@@ -32,9 +32,14 @@ Part = tuple[tuple[int, ...], tuple[int, ...]]
 def precision() -> torch.dtype:
     """What the iteration computes in: bfloat16, which is enough for it, or float32 without units for that.
 
-    A CPU without such units (AVX2 alone) needs a hundred times as long for products in bfloat16.
+    A CPU without such units (AVX2 alone) needs a hundred times as long for products in bfloat16. Ranks use
+    bfloat16 only if all of them have the units; they must make the first call together.
     """
-    return torch.bfloat16 if detect().fast_bf16 else torch.float32
+    units = [detect().fast_bf16]
+    if dist.is_initialized():
+        units *= dist.get_world_size()
+        dist.all_gather_object(units, units[0])
+    return torch.bfloat16 if all(units) else torch.float32
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -117,11 +117,11 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
             "Give at most one rank per GPU"
         )
     processes = arguments.nproc or max(1, visible)
-    if len({gpu.capability >= (8, 0) for gpu in seen[:processes]}) > 1:
-        names = ", ".join(f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]})" for gpu in seen[:processes])
+    older = [gpu for gpu in seen[:processes] if gpu.capability < (8, 0)]
+    if older and seen[0].capability >= (8, 0):
         raise Refused(
-            f"{names}: ranks on GPUs with and without bf16 units (capability 8.0) would compute different "
-            "steps. Choose GPUs of one kind by CUDA_VISIBLE_DEVICES, or use one with --nproc 1"
+            f"{older[0].name} has no bf16 units, but the first GPU, {seen[0].name}, has, and all compute as "
+            "the first one can. Name the older one first (such as CUDA_VISIBLE_DEVICES=1,0), or leave it out"
         )
     if nodes > 1 and not arguments.master_addr:
         raise Refused(f"--nnodes {nodes}: --master-addr is missing. Give the address of node 0")

@@ -211,7 +211,7 @@ GLOO_BYTES = 0.2e9
 # training is slower then.
 FRAGMENTATION = 0.15
 # Bytes per logit that a mixture of experts adds in 16 bits on a CPU, where one process keeps the memory of
-# freed tensors (`recipe.run.processes.KEPT_MEMORY`). Measured in 60 compiled steps of 4 layers: the 16-bit
+# freed tensors (`recipe.run.processes.kept_memory`). Measured in 60 compiled steps of 4 layers: the 16-bit
 # logits found no hole and were put at a new place five times within the first 15, then not again; so were
 # those of the first evaluation, in 16 and in 32 bits. Where large tensors go back to the system, the logits
 # have no new places. Likely cause: oneDNN keeps a kernel for each new number of tokens that an expert gets,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -77,8 +78,8 @@ def kept_memory(glibc: tuple[int, int]) -> dict[str, str]:
 
 def _glibc() -> tuple[int, int]:
     name, number = platform.libc_ver()
-    major, _, minor = number.partition(".")
-    return (int(major), int(minor)) if name == "glibc" else (0, 0)
+    found = re.match(r"(\d+)\.(\d+)", number)
+    return (int(found[1]), int(found[2])) if name == "glibc" and found else (0, 0)
 
 
 def _defaults(processes: int) -> dict[str, str]:
@@ -90,7 +91,7 @@ def _defaults(processes: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DS_ACCELERATOR": "cuda" if gpus else "cpu",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi numbers them, not the fastest first
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as `recipe.hardware`, for the machines of a hostfile
         "PYTHONUNBUFFERED": "1",
     }
 
