@@ -45,7 +45,7 @@ class Card(NamedTuple):
 
 CARDS = {
     # An earlier `tiny` of 4 layers of 256: 71 % of 167 GFLOP/s. Later ones reached 147 and 328 GFLOP/s on
-    # other CPUs, with bf16 units.
+    # other CPUs with bf16 units, and 86 without.
     "cpu": Card(
         "CPU, 2 cores", 8, 167e9, (0, 0), 0.71 * 167e9, "an earlier `tiny` on 2 cores of a server CPU"
     ),
