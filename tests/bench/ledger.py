@@ -43,12 +43,12 @@ MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initialize
 ONLY_NUMBERS = {"learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
 ONLY_NUMBERS |= {"momentum", "initializer_range", "zero_projections"}
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
+UNTIED = {"tie_word_embeddings": False}
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
-# factors of the size's. even_rows, iterations, momentum: of Muon (`recipe.model.muon`). embedding_rate: of
-# the embeddings, apart from the output's. zero_projections: the last matrix of attention and feed-forward
-# starts at zero. average: decay of an average of the weights, which is measured in their place.
-# short_first: the share of the steps that read blocks of a quarter of the length.
+# factors of the size's. even_rows, iterations, momentum: of Muon (`recipe.model.muon`). zero_projections: the
+# last matrix of attention and feed-forward starts at zero. average: decay of an average of the weights, which
+# is measured in their place. short_first: the share of the steps that read blocks of a quarter of the length.
 CHOICES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "a third wider": {"width": 4 / 3},
@@ -76,8 +76,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "vocabulary of 3,000": {"vocab_size": 3000},
     "vocabulary of 8,000": {"vocab_size": 8000},
     "vocabulary of 16,000": {"vocab_size": 16000},
-    "output not tied to the embeddings": {"tie_word_embeddings": False},
-    "the same, embeddings at 0.1": {"tie_word_embeddings": False, "embedding_rate": 0.1},
+    "output not tied to the embeddings": UNTIED,
+    "the same, embeddings at 0.03": UNTIED | {"embedding_learning_rate": 0.03},
+    "the same, embeddings at 0.1": UNTIED | {"embedding_learning_rate": 0.1},
+    "the same, embeddings at 0.3": UNTIED | {"embedding_learning_rate": 0.3},
     "initial weights 0.01": {"initializer_range": 0.01},
     "initial weights 0.04": {"initializer_range": 0.04},
     "layers start as the identity": {"zero_projections": True},
@@ -158,7 +160,7 @@ class Run:
             self.short = PackedBlocks(train, block // 4, self.pad, seed + 1, (steps + 50) * batch * 4)
 
     def build_optimizer(self) -> Any:
-        """MuonAdamW or AdamW of the project, with the embeddings at a rate of their own if a row asks so."""
+        """MuonAdamW or AdamW of the project."""
         import torch
         from recipe.model.optimizers import MuonAdamW, decayed
 
@@ -173,15 +175,9 @@ class Run:
             groups = [{"params": split[kind], "weight_decay": decay * kind} for kind in (True, False)]
             return torch.optim.AdamW(groups, lr=values["learning_rate"], betas=betas, eps=epsilon, fused=True)
         muon_rate, rate = values["muon_learning_rate"], values["learning_rate"]
-        optimizer = MuonAdamW(self.model, muon_rate, rate, betas, epsilon, decay)
+        embedding_rate = values.get("embedding_learning_rate")
+        optimizer = MuonAdamW(self.model, muon_rate, rate, betas, epsilon, decay, embedding_rate)
         optimizer.param_groups[0]["momentum"] = self.changes.get("momentum", 0.95)
-        if "embedding_rate" in self.changes:
-            embeddings = self.model.get_input_embeddings().weight
-            for group in optimizer.param_groups[1:]:
-                group["params"] = [p for p in group["params"] if p is not embeddings]
-            group = dict(optimizer.param_groups[1]) | {"lr": self.changes["embedding_rate"]}
-            optimizer.param_groups.append(group | {"params": [embeddings]})
-            optimizer._share_states()
         return optimizer
 
     def factor(self, step: int) -> float:

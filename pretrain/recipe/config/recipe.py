@@ -25,6 +25,7 @@ from recipe.config.tokenizer import check_tokenizer, kind_of, special_ids, vocab
 from recipe.config.training import (
     PRETRAINING,
     TUNING,
+    check_embedding_rate,
     check_target_modules,
     check_training,
     training_files,
@@ -228,6 +229,7 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
                 f"{positions} positions of {home}"
             )
         check_target_modules(config, name, where)
+        check_embedding_rate(config, name, where)
     new_tokens = config["generation"]["max_new_tokens"]
     if positions and positions <= new_tokens:
         raise Refused(

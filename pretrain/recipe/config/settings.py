@@ -31,6 +31,7 @@ class Settings:
 
     global_batch_size: sequences per optimizer step over all ranks; accumulation follows from it.
     block_size: tokens per sequence. muon_learning_rate: of Muon for the layers' matrices; absent: no Muon.
+    embedding_learning_rate: of AdamW for the embeddings, next to Muon; absent: that of the rest.
     attn_implementation: the attention; ``auto`` chooses by the hardware. eval_blocks: blocks of the
     validation side that are measured during training; absent: all.
     z_loss: coefficient of the z-loss, 0 for no z-loss. sample_steps: every so many steps, or after the steps
@@ -47,6 +48,7 @@ class Settings:
     global_batch_size: int
     block_size: int
     muon_learning_rate: float | None = None
+    embedding_learning_rate: float | None = None
     attn_implementation: str = "auto"
     eval_blocks: int | None = None
     z_loss: float = 0.0

@@ -85,7 +85,8 @@ _LEVELS = one_of("debug", "info", "warning", "error", "critical", "passive", "de
 _BETA = Range("at least 0 and at most 0.99999", lambda x: 0 <= x <= 0.99999)
 _LEAST_0 = Range("at least 0", lambda x: x >= 0)
 RANGES = {
-    **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay"), FROM_0_TO_100),
+    **dict.fromkeys(("learning_rate", "muon_learning_rate", "embedding_learning_rate"), FROM_0_TO_100),
+    "weight_decay": FROM_0_TO_100,
     "adam_epsilon": FROM_0_TO_1,
     **dict.fromkeys(("max_grad_norm", "eval_delay", "neftune_noise_alpha"), _LEAST_0),
     "dataloader_num_workers": whole(0, 1024),
@@ -198,6 +199,8 @@ def _check_optimizer(values: dict[str, Any], where: str) -> None:
     if values.get("muon_learning_rate") and "optim" in values:
         raise Refused(f"{where}: optim: muon_learning_rate chooses Muon with AdamW. Remove one of the two")
     name = optimizer_name(values)
+    if values.get("embedding_learning_rate") and name != MUON:
+        raise Refused(f"{where}: embedding_learning_rate: only Muon reads it. Set muon_learning_rate, too")
     chosen_by_optim = [name for name in OPTIMIZERS if name != MUON]
     if "optim" in values and name not in chosen_by_optim:
         raise Refused(
@@ -280,6 +283,17 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
         )
     if values.get("z_loss"):
         raise Refused(f"{where}: z_loss: an adapter does not train the output matrix. Remove it, or lora")
+
+
+def check_embedding_rate(config: Mapping[str, dict[str, Any]], file: str, where: str) -> None:
+    """Refuse embedding_learning_rate for a model whose output matrix is that of its embeddings."""
+    model = model_values(config)
+    tied = (DEFAULTS.get(model.get("model_type"), {}) | model).get("tie_word_embeddings")
+    if config[file].get("embedding_learning_rate") and tied:
+        raise Refused(
+            f"{where}/{file}.json: embedding_learning_rate: the output shares the embeddings' matrix. Write "
+            '"tie_word_embeddings": false in model.json, or leave the key out'
+        )
 
 
 def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where: str) -> None:

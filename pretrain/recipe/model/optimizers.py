@@ -43,6 +43,7 @@ def build_muon(model: torch.nn.Module, settings: Settings, arguments: TrainingAr
         (arguments.adam_beta1, arguments.adam_beta2),
         arguments.adam_epsilon,
         arguments.weight_decay,
+        settings.embedding_learning_rate,
     )
 
 
@@ -58,6 +59,9 @@ class MuonAdamW(torch.optim.Optimizer):
     because the Trainer, its scheduler and its checkpoints accept only one optimizer: the first group is
     Muon's, the others AdamW's. Matrices may be sharded, by FSDP2 or tensor parallelism (see
     `recipe.model.muon`).
+
+    Embeddings that the output does not share may have a rate of their own, embedding_learning_rate: each of
+    their rows sees few tokens, and bears steps that are larger by far (tests/bench/ledger.md).
     """
 
     def __init__(
@@ -68,21 +72,25 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         epsilon: float,
         weight_decay: float,
+        embedding_learning_rate: float | None = None,
     ) -> None:
+        embeddings = model.get_input_embeddings().weight if embedding_learning_rate else None
         with_decay = set(decayed(model))
         matrices: list[torch.nn.Parameter] = []
-        # By weight decay, and by whether ranks share the parameter: one kernel cannot update both kinds.
-        others: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        # By rate, weight decay, and whether ranks share the parameter: one kernel cannot update both kinds.
+        others: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             if parameter.ndim >= 2 and not is_outer(name):
                 matrices.append(parameter)
             else:
+                rate = embedding_learning_rate if parameter is embeddings else None
                 decay = weight_decay if name in with_decay else 0.0
-                others.setdefault((decay, isinstance(parameter, DTensor)), []).append(parameter)
+                key = (rate or learning_rate, decay, isinstance(parameter, DTensor))
+                others.setdefault(key, []).append(parameter)
         self.adamw = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for (decay, _), group in others.items()],
+            [{"params": group, "lr": rate, "weight_decay": d} for (rate, d, _), group in others.items()],
             lr=learning_rate,
             betas=betas,
             eps=epsilon,

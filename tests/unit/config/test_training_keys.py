@@ -120,6 +120,20 @@ def lora(config, **values):
             lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="sgd")),
             ["adam_beta2: optim sgd does not read it"],
         ),
+        (
+            lambda c: (
+                c["pretrain"].pop("muon_learning_rate"),
+                c["pretrain"].update(embedding_learning_rate=0.1),
+            ),
+            ["embedding_learning_rate: only Muon reads it"],
+        ),
+        (
+            lambda c: (
+                c["model"].update(tie_word_embeddings=True),
+                c["pretrain"].update(embedding_learning_rate=0.1),
+            ),
+            ["pretrain.json: embedding_learning_rate: the output shares", '"tie_word_embeddings": false'],
+        ),
         (schedule("greedy"), ["lr_scheduler_type: greedy", "cosine"]),
         (spikes(deviation=6), ["pretrain.json: spikes: deviation: unknown key", "'deviations'"]),
         (spikes(deviations=1), ["spikes: deviations: 1", "3 or more"]),

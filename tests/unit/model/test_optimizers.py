@@ -123,6 +123,20 @@ def test_muons_steps_are_those_of_pytorch_with_rows_of_equal_length(shape, monke
     torch.testing.assert_close(ours / lengths[0], theirs / lengths[1], rtol=0, atol=2**-8)
 
 
+def test_embeddings_have_a_rate_of_their_own():
+    model = tiny_qwen3()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not shared
+    embeddings, output = model.model.embed_tokens.weight, model.lm_head.weight
+    optimizer = MuonAdamW(model, 0.02, 0.003, (0.9, 0.95), 1e-8, 0.1, 0.1)
+    rates = {id(p): group["lr"] for group in optimizer.adamw.param_groups for p in group["params"]}
+    assert rates.pop(id(embeddings)) == 0.1 and set(rates.values()) == {0.003}
+    before = [p.detach().clone() for p in (embeddings, output)]
+    steps(model, optimizer, range(1))
+    # The first step of AdamW is as long as the rate, wherever there is a gradient.
+    moved = [(p - old).abs().max().item() for p, old in zip((embeddings, output), before, strict=True)]
+    assert moved == pytest.approx([0.1, 0.003], rel=0.1)
+
+
 def test_a_checkpoint_of_an_earlier_release_is_loaded():
     model = tiny_qwen3()
     before, after = Apart(model), optimizer_of(model)
