@@ -60,8 +60,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon's, the others AdamW's. Matrices may be sharded, by FSDP2 or tensor parallelism (see
     `recipe.model.muon`).
 
-    Embeddings that the output does not share may have a rate of their own, embedding_learning_rate: each of
-    their rows sees few tokens, and bears steps that are larger by far (tests/bench/ledger.md).
+    Embeddings that the output does not share may have a rate of their own, embedding_learning_rate
+    (tests/bench/ledger.md has what that is worth).
     """
 
     def __init__(
