@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from recipe.config.settings import Settings
 from recipe.model.build import dimensions, is_outer
 from recipe.model.muon import orthogonalised, own_part
+from recipe.project import Refused
 
 
 def decayed(model: torch.nn.Module) -> list[str]:
@@ -34,8 +35,17 @@ def decayed(model: torch.nn.Module) -> list[str]:
 
 
 def build_muon(model: torch.nn.Module, settings: Settings, arguments: TrainingArguments) -> MuonAdamW:
-    """`MuonAdamW` by the keys of a training file."""
+    """`MuonAdamW` by the keys of a training file.
+
+    Raises Refused for a rate of the embeddings if the output shares them: of a published model that is known
+    only here.
+    """
     assert settings.muon_learning_rate is not None
+    output = model.get_output_embeddings()
+    if settings.embedding_learning_rate and output.weight is model.get_input_embeddings().weight:
+        raise Refused(
+            "embedding_learning_rate: this model's output shares the embeddings' matrix. Leave the key out"
+        )
     return MuonAdamW(
         model,
         settings.muon_learning_rate,

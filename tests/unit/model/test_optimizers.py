@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EXPERTS, SHAPE
+from recipe.config.settings import Settings
 from recipe.model.build import build_model
 from recipe.model.muon import orthogonalise, precision
-from recipe.model.optimizers import MuonAdamW, decayed
+from recipe.model.optimizers import MuonAdamW, build_muon, decayed
+from recipe.project import Refused
 from tiny_training import tiny_qwen3
 from transformers import AutoTokenizer
 
@@ -135,6 +137,14 @@ def test_embeddings_have_a_rate_of_their_own():
     # The first step of AdamW is as long as the rate, wherever there is a gradient.
     moved = [(p - old).abs().max().item() for p, old in zip((embeddings, output), before, strict=True)]
     assert moved == pytest.approx([0.1, 0.003], rel=0.1)
+
+
+def test_shared_embeddings_have_no_rate_of_their_own():
+    settings = Settings(1, 1, muon_learning_rate=0.02, embedding_learning_rate=0.1)
+    model = tiny_qwen3()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(Refused, match="this model's output shares the embeddings' matrix"):
+        build_muon(model, settings, None)
 
 
 def test_a_checkpoint_of_an_earlier_release_is_loaded():
