@@ -41,12 +41,12 @@ STEPS = {"3m": 600, "8m": 300, "20m": 150}  # of tiny's choices, 2 to 4 minutes 
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
 # Keys that do not change the work of a step, unless their value is None.
 ONLY_NUMBERS = {"learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
-ONLY_NUMBERS |= {"momentum", "initializer_range", "zero_projections"}
+ONLY_NUMBERS |= {"momentum", "embedding_learning_rate", "initializer_range", "zero_projections"}
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 UNTIED = {"tie_word_embeddings": False}
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
-# factors of the size's. even_rows, iterations, momentum: of Muon (`recipe.model.muon`). zero_projections: the
+# factors of the size's. even_rows, jordan, momentum: of Muon (`recipe.model.muon`). zero_projections: the
 # last matrix of attention and feed-forward starts at zero. average: decay of an average of the weights, which
 # is measured in their place. short_first: the share of the steps that read blocks of a quarter of the length.
 CHOICES: dict[str, dict[str, Any]] = {
@@ -59,8 +59,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "Muon's rate x 0.67": {"muon_learning_rate": 0.67 * MUON_RATE},
     "Muon's rate x 1.5": {"muon_learning_rate": 1.5 * MUON_RATE},
     "Muon's momentum 0.9": {"momentum": 0.9},
-    "4 iterations of Muon": {"iterations": 4},
-    "3 iterations of Muon": {"iterations": 3},
+    "Muon by five iterations of Jordan et al.": {"jordan": True},
     "AdamW's rate x 0.5": {"learning_rate": 0.5 * RATE},
     "AdamW's rate x 2": {"learning_rate": 2.0 * RATE},
     "AdamW for all, 3e-3": ADAMW,
@@ -80,6 +79,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "the same, embeddings at 0.03": UNTIED | {"embedding_learning_rate": 0.03},
     "the same, embeddings at 0.1": UNTIED | {"embedding_learning_rate": 0.1},
     "the same, embeddings at 0.3": UNTIED | {"embedding_learning_rate": 0.3},
+    "the same, embeddings at 1": UNTIED | {"embedding_learning_rate": 1.0},
+    "embeddings at 0.3, layers start as the identity": UNTIED
+    | {"embedding_learning_rate": 0.3, "zero_projections": True},
     "initial weights 0.01": {"initializer_range": 0.01},
     "initial weights 0.04": {"initializer_range": 0.04},
     "layers start as the identity": {"zero_projections": True},
@@ -118,6 +120,21 @@ def tokens_of(vocabulary: int | None) -> Path:
     return ROOT / "outputs" / folder.name
 
 
+def jordan(matrices: Any) -> Any:
+    """Muon's updates as the project had them before: five iterations of Jordan et al., rows evened."""
+    import torch
+    from recipe.model.muon import even_rows, precision
+
+    x = matrices.to(precision())
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return even_rows(x.mT if tall else x)
+
+
 class Run:
     """A model in training by the choices of one row; `step` makes one step and can be timed."""
 
@@ -126,8 +143,7 @@ class Run:
         from recipe.hardware import detect
         from recipe.model.build import build_model
         from recipe.model.losses import return_loss_only
-        from recipe.model.muon import STEPS as ITERATIONS
-        from recipe.model.muon import even_rows
+        from recipe.model.muon import even_rows, orthogonalise
         from recipe.tokenization.packing import PackedBlocks
         from recipe.tokenization.save import load_tokenizer
         from recipe.tokenization.token_files import TokenFile
@@ -135,7 +151,7 @@ class Run:
         self.changes, self.values, self.steps = changes, TINY["pretrain"] | changes, steps
         self.muon = {
             "even_rows": even_rows if changes.get("even_rows", True) else lambda matrices: matrices,
-            "STEPS": changes.get("iterations", ITERATIONS),
+            "orthogonalise": jordan if changes.get("jordan") else orthogonalise,
         }
         outputs = tokens_of(changes.get("vocab_size"))
         self.tokens = outputs / "04_tokenize"

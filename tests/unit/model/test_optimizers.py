@@ -1,5 +1,6 @@
 """Muon with AdamW, and what weight decay applies to."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from recipe.model.muon import orthogonalise, precision
 from recipe.model.optimizers import MuonAdamW, build_muon, decayed
 from recipe.project import Refused
 from tiny_training import tiny_qwen3
+from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 from transformers import AutoTokenizer
 
 pytest_plugins = ["tiny_training"]
@@ -98,14 +100,17 @@ def test_adamws_steps_are_those_of_pytorch():
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(updated, others, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
-def test_muons_steps_are_those_of_pytorch_with_rows_of_equal_length(shape, monkeypatch):
-    monkeypatch.setattr("recipe.model.muon.precision", lambda: torch.bfloat16)  # as PyTorch has it
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(shape, generator=generator)
+def test_muons_steps_are_those_of_pytorch_around_the_orthogonalisation(monkeypatch):
+    """Momentum, the size of a step and weight decay, with PyTorch's iteration in place of ours."""
+
+    def by_pytorch(batch):
+        return torch.stack([newton_schulz(m, (3.4445, -4.775, 2.0315), 5, 1e-7) for m in batch])
+
+    monkeypatch.setattr("recipe.model.muon.orthogonalise", by_pytorch)
+    start = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
     moved = []
     for build in (
-        lambda model: MuonAdamW(model, 0.02, 0.003, (0.9, 0.95), 1e-8, 0.1),
+        optimizer_of,
         lambda model: torch.optim.Muon([model.inner], 0.02, 0.1, 0.95, adjust_lr_fn="match_rms_adamw"),
     ):
         model = torch.nn.LayerNorm(2)  # AdamW must have something, too
@@ -113,16 +118,52 @@ def test_muons_steps_are_those_of_pytorch_with_rows_of_equal_length(shape, monke
         optimizer = build(model)
         gradients = torch.Generator().manual_seed(1)
         for _ in range(3):
-            model.inner.grad = torch.randn(shape, generator=gradients)
-            before = model.inner.detach().clone()
+            model.inner.grad = torch.randn(start.shape, generator=gradients)
             optimizer.step()
-        moved.append(model.inner.detach() - before * (1 - 0.02 * 0.1))
-    ours, theirs = moved
-    assert ours.square().mean().sqrt().item() == pytest.approx(0.2 * 0.02, rel=2e-3)
-    lengths = [update.norm(dim=1, keepdim=True) for update in moved]
-    assert lengths[0].max() / lengths[0].min() < 1.01 < 1.05 < lengths[1].max() / lengths[1].min()
-    # bfloat16 has 8 bits.
-    torch.testing.assert_close(ours / lengths[0], theirs / lengths[1], rtol=0, atol=2**-8)
+        moved.append(model.inner.detach())
+    assert torch.equal(*moved)
+
+
+def matrix(shape, least):
+    """A random matrix with singular values from 1 to `least`, evenly spread over the orders of magnitude."""
+    side = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(n, side))[0] for n in shape)
+    return left * torch.logspace(0, math.log10(least), side) @ right.T
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32), (96, 64)])
+def test_muon_makes_singular_values_about_equal(shape, precision, monkeypatch):
+    """In both precisions and both forms of the iteration; and the directions stay."""
+    monkeypatch.setattr("recipe.model.muon.precision", lambda: precision)
+    torch.manual_seed(0)
+    update = 1e-4 * matrix(shape, least=0.01)
+    rows = orthogonalise(update).float()
+    assert rows.norm(dim=1).tolist() == pytest.approx(
+        [min(1, shape[1] / shape[0]) ** 0.5] * len(rows), rel=4e-3
+    )
+    monkeypatch.setattr("recipe.model.muon.even_rows", lambda matrices: matrices)
+    found = orthogonalise(update).float()
+    values = torch.linalg.svdvals(found)
+    assert 0.55 < values.min() < values.max() < 1.28
+    wide = update if shape[0] <= shape[1] else update.T
+    left, _, right = torch.linalg.svd(
+        wide / (wide @ wide.T).abs().sum(1, keepdim=True).sqrt(), full_matrices=False
+    )
+    exact = left @ right if shape[0] <= shape[1] else (left @ right).T
+    assert torch.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(16, 48), (32, 32)])
+def test_muon_stays_finite_where_a_singular_value_is_at_its_bound(shape, precision, monkeypatch):
+    """Of a matrix of rank one the scaling leaves exactly 1. A little more, and the iteration explodes."""
+    monkeypatch.setattr("recipe.model.muon.precision", lambda: precision)
+    monkeypatch.setattr("recipe.model.muon.even_rows", lambda matrices: matrices)
+    torch.manual_seed(0)
+    for update in (torch.ones(shape), torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))):
+        assert torch.linalg.svdvals(orthogonalise(1e-4 * update).float()).max() < 1.28
+    assert torch.equal(orthogonalise(torch.zeros(shape)), torch.zeros(shape, dtype=precision))
 
 
 def test_embeddings_have_a_rate_of_their_own():
