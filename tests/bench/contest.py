@@ -8,6 +8,7 @@ Then one function scores all: the bits that a model needs for a byte of the vali
 What is held out (LibreOffice's help) is neither trained on nor scored.
 
 - ``ours``: the recipe tiny at the size asked for. ``quarter``: the same in a quarter of the time.
+- ``untied``, ``untied-quarter``: the same two with an output of its own, and embeddings at a rate of 0.3.
 - ``adamw``: the same without Muon, with a tuned AdamW (lr 3e-3, linear decay to zero).
 - ``published-rates``: the same with the rates of a published 300M Japanese Mistral.
 - ``litgpt``: litgpt 0.5.13, a Llama of the same shape, its embeddings untied; its defaults (AdamW, lr 1e-3,
@@ -59,12 +60,16 @@ PROBE, COMPILED = 16, 3  # steps of the run that measures the speed; first steps
 SIZES = {"3m": (192, 4, 3, 1), "8m": (320, 5, 5, 1), "20m": (512, 5, 8, 4)}
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")  # of SIZES
 PUBLISHED = {"learning_rate": 6e-4, "adam_epsilon": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+UNTIED = {"embedding_learning_rate": 0.3}  # and in model.json an output of its own
 RECIPES: dict[str, dict[str, Any]] = {  # changes in pretrain.json
     "ours": {},
     "quarter": {},
+    "untied": UNTIED,
+    "untied-quarter": UNTIED,
     "adamw": {"learning_rate": 3e-3, "muon_learning_rate": None},
     "published-rates": PUBLISHED | {"muon_learning_rate": None},
 }
+QUARTERS = {"quarter": "ours", "untied-quarter": "untied"}
 PEERS = {"litgpt": "litgpt"} | dict.fromkeys(("nanochat", "nanochat-stock", "nanochat-fast"), "nanochat")
 FAST = {"embedding-lr": 1.2, "unembedding-lr": 0.032, "matrix-lr": 0.08}  # four times its defaults
 KINDS = dict.fromkeys(RECIPES, "recipe") | PEERS
@@ -295,6 +300,7 @@ def train_recipe(name: str, tag: str, options: argparse.Namespace, steps: int) -
     """Train a copy of tiny by stage 05: see `train`."""
     model = dict(zip(SHAPE, SIZES[options.size], strict=True))
     model["intermediate_size"] = 3 * model["hidden_size"]
+    model["tie_word_embeddings"] = "embedding_learning_rate" not in RECIPES[name]
     pretrain = {"max_steps": steps, "eval_steps": steps, "save_steps": steps, "eval_blocks": 8}
     pretrain |= {"logging_steps": 5, "seed": options.seed} | RECIPES[name]
     with recipe(f"bench-contest-{tag}", model=model, pretrain=pretrain) as copy:
@@ -326,7 +332,7 @@ def train(name: str, options: argparse.Namespace, steps: int) -> Row:
 
 def steps_of(name: str, options: argparse.Namespace) -> int:
     """The steps that fit into the contestant's time, by the median step of a short run."""
-    program, share = ("ours", 0.25) if name == "quarter" else (name, 1)
+    program, share = QUARTERS.get(name, name), 0.25 if name in QUARTERS else 1
     key = {"probe": program, "size": options.size, "cores": options.cores}
     if not rows_with(options.results, key):
         append(options.results, key | train(program, options, PROBE))
