@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -41,13 +42,15 @@ STEPS = {"3m": 600, "8m": 300, "20m": 150}  # of tiny's choices, 2 to 4 minutes 
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
 # Keys that do not change the work of a step, unless their value is None.
 ONLY_NUMBERS = {"learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
-ONLY_NUMBERS |= {"momentum", "embedding_learning_rate", "initializer_range", "zero_projections"}
+ONLY_NUMBERS |= {"momentum", "embedding_learning_rate", "initializer_range", "zero_projections", "by_width"}
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 UNTIED = {"tie_word_embeddings": False}
+EMBEDDINGS = UNTIED | {"embedding_learning_rate": 0.3}
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
 # factors of the size's. even_rows, jordan, momentum: of Muon (`recipe.model.muon`). zero_projections: the
-# last matrix of attention and feed-forward starts at zero. average: decay of an average of the weights, which
+# last matrix of attention and feed-forward starts at zero. by_width: the embeddings start at 1, the other
+# matrices of the layers at 1 / the root of their inputs. average: decay of an average of the weights, which
 # is measured in their place. short_first: the share of the steps that read blocks of a quarter of the length.
 CHOICES: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -78,10 +81,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "output not tied to the embeddings": UNTIED,
     "the same, embeddings at 0.03": UNTIED | {"embedding_learning_rate": 0.03},
     "the same, embeddings at 0.1": UNTIED | {"embedding_learning_rate": 0.1},
-    "the same, embeddings at 0.3": UNTIED | {"embedding_learning_rate": 0.3},
+    "the same, embeddings at 0.3": EMBEDDINGS,
     "the same, embeddings at 1": UNTIED | {"embedding_learning_rate": 1.0},
-    "embeddings at 0.3, layers start as the identity": UNTIED
-    | {"embedding_learning_rate": 0.3, "zero_projections": True},
+    "embeddings at 0.3, layers start as the identity": EMBEDDINGS | {"zero_projections": True},
+    "embeddings at 0.3, initial weights by width": EMBEDDINGS | {"by_width": True},
     "initial weights 0.01": {"initializer_range": 0.01},
     "initial weights 0.04": {"initializer_range": 0.04},
     "layers start as the identity": {"zero_projections": True},
@@ -162,6 +165,12 @@ class Run:
             for name, parameter in self.model.named_parameters():
                 if "o_proj" in name or "down_proj" in name:
                     torch.nn.init.zeros_(parameter)
+        if changes.get("by_width"):
+            for name, parameter in self.model.named_parameters():
+                if "embed_tokens" in name:
+                    torch.nn.init.normal_(parameter)
+                elif ".layers." in name and parameter.ndim == 2 and not re.search("o_proj|down_proj", name):
+                    torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         return_loss_only(self.model, self.values.get("z_loss", 0.0))
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=detect().fast_bf16)
         self.compiled = torch.compile(self.model.train(), dynamic=False)
