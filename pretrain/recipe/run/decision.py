@@ -142,9 +142,12 @@ def decide(description: Description) -> Decision:
             return Decision("refuse", reason, how_to_repair(folder))
     if arguments.force:
         return Decision("run", "would start over (--force)")
+    unfinished = _unfinished_changes(description)
     if (description.final / RECORD).exists():
         done = read_record(description.final, "wanted", "seconds", "headline", "figures")
         changes = description.changes(done["wanted"])
+        if unfinished == []:  # a redo (--force) or a longer training that was interrupted
+            return Decision("continue", "would continue")
         if not changes:
             if reason := damage(description.final, done, hashes=False):
                 return Decision("refuse", reason, how_to_repair(description.final))
@@ -157,14 +160,12 @@ def decide(description: Description) -> Decision:
         reason = f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}"
         return Decision("refuse", reason, remedy)
 
-    if description.definition.resumable and (description.work / WANTED).exists():
-        unfinished = read_state(description.work / WANTED, "config", "inputs")
-        changes = description.changes(unfinished) if unfinished else [f"{WANTED} cannot be read"]
-        if not changes:
+    if unfinished is not None:
+        if not unfinished:
             return Decision("continue", "would continue")
         if has_checkpoints(description.work):
             reason = "an unfinished run with other settings has checkpoints in "
-            reason += f"{description.work.relative_to(ROOT)}. Changed: {'; '.join(changes)}"
+            reason += f"{description.work.relative_to(ROOT)}. Changed: {'; '.join(unfinished)}"
             remedy = "Set the old values again to continue it, or start over with --force (its checkpoints "
             remedy += f"are set aside), or work on a copy: cp -r configs/{recipe} configs/NAME"
             return Decision("refuse", reason, remedy)
@@ -172,6 +173,14 @@ def decide(description: Description) -> Decision:
     if twin:
         return Decision("take over", f"would be taken from {twin.relative_to(ROOT)}", twin=twin)
     return Decision("run", "would run")
+
+
+def _unfinished_changes(description: Description) -> list[str] | None:
+    """How the settings and inputs of an unfinished run differ from today's; None if there is no such run."""
+    if not description.definition.resumable or not (description.work / WANTED).exists():
+        return None
+    recorded = read_state(description.work / WANTED, "config", "inputs")
+    return description.changes(recorded) if recorded else [f"{WANTED} cannot be read"]
 
 
 def _decide_extension(description: Description, done: dict[str, Any], changes: list[str]) -> Decision | None:
@@ -186,11 +195,8 @@ def _decide_extension(description: Description, done: dict[str, Any], changes: l
         return Decision("refuse", str(error))
     if not extension:
         return None
-    reason = f"only its length was raised ({extension.changes})"
-    unfinished = read_state(description.work / WANTED, "config", "inputs")
-    if unfinished and not description.changes(unfinished):
-        return Decision("continue", f"would continue: {reason}")
-    reason += f": goes on from step {extension.step} of {extension.steps}"
+    reason = f"only its length was raised ({extension.changes}): "
+    reason += f"goes on from step {extension.step} of {extension.steps}"
     return Decision("extend", f"would continue: {reason}", extension=extension)
 
 

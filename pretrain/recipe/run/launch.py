@@ -63,6 +63,7 @@ from recipe.run.processes import (
     training_plan,
     visible_devices,
 )
+from recipe.run.publication import WANTED
 from recipe.run.restarts import pause_before, why_not
 from recipe.run.stage import Stage, run_stage, stage_arguments
 from recipe.training.messages import send_message
@@ -185,12 +186,12 @@ def join(name: str, doc: str, script: Path) -> None:
             print(f"{name:15} nothing to do on this node: {reason}")
             return
         final = stage_folder(arguments.recipe, name)
-        done = (final / RECORD).exists() and not arguments.force
-        if done and not _is_longer(final, training, config):
-            print(f"{name:15} nothing to do on this node: {final} is already there; see the output of node 0")
-            return
         # Node 0's work folder, which it makes before the ranks find each other.
         folder = final.with_name(f".{name}.work")
+        done = (final / RECORD).exists() and not arguments.force
+        if done and not _goes_on(final, folder, training, config):
+            print(f"{name:15} nothing to do on this node: {final} is already there; see the output of node 0")
+            return
         folders = {stage: stage_folder(arguments.recipe, stage) for stage in training.inputs}
         stage = Stage(name, arguments.recipe, config, folders, folder, arguments, lock=-1)
         if arguments.dry_run:
@@ -202,10 +203,13 @@ def join(name: str, doc: str, script: Path) -> None:
             _run_child(stage, script, Path(plans), lambda: _identity(final / RECORD) not in (None, before))
 
 
-def _is_longer(final: Path, training: TrainingStage, config: dict[str, dict[str, Any]]) -> bool:
-    """Whether a finished training's length was raised, so that node 0 goes on with it."""
+def _goes_on(final: Path, work: Path, training: TrainingStage, config: dict[str, dict[str, Any]]) -> bool:
+    """Whether node 0 goes on with a finished training: a redo that was interrupted, or a longer one."""
+    unfinished = read_state(work / WANTED, "config") or {"config": {}}
+    same = [deciding_keys(file, config[file]) == values for file, values in unfinished["config"].items()]
     before = read_record(final, "wanted")["wanted"]["config"].get(training.file, {})
-    return bool(raised_length(before, deciding_keys(training.file, config[training.file])))
+    longer = raised_length(before, deciding_keys(training.file, config[training.file]))
+    return bool(same and all(same)) or bool(longer)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

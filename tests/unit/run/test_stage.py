@@ -214,6 +214,24 @@ def test_forced_stage_starts_over_and_sets_checkpoints_aside(project, unfinished
     assert "90_test  continues" in result.stdout and not aside.exists()
 
 
+def test_an_interrupted_redo_of_a_finished_stage_goes_on_without_force(project):
+    """What slurm.sh and the README rely on: --force would start over each time."""
+    run(project)
+    changed = ("--set", "tokenizer.vocab_size=500")
+    assert "stale" in run(project, *changed, check=False).stderr
+    run(project, *changed, "--force", check=False, FAULT="disk")
+    assert "would continue" in run(project, *changed, "--dry-run").stdout
+    assert "90_test  continues" in run(project, *changed).stdout
+    assert project.output("mini", "90_test", "a").read_text() == "500"
+
+
+def test_an_interrupted_redo_with_equal_settings_goes_on_without_force(project):
+    run(project)
+    run(project, "--force", check=False, FAULT="disk")
+    assert "90_test  continues" in run(project).stdout
+    assert "done before" in run(project).stdout
+
+
 def test_checkpoints_of_unknown_settings_are_neither_used_nor_deleted(project, unfinished):
     (unfinished / ".wanted.json").write_text("")
     result = run(project, check=False)
