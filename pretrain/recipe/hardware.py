@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.project import Refused
+from recipe.project import Refused, warn
 
 # CUDA numbers GPUs as nvidia-smi does, in every stage, and not the fastest first.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -158,7 +158,12 @@ def gpus() -> list[Gpu]:
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", f"--query-gpu={GPU_COLUMNS}", "--format=csv,noheader,nounits"]
-    return visible_gpus(os.environ, subprocess.run(query, capture_output=True, text=True).stdout)
+    listing = subprocess.run(query, capture_output=True, text=True)
+    found = visible_gpus(os.environ, listing.stdout)
+    if listing.returncode and not found:  # such as a driver that was updated without a restart
+        said = (listing.stdout + listing.stderr).strip().splitlines() or ["no output"]
+        warn(f"nvidia-smi ends with exit code {listing.returncode}: {said[0]}. So no GPU is used")
+    return found
 
 
 def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
@@ -199,11 +204,11 @@ def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
     flash = tuple(
         version
         for version, (package, least) in FLASH_ATTENTION.items()
-        if capability >= least and _is_installed(package)
+        if capability >= least and is_installed(package)
     )
     # Ampere (8.0) is the first generation with bf16 units.
     ampere = capability >= (8, 0)
-    libraries = [_is_installed(name) for name in ("bitsandbytes", "liger_kernel", "torchao")]
+    libraries = [is_installed(name) for name in ("bitsandbytes", "liger_kernel", "torchao")]
     return Hardware("cuda", name, capability, _torch_version(), ampere, flash, _compiler(), *libraries)
 
 
@@ -213,11 +218,12 @@ def _cpu() -> Hardware:
     return Hardware("cpu", "CPU", (0, 0), _torch_version(), fast_bf16, (), _compiler())
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package is found. For a part of a package, the whole is imported."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        # The package that `package` belongs to is not installed.
+    except ImportError:
+        # The package that `package` belongs to is not installed, or was built for another torch.
         return False
 
 

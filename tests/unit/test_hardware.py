@@ -19,6 +19,8 @@ from recipe.hardware import (
     detect,
     gemm_peak,
     glance,
+    gpus,
+    is_installed,
     usable_attention,
     visible_gpus,
 )
@@ -199,6 +201,25 @@ def test_visible_gpus(environment, expected):
     assert visible_gpus(environment, LISTING) == expected
     assert visible_gpus(environment, "") == []
     assert visible_gpus(environment, "NVIDIA-SMI has failed because of the driver\n") == []
+
+
+def test_an_nvidia_smi_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    """As after an update of the driver without a restart; the training would silently be on the CPU."""
+    said = "Failed to initialize NVML: Driver/library version mismatch"
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text(f"#!/bin/sh\necho '{said}'\nexit 18\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpus() == []
+    assert f"nvidia-smi ends with exit code 18: {said}. So no GPU is used" in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_be_imported_counts_as_absent(tmp_path, monkeypatch):
+    """As a FlashAttention that was built for another torch; to find a part of it imports the whole."""
+    (tmp_path / "flash_for_another").mkdir()
+    (tmp_path / "flash_for_another/__init__.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("flash_for_another.cute")
 
 
 def test_a_glance_finds_what_torch_finds():

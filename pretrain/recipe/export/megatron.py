@@ -259,8 +259,20 @@ def _check_training(values: Mapping[str, Any], steps: int) -> None:
         (optimizer.reported != "AdamW", f"optim: {values.get('optim')}. Give --set pretrain.optim={DEFAULT}"),
         (values.get("z_loss"), "z_loss: there is none. Give --set pretrain.z_loss=0"),
         (
+            values.get("fp8"),
+            "fp8: Megatron-LM's is another one (--fp8-format). Give --set pretrain.fp8=false",
+        ),
+        (
+            values.get("neftune_noise_alpha"),
+            "neftune_noise_alpha: there is none. Give --set pretrain.neftune_noise_alpha=null",
+        ),
+        (
             values.get("phases"),
             "phases: there are none. Give --set pretrain.phases=null, and start Megatron-LM once for each",
+        ),
+        (
+            kind not in STYLES,
+            f"lr_scheduler_type: {kind}, expected one of {', '.join(STYLES)}",
         ),
         (
             kind in ("cosine", "cosine_with_min_lr", "warmup_stable_decay")

@@ -177,7 +177,8 @@ def split(weights: Weights, config: Any, tensor: int = 1, pipeline: int = 1) -> 
             number, rest = name.removeprefix(LAYER).split(".", 1)
             stage, name = int(number) // layers, f"{LAYER}{int(number) % layers}.{rest}"
         for rank, part in enumerate(_parts(name, weight, tensor, _is_gated(config))):
-            ranks[rank, stage][name] = part.contiguous()
+            # A copy of its own: torch.save would write all that a view is a part of.
+            ranks[rank, stage][name] = part.clone(memory_format=torch.contiguous_format)
     return ranks
 
 
@@ -230,6 +231,14 @@ def _unfused(name: str) -> str:
     return name
 
 
+def require_model(folder: Path) -> None:
+    """Raise Refused for a folder that holds no model; a name would be looked up on the hub."""
+    if not (folder / "config.json").is_file():
+        raise Refused(
+            f"{folder}: it has no config.json. Give the folder of a model, such as outputs/NAME/05_pretrain"
+        )
+
+
 def write_checkpoint(source: Path, target: Path, tensor: int = 1, pipeline: int = 1) -> int:
     """Write the weights of a Hugging Face folder as a checkpoint for ``--load`` of Megatron-LM.
 
@@ -238,6 +247,7 @@ def write_checkpoint(source: Path, target: Path, tensor: int = 1, pipeline: int 
     """
     from transformers import AutoConfig
 
+    require_model(source)
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in MODEL_TYPES:
         raise Refused(f"{source}: model_type: {config.model_type}, expected one of {', '.join(MODEL_TYPES)}")
@@ -307,6 +317,7 @@ def write_folder(checkpoint: Path, source: Path, target: Path) -> int:
 
     if target.exists():
         raise Refused(f"{target}: it is already there. Give the name of a new folder")
+    require_model(source)
     config = AutoConfig.from_pretrained(source)
     try:
         weights = read_checkpoint(checkpoint, config)

@@ -155,7 +155,8 @@ def zero_of(name: str) -> dict[str, Any]:
 
 def _choose_optimizer(values: dict[str, Any], name: str) -> list[str]:
     """The options that make `name` the optimizer of a training with these values."""
-    no_muon = ["--set pretrain.muon_learning_rate=null"] if values.get("muon_learning_rate") else []
+    keys = [key for key in ("muon_learning_rate", "embedding_learning_rate") if values.get(key)]
+    no_muon = [f"--set pretrain.{key}=null" for key in keys]
     if name == DEFAULT and "optim" not in values:
         return no_muon
     return [*no_muon, f"--set pretrain.optim={name}"]
@@ -193,9 +194,10 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
             plans.append((changes | {"optimizer": EIGHT_BIT}, [*options, *other]))
         plans += [deepspeed[name] for name in offloaded if name in deepspeed]
     share = setting.micro_batch * setting.accumulation
+    times = longest_block(values) // values["block_size"]  # samples are as long as the longest block
     for changes, options in plans:
         for micro in (m for m in range(setting.micro_batch, 0, -1) if share % m == 0):
-            smaller = [f"--set pretrain.per_device_train_batch_size={micro}"]
+            smaller = [f"--set pretrain.per_device_train_batch_size={micro * times}"]
             changed = replace(setting, **changes, micro_batch=micro, accumulation=share // micro)
             yield changed, (smaller if micro != setting.micro_batch else []) + options
 
@@ -303,6 +305,8 @@ def check_room(stage: Stage, launch: Launch, file: str) -> None:
     Refused when the disk has no room for its checkpoints.
     """
     values = stage.config[file]
+    if "model_type" not in model_values(stage.config):
+        return  # a published model without model.json, whose config.json is in no cache any more
     if values.get("lora"):
         # An adapter's checkpoints are small compared with the merged model.
         values = values | {"save_strategy": "no"}

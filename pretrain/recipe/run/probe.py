@@ -22,8 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.initial_model import find_initial
-from recipe.config.launch import batch_layout, check_fp8, check_launch, check_tensor_parallel
+from recipe.config.launch import (
+    batch_layout,
+    check_experts,
+    check_fp8,
+    check_launch,
+    check_tensor_parallel,
+)
 from recipe.config.model import model_values
+from recipe.config.phases import longest_block
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.training import attention_needs
 from recipe.hardware import choose, glance, usable_attention
@@ -162,24 +169,26 @@ def ways_to_train(
 
 def _can_train(values: dict[str, Any], model: dict[str, Any], launch: Launch) -> bool:
     try:
-        micro = {"per_device_train_batch_size": 1}
+        micro = {"per_device_train_batch_size": longest_block(values) // values["block_size"]}
         sharded = launch.deepspeed, launch.ranks, launch.fsdp, launch.tensor_parallel
         check_launch(values | micro, "pretrain", *sharded)
         check_tensor_parallel(model, launch.tensor_parallel)
+        check_experts(model, values, launch.ranks, launch.fsdp, launch.tensor_parallel)
         check_fp8(model, values, launch.deepspeed, launch.fsdp, launch.tensor_parallel)
     except Refused:
         return False
     return True
 
 
-def micro_batches(share: int, own: int) -> list[int]:
+def micro_batches(share: int, own: int, least: int = 1) -> list[int]:
     """The micro-batches to measure, in ascending order.
 
-    They divide `share`, a rank's share of the global batch in sequences. Each is at least `STRIDE` times the
-    one before, except `own`, the recipe's own micro-batch, which is always among them.
+    They divide `share`, a rank's share of the global batch in sequences, and are multiples of `least`: the
+    sequences that are as long as the longest block of a later phase. Each is at least `STRIDE` times the one
+    before, except `own`, the recipe's own micro-batch, which is always among them.
     """
     chosen: list[int] = []
-    for micro in (micro for micro in range(1, share + 1) if share % micro == 0):
+    for micro in (micro for micro in range(least, share + 1, least) if share % micro == 0):
         if micro == own or not chosen or micro >= STRIDE * chosen[-1]:
             chosen.append(micro)
     return chosen
@@ -340,7 +349,7 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[tuple[Way
     here, needs = glance(), attention_needs(plan["config"], "pretrain")
     kernels = usable_attention(here, needs, choose(here, values, needs=needs))
     rows: list[tuple[Way, dict[str, Any]]] = []
-    micros = micro_batches(own * accumulation, own)
+    micros = micro_batches(own * accumulation, own, longest_block(values) // values["block_size"])
     for way in ways_to_train(values, model, launch, kernels, here.compiler):
         for row in climb(micros, lambda micro, way=way: measure(script, plan, way, micro)):
             rows.append((way, row))

@@ -16,7 +16,7 @@ from typing import Any
 
 from recipe import host
 from recipe.hardware import count_gpus
-from recipe.project import DATA, read_state, write_text
+from recipe.project import DATA, Refused, read_state, write_text
 from recipe.run.launch_options import Launch
 
 
@@ -42,7 +42,13 @@ def command(
         else:
             ranks = ["--num_gpus", count]
             if visible:
-                ranks = ["--include", "localhost:" + ",".join(visible.split(",")[: launch.processes])]
+                chosen = [number.strip() for number in visible.split(",")[: launch.processes]]
+                if not all(number.isdigit() for number in chosen):
+                    raise Refused(
+                        f"CUDA_VISIBLE_DEVICES: {visible}: the launcher of DeepSpeed reads numbers only. "
+                        "Give those that nvidia-smi shows, or leave --deepspeed out"
+                    )
+                ranks = ["--include", "localhost:" + ",".join(chosen)]
             ranks += ["--master_port", str(_free_port())]
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *ranks, "--no_local_rank"]
         return [*launcher, script, *arguments]

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import platform
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -212,7 +213,10 @@ def whole_model(arguments: TrainingArguments) -> Iterator[None]:
 
 def place(run: Run, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """The model of `build`: sharded over the ranks if the launcher asks for it, else whole on every rank."""
+    scratch = run.folder / "unsharded"
     if not run.sharded:
+        if run.is_main:  # what a sharded run that was killed has left would be published
+            shutil.rmtree(scratch, ignore_errors=True)
         return build()
     bf16 = run.choice.precision == "bf16"
-    return shard(build, run.folder / "unsharded", run.tensor_parallel, run.choice.attention, bf16)
+    return shard(build, scratch, run.tensor_parallel, run.choice.attention, bf16)

@@ -164,11 +164,11 @@ def repositories(tmp_path):
     return {"copa-ja": {"path": str(tmp_path / "copa")}, "jmmlu": {"path": str(tmp_path / "mmlu")}}
 
 
-def write_archive(folder, members):
+def write_archive(folder, members, encoding="utf-8"):
     folder.mkdir()
     with tarfile.open(folder / "1.tar.gz", "w:gz") as archive:
         for name, text in members.items():
-            content = text.encode()
+            content = text.encode(encoding)
             member = tarfile.TarInfo(f"JMMLU-1/{name}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -201,6 +201,12 @@ def test_rows_of_another_form_are_named(tmp_path, row):
     (tmp_path / "COPA-ja.jsonl").write_text(json.dumps({"id": 501, "asks_for": "理由", **COPA}), "utf-8")
     with pytest.raises(RecipeError, match="COPA-ja.jsonl: line 1: not a row of copa-ja: ValueError asks_for"):
         list(items.read_copa("copa-ja", tmp_path / "COPA-ja.jsonl", str))
+
+
+def test_an_archive_in_another_encoding_is_named(tmp_path):
+    write_archive(tmp_path / "mmlu", {"JMMLU/sums.csv": SUBJECT}, encoding="cp932")
+    with pytest.raises(RecipeError, match=r"JMMLU/sums\.csv: not CSV in UTF-8: .*can't decode"):
+        list(items.read_jmmlu("jmmlu", tmp_path / "mmlu/1.tar.gz", str))
 
 
 def test_a_folder_without_the_archive_is_refused(tmp_path):

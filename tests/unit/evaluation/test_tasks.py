@@ -334,6 +334,14 @@ def test_jglue_runs_on_its_own_files(jglue, trained, tmp_path, offline):
     assert logged["jnli"][0]["arguments"][0][1] == "含意"
 
 
+def test_a_question_without_an_answer_is_named(tmp_path):
+    file = squad(2)
+    file["data"][0]["paragraphs"][0]["qas"][1] |= {"answers": []}
+    (tmp_path / "valid.json").write_text(json.dumps(file), "utf-8")
+    with pytest.raises(RecipeError, match="valid.json: line 1: not a row of jsquad: ValueError no answer to"):
+        list(items.read_jglue("jsquad", tmp_path / "valid.json", str))
+
+
 def test_labels_of_jglue_keep_their_meaning(jglue):
     folder = jglue["evaluation"]["tasks"]
     read = {

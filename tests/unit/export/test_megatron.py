@@ -160,6 +160,22 @@ def test_code_in_a_megatron_checkpoint_is_not_run(tmp_path, capsys):
     assert capsys.readouterr().out == "" and not (tmp_path / "back").exists()
 
 
+def test_a_ranks_weights_are_copies_of_their_own():
+    """torch.save would write the whole matrix that a view is a part of, into the file of every rank."""
+    config = config_of("llama")
+    weights = megatron_weights.to_megatron(model_of(config).state_dict(), config)
+    for rank in megatron_weights.split(weights, config, tensor=2).values():
+        assert all(w.untyped_storage().nbytes() == w.nbytes for w in rank.values())
+
+
+@pytest.mark.parametrize("convert", ["write_checkpoint", "write_folder"])
+def test_a_folder_without_a_model_is_refused(tmp_path, convert):
+    missing, new = tmp_path / "no", tmp_path / "new"
+    folders = {"write_checkpoint": (missing, new), "write_folder": (tmp_path, missing, new)}
+    with pytest.raises(Refused, match="no: it has no config.json"):
+        getattr(megatron_weights, convert)(*folders[convert])
+
+
 @pytest.mark.extra("megatron")
 def test_bad_conversions_are_refused(tmp_path):
     config = config_of("qwen3")
@@ -284,6 +300,8 @@ def test_rates_of_megatron_are_those_of_the_schedule(kind, options):
         ({"muon_learning_rate": 0.02}, "muon_learning_rate: .*--set pretrain.muon_learning_rate=null"),
         ({"optim": "sgd"}, "optim: sgd"),
         ({"z_loss": 1e-4}, "z_loss"),
+        ({"fp8": True}, "fp8"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
         ({"phases": [{}]}, "phases"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1.5}}, "half a cosine"),
         (
@@ -293,6 +311,7 @@ def test_rates_of_megatron_are_those_of_the_schedule(kind, options):
             },
             "half a cosine",
         ),
+        ({"lr_scheduler_type": "added_here"}, "lr_scheduler_type: added_here, expected one of linear"),
         ({"warmup_steps": 20}, "warmup_steps: 20, expected fewer than the 20 steps"),
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}, "the power 1"),
         ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 0}, "time scale"),

@@ -52,6 +52,8 @@ def test_deepspeed_has_its_own_launcher():
     # With --num_gpus its launcher ignores CUDA_VISIBLE_DEVICES.
     line = command("run_clm.py", ["plan"], Launch(2), zero2, "1,3,5")
     assert line[line.index("--include") + 1] == "localhost:1,3" and "--num_gpus" not in line
+    with pytest.raises(Refused, match="CUDA_VISIBLE_DEVICES: GPU-8f3,GPU-1b2: .* reads numbers only"):
+        command("run_clm.py", ["plan"], Launch(2), zero2, "GPU-8f3,GPU-1b2")
     hosts = Launch(4, hostfile=Path("hosts"), hosts={"a": 4, "b": 2}, master_addr="a")
     line = command("run_clm.py", ["plan"], hosts, zero2)
     assert line[line.index("--hostfile") + 1] == "hosts" and "--num_gpus" not in line

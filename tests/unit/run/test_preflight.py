@@ -56,6 +56,17 @@ def test_suggested_options_are_accepted_and_fit(recipe, ranks):
     assert helped or recipe in ("tiny", "small", "colab-t4", "gpt2-small", "mistral-39m")
 
 
+def test_a_suggested_micro_batch_holds_the_longest_block():
+    """A sample is as long as the longest block of all phases, and the option counts those of the file."""
+    values = read("tiny", "pretrain")
+    values |= {"phases": [{"until_step": 10}, {"block_size": 4 * values["block_size"]}]}
+    setting = setting_of(values, PROFILES[0], Launch())
+    for changed, options in preflight.ways_out(values, setting):
+        for option in (word for word in options if "per_device_train_batch_size" in word):
+            assert int(option.rsplit("=", 1)[1]) == 4 * changed.micro_batch < 8
+    assert setting.micro_batch == 2
+
+
 def test_large_models_need_zero_or_offloading():
     values = read("mistral-2b", "pretrain")
     shape = shape_of(read("mistral-2b", "model"), 32_000)
@@ -127,6 +138,14 @@ def test_training_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(project, "free_bytes", lambda folder: 4 * parameters - 1)
     with pytest.raises(Refused, match=f"needs {4 * parameters:,} bytes"):
         preflight.check_room(stage, Launch(), file)
+
+
+def test_a_tuning_of_a_published_model_that_is_no_longer_in_the_cache_starts(tmp_path):
+    """Its stage 05 is done, and nothing but this check asks for the published config.json."""
+    config = {"dataset": {}, "model": {}, "tokenizer": {}, "finetune": read("tiny", "finetune")}
+    config["pretrain"] = {"initial_model": "nobody/nothing"}
+    stage = SimpleNamespace(recipe="mine", config=config, folder=tmp_path, say=print)
+    preflight.check_room(stage, Launch(), "finetune")
 
 
 def test_disk_holds_the_checkpoints_kept_and_one_more():

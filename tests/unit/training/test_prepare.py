@@ -1,8 +1,10 @@
 """The steps of a training."""
 
+from types import SimpleNamespace
+
 import pytest
 from recipe.project import Refused
-from recipe.training.prepare import check_steps, prepare, total_steps
+from recipe.training.prepare import check_steps, place, prepare, total_steps
 from tiny_training import plan_of
 from transformers import TrainingArguments
 
@@ -36,3 +38,11 @@ def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monk
         check_steps(run, values, "pretrain.json")
     check_steps(run, values | {"warmup_steps": 13}, "pretrain.json")
     assert "eval_steps: 20, but the run has 13 steps" in capsys.readouterr().out
+
+
+def test_what_a_killed_sharded_run_has_left_is_not_published(tmp_path):
+    """Rank 0 writes the whole model for the others; the same training may go on without --fsdp."""
+    (tmp_path / "unsharded").mkdir()
+    (tmp_path / "unsharded/model.safetensors").write_bytes(b"half")
+    run = SimpleNamespace(sharded=False, is_main=True, folder=tmp_path)
+    assert place(run, lambda: "a model") == "a model" and not list(tmp_path.iterdir())

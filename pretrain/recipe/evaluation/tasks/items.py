@@ -282,6 +282,8 @@ def _questions(file: dict[str, Any]) -> Iterator[Item]:
         for paragraph in article["paragraphs"]:
             context = paragraph["context"].partition("[SEP]")[2] or paragraph["context"]
             for question in paragraph["qas"]:
+                if not question["answers"]:
+                    raise ValueError(f"no answer to {question['question']}")
                 yield {
                     "title": article["title"],
                     "context": context,
@@ -332,7 +334,10 @@ def read_jmmlu(name: str, path: Path, normalize: Callable[[str], str]) -> Iterat
     """
     with gzip.open(path) as handle:
         for file, content in tar_members(handle, path, _SUBJECT):
-            rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
+            try:
+                rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise RecipeError(f"{path}: {file}: not CSV in UTF-8: {error}") from error
             for number, row in enumerate(rows, 1):
                 if len(row) != 6 or row[5].strip() not in LETTERS:
                     raise RecipeError(
