@@ -124,7 +124,7 @@ def check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
             "pairs. Add pairs there, or delete preference.json"
         )
     if values.get("muon_learning_rate"):
-        raise Refused(f"{where}: muon_learning_rate: stage 13 trains with AdamW. Remove the key")
+        raise Refused(f"{where}: muon_learning_rate: stage 13 trains without Muon. Remove the key")
     for key in ("z_loss", "sample_steps", "eval_blocks"):
         if values.get(key):
             raise Refused(f"{where}: {key}: {show(values[key])}: stage 13 does not read it. Remove the key")

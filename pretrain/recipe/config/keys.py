@@ -47,6 +47,11 @@ ELSEWHERE = {
     "ignore_data_skip": "the stage, which continues with the sample after the last one",
     "save_only_model": "the stage, which could not continue from such a checkpoint",
     "save_on_each_node": "the stage, which keeps one folder for all nodes",
+    "disable_tqdm": "the stage, which shows its own progress",
+    "dataloader_pin_memory": "the hardware: memory is pinned for a GPU",
+    **dict.fromkeys(
+        ("hub_strategy", "hub_revision", "hub_always_push"), "stage 16, which pushes once, to the main branch"
+    ),
 }
 
 LEVELS = 50  # of objects and lists in each other; a file of a recipe has five

@@ -128,10 +128,11 @@ def check_optimizer_sharding(
     if sharding in OPTIMIZERS[name].sharding:
         return
     if name == MUON:
+        more = f" --set {file}.embedding_learning_rate=null" if values.get("embedding_learning_rate") else ""
         raise Refused(
             f"{file}.json: muon_learning_rate: Muon needs matrices, and under {option} a rank has flat parts "
             "of them, for which DeepSpeed would silently use AdamW. "
-            f"Add --set {file}.muon_learning_rate=null, or shard by --fsdp"
+            f"Add --set {file}.muon_learning_rate=null{more}, or shard by --fsdp"
         )
     fits = [other for other, entry in OPTIMIZERS.items() if sharding in entry.sharding]
     raise Refused(

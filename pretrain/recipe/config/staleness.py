@@ -10,7 +10,6 @@ NOT_DECIDING = (
     "log_*",
     "report_to",
     "run_name",
-    "disable_tqdm",
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",

@@ -113,7 +113,6 @@ RANGES = {
     "extend": one_of("rewarm"),
     "log_level": _LEVELS,
     "log_level_replica": _LEVELS,
-    "hub_strategy": one_of("end", "every_save", "checkpoint", "all_checkpoints"),
     "ddp_backend": one_of("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"),
     "dataloader_multiprocessing_context": one_of("fork", "spawn", "forkserver"),
     "debug": Range("underflow_overflow or an empty text", lambda x: x in ("", [], "underflow_overflow")),

@@ -124,7 +124,7 @@ class Engine:
         if not shutil.which("sbatch"):
             raise RecipeError(
                 'dataset.json: engine.executor: "slurm", but there is no sbatch on this machine. Run on a '
-                "login node, or use --set dataset.engine.executor=local"
+                "login node, or use --set 'dataset.engine={}'"
             )
         options = {key: value for key, value in self.config.items() if key != "executor"}
         options.setdefault(

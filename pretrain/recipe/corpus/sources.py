@@ -155,7 +155,8 @@ _PATHS_OR_URL = {
 
 KINDS = {
     "files": Kind(
-        reads="`.txt`, `.jsonl`, `.json` (also `.gz`, `.bz2`, `.xz`, `.zst`) and `.parquet`",
+        reads="`.txt`; `.jsonl` and `.json` with an object on each line (also `.gz`, `.bz2`, `.xz`, `.zst`); "
+        "`.parquet`",
         needs="`paths`, or `url`",
         licence="yours, or as the publisher of the URL says",
         download="url",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recipe.config import optimizers
 from recipe.config.launch import check_launch
-from recipe.config.optimizers import DEFAULT, MUON, OPTIMIZERS, Optimizer, check_optimizer_hardware
+from recipe.config.optimizers import DEFAULT, OPTIMIZERS, Optimizer, check_optimizer_hardware
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.settings import Settings
 from recipe.hardware import Hardware
@@ -32,9 +32,9 @@ def group_of(name, parameter):
 
 
 def built(name, model, folder):
-    chosen = {} if name == MUON else {"optim": name}
-    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, weight_decay=0.1, **chosen)
     entry = OPTIMIZERS[name]
+    chosen = {} if entry.builder else {"optim": name}  # transformers knows no optimizer of ours
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, weight_decay=0.1, **chosen)
     if entry.builder:
         return getattr(ours, entry.builder)(model, Settings(1, 1, muon_learning_rate=0.02), arguments)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)

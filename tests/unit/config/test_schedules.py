@@ -16,11 +16,14 @@ def test_a_schedule_without_a_formula_is_refused(kind):
         check_schedule({"lr_scheduler_type": kind}, "x.json")
 
 
+# The options without which a schedule is refused.
+NEEDED = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "warmup_stable_decay": {"num_decay_steps": 1}}
+
+
 @pytest.mark.parametrize("kind", sorted(set(SCHEDULES) - {"constant"}))
 def test_a_warm_up_longer_than_the_run_is_refused(kind):
     """Its rate would never reach learning_rate; a share of the steps is never longer."""
-    needed = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "warmup_stable_decay": {"num_decay_steps": 1}}
-    values = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": needed.get(kind), "max_steps": 10}
+    values = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": NEEDED.get(kind), "max_steps": 10}
     with pytest.raises(Refused, match=r"x.json: .*warmup_steps:? 11"):
         check_schedule(values | {"warmup_steps": 11}, "x.json")
     for warmup in (9, 0.5, 0):
