@@ -189,7 +189,7 @@ def join(name: str, doc: str, script: Path) -> None:
         # Node 0's work folder, which it makes before the ranks find each other.
         folder = final.with_name(f".{name}.work")
         done = (final / RECORD).exists() and not arguments.force
-        if done and not _goes_on(final, folder, training, config):
+        if done and not goes_on(final, folder, training, config):
             print(f"{name:15} nothing to do on this node: {final} is already there; see the output of node 0")
             return
         folders = {stage: stage_folder(arguments.recipe, stage) for stage in training.inputs}
@@ -203,7 +203,7 @@ def join(name: str, doc: str, script: Path) -> None:
             _run_child(stage, script, Path(plans), lambda: _identity(final / RECORD) not in (None, before))
 
 
-def _goes_on(final: Path, work: Path, training: TrainingStage, config: dict[str, dict[str, Any]]) -> bool:
+def goes_on(final: Path, work: Path, training: TrainingStage, config: dict[str, dict[str, Any]]) -> bool:
     """Whether node 0 goes on with a finished training: a redo that was interrupted, or a longer one."""
     unfinished = read_state(work / WANTED, "config") or {"config": {}}
     same = [deciding_keys(file, config[file]) == values for file, values in unfinished["config"].items()]

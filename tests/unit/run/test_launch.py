@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from recipe.config.launch import batch_layout, check_experts, check_launch, check_tensor_parallel
+from recipe.config.recipe import load_recipe
+from recipe.config.staleness import deciding_keys
 from recipe.hardware import Gpu
-from recipe.project import Refused
+from recipe.project import RECORD, Refused, write_json
 from recipe.run import launch_options
-from recipe.run.launch import main
-from recipe.run.launch_options import Launch, add_options, launch_of
+from recipe.run.launch import goes_on, main
+from recipe.run.launch_options import TRAINING_STAGES, Launch, add_options, launch_of
 from recipe.run.processes import child_environment, command, kept_memory
+from recipe.run.publication import WANTED
 
 
 def test_one_process_is_plain_python():
@@ -266,3 +269,19 @@ def test_help_names_the_script_that_is_started(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out.startswith("usage: 05_pretrain.sh ")
+
+
+def test_other_nodes_go_on_with_what_node_0_goes_on_with(tmp_path):
+    """A finished training is made longer, or its redo was interrupted and --force is no longer given."""
+    final, work = tmp_path / "05_pretrain", tmp_path / ".05_pretrain.work"
+    for folder in (final, work):
+        folder.mkdir()
+    config, training = load_recipe("tiny", []), TRAINING_STAGES["run_clm.py"]
+    wanted = {"config": {file: deciding_keys(file, config[file]) for file in ("model", "pretrain")}}
+    write_json(final / RECORD, {"wanted": wanted | {"inputs": {}}})
+    assert not goes_on(final, work, training, config)
+    longer = load_recipe("tiny", ["pretrain.max_steps=9999"])
+    assert goes_on(final, work, training, longer)
+    write_json(work / WANTED, wanted | {"inputs": {}})
+    assert goes_on(final, work, training, config)
+    assert not goes_on(final, work, training, load_recipe("tiny", ["pretrain.seed=1"]))
