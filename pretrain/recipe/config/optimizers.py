@@ -116,6 +116,12 @@ def check_optimizer_hardware(hardware: Hardware, values: Mapping[str, Any], wher
         )
 
 
+def without_muon(values: Mapping[str, Any], file: str = "pretrain") -> list[str]:
+    """The options that leave Muon, and what only Muon reads, out of a training. values: of its file."""
+    keys = ("muon_learning_rate", "embedding_learning_rate")
+    return [f"--set {file}.{key}=null" for key in keys if values.get(key)]
+
+
 def check_optimizer_sharding(
     values: Mapping[str, Any], file: str, sharding: str, option: str | None = None
 ) -> None:
@@ -128,11 +134,10 @@ def check_optimizer_sharding(
     if sharding in OPTIMIZERS[name].sharding:
         return
     if name == MUON:
-        more = f" --set {file}.embedding_learning_rate=null" if values.get("embedding_learning_rate") else ""
         raise Refused(
             f"{file}.json: muon_learning_rate: Muon needs matrices, and under {option} a rank has flat parts "
             "of them, for which DeepSpeed would silently use AdamW. "
-            f"Add --set {file}.muon_learning_rate=null{more}, or shard by --fsdp"
+            f"Add {' '.join(without_muon(values, file))}, or shard by --fsdp"
         )
     fits = [other for other, entry in OPTIMIZERS.items() if sharding in entry.sharding]
     raise Refused(

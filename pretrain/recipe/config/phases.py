@@ -77,13 +77,18 @@ def longest_block(values: Mapping[str, Any]) -> int:
     return max(values["block_size"], *sizes, 0)
 
 
+def sequences_of_longest(values: Mapping[str, Any]) -> int:
+    """How many of the file's sequences are as long as the longest block. values: of a training file."""
+    return longest_block(values) // values["block_size"]
+
+
 def samples_of(values: Mapping[str, Any]) -> tuple[int, int]:
     """(samples of a step over all ranks, the most of them in a micro-batch).
 
     A sample has as many tokens as the longest block: without phases it is a sequence. So the tokens of a step
     and of a micro-batch stay the same in all phases. values: of a training file.
     """
-    times = longest_block(values) // values["block_size"]
+    times = sequences_of_longest(values)
     return values["global_batch_size"] // times, values["per_device_train_batch_size"] // times
 
 

@@ -205,11 +205,12 @@ def join(name: str, doc: str, script: Path) -> None:
 
 def goes_on(final: Path, work: Path, training: TrainingStage, config: dict[str, dict[str, Any]]) -> bool:
     """Whether node 0 goes on with a finished training: a redo that was interrupted, or a longer one."""
-    unfinished = read_state(work / WANTED, "config") or {"config": {}}
-    same = [deciding_keys(file, config[file]) == values for file, values in unfinished["config"].items()]
+    unfinished = read_state(work / WANTED, "config")
+    redo = unfinished and all(
+        deciding_keys(file, config[file]) == values for file, values in unfinished["config"].items()
+    )
     before = read_record(final, "wanted")["wanted"]["config"].get(training.file, {})
-    longer = raised_length(before, deciding_keys(training.file, config[training.file]))
-    return bool(same and all(same)) or bool(longer)
+    return bool(redo or raised_length(before, deciding_keys(training.file, config[training.file])))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -16,8 +16,8 @@ from typing import Any
 from recipe import host
 from recipe.config.launch import batch_layout, offloads_optimizer
 from recipe.config.model import model_values
-from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name
-from recipe.config.phases import longest_block, samples_of
+from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name, without_muon
+from recipe.config.phases import longest_block, samples_of, sequences_of_longest
 from recipe.config.tokenizer import vocabulary_size
 from recipe.hardware import glance, gpus
 from recipe.project import (
@@ -155,8 +155,7 @@ def zero_of(name: str) -> dict[str, Any]:
 
 def _choose_optimizer(values: dict[str, Any], name: str) -> list[str]:
     """The options that make `name` the optimizer of a training with these values."""
-    keys = [key for key in ("muon_learning_rate", "embedding_learning_rate") if values.get(key)]
-    no_muon = [f"--set pretrain.{key}=null" for key in keys]
+    no_muon = without_muon(values)
     if name == DEFAULT and "optim" not in values:
         return no_muon
     return [*no_muon, f"--set pretrain.optim={name}"]
@@ -194,7 +193,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
             plans.append((changes | {"optimizer": EIGHT_BIT}, [*options, *other]))
         plans += [deepspeed[name] for name in offloaded if name in deepspeed]
     share = setting.micro_batch * setting.accumulation
-    times = longest_block(values) // values["block_size"]  # samples are as long as the longest block
+    times = sequences_of_longest(values)  # a sample is as long as the longest block
     for changes, options in plans:
         for micro in (m for m in range(setting.micro_batch, 0, -1) if share % m == 0):
             smaller = [f"--set pretrain.per_device_train_batch_size={micro * times}"]

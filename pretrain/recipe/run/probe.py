@@ -30,7 +30,8 @@ from recipe.config.launch import (
     check_tensor_parallel,
 )
 from recipe.config.model import model_values
-from recipe.config.phases import longest_block
+from recipe.config.optimizers import without_muon
+from recipe.config.phases import sequences_of_longest
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.training import attention_needs
 from recipe.hardware import choose, glance, usable_attention
@@ -169,7 +170,7 @@ def ways_to_train(
 
 def _can_train(values: dict[str, Any], model: dict[str, Any], launch: Launch) -> bool:
     try:
-        micro = {"per_device_train_batch_size": longest_block(values) // values["block_size"]}
+        micro = {"per_device_train_batch_size": sequences_of_longest(values)}
         sharded = launch.deepspeed, launch.ranks, launch.fsdp, launch.tensor_parallel
         check_launch(values | micro, "pretrain", *sharded)
         check_tensor_parallel(model, launch.tensor_parallel)
@@ -343,13 +344,13 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[tuple[Way
     )
     if launch.ranks > 1 and values.get("muon_learning_rate"):
         print(
-            "ZeRO is left out because it does not work with Muon (--set pretrain.muon_learning_rate=null)",
+            f"ZeRO is left out because it does not work with Muon ({' '.join(without_muon(values))})",
             flush=True,
         )
     here, needs = glance(), attention_needs(plan["config"], "pretrain")
     kernels = usable_attention(here, needs, choose(here, values, needs=needs))
     rows: list[tuple[Way, dict[str, Any]]] = []
-    micros = micro_batches(own * accumulation, own, longest_block(values) // values["block_size"])
+    micros = micro_batches(own * accumulation, own, sequences_of_longest(values))
     for way in ways_to_train(values, model, launch, kernels, here.compiler):
         for row in climb(micros, lambda micro, way=way: measure(script, plan, way, micro)):
             rows.append((way, row))

@@ -142,6 +142,9 @@ def test_muon_makes_singular_values_about_equal(shape, precision, monkeypatch):
     assert rows.norm(dim=1).tolist() == pytest.approx(
         [min(1, shape[1] / shape[0]) ** 0.5] * len(rows), rel=4e-3
     )
+    # What PyTorch's match_rms_adamw relies on: a step is 0.2 x the rate in the root of the mean of squares.
+    size = max(shape) ** 0.5 * rows.square().mean().sqrt().item()
+    assert size == pytest.approx(1, rel=2e-3)
     monkeypatch.setattr("recipe.model.muon.even_rows", lambda matrices: matrices)
     found = orthogonalise(update).float()
     values = torch.linalg.svdvals(found)
@@ -230,6 +233,9 @@ def test_a_batch_of_matrices_is_orthogonalised_as_each_alone(shape, precision, r
     batch = torch.randn(3, *shape)
     alone = torch.stack([orthogonalise(matrix) for matrix in batch])
     torch.testing.assert_close(orthogonalise(batch), alone, rtol=0, atol=rounding)
+    # Rows of equal length move the singular values a little; here are those of the iteration.
+    monkeypatch.setattr("recipe.model.muon.even_rows", lambda matrices: matrices)
+    assert torch.linalg.svdvals(orthogonalise(batch).float()).max() < 1.28
 
 
 @pytest.mark.parametrize("units, dtype", [(True, torch.bfloat16), (False, torch.float32)])

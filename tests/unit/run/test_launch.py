@@ -208,6 +208,9 @@ def test_muon_is_refused_only_under_deepspeed():
     assert check() is check(fsdp=True) is check(tensor_parallel=2) is None
     with pytest.raises(Refused, match=r"--set finetune\.muon_learning_rate=null, or shard by --fsdp"):
         check(deepspeed="zero2")
+    values |= {"embedding_learning_rate": 0.3}
+    with pytest.raises(Refused, match="rate=null --set finetune.embedding_learning_rate=null, or shard"):
+        check(deepspeed="zero2")
     values = VALUES | {"torch_compile": True}
     assert check(deepspeed="zero2").name == "zero2.json"
 

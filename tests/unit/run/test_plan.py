@@ -305,7 +305,7 @@ def test_every_rule_gives_finite_values_over_the_whole_table():
 
 
 def test_it_does_not_import_torch():
-    """Which takes seconds; the planner answers in half of one."""
+    """Which takes seconds: the planner answers at once."""
     code = (
         "import sys\nfrom recipe.run import plan\n"
         "sys.argv = ['plan', '--hours', '3', '--gpu', 'rtx4090', '--gpus', '1']\nplan.main()\n"

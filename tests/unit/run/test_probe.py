@@ -133,14 +133,8 @@ def test_micro_batches_divide_the_share():
     assert micro_batches(60, 1) == [1, 2, 3, 4, 6, 10, 15, 20, 30, 60]  # 5 and 12 are close to others
     assert micro_batches(60, 12) == [1, 2, 3, 4, 6, 10, 12, 20, 30, 60]
     assert micro_batches(3, 1) == [1, 3]
-    assert micro_batches(48, 8, least=4) == [
-        4,
-        8,
-        12,
-        16,
-        24,
-        48,
-    ]  # a later phase has blocks four times as long
+    # A later phase has blocks four times as long.
+    assert micro_batches(48, 8, least=4) == [4, 8, 12, 16, 24, 48]
 
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -171,12 +165,7 @@ def test_ways_are_those_that_training_accepts():
     longer = {"phases": [{"until_step": 5}, {"block_size": 128}], "max_steps": 10}
     assert launches(BATCH | longer) == [one, two, *zero, fsdp, tensor]
     # Three experts do not divide over two ranks, and with Muon the ranks cannot share an expert's matrix.
-    experts = {
-        "model_type": "qwen3_moe",
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 3,
-    }
+    experts = LLAMA | {"model_type": "qwen3_moe", "num_experts": 3}
     assert launches(model=experts) == [one, two, *zero, tensor]
     assert launches(BATCH | {"muon_learning_rate": 0.1}, experts | {"num_experts": 4}) == [one, two, fsdp]
     # The sharding that the user has chosen is kept.
