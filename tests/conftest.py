@@ -90,7 +90,7 @@ MINI = {
 def skip_bf16_without_units(kind: str) -> None:
     """Skip a test of the precision bf16 where this machine cannot train in it."""
     if kind == "bf16" and not glance().fast_bf16:
-        pytest.skip("could not run: this CPU has no bf16 units")
+        pytest.skip("could not run: this CPU has no fast bf16 units")
 
 
 def sentences(count: int, seed: int) -> list[str]:

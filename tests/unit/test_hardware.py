@@ -16,6 +16,7 @@ from recipe.hardware import (
     check_quantization,
     choose,
     choose_loss,
+    cpu_has_fast_bf16,
     detect,
     gemm_peak,
     glance,
@@ -220,6 +221,20 @@ def test_a_package_that_cannot_be_imported_counts_as_absent(tmp_path, monkeypatc
     (tmp_path / "flash_for_another/__init__.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     assert not is_installed("flash_for_another.cute")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", "avx2", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),  # AMX hidden by a virtual machine
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx512f", False),
+    ],
+)
+def test_bf16_on_a_cpu_is_for_units_that_are_faster_than_float32(vendor, flags, fast):
+    assert cpu_has_fast_bf16(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n") == fast
 
 
 def test_a_glance_finds_what_torch_finds():

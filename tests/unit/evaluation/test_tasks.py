@@ -6,7 +6,9 @@ import json
 import math
 import socket
 import tarfile
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -379,6 +381,22 @@ def test_rows_of_another_form_are_named(tmp_path, name, text, expected):
 def test_a_folder_without_the_files_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="0 files train-"):
         files.files_of("jnli", {"path": str(tmp_path)})
+
+
+def test_two_runs_at_once_download_a_file_once(tmp_path, monkeypatch):
+    calls = []
+
+    def slow(url, target, sha256):
+        calls.append(url)
+        time.sleep(0.3)  # the other run has come by now
+        target.write_text("", "utf-8")
+
+    monkeypatch.setattr(files, "DATA", tmp_path)
+    monkeypatch.setattr(files, "fetch", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: files.files_of("copa-ja", {}), range(2)))
+    assert len(calls) == 1
+    assert found[0] == found[1] == {"test": tmp_path / "copa-ja/COPA-ja.jsonl"}
 
 
 @pytest.mark.parametrize(

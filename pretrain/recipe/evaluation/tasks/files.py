@@ -6,6 +6,10 @@ Technology, 2023; BSD 2-Clause), JMMLU (Yin et al., 2024; CC BY-SA 4.0, three su
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from recipe.config.tasks import metadata
@@ -54,8 +58,26 @@ def files_of(name: str, spec: dict[str, str]) -> dict[str, Path]:
     for side, path in found.items():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            fetch(_URLS[name][side], path, _SHA256.get(f"{name}/{side}"))
+            with _alone_in(path.parent):
+                if not path.exists():
+                    fetch(_URLS[name][side], path, _SHA256.get(f"{name}/{side}"))
     return found
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other run downloads into a folder: two at once would write into one .part.
+
+    The lock is on the folder itself, so that nothing is left behind. Without locks (some mounted drives) it
+    does not wait.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def to_download(name: str, spec: dict[str, str]) -> str | None:
