@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -40,6 +41,7 @@ from recipe.run import preflight
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import memory
 from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
+from recipe.run.publication import hold
 from recipe.run.stage import stage_arguments
 
 # Steps of one measurement. The first one compiles and is not measured.
@@ -59,6 +61,8 @@ OUT_OF_MEMORY = re.compile(
 )
 # The column of checkpointing, by `Way.checkpointed`.
 CHECKPOINTED = {0: "no", 1: "yes", 2: "every second layer"}
+# How the name of the folder of one measurement begins; a killed probe leaves its own.
+TEMPORARY = ".probe-"
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
 # What a probe leaves out of a training. A schedule may be longer than its few steps.
 SHORT = {
@@ -324,7 +328,7 @@ def measure(
     if peak > HOPELESS * free:
         reason = f"about {peak / 2**30:.0f} GiB per rank by the preflight, {free / 2**30:.0f} GiB are free"
         return row | {"outcome": "not tried", "reason": reason}
-    with tempfile.TemporaryDirectory(prefix=".probe-", dir=OUTPUTS / plan["recipe"]) as name:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=OUTPUTS / plan["recipe"]) as name:
         folder = Path(name)
         plan = training_plan(plan["recipe"], config, plan["inputs"], launch, path, folder)
         write_json(folder / "plan.json", plan | {"probe": True})
@@ -375,10 +379,15 @@ def main(script: Path) -> None:
         # Check again: the checkpoint's config.json has been fetched since.
         check_recipe(config, f"configs/{recipe}")
     plan = {"recipe": recipe, "config": config, "inputs": inputs}
-    tried = search(script, plan, launch)
+    folder = OUTPUTS / recipe
+    # A stage of the recipe at the same time would distort what is measured.
+    with hold(folder, "--probe"):
+        for killed in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(killed)
+        tried = search(script, plan, launch)
+        compared = [measure(script, plan, way, micro, whole_batch=True) for way, micro in finalists(tried)]
     rows = [row for _, row in tried]
     shown = table(rows)
-    compared = [measure(script, plan, way, micro, whole_batch=True) for way, micro in finalists(tried)]
     if compared:
         shown += "\n\n" + comparison(compared, config["pretrain"]["global_batch_size"])
     # Where every comparison fails, the rows of the search still tell something.
@@ -390,7 +399,6 @@ def main(script: Path) -> None:
     options = options_of(fastest, arguments.overrides)
     if arguments.nproc or fastest["ranks"] != launch.ranks:
         options += f" --nproc {fastest['ranks']}"
-    folder = OUTPUTS / recipe
     write_text(folder / "probe.md", f"{shown}\n\nfastest: {options}\n")
     write_text(folder / "probe.options", options + "\n")
     write_json(folder / "probe.json", {"figures": fastest})

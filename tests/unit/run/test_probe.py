@@ -31,6 +31,7 @@ from recipe.run.probe import (
     ways_to_train,
 )
 from recipe.run.processes import child_environment
+from recipe.run.publication import hold
 
 PYTHON = [sys.executable, "-c"]
 SCRIPT = ROOT / "pretrain/run_clm.py"
@@ -369,8 +370,10 @@ def test_a_row_of_two_ranks_has_the_share_of_their_communication(measured):
 def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
     """`mini` forbids torch.compile, which would take minutes here."""
     small = ("--set", "pretrain.global_batch_size=2")
-    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", *small)
     folder = prepared.folder / "outputs/mini"
+    (folder / f"{probe.TEMPORARY}killed/checkpoints").mkdir(parents=True)
+    result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", *small)
+    assert not list(folder.glob(f"{probe.TEMPORARY}*"))
     rows = [line.strip("| ").split(" | ") for line in (folder / "probe.md").read_text().splitlines()[2:10]]
     ways = {("no", "auto"), ("yes", "auto"), ("every second layer", "auto"), ("no", "sdpa")}
     assert {(row[0], row[1], row[3]) for row in rows} == {(micro, *way) for micro in "12" for way in ways}
@@ -387,6 +390,14 @@ def test_probe_names_the_fastest_and_stage_05_accepts_it(prepared):
     assert "step         2 x 64 = 128 tokens" in accepted.stdout  # the probe's own --set among the options
     # The stage itself was not touched.
     assert not (folder / "05_pretrain").exists()
+
+
+def test_a_probe_does_not_measure_next_to_a_stage_of_the_recipe(prepared):
+    with hold(prepared.folder / "outputs/mini", "06_evaluate"):
+        result = prepared.run("pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", check=False)
+    assert (
+        result.returncode == 2 and "in use by process" in result.stderr and "(06_evaluate)" in result.stderr
+    )
 
 
 def test_probe_needs_the_tokens(prepared):
