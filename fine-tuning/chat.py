@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import no_pairs
+from recipe.endings import errors_in_one_line
 from recipe.project import RecipeError, Refused, stage_folder
 from recipe.run.integrity import require_whole
 
@@ -40,26 +41,24 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     arguments = parser.parse_args()
     recipe, base = arguments.recipe, arguments.base
-    try:
+    with errors_in_one_line("chat"):
         config = load_recipe(recipe, arguments.overrides)
         stage = "05_pretrain" if base else tuned_stage(config)
         folder = stage_folder(recipe, stage)
         if not (folder / "stage.json").exists():
             raise Refused(no_model(recipe, str(folder), base, no_pairs(config)))
         require_whole(folder)
-        from recipe.evaluation.talking import Talker
+        try:
+            from recipe.evaluation.talking import Talker
 
-        talker = Talker(folder, config, base)
-        if arguments.web:
-            serve(talker, recipe, stage, arguments.port)
-        else:
-            print(f"({recipe}, stage {stage}, {talker.parameters:,} parameters; /quit to end)")
-            talk(talker, recipe, arguments.overrides)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, EOFError):
-        print()
+            talker = Talker(folder, config, base)
+            if arguments.web:
+                serve(talker, recipe, stage, arguments.port)
+            else:
+                print(f"({recipe}, stage {stage}, {talker.parameters:,} parameters; /quit to end)")
+                talk(talker, recipe, arguments.overrides)
+        except (KeyboardInterrupt, EOFError):
+            print()
 
 
 def no_model(recipe: str, folder: str, base: bool, untuned: str) -> str:

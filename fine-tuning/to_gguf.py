@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from recipe.config.recipe import load_recipe, recipe_options
+from recipe.endings import errors_in_one_line
 from recipe.project import RecipeError, Refused, require_extra, stage_folder
-from recipe.run.endings import errors_in_one_line
 from recipe.run.integrity import require_whole
 
 PROMPTS, LONGEST = 200, 60  # lines of the validation side; characters of a line

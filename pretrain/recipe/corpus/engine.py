@@ -19,7 +19,6 @@ ray          workers, address of the cluster (default: one is started on this ma
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import shlex
@@ -38,6 +37,7 @@ from typing import Any
 from recipe import host
 from recipe.progress import progress
 from recipe.project import RecipeError, naming_full_disk, require_extra
+from recipe.signals import end_with_parent
 
 # A task: called with (None or the documents of the step before, rank, number of tasks).
 Task = Callable[[Any, int, int], Any]
@@ -179,10 +179,7 @@ class Engine:
 
 def _start_worker(logs: str) -> None:
     """Set up a worker: it ends with its parent and ignores Ctrl-C; what datatrove prints goes to a file."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: no orphan may write during the next run
+    end_with_parent(signal.SIGKILL)  # no orphan may write during the next run
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(Path(logs) / "workers.log", "a", buffering=1)  # noqa: SIM115
 

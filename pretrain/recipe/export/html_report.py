@@ -19,7 +19,8 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from recipe import project
-from recipe.project import RECORD, RecipeError, Refused, known_record, write_text
+from recipe.endings import errors_in_one_line
+from recipe.project import RECORD, Refused, known_record, write_text
 
 # The results: a heading, and the files of the stages that are shown under it, each under its own title.
 RESULTS = {
@@ -203,11 +204,8 @@ def flat_figures(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     """Write the page of the recipe that the command line names, and print its path."""
-    try:
+    with errors_in_one_line("report"):
         print(f"report: {write_report(sys.argv[1]).relative_to(project.ROOT)}")
-    except RecipeError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from recipe.config.launch import batch_layout
 from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OPTIMIZERS, optimizer_name
 from recipe.config.recipe import load_recipe, recipe_options
+from recipe.endings import errors_in_one_line
 from recipe.project import RecipeError, Refused, stage_folder
 from recipe.tokenization.packing import PackedBlocks
 from recipe.tokenization.token_files import TokenFile
@@ -464,13 +465,10 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="T")
     parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="P")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line("megatron"):
         _hand_over(
             arguments.recipe, arguments.overrides, arguments.tensor_parallel, arguments.pipeline_parallel
         )
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

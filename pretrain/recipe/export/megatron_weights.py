@@ -16,7 +16,6 @@ import argparse
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from recipe.endings import errors_in_one_line
 from recipe.export.megatron import MODEL_TYPES, check_parallelism, expected_weights, padded_vocabulary
 from recipe.project import RecipeError, Refused, require_extra
 
@@ -364,7 +364,7 @@ def main() -> None:
     back.add_argument("source", type=Path, metavar="HF_FOLDER")
     back.add_argument("target", type=Path, metavar="NEW_FOLDER")
     given = parser.parse_args()
-    try:
+    with errors_in_one_line("megatron_weights"):
         if given.direction == "to":
             ranks = given.tensor_parallel, given.pipeline_parallel
             count = write_checkpoint(given.source, given.target, *ranks)
@@ -374,9 +374,6 @@ def main() -> None:
         else:
             count = write_folder(given.checkpoint, given.source, given.target)
             print(f"{given.target}: {count} weights")
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

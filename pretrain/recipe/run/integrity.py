@@ -16,7 +16,8 @@ from typing import Any
 
 from recipe import host
 from recipe.corpus.fetch import digest_of
-from recipe.project import RECORD, RecipeError, Refused, read_record, redo, warn, write_json
+from recipe.endings import errors_in_one_line
+from recipe.project import RECORD, Refused, read_record, redo, warn, write_json
 
 # Folders that no stage reads, and that a user may delete. Checkpoints have manifests of their own.
 UNREAD = ("checkpoints", "tensorboard", "wandb")
@@ -108,7 +109,7 @@ def require_whole(folder: Path, parts: tuple[str, ...] = ("*",)) -> None:
 
 def main() -> None:
     """Record the files of a stage's folder as they are now, and say which have changed."""
-    try:
+    with errors_in_one_line("integrity"):
         if len(sys.argv) != 2:
             raise Refused("expected the folder of one finished stage, such as outputs/tiny/03_tokenizer")
         folder = Path(sys.argv[1]).absolute()
@@ -120,9 +121,6 @@ def main() -> None:
         print(f"{folder}: accepted: {', '.join(changed) or 'no file has changed'}")
         if changed:
             print("Stages that were made from this one are now stale.")
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.staleness import deciding_keys
 from recipe.conversations.instructions import no_pairs
 from recipe.conversations.preferences import no_preference
+from recipe.endings import errors_in_one_line, raise_stopped
 from recipe.hardware import glance
 from recipe.project import (
     EXIT_REFUSED,
@@ -50,7 +51,6 @@ from recipe.project import (
     write_json,
 )
 from recipe.run import probe
-from recipe.run.endings import errors_in_one_line, raise_stopped
 from recipe.run.extension import raised_length
 from recipe.run.launch_options import TRAINING_STAGES, TrainingStage, add_options, launch_of
 from recipe.run.preflight import check_room, report
@@ -66,8 +66,8 @@ from recipe.run.processes import (
 from recipe.run.publication import WANTED
 from recipe.run.restarts import pause_before, why_not
 from recipe.run.stage import Stage, run_stage, stage_arguments
+from recipe.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
 from recipe.training.messages import send_message
-from recipe.training.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
 from recipe.training.spikes import read_skipped
 from recipe.training.watchdog import REFUSED, Watchdog, dump_stacks
 

@@ -31,7 +31,6 @@ import argparse
 import math
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +38,10 @@ from typing import Any
 from recipe import host
 from recipe.config.keys import nearest
 from recipe.config.recipe import FILES, load_recipe, recipes
+from recipe.endings import errors_in_one_line
 from recipe.project import (
     CONFIGS,
     RECORD,
-    RecipeError,
     Refused,
     read_record,
     stage_folder,
@@ -427,7 +426,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="the row to write (default: the one with the arrow)")
     parser.add_argument("--write", metavar="NAME", help="write the row as the recipe configs/NAME")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line("plan"):
         if not 0 < arguments.hours < math.inf:
             raise Refused(f"--hours {arguments.hours}: expected more than 0")
         if arguments.gpus is not None and arguments.gpus < 1:
@@ -447,9 +446,6 @@ def main() -> None:
             print(
                 f"wrote     configs/{arguments.write}: bash run_all.sh --recipe {arguments.write} --dry-run"
             )
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 from recipe.config.recipe import recipe_options
 from recipe.corpus.download import require_data
+from recipe.endings import errors_in_one_line, raise_stopped
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import (
     DATA,
@@ -35,13 +36,12 @@ from recipe.project import (
     write_json,
 )
 from recipe.run.decision import Decision, Definition, Description, decide, describe
-from recipe.run.endings import errors_in_one_line, raise_stopped
 from recipe.run.environment import commit, peak_memory, versions
 from recipe.run.extension import prepare_extension
 from recipe.run.freshness import differences
 from recipe.run.integrity import damage, describe_files, how_to_repair, parts_read, require_whole
 from recipe.run.publication import SECONDS, WANTED, clear, copy_stage, finish_publication, hold, publish
-from recipe.training.signals import end_with_parent, on_stop
+from recipe.signals import end_with_parent, on_stop
 
 
 @dataclass

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipe.project import OUTPUTS, RecipeError, Refused, read_json_lines, write_text
+from recipe.endings import errors_in_one_line
+from recipe.project import OUTPUTS, Refused, read_json_lines, write_text
 
 # Runs are compared by the first of these that all of them have. Bits per byte compare also different
 # tokenizers.
@@ -213,14 +213,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a recipe, a folder or a metrics.jsonl")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="PICTURE")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line("curves"):
         names = short_names(arguments.runs)
         runs = {name: read_run(run) for name, run in zip(names, arguments.runs, strict=True)}
         print(comparison(runs), end="")
         overlay(runs, arguments.output)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     print(f"wrote {arguments.output}")
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import NO_SPACE, RecipeError, Refused, naming_full_disk, read_json
-from recipe.training.signals import end_with_parent
+from recipe.signals import end_with_parent
 from recipe.training.watchdog import REFUSED, STACKS
 
 

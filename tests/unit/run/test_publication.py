@@ -6,9 +6,9 @@ import stat
 
 import pytest
 from recipe import project
+from recipe.endings import errors_in_one_line
 from recipe.project import RecipeError, Refused
 from recipe.run import publication
-from recipe.run.endings import errors_in_one_line
 from recipe.run.publication import hold
 
 

@@ -18,7 +18,7 @@ from recipe.project import (
     RecipeError,
     full_disk,
 )
-from recipe.training.signals import STOPPING, exit_code_of
+from recipe.signals import STOPPING, exit_code_of
 
 
 @contextlib.contextmanager
