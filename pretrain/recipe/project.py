@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
@@ -134,22 +134,31 @@ def full_disk(path: Path, error: Exception, needed: int | None = None) -> Recipe
     )
 
 
-def write_text(path: Path, text: str, flush: bool = True) -> None:
-    """Write a file of UTF-8 whole or not at all: as ``<name>.part``, which is flushed to disk and renamed.
+@contextlib.contextmanager
+def written_whole(path: Path, size: int | None = None, flush: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, whole or not at all: as ``<name>.part``, which is flushed to disk and renamed.
 
-    flush: False for a file that need not survive a power failure. Raises RecipeError when the disk is full.
+    size: its bytes, where they are known before. flush: False for a file that need not survive a power
+    failure. Raises RecipeError when the disk is full. After any error there is no .part.
     """
-    part, content = path.with_name(f"{path.name}.part"), text.encode("utf-8")
+    part = path.with_name(f"{path.name}.part")
     try:
-        with naming_full_disk(path, len(content)), part.open("wb") as handle:
-            handle.write(content)
+        with naming_full_disk(path, size), part.open("wb") as handle:
+            yield handle
             handle.flush()
             if flush:
                 os.fsync(handle.fileno())
-    except RecipeError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
     part.replace(path)
+
+
+def write_text(path: Path, text: str, flush: bool = True) -> None:
+    """Write a file of UTF-8 by `written_whole`."""
+    content = text.encode("utf-8")
+    with written_whole(path, len(content), flush) as handle:
+        handle.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

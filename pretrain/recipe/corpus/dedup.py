@@ -18,7 +18,6 @@ A folder belongs to one list of shards and one set of settings.
 from __future__ import annotations
 
 import bisect
-import os
 from array import array
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +28,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from recipe.corpus.minhash import KEY_BITS, MINHASH, MinHash
 from recipe.corpus.shards import shard_rows
-from recipe.project import RecipeError
+from recipe.project import RecipeError, written_whole
 
 REASONS = ("duplicate", "near duplicate")
 RECORD = np.dtype([("key", "<u8"), ("row", "<u4")])  # of a signature file
@@ -291,11 +290,10 @@ def _read_removed(folder: Path, reason: str, shard: int) -> np.ndarray:
 
 
 def _write_aside(path: Path, records: np.ndarray) -> None:
-    """Write an array's bytes under another name and rename, so that a file is complete or missing."""
+    """Write an array's bytes, so that a file is complete or missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    records.tofile(part)
-    os.replace(part, path)
+    with written_whole(path, records.nbytes, flush=False) as handle:
+        records.tofile(handle)
 
 
 def _require_one_task(name: str, tasks: int) -> None:

@@ -38,7 +38,7 @@ from recipe.corpus.readers import cap_bad
 from recipe.corpus.shards import ShardWriter, shard_rows
 from recipe.corpus.sources import KINDS, read
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import RecipeError, naming_full_disk, read_json, write_json
+from recipe.project import RecipeError, read_json, write_json, written_whole
 
 SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: about ten seconds of cleaning
 RAW = pa.schema([("name", pa.string()), ("text", pa.large_string()), ("dropped", pa.string())])
@@ -173,15 +173,9 @@ class Clean:
             )
         writer.close()
         funnel.close_templates()
-        _save(self.folder / f"{rank:05d}.npy", np.frombuffer(bytes(hashes), "V16"))
+        with written_whole(self.folder / f"{rank:05d}.npy", len(hashes), flush=False) as handle:
+            np.save(handle, np.frombuffer(bytes(hashes), "V16"))
         write_json(self.folder / f"{rank:05d}.json", to_record(funnel))
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    part = path.with_suffix(".npy.part")
-    with naming_full_disk(path, array.nbytes), part.open("wb") as handle:
-        np.save(handle, array)
-    part.replace(path)
 
 
 def make_extractor(

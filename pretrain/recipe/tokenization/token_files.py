@@ -11,20 +11,17 @@ opened is complete. Nothing here imports torch, so that a worker that encodes st
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import mmap
-import os
 import shutil
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from recipe.project import RecipeError, naming_full_disk
+from recipe.project import RecipeError, written_whole
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -49,7 +46,7 @@ def write_token_file(
     """
     dtype, documents = token_dtype(vocab_size), iter(documents)
     lengths, largest = bytearray(), 0
-    with _written(prefix.with_suffix(".bin")) as handle:
+    with written_whole(prefix.with_suffix(".bin")) as handle:
         while batch := list(itertools.islice(documents, _BATCH)):
             sizes = np.fromiter(map(len, batch), "<i4", len(batch))
             first = len(lengths) // 4
@@ -86,7 +83,7 @@ def join_token_files(parts: Sequence[Path], prefix: Path) -> tuple[int, int]:
             "Run stage 04 with --force"
         )
     size = sum(file.tokens.nbytes for file in files)
-    with _written(prefix.with_suffix(".bin"), size) as handle:
+    with written_whole(prefix.with_suffix(".bin"), size) as handle:
         for part in parts:
             with part.with_suffix(".bin").open("rb") as source:
                 shutil.copyfileobj(source, handle, 2**22)
@@ -95,26 +92,12 @@ def join_token_files(parts: Sequence[Path], prefix: Path) -> tuple[int, int]:
     return sum(map(len, lengths)), sum(len(file.tokens) for file in files)
 
 
-@contextlib.contextmanager
-def _written(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
-    """A file to write. It gets the name `path` only when everything is written and flushed to disk.
-
-    size: its bytes, where they are known before.
-    """
-    part = path.with_name(path.name + ".part")
-    with naming_full_disk(path, size), part.open("wb") as handle:
-        yield handle
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.rename(path)
-
-
 def write_index(path: Path, dtype: np.dtype, parts: list[np.ndarray]) -> None:
     """Write an ``.idx`` for documents of the given lengths (int32, one array per part)."""
     documents = sum(map(len, parts))
     code = next(code for code, known in _DTYPE_CODES.items() if known == dtype)
     batches = [part[i : i + _INDEX_BATCH] for part in parts for i in range(0, len(part), _INDEX_BATCH)]
-    with _written(path, _index_size(documents)) as handle:
+    with written_whole(path, _index_size(documents)) as handle:
         handle.write(_HEADER.pack(_MAGIC, 1, code, documents, documents + 1))
         for lengths in batches:
             handle.write(lengths.tobytes())
