@@ -135,6 +135,13 @@ def prepend(before: list[Message], turns: list[Message]) -> list[Message]:
     return [*systems, *turns[:first], *before[len(systems) :], *turns[first:]]
 
 
+def _role(where: str, key: str, value: Any) -> str:
+    """The role that is written under a key, by its name here. Raises RecipeError for any other value."""
+    if not isinstance(value, str) or value not in ROLES:
+        raise RecipeError(f"{where}: {key} {value!r}, expected one of {', '.join(ROLES)}")
+    return ROLES[value]
+
+
 def chat_messages(
     where: str, messages: Any, unused: Counter[str], role: str = "role", content: str = "content"
 ) -> list[Message]:
@@ -152,10 +159,9 @@ def chat_messages(
         here = f"{where}: message {number}"
         if not isinstance(message, dict) or not {role, content} <= message.keys():
             raise RecipeError(f"{here}: expected an object with {role} and {content}")
-        if message[role] not in ROLES:
-            raise RecipeError(f"{here}: {role} {message[role]!r}, expected one of {', '.join(ROLES)}")
+        speaker = _role(here, role, message[role])
         check_columns(here, message, (role, content, *MARKS), ignored)
-        turn: Message = {"role": ROLES[message[role]], "content": text_of(here, message, content)}
+        turn: Message = {"role": speaker, "content": text_of(here, message, content)}
         if turn["role"] == "assistant" and not is_trained(here, message, MARKS):
             turn["trained"] = False
         found.append(turn)
@@ -239,13 +245,12 @@ def _best_replies(rows: list[Row]) -> Iterator[Dialogue]:
     # By parent: rank, position in the file, id, message.
     replies: dict[Any, list[tuple[float, int, Any, Message]]] = {}
     for position, (where, row) in enumerate(rows):
-        if row["role"] not in ROLES:
-            raise RecipeError(f"{where}: role {row['role']!r}, expected one of {', '.join(ROLES)}")
+        role = _role(where, "role", row["role"])
         rank = float("inf") if is_empty(row.get("rank")) else row["rank"]
         if not isinstance(rank, int | float):
             raise RecipeError(f"{where}: rank: {rank!r}, expected a number")
         text = text_of(where, row, "text_ja") or text_of(where, row, "text")
-        (message,) = _marked(where, row, [{"role": ROLES[row["role"]], "content": text}])
+        (message,) = _marked(where, row, [{"role": role, "content": text}])
         name = row["message_id"]
         replies.setdefault(parents[name], []).append((rank, position, name, message))
     for first in replies.get(None, []):

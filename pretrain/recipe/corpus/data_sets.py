@@ -6,8 +6,10 @@ with other columns, or with text where the first rows of the first file have nul
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +103,8 @@ def naming_data_set(where: str, spec: dict[str, Any], file: str = "") -> Iterato
         yield
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+    # EOFError and those after it: of compressed files that are cut short or damaged.
+    except (OSError, ValueError, TypeError, pa.ArrowException, EOFError, zlib.error, lzma.LZMAError) as error:
         raise unreadable(where, spec["dataset"], error, file) from error
 
 

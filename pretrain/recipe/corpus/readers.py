@@ -25,6 +25,7 @@ Memory is bounded: at most MAXIMUM_BYTES of one document are held.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import json
 import lzma
 import re
@@ -440,8 +441,11 @@ def _is_json_list(path: str) -> bool:
     if not re.search(r"\.json(\.\w+)?$", path):
         return False
     compression = path.rpartition(".json")[2]
-    first = next(_decompress(path, compression), b"")
-    return first.removeprefix(_BOM).lstrip().startswith(b"[")
+    # The rest is not decompressed. Damage is named when the file is read.
+    with contextlib.suppress(_Damage):
+        first = next((chunk for chunk in _decompress(path, compression) if chunk.strip()), b"")
+        return first.removeprefix(_BOM).lstrip().startswith(b"[")
+    return False
 
 
 def _rows(where: str, rows: Any, column: str, tolerant: bool) -> Iterator[Document]:

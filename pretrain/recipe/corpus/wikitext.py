@@ -160,12 +160,13 @@ _DISAMBIGUATION = re.compile(rf"\{{\{{\s*(?:{DISAMBIGUATION})\s*[|}}]|__DISAMBIG
 _HEADING = re.compile(r"^(={1,6})[ \t]*(\S.*?)[ \t]*\1[ \t]*$", re.M)
 
 # What must not be read as wikitext, and what is removed with its content. A reference never extends beyond
-# the next one that opens, so that an unclosed one removes no prose.
+# the next one that opens, so that an unclosed one removes no prose. A tag that closes itself, such as the
+# <nowiki/> of visual editors, has no content.
 _OPAQUE = re.compile(
     r"<(?:!--.*?(?:-->|\Z)"
     r"|ref(?:\s[^<>]*?)?(?:/>|>[^<]*(?:<(?!/?ref[\s/>])[^<]*)*</ref\s*>)"
-    r"|(?P<literal>nowiki|math|chem|ce|poem)\b[^>]*>(?P<content>.*?)</(?P=literal)\s*>"
-    r"|(?P<block>gallery|syntaxhighlight|source|pre|score|timeline|imagemap|mapframe|graph|hiero|table|includeonly)\b[^>]*>"
+    r"|(?P<literal>nowiki|math|chem|ce|poem)\b[^>]*(?<!/)>(?P<content>.*?)</(?P=literal)\s*>"
+    r"|(?P<block>gallery|syntaxhighlight|source|pre|score|timeline|imagemap|mapframe|graph|hiero|table|includeonly)\b[^>]*(?<!/)>"
     r".*?</(?P=block)\s*>"
     r")",
     re.I | re.S,
@@ -189,6 +190,7 @@ _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 _QUOTES = re.compile(r"'{2,}")
 _REMAINS = re.compile(r"\{\{.*|\}\}|\[\[|\]\]|\|\}")
 _RULE = re.compile(r"-{4,}")
+_NO_CHARACTER = re.compile(r"&#[0-9]{8,};?")  # a number far beyond Unicode's
 _SPACES = re.compile(r"[ \t\u00a0]+")
 # Parentheses that became empty, except those of a call, f().
 _EMPTY_PARENTHESES = re.compile(r"（[\s、,;；:：]*）|(?<![\w\])])[ ]?\([\s、,;:]*\)", re.A)
@@ -300,7 +302,12 @@ def _opaque(match: re.Match[str]) -> str:
         return "\n\n" + content.replace("\n", "\n\n") + "\n\n"
     if kind.lower() != "nowiki":  # a formula: its double braces would look like a template
         content = re.sub(r"([{}])(?=\1)", r"\1 ", " ".join(content.split()))
-    return html.unescape(content).translate(_ESCAPES)
+    return _unescape(content).translate(_ESCAPES)
+
+
+def _unescape(text: str) -> str:
+    """Text with characters in place of their entities; Python refuses numbers of thousands of digits."""
+    return html.unescape(_NO_CHARACTER.sub("\ufffd", text))
 
 
 def _drop_sections(text: str, names: frozenset[str]) -> str:
@@ -459,7 +466,7 @@ def _template(name: str, parameters: list[str], title: str, templates: Templates
 
 def _group_digits(number: str) -> str:
     """45000.5 as 45,000.5; other text unchanged."""
-    found = re.fullmatch(r"\s*([-−+]?)([0-9]+)(\.[0-9]+)?\s*", number)
+    found = re.fullmatch(r"\s*([-−+]?)([0-9]{1,300})(\.[0-9]+)?\s*", number)
     return f"{found[1]}{int(found[2]):,}{found[3] or ''}" if found else number
 
 
@@ -532,7 +539,7 @@ def _lines(text: str) -> Iterator[str]:
     headings: list[tuple[int, str]] = []
     for level, block in _blocks(text):
         if "&" in block:
-            block = html.unescape(block)
+            block = _unescape(block)
         block = _SPACES.sub(" ", block.replace("\n", " ")).strip()
         if level:
             headings = [heading for heading in headings if heading[0] < level] + [(level, block)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import secrets
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,19 @@ def without_control_tokens(tokenizer_json: str) -> Tokenizer:
     """A tokenizer that reads ``</s>`` and other control tokens in a text as plain text.
 
     tokenizer_json: the content of a ``tokenizer.json``. The ids stay the same; user symbols stay tokens.
+
+    A token that is not in the model's vocabulary gets the next free id when the tokenizer is made: such a
+    control token is not left out, which would move the ids of those behind it (Qwen's ``<think>``), but
+    gets a name that no text has.
     """
-    state = json.loads(tokenizer_json)
-    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
-    state["post_processor"] = None
+    tokenizer, state = Tokenizer.from_str(tokenizer_json), json.loads(tokenizer_json)
+    inside = tokenizer.get_vocab(with_added_tokens=False)
+    added = state["added_tokens"]
+    added = [token for token in added if not token["special"] or token["content"] not in inside]
+    for token in added:
+        if token["special"]:
+            token["content"] = f"\ufdd0{secrets.token_hex(8)}"
+    state["added_tokens"], state["post_processor"] = added, None
     return Tokenizer.from_str(json.dumps(state))
 
 

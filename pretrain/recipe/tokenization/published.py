@@ -87,7 +87,14 @@ def load_published(path: Path) -> Published:
     tokens = {key: _content(config[key]) for key in SPECIAL_TOKENS if config.get(key)}
     model_files = [path] if path.is_file() else sorted(path.glob("*.model"))
     if path.is_dir() and (path / "tokenizer.json").is_file():
-        core = Tokenizer.from_file(str(path / "tokenizer.json"))
+        file = path / "tokenizer.json"
+        try:
+            core = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library has no narrower one
+            raise RecipeError(
+                f"{file}: not a tokenizer ({_first_line(error)}). Get the file again; a few lines that begin "
+                "with `version https://git-lfs` are only a pointer to it (git lfs pull)"
+            ) from error
     elif model_files:
         return _load_sentencepiece(model_files[0], config, tokens)
     else:
@@ -148,11 +155,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json and special_tokens_map.json of a folder."""
+    """The content of tokenizer_config.json and special_tokens_map.json of a folder. Raises RecipeError."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            found |= json.loads((folder / name).read_text("utf-8"))
+            try:
+                found |= json.loads((folder / name).read_text("utf-8"))
+            except (ValueError, TypeError) as error:
+                raise RecipeError(f"{folder / name}: no JSON object ({error}). Get the file again") from error
     return found
 
 

@@ -1,7 +1,9 @@
 """Data sets in a local folder: their files may have other columns and types than the first one."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,4 +81,12 @@ def test_a_faulty_file_of_a_data_set_is_named(tmp_path):
         read(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"instruction": "x"}\n{')
     with pytest.raises(RecipeError, match=r"a\.jsonl:2: not valid JSON"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("ending", "library"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_a_compressed_file_that_is_cut_short_is_named(tmp_path, ending, library):
+    content = library.compress("".join(f'{{"instruction": "{n}"}}\n' for n in range(9000)).encode())
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(content[:-500])
+    with pytest.raises(RecipeError, match=rf"pairs\.mine: .*a\.jsonl\.{ending}"):
         read(tmp_path)

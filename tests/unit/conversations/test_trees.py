@@ -67,8 +67,9 @@ def test_a_missing_parent_is_counted_once_for_all_that_follows(tmp_path):
         ([message(["a"], None, "prompter")], r"line 1: message_id: \['a'\], expected a text or a number"),
         ([message("a", None, "prompter", rank="best")], "line 1: rank: 'best', expected a number"),
         ([message("a", None, "robot")], "line 1: role 'robot', expected one of"),
+        ([message("a", None, ["user"])], r"line 1: role \['user'\], expected one of"),
     ],
-    ids=["id twice", "own parent", "circle", "no id", "id a list", "rank", "role"],
+    ids=["id twice", "own parent", "circle", "no id", "id a list", "rank", "role", "role a list"],
 )
 def test_a_broken_tree_is_refused_by_line(tmp_path, rows, error):
     with pytest.raises(RecipeError, match=error):

@@ -572,6 +572,17 @@ def test_files_of_a_data_set_with_other_columns_and_types(tmp_path, ending, writ
     assert texts(read_hub("h", {"dataset": str(tmp_path)})) == ["一", "二", "三"]
 
 
+@pytest.mark.parametrize(("ending", "library"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_a_compressed_list_of_a_data_set_is_read_as_a_list(tmp_path, ending, library):
+    rows = [{"text": f"{n}番目の文書"} for n in range(2000)]
+    path = tmp_path / f"train.json.{ending}"
+    path.write_bytes(library.compress(json.dumps(rows, indent=1).encode()))
+    assert texts(read_hub("h", {"dataset": str(tmp_path)})) == [row["text"] for row in rows]
+    path.write_bytes(b"")
+    with pytest.raises(RecipeError, match=rf"sources\.h: .*train\.json\.{ending}:1: truncated archive"):
+        list(read_hub("h", {"dataset": str(tmp_path)}))
+
+
 def test_types_of_a_card_turn_digits_of_a_table_into_text(tmp_path):
     write_csv(tmp_path / "a.csv", [{"text": "42"}])
     with pytest.raises(RecipeError, match=r"a\.csv:0: no text: 'text' is of type int64, expected a string"):

@@ -94,6 +94,12 @@ def test_parser_and_regular_expressions_agree(monkeypatch):
         ("a<ref>b\nc", "a c"),
         ("a<references><ref name=b>c</ref></references>d", "ad"),
         ("<nowiki>[[a]] '''b''' <ref> &lt;</nowiki>", "[[a]] '''b''' <ref> <"),
+        (
+            "あ<nowiki/>い[[川|かわ]]う<ref>注</ref>。\n\nえ<nowiki>*</nowiki>お<pre />か<pre>x</pre>",
+            "あいかわう。\nえ*おか",
+        ),
+        (f"一{{{{formatnum:{'1' * 5000}}}}}", "一" + "1" * 5000),
+        (f"一&#{'9' * 5000};二", "一\ufffd二"),
         ("<math>\\frac{1}{x^{2}}</math>", "\\frac{1}{x^{2} }"),
         ("a<syntaxhighlight lang=c>[[b]]</syntaxhighlight><pre>c</pre><gallery>\nd.jpg|e\n</gallery>f", "af"),
         ("a<table><tr><td>b</td></tr></table>c", "ac"),

@@ -296,6 +296,31 @@ def test_published_bpe_keeps_its_ids_and_its_document_start(byte_level_folder, t
     assert subject.document_start(started) == [end] and started("cat")["input_ids"][0] == end
 
 
+def test_tokens_behind_a_control_token_keep_their_ids(byte_level_folder):
+    """As in Qwen's tokenizers, whose <think> is no control token and has an id above theirs."""
+    file = byte_level_folder / "tokenizer.json"
+    plain = Tokenizer.from_file(str(file))
+    plain.add_tokens(["<think>"])
+    plain.add_special_tokens(["<|more|>"])
+    plain.add_tokens(["</think>"])
+    plain.save(str(file))
+    fast = take_over(byte_level_folder)
+    text = "<think>the cat</think>"
+    ids = subject.encode_text(fast, text)
+    assert ids == plain.encode(text).ids and ids[0] == plain.token_to_id("<think>")
+    assert not {plain.token_to_id(t) for t in ("<|end|>", "<|more|>")} & {
+        *subject.encode_text(fast, "<|end|> <|more|>")
+    }
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[1]", "version https://git-lfs.github.com/spec/v1"])
+def test_damaged_files_of_a_published_tokenizer_are_named(byte_level_folder, name, content):
+    (byte_level_folder / name).write_text(content)
+    with pytest.raises(RecipeError, match=f"{name}: no.*Get the file again"):
+        take_over(byte_level_folder)
+
+
 def test_published_bpe_is_extended(byte_level_folder, tmp_path):
     old = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
     fast = reload(take_over(byte_level_folder, new_pieces=100, round_to=64), tmp_path / "saved")
