@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,16 @@ def skip_bf16_without_units(kind: str) -> None:
     """Skip a test of the precision bf16 where this machine cannot train in it."""
     if kind == "bf16" and not glance().fast_bf16:
         pytest.skip("could not run: this CPU has no fast bf16 units")
+
+
+@pytest.fixture
+def few_open_files():
+    """This process may open ten more files: the limit that a large corpus reaches, which has more shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (sorted({*range(len(used) + 11)} - used)[10], hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def sentences(count: int, seed: int) -> list[str]:

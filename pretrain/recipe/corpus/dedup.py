@@ -139,7 +139,7 @@ class _Buckets(PipelineStep):
             records = _open_signatures(self.folder, band, shard, path)
             bounds = [bisect.bisect_left(records["key"], bound) for bound in (low, high)]
             taken = records[slice(*bounds)]
-            keys.append(taken["key"])
+            keys.append(np.array(taken["key"]))  # a copy: a view would keep every file open
             documents.append(_document(shard, taken["row"]))
         all_keys, all_documents = np.concatenate(keys), np.concatenate(documents)
         order = np.argsort(all_keys, kind="stable")
@@ -182,15 +182,15 @@ def exact_duplicates(hash_files: list[Path]) -> list[np.ndarray]:
 
     hash_files: ``.npy`` files of 16 bytes a row, whose values are evenly distributed. Each pass over the
     files sorts the hashes whose first byte is in one range, so that memory is bounded. There are at most 256
-    passes.
+    passes. One file is open at a time: there may be more of them than a process may open.
     """
-    files = [_open_hashes(path) for path in hash_files]
-    passes = min(sum(map(len, files)) // _RECORDS_AT_ONCE + 1, 256)
+    passes = min(sum(len(_open_hashes(path)) for path in hash_files) // _RECORDS_AT_ONCE + 1, 256)
     removed = [np.empty(0, np.uint64)]
     for number in range(passes):
         low, high = (256 * (number + i) // passes for i in (0, 1))
         halves, documents = [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint64)]
-        for shard, hashes in enumerate(files):
+        for shard, path in enumerate(hash_files):
+            hashes = _open_hashes(path)
             rows = np.flatnonzero((hashes[:, 0] >= low) & (hashes[:, 0] < high))
             halves.append(hashes[rows].view(np.uint64))
             documents.append(_document(shard, rows))
@@ -199,7 +199,7 @@ def exact_duplicates(hash_files: list[Path]) -> list[np.ndarray]:
         hashes = hashes[order]
         equal = (hashes[1:] == hashes[:-1]).all(axis=1)
         removed.append(np.concatenate(documents)[order[1:][equal]])
-    return _by_shard(np.sort(np.concatenate(removed)), len(files))
+    return _by_shard(np.sort(np.concatenate(removed)), len(hash_files))
 
 
 def first_of_cluster(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import mmap
 import shutil
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,45 +66,56 @@ def write_token_file(
             handle.write(tokens.astype(dtype))
             lengths += sizes.tobytes()
     sizes = np.frombuffer(lengths, "<i4")
-    write_index(prefix.with_suffix(".idx"), dtype, [sizes])
+    write_index(prefix.with_suffix(".idx"), dtype, len(sizes), lambda: [sizes])
     return len(sizes), int(sizes.sum(dtype=np.int64)), largest
 
 
 def join_token_files(parts: Sequence[Path], prefix: Path) -> tuple[int, int]:
     """Join token files, in the order of `parts`, into one; return (documents, tokens).
 
-    Memory is constant. Raises RecipeError when a part is incomplete or the parts have different dtypes.
+    Memory is constant, and one part is open at a time: there may be more parts than a process may open files.
+    Raises RecipeError when a part is incomplete or the parts have different dtypes.
     """
-    files = [TokenFile(part) for part in parts]
-    dtypes = {file.dtype for file in files}
+    dtypes, documents, tokens = set(), 0, 0
+    for part in parts:
+        file = TokenFile(part)
+        dtypes.add(file.dtype)
+        documents, tokens = documents + file.documents, tokens + len(file.tokens)
     if len(dtypes) != 1:
         raise RecipeError(
-            f"{prefix}: its {len(files)} parts have {len(dtypes)} dtypes, expected 1. "
+            f"{prefix}: its {len(parts)} parts have {len(dtypes)} dtypes, expected 1. "
             "Run stage 04 with --force"
         )
-    size = sum(file.tokens.nbytes for file in files)
+    (dtype,) = dtypes
+    size = tokens * dtype.itemsize
     with written_whole(prefix.with_suffix(".bin"), size) as handle:
         for part in parts:
             with part.with_suffix(".bin").open("rb") as source:
                 shutil.copyfileobj(source, handle, 2**22)
-    lengths = [file.lengths for file in files]
-    write_index(prefix.with_suffix(".idx"), dtypes.pop(), lengths)
-    return sum(map(len, lengths)), sum(len(file.tokens) for file in files)
+    index = prefix.with_suffix(".idx")
+    write_index(index, dtype, documents, lambda: (TokenFile(part).lengths for part in parts))
+    return documents, tokens
 
 
-def write_index(path: Path, dtype: np.dtype, parts: list[np.ndarray]) -> None:
-    """Write an ``.idx`` for documents of the given lengths (int32, one array per part)."""
-    documents = sum(map(len, parts))
+def write_index(
+    path: Path, dtype: np.dtype, documents: int, lengths: Callable[[], Iterable[np.ndarray]]
+) -> None:
+    """Write an ``.idx``. lengths: gives the lengths of all documents as arrays of int32, each time anew."""
     code = next(code for code, known in _DTYPE_CODES.items() if known == dtype)
-    batches = [part[i : i + _INDEX_BATCH] for part in parts for i in range(0, len(part), _INDEX_BATCH)]
+
+    def batches() -> Iterator[np.ndarray]:
+        for part in lengths():
+            for first in range(0, len(part), _INDEX_BATCH):
+                yield part[first : first + _INDEX_BATCH]
+
     with written_whole(path, _index_size(documents)) as handle:
         handle.write(_HEADER.pack(_MAGIC, 1, code, documents, documents + 1))
-        for lengths in batches:
-            handle.write(lengths.tobytes())
+        for batch in batches():
+            handle.write(batch.tobytes())
         position = 0
-        for lengths in batches:
-            ends = position + np.cumsum(lengths, dtype=np.int64)
-            handle.write(((ends - lengths) * dtype.itemsize).astype("<i8").tobytes())
+        for batch in batches():
+            ends = position + np.cumsum(batch, dtype=np.int64)
+            handle.write(((ends - batch) * dtype.itemsize).astype("<i8").tobytes())
             position = int(ends[-1])
         for begin in range(0, documents + 1, _INDEX_BATCH):
             handle.write(np.arange(begin, min(begin + _INDEX_BATCH, documents + 1), dtype="<i8").tobytes())

@@ -301,3 +301,10 @@ def test_without_minhash_only_exact_duplicates_are_removed(tmp_path, planted):
     assert {reason: found.tolist() for reason, found in rows.items()} == {
         "duplicate": removed[2]["duplicate"]
     }
+
+
+def test_more_shards_are_compared_than_may_be_open(tmp_path, few_open_files):
+    texts = random_texts(30)
+    shards = [[text] for text in texts] + [[texts[3]], [edited(texts[5])]]
+    removed = deduplicate(write_shards(tmp_path / "clean", shards), tmp_path / "dedup")
+    assert [number for number, rows in enumerate(removed) if any(rows.values())] == [30, 31]

@@ -67,6 +67,14 @@ def test_joined_parts_are_the_file_written_at_once(tmp_path, token_file):
         assert (tmp_path / f"joined{suffix}").read_bytes() == (tmp_path / f"train{suffix}").read_bytes()
 
 
+def test_more_parts_are_joined_than_may_be_open(tmp_path, few_open_files):
+    parts = [tmp_path / str(number) for number in range(30)]
+    for number, part in enumerate(parts):
+        write_token_file(part, iter([[number], [7, number]]), 8000)
+    assert join_token_files(parts, tmp_path / "joined") == (60, 90)
+    assert TokenFile(tmp_path / "joined").tokens.tolist() == [i for n in range(30) for i in (n, 7, n)]
+
+
 def test_parts_of_two_dtypes_are_not_joined(tmp_path, token_file):
     write_token_file(tmp_path / "wide", iter([[70_000]]), 100_000)
     with pytest.raises(RecipeError, match="2 dtypes"):
