@@ -247,7 +247,7 @@ def cap_share(pairs: Sides, others: Sides, share: float) -> int:
         number = len(others[side])
         most = int(number * share / (1 - share)) if number and share < 1 else len(found)
         # By hash, so that the choice does not depend on the order of the pairs.
-        found.sort(key=lambda pair: text_hash(pair.headword + pair.instruction))
+        found.sort(key=identity)
         removed += len(found[most:])
         del found[most:]
     return removed

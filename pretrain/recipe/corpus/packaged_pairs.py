@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from recipe.corpus.packaged import read_descriptions, read_manpages, read_tatoeba
 
 # Instruction, input ("" for none), output, and headword: pairs of one headword stay on one side of the split.
+# It is what several pairs have in common: packages of one source share the first paragraph of their
+# descriptions, and several Japanese sentences have the same translation.
 RawPair = tuple[str, str, str, str]
 
 TRANSLATIONS = {"ja-en": "次の文を英語に翻訳してください。", "en-ja": "次の文を日本語に翻訳してください。"}
@@ -73,23 +75,27 @@ def _summary(root: Any) -> str:
 
 
 def _package_summaries(folder: Path) -> Iterator[RawPair]:
-    for package, summary, body in read_descriptions(folder):
+    for _, summary, body in read_descriptions(folder):
         if body:
-            yield "次のパッケージの説明を一行で要約してください。", body, summary, package
+            yield "次のパッケージの説明を一行で要約してください。", body, summary, _first_paragraph(body)
 
 
 def _package_descriptions(folder: Path) -> Iterator[RawPair]:
     for package, _, body in read_descriptions(folder):
         if body:
             question = f"Debian のパッケージ {package} について説明してください。"
-            yield question, "", body.split("\n")[0], package
+            yield question, "", _first_paragraph(body), _first_paragraph(body)
+
+
+def _first_paragraph(body: str) -> str:
+    return body.split("\n")[0]
 
 
 def _translations(folder: Path) -> Iterator[RawPair]:
-    for number, japanese, english in read_tatoeba(folder):
+    for _, japanese, english in read_tatoeba(folder):
         if english:
-            yield TRANSLATIONS["ja-en"], japanese, english, f"tatoeba {number}"
-            yield TRANSLATIONS["en-ja"], english, japanese, f"tatoeba {number}"
+            yield TRANSLATIONS["ja-en"], japanese, english, english
+            yield TRANSLATIONS["en-ja"], english, japanese, english
 
 
 PACKAGED_PAIRS = {

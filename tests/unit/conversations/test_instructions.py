@@ -49,6 +49,24 @@ def test_a_kind_of_pairs_is_one_entry_of_the_table(monkeypatch):
     assert found[:5] == ("山は?", "", "高いです。", "yes", "山")
 
 
+def test_packaged_pairs_with_an_equal_answer_or_question_share_their_headword(monkeypatch):
+    """Else one of them would be tuned on, and the other be a held-out question."""
+    packages = [
+        ("a-doc", "文書", "本文です。\n詳細1"),
+        ("a-dev", "開発", "本文です。\n詳細2"),
+        ("b", "別", "他"),
+    ]
+    sentences = [("1", "山です。", "A mountain."), ("2", "山だ。", "A mountain."), ("3", "川", "A river.")]
+    monkeypatch.setattr(packaged_pairs, "read_descriptions", lambda folder: iter(packages))
+    monkeypatch.setattr(packaged_pairs, "read_tatoeba", lambda folder: iter(sentences))
+    for name, kind in packaged_pairs.PACKAGED_PAIRS.items():
+        if kind.source != "manpages":
+            made = list(kind.make(None))
+            shared = {headword for *_, headword in made}
+            assert len(shared) == 2 and len(made) == (6 if name == "translation" else 3), name
+            assert len({headword for *texts, headword in made if {"山です。", "山だ。"} & {*texts}}) < 2
+
+
 def test_directions_choose_translations(monkeypatch):
     monkeypatch.setattr(packaged_pairs, "read_tatoeba", lambda folder: iter([("1", "山", "mountain")]))
     spec = {"source": "tatoeba", "directions": ["en-ja"]}
@@ -147,7 +165,7 @@ def test_pairs_of_one_headword_stay_on_one_side():
 @pytest.mark.parametrize(("share", "kept"), [(0.3, 3), (0, 0), (1, 9)])
 def test_a_share_caps_pairs_in_an_order_of_their_own(share, kept):
     def translations(order):
-        sides = {"train": [pair("文", headword=str(i)) for i in order], "valid": [pair("文")]}
+        sides = {"train": [pair(f"文{i}") for i in order], "valid": [pair("文")]}
         return instructions.cap_share(sides, {"train": [pair("文")] * 7, "valid": []}, share), sides
 
     removed, sides = translations(range(9))
