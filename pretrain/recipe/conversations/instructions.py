@@ -13,10 +13,10 @@ from recipe.conversations.dialogues import read_dialogues
 from recipe.conversations.read_rows import Message, expand_pairs, read_rows
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS, TRANSLATIONS
 from recipe.corpus.rules import japanese_share
-from recipe.corpus.source_files import file_facts
+from recipe.corpus.source_files import file_facts, files_below, local_data_set
 from recipe.corpus.sources import licence
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import DATA, ROOT
+from recipe.project import DATA
 
 _SENTENCE = re.compile(r"[^。\n]{20,}")  # see `pretraining_overlap`
 
@@ -132,8 +132,8 @@ def entry_facts(file: str, pairs: dict[str, Any]) -> dict[str, Any]:
     for kind, spec in pairs.items():
         if "path" in spec:
             facts[kind] = file_facts(expand_pairs(f"{file}: pairs.{kind}", spec["path"]))
-        elif "dataset" in spec and (folder := ROOT / Path(spec["dataset"]).expanduser()).is_dir():
-            facts[kind] = file_facts(sorted(path for path in folder.rglob("*") if path.is_file()))
+        elif folder := local_data_set(spec):
+            facts[kind] = file_facts(files_below(folder))
     return facts
 
 
@@ -151,8 +151,8 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
         if "source" in spec:
             origin, terms = spec["source"], licence(config["dataset"]["sources"][spec["source"]])
         elif "dataset" in spec:
-            local = (ROOT / Path(spec["dataset"]).expanduser()).is_dir()
-            origin = Path(spec["dataset"]).name if local else spec["dataset"]
+            folder = local_data_set(spec)
+            origin = folder.name if folder else spec["dataset"]
             terms = "as its publisher says"
         else:
             origin, terms = Path(spec["path"]).name, "yours"

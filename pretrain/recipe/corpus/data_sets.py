@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.project import ROOT, RecipeError
+from recipe.corpus.source_files import local_data_set
+from recipe.project import RecipeError
 
 _DATA = re.compile(
     r"\.(jsonl|csv|parquet)(\.(gz|bz2|xz|zst))?$"
@@ -46,11 +47,11 @@ def data_set_files(where: str, spec: dict[str, Any]) -> Iterator[DataFile]:
     import datasets
 
     split, configuration = spec.get("split", "train"), spec.get("configuration")
-    folder = ROOT / Path(spec["dataset"]).expanduser()
-    bare = folder.is_dir() and not (folder / "README.md").exists()
+    folder = local_data_set(spec)
+    bare = folder is not None and not (folder / "README.md").exists()
     with naming_data_set(where, spec):
         builder = datasets.load_dataset_builder(
-            str(folder) if folder.is_dir() else spec["dataset"],
+            str(folder or spec["dataset"]),
             name=None if bare else configuration,
             data_dir=configuration if bare else None,
             revision=spec.get("revision"),

@@ -13,14 +13,28 @@ from recipe.project import ROOT, RecipeError, Refused, glob_files
 
 def is_own(spec: dict[str, Any]) -> bool:
     """Whether a source is a user's own files, which stay where they are."""
-    return "paths" in spec or "path" in spec
+    return "paths" in spec or "path" in spec or local_data_set(spec) is not None
+
+
+def local_data_set(spec: dict[str, Any]) -> Path | None:
+    """The folder of a `dataset` that is on this machine; None for one of the hub, and for other entries."""
+    folder = ROOT / Path(spec["dataset"]).expanduser() if "dataset" in spec else None
+    return folder if folder and folder.is_dir() else None
 
 
 def own_files(name: str, spec: dict[str, Any]) -> list[Path]:
-    """The files of a source that `is_own`, sorted. Raises RecipeError when there are none."""
+    """The files of a source that `is_own`, sorted. Raises RecipeError when a path matches none."""
+    if folder := local_data_set(spec):
+        return files_below(folder)
     if "paths" in spec:
         return expand_paths(name, spec["paths"])
     return expand_paths(name, [f"{spec['path']}/**/*"])
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a data set's folder, sorted; without hidden ones, such as those of git."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def source_paths(name: str, spec: dict[str, Any], data: Path) -> list[Path]:

@@ -118,6 +118,24 @@ def test_changed_own_file_changes_the_facts(tmp_path):
     assert download.source_facts(config) != before
 
 
+def test_a_local_data_set_is_recorded_and_a_changed_file_is_noticed(tmp_path):
+    """In a folder as on the hub; what git keeps next to it is no data."""
+    (tmp_path / "set/.git").mkdir(parents=True)
+    (tmp_path / "set/.git/index").write_text("x")
+    path = tmp_path / "set/train.jsonl"
+    path.write_text('{"text": "一"}')
+    config = {"dataset": {"sources": {"web": {"source": "hub", "dataset": str(tmp_path / "set")}}}}
+    before = download.source_facts(config)
+    (spec,) = config["dataset"]["sources"].values()
+    record = download.download("web", spec, tmp_path / "data")
+    assert list(record["files"]) == [str(path)] == list(before["web"])
+    path.write_text('{"text": "二つ"}')
+    assert download.source_facts(config) != before
+    with pytest.raises(RecipeError, match=r"train\.jsonl: not the \d+ bytes that stage 01 recorded"):
+        download.require_data({"sources": {"web": record}}, config["dataset"], tmp_path / "data")
+    assert download.source_facts({"dataset": {"sources": {"web": spec | {"dataset": "someone/set"}}}}) == {}
+
+
 def test_files_of_a_url_are_read_in_its_order(tmp_path, served):
     spec = {"source": "files", "url": [served + "b.txt", served + "a.txt"]}
     record = download.download("web", spec, tmp_path / "data")
