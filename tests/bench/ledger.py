@@ -46,6 +46,7 @@ ONLY_NUMBERS |= {"momentum", "embedding_learning_rate", "initializer_range", "ze
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 UNTIED = {"tie_word_embeddings": False}
 EMBEDDINGS = UNTIED | {"embedding_learning_rate": 0.3}
+SHORT = {"short_first": 0.6}
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
 # factors of the size's. even_rows, jordan, momentum: of Muon (`recipe.model.muon`). zero_projections: the
@@ -74,6 +75,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "batch of 4,096 tokens": {"global_batch_size": 16},
     "batch of 8,192 tokens": {"global_batch_size": 32},
     "blocks of 64 tokens in the first 30 %": {"short_first": 0.3},
+    "blocks of 64 tokens in the first 60 %": SHORT,
+    "the same and half of the layers": SHORT | {"layers": 0.5},
+    "the same and AdamW's rate x 2": SHORT | {"learning_rate": 2.0 * RATE},
+    "the same and embeddings at 0.3": SHORT | EMBEDDINGS,
     "blocks of 512 tokens": {"block_size": 512, "global_batch_size": 4},
     "vocabulary of 3,000": {"vocab_size": 3000},
     "vocabulary of 8,000": {"vocab_size": 8000},

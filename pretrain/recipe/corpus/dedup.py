@@ -292,7 +292,7 @@ def _read_removed(folder: Path, reason: str, shard: int) -> np.ndarray:
 def _write_aside(path: Path, records: np.ndarray) -> None:
     """Write an array's bytes, so that a file is complete or missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, records.nbytes, flush=False) as handle:
+    with written_whole(path, records.nbytes) as handle:
         records.tofile(handle)
 
 

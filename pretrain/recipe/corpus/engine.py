@@ -19,6 +19,7 @@ ray          workers, address of the cluster (default: one is started on this ma
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import shlex
@@ -42,6 +43,8 @@ from recipe.signals import end_with_parent
 # A task: called with (None or the documents of the step before, rank, number of tasks).
 Task = Callable[[Any, int, int], Any]
 POLL_SECONDS = 5.0
+# Failures of squeue in a row: five minutes.
+PATIENCE = 60
 
 
 @contextmanager
@@ -130,20 +133,28 @@ class Engine:
         options.setdefault(
             "env_command", f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
         )
+        # By this name all jobs of the phase are found, also those of a run that was killed.
+        name = f"recipe-{phase}-{hashlib.sha256(str(self.logs).encode()).hexdigest()[:8]}"
         executor = SlurmPipelineExecutor(
-            pipeline, tasks, job_name=f"recipe-{phase}", logging_dir=str(self.logs / phase), qos="", **options
+            pipeline, tasks, job_name=name, logging_dir=str(self.logs / phase), qos="", **options
         )
-        executor.run()
-        while missing := executor.get_incomplete_ranks(skip_completed=True):
-            # The queue is read before the markers: a task that ends between the two is then not lost.
-            queued = _slurm_queue(executor.job_id)
-            missing = executor.get_incomplete_ranks(skip_completed=True)
-            if missing and not queued:
-                raise RecipeError(
-                    f"{phase}: {len(missing)} of {tasks} tasks ended without a result, the first is "
-                    f"{missing[0]}. Run again to continue.\n{self._log_tail(phase, missing[0])}"
-                )
-            time.sleep(POLL_SECONDS if missing else 0)
+        _slurm_cancel(name)
+        while _slurm_queue(name):  # tasks that end would write next to the new ones
+            time.sleep(POLL_SECONDS)
+        try:
+            executor.run()
+            while missing := executor.get_incomplete_ranks(skip_completed=True):
+                # The queue is read before the markers: a task that ends between the two is then not lost.
+                queued = _slurm_queue(name)
+                missing = executor.get_incomplete_ranks(skip_completed=True)
+                if missing and not queued:
+                    raise RecipeError(
+                        f"{phase}: {len(missing)} of {tasks} tasks ended without a result, the first is "
+                        f"{missing[0]}. Run again to continue.\n{self._log_tail(phase, missing[0])}"
+                    )
+                time.sleep(POLL_SECONDS if missing else 0)
+        finally:
+            _slurm_cancel(name)
 
     def _run_ray(self, phase: str, pipeline: list[Task], tasks: int) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -188,7 +199,20 @@ def _run_rank(executor: Any, rank: int) -> None:
     executor._run_for_rank(rank, local_rank=1)
 
 
-def _slurm_queue(job: str | None) -> str:
-    """What squeue shows of a job: nothing once it has ended."""
-    done = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True, text=True)
-    return done.stdout.strip()
+def _slurm_queue(name: str) -> str:
+    """What squeue shows of the jobs of a name: nothing once they have ended.
+
+    A squeue that fails says nothing of the jobs: it is asked again, as the controller may be restarting.
+    Raises RecipeError when it fails `PATIENCE` times in a row.
+    """
+    for _ in range(PATIENCE):
+        done = subprocess.run(["squeue", "--noheader", f"--name={name}"], capture_output=True, text=True)
+        if not done.returncode:
+            return done.stdout.strip()
+        time.sleep(POLL_SECONDS)
+    raise RecipeError(f"squeue fails {PATIENCE} times: {done.stderr.strip()}. Run again to continue")
+
+
+def _slurm_cancel(name: str) -> None:
+    """End the jobs of a name, if there are any."""
+    subprocess.run(["scancel", f"--name={name}"], capture_output=True)

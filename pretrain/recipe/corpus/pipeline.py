@@ -173,7 +173,7 @@ class Clean:
             )
         writer.close()
         funnel.close_templates()
-        with written_whole(self.folder / f"{rank:05d}.npy", len(hashes), flush=False) as handle:
+        with written_whole(self.folder / f"{rank:05d}.npy", len(hashes)) as handle:
             np.save(handle, np.frombuffer(bytes(hashes), "V16"))
         write_json(self.folder / f"{rank:05d}.json", to_record(funnel))
 

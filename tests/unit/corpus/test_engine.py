@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from recipe.corpus import engine as engine_module
 from recipe.corpus.engine import engine
 from recipe.project import RecipeError
 
@@ -88,13 +89,14 @@ SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do if [[ $1 == -n ]]; then shift; fi;
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
-    """A PATH with stand-ins for sbatch, srun, squeue and scontrol."""
+    """A PATH with stand-ins for sbatch, srun, scontrol, and for squeue and scancel, which note that."""
     programs = tmp_path / "bin"
     programs.mkdir()
     texts = {
         "sbatch": SBATCH,
         "srun": SRUN,
-        "squeue": "#!/bin/bash\n",
+        "squeue": '#!/bin/bash\necho "squeue $*" >> "$STUB.asked"\n',
+        "scancel": '#!/bin/bash\necho "scancel $*" >> "$STUB.asked"\n',
         "scontrol": "#!/bin/bash\necho here\n",
     }
     for name, text in texts.items():
@@ -128,6 +130,32 @@ def test_slurm_names_a_task_that_ended_without_a_result(tmp_path, slurm):
         engine(config, tmp_path) as phases,
     ):
         phases.run("square", [Square(tmp_path, fails=1)], 3)
+
+
+def test_slurm_jobs_of_a_run_that_was_killed_are_cancelled_first(tmp_path, slurm):
+    """Then those of this one, by the same name, when it ends."""
+    config = {"executor": "slurm", "partition": "cpu", "time": "01:00:00"}
+    with pytest.raises(RecipeError), engine(config, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path, fails=0)], 1)
+    asked = slurm.with_name("stub.asked").read_text().splitlines()
+    (name,) = {line.split("--name=")[1] for line in asked}
+    script = (tmp_path / "logs/square/launch_script.slurm").read_text()
+    assert name.startswith("recipe-square-") and f"#SBATCH --job-name={name}" in script
+    programs = [line.split()[0] for line in asked]
+    assert programs[:2] == ["scancel", "squeue"] and programs[-1] == "scancel"
+
+
+def test_slurm_jobs_are_not_lost_while_squeue_fails(tmp_path, slurm, monkeypatch):
+    """It is asked again, and in the end there is one line."""
+    monkeypatch.setattr(engine_module, "POLL_SECONDS", 0.01)
+    program, config = tmp_path / "bin/squeue", {"executor": "slurm", "partition": "cpu", "time": "01:00:00"}
+    program.write_text(f"#!/bin/bash\nmkdir {tmp_path}/failed || exit 0\nexit 1\n")
+    with engine(config, tmp_path) as phases:
+        phases.run("square", [Square(tmp_path)], 1)
+    assert (tmp_path / "failed").exists() and squares(tmp_path, 1) == ["0 of 1"]
+    program.write_text('#!/bin/bash\necho "no contact" >&2\nexit 1\n')
+    with pytest.raises(RecipeError, match="squeue fails .* no contact"), engine(config, tmp_path) as phases:
+        phases.run("again", [Square(tmp_path)], 1)
 
 
 def test_slurm_is_refused_without_sbatch(tmp_path, monkeypatch):
