@@ -15,6 +15,7 @@ from recipe.conversations.instructions import (
     Pair,
     Sides,
     cap_share,
+    counts_of,
     identity,
     no_pairs,
     pair_side,
@@ -60,15 +61,10 @@ def main(stage: Stage) -> None:
         for side, found in kept.items():
             sides[side] += found
         out = sum(map(len, kept.values()))
-        funnel[name] = {"in": out + dropped.total(), "out": out, "dropped": dict(+dropped)}
+        funnel[name] = counts_of(out, dropped, unused, figures)
         marks = byte_order_marks(f"instruction.json: pairs.{name}", spec)
         if marks:
             funnel[name]["byte_order_marks"] = marks
-        if figures:
-            funnel[name]["characters"] = dict(+figures)
-            figures.clear()
-        if unused:
-            funnel[name]["unused_columns"] = dict(unused)
         stage.say(
             f"{name}: {out:,} of {out + dropped.total():,} pairs kept; dropped: {dict(+dropped) or 'none'}"
             + (f"; byte order marks removed from {marks} files" if marks else "")

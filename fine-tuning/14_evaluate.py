@@ -5,13 +5,12 @@ Writes: metrics.json, metrics.md, tasks/ (what was asked).
 Run:  python fine-tuning/14_evaluate.py --recipe tiny
 """
 
-import functools
 import math
 import shutil
 from typing import Any
 
 import pyarrow.parquet as pq
-from recipe.config.tasks import may_be_skipped, reads_sources, tasks_of
+from recipe.config.tasks import reads_sources, tasks_of
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import messages_of, no_pairs
 from recipe.evaluation.tasks.available import check_available, skipped_list
@@ -42,8 +41,7 @@ def main(stage: Stage) -> None:
     samples = PackedConversations(conversations, block_size, tokenizer.pad_token_id)
     rows = pq.read_table(pairs).to_pylist()
     held_out = load_tasks(held_out_task(stage, rows))
-    may_skip = functools.partial(may_be_skipped, evaluation=stage.config["evaluation"])
-    tasks = load_tasks(written_tasks(stage, skipped), may_skip, skipped)
+    tasks = load_tasks(written_tasks(stage, skipped), stage.config["evaluation"], skipped)
 
     figures: dict[str, Any] = {"conversations": len(conversations), "left_out": left_out}
     figures["skipped_tasks"] = skipped

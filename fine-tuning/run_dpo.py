@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from recipe.config.instruction import uses_rewards
+from recipe.config.preference import uses_rewards
 from recipe.training.prepare import check_steps, prepare, total_steps, whole_model
 from recipe.training.script import run_script
 from recipe.training.training import train_model

@@ -15,7 +15,7 @@ MEASURED = 256  # questions of the validation side, at most: the model writes an
 def main(plan: dict[str, Any]) -> None:
     """Encode the questions, let the model answer, train by the rewards, save; rank 0 writes result.json."""
     from datasets import Dataset
-    from recipe.config.instruction import NUM_GENERATIONS
+    from recipe.config.preference import NUM_GENERATIONS
     from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import preferences_table
     from recipe.conversations.questions import encode_questions, load_questions

@@ -27,7 +27,6 @@ def main(stage: Stage) -> None:
     )
     write_text(stage.folder / "funnel.md", funnel.funnel_table(funnels))
     funnel.picture(funnels, stage.folder / "funnel.png")
-    pipeline.remove_scaffold(stage.folder)
     kept, read = (sum(getattr(f, key) for f in funnels.values()) / 1e6 for key in ("bytes_out", "bytes_in"))
     documents = sum(f.documents_out for f in funnels.values())
     stage.headline = f"{documents:,} documents, {kept:.1f} MB kept of {read:.1f} MB"

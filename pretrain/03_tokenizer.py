@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from recipe import host
+from recipe.config.dataset import held_out_sources
 from recipe.config.tokenizer import SPECIAL_TOKENS, kind_of
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.progress import progress
@@ -43,7 +44,7 @@ def main(stage: Stage) -> None:
     write_json(stage.folder / "report.json", {"proof": check, "tokenizers": described, "missing": missing})
     write_text(stage.folder / "report.md", report_tables(described, check, missing))
     draw_report(described, stage.folder / "report.png")
-    held_out = {name for name, spec in stage.config["dataset"]["sources"].items() if spec.get("held_out")}
+    held_out = held_out_sources(stage.config["dataset"])
     sources = described["this"]["sources"]
     inside = [figures for source, figures in sources.items() if source not in held_out]
     mean = sum(f["tokens"] * f["bytes_per_token"] for f in inside) / max(1, sum(f["tokens"] for f in inside))
@@ -84,7 +85,7 @@ def sample(stage: Stage) -> Iterator[str]:
 
     config = stage.config["tokenizer"]
     stage.say(f"trains in at most {expected_memory(config) / 1e9:.1f} GB of memory")
-    source_weights = weights(stage.config)["weights"]
+    source_weights = weights(stage.config)
     found = draw_sample(
         stage.inputs["02_dataset"], source_weights, sample_bytes(config), config.get("seed", 0)
     )

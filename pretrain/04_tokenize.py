@@ -7,9 +7,9 @@ Edit: nothing. Writes: train.bin, train.idx, valid.bin, valid.idx (without the h
 Run:  python pretrain/04_tokenize.py --recipe tiny
 """
 
-import shutil
 from pathlib import Path
 
+from recipe.config.dataset import held_out_sources
 from recipe.corpus.shards import SIDES, Shard, count_documents, list_shards
 from recipe.project import RecipeError, read_json
 from recipe.run.stage import Stage, run_stage
@@ -24,7 +24,7 @@ def main(stage: Stage) -> None:
 
     dataset, tokenizer = stage.inputs["02_dataset"], stage.inputs["03_tokenizer"]
     frame, vocabulary = document_frame(tokenizer), vocab_size(tokenizer)
-    held_out = {name for name, spec in stage.config["dataset"]["sources"].items() if spec.get("held_out")}
+    held_out = held_out_sources(stage.config["dataset"])
     shards = [shard for shard in list_shards(dataset) if shard.source not in held_out]
     for side in SIDES:
         if not sum(count_documents(dataset, side, source) for source in {s.source for s in shards}):
@@ -42,9 +42,6 @@ def main(stage: Stage) -> None:
     for side in SIDES:
         of_side = [shard for shard in shards if shard.side == side]
         totals[side], counts[side] = join_side(of_side, parts, stage.folder / side)
-    # The logs first: they say which parts are done.
-    shutil.rmtree(stage.folder / "logs")
-    shutil.rmtree(parts)
     stage.figures = {"sources": counts, "totals": totals}
     stage.headline = (
         f"{totals['train']['tokens']:,} training tokens, {totals['valid']['tokens']:,} for validation"

@@ -4,11 +4,11 @@ Edit: configs/<recipe>/evaluation.json. Writes: metrics.json, metrics.md, tasks/
 Run:  python pretrain/06_evaluate.py --recipe tiny
 """
 
-import functools
 import shutil
 from typing import Any
 
-from recipe.config.tasks import may_be_skipped, reads_sources, tasks_of
+from recipe.config.dataset import held_out_sources
+from recipe.config.tasks import reads_sources, tasks_of
 from recipe.corpus.shards import read_texts, side_sources
 from recipe.evaluation.tasks.available import check_available, skipped_list
 from recipe.project import read_record, write_json, write_text
@@ -69,8 +69,7 @@ def loaded_tasks(stage: Stage, skipped: dict[str, str]) -> Any:
         require_downloads(stage)
     names = [name for name in tasks_of(stage.config, NAME) if name not in skipped]
     tasks = write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names)
-    may_skip = functools.partial(may_be_skipped, evaluation=stage.config["evaluation"])
-    return load_tasks(tasks, may_skip, skipped)
+    return load_tasks(tasks, stage.config["evaluation"], skipped)
 
 
 def block_sizes(stage: Stage) -> list[int]:
@@ -108,7 +107,7 @@ def combine_domains(config: dict[str, Any], sources: dict[str, Any]) -> dict[str
     """The figures of all sources that were trained on, and of those that were held out as a whole."""
     from recipe.evaluation.metrics import combine
 
-    held_out = {name for name, spec in config["dataset"]["sources"].items() if spec.get("held_out")}
+    held_out = held_out_sources(config["dataset"])
     inside = [figures for name, figures in sources.items() if name not in held_out]
     outside = [figures for name, figures in sources.items() if name in held_out]
     return {"in_domain": combine(inside)} | ({"out_of_domain": combine(outside)} if outside else {})

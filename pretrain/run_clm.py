@@ -45,9 +45,9 @@ def main(plan: dict[str, Any]) -> None:
     epoch = epoch_tokens(train_file, sources)
     blocks = -(-epoch // settings.block_size)
     arguments.max_steps, _ = total_steps(arguments, blocks, settings.global_batch_size)
-    check_steps(run, plan["config"]["pretrain"], "pretrain.json")
-    count = arguments.max_steps * settings.global_batch_size
     values = plan["config"]["pretrain"]
+    check_steps(run, values, "pretrain.json")
+    count = arguments.max_steps * settings.global_batch_size
     phases = phases_of(values, arguments.max_steps) if settings.phases else []
     if phases:
         samples = phased_blocks(
@@ -66,16 +66,16 @@ def main(plan: dict[str, Any]) -> None:
         )
     valid = PackedBlocks(valid_file, settings.block_size, tokenizer.pad_token_id, seed=0)
     valid = Subset(valid, range(min(len(valid), settings.eval_blocks or len(valid))))
-    initial = find_initial(plan["config"]["pretrain"])
+    initial = find_initial(values)
     new_tokens = read_new_pieces(Path(plan["inputs"]["03_tokenizer"]), len(tokenizer))
 
     def build() -> Any:
-        values, attention = plan["config"]["model"], run.choice.attention
+        shape, attention = plan["config"]["model"], run.choice.attention
         if initial:
-            return continued_model(initial, values, tokenizer, new_tokens, attention)
-        return build_model(values, tokenizer, attention, arguments.seed)
+            return continued_model(initial, shape, tokenizer, new_tokens, attention)
+        return build_model(shape, tokenizer, attention, arguments.seed)
 
-    check_rows(plan["config"]["pretrain"], new_tokens)
+    check_rows(values, new_tokens)
     with whole_model(arguments):
         model = place(run, build)
     bounds = [valid_file.first_token(number) for number in range(min(CHECKED, valid_file.documents) + 1)]

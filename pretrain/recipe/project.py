@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import functools
@@ -54,6 +55,25 @@ class Interrupted(RecipeError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The text `` Did you mean X?`` for the nearest known key; empty when no key is near.
+
+    All keys are named that differ in one letter only.
+    """
+    close = [name for name in known if differ_in_one_letter(key, name)]
+    close = close or difflib.get_close_matches(key, list(known), 1, 0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def differ_in_one_letter(a: str, b: str) -> bool:
+    """Whether one letter is replaced, missing, added, or swapped with the next."""
+    head = len(os.path.commonprefix([a, b]))
+    a, b = a[head:], b[head:]
+    tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - tail], b[: len(b) - tail]
+    return max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1])
 
 
 def missing_packages(extra: str) -> list[str]:
@@ -174,13 +194,13 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def append_json_line(path: Path, row: dict[str, Any]) -> None:
     """Append one object to a file of JSON Lines. Raises RecipeError when the disk is full."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
-    if path.exists() and _ends_in_a_line(path):
+    if path.exists() and _last_line_is_cut(path):
         line = b"\n" + line
     with naming_full_disk(path, len(line)), path.open("ab") as handle:
         handle.write(line)
 
 
-def _ends_in_a_line(path: Path) -> bool:
+def _last_line_is_cut(path: Path) -> bool:
     """Whether the last line of a file was cut short, as by a full disk."""
     with path.open("rb") as handle:
         if not handle.seek(0, os.SEEK_END):

@@ -17,7 +17,7 @@ from recipe.config import keys
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.conversations import encode, instructions
 from recipe.corpus.readers import cap_bad, read_file
-from recipe.project import RecipeError, Refused
+from recipe.project import RecipeError, Refused, nearest
 from recipe.tokenization.train import train_tokenizer
 from unit.config.test_keys import ABSURD, typos
 from unit.config.test_ranges import VALUES, changed, paths
@@ -103,7 +103,7 @@ def test_files_that_are_no_pairs(tmp_path, fault_row):
 
 def test_typos_in_keys(fault_row):
     table = list(typos())
-    right = sum(f"'{key}'" in keys.nearest(typo, known) for typo, key, known in table)
+    right = sum(f"'{key}'" in nearest(typo, known) for typo, key, known in table)
     fault_row("one-letter typos over all known keys, answered with the right key", len(table), right)
     assert right == len(table)
 

@@ -251,7 +251,7 @@ from recipe.config.optimizers import DEFAULT, OPTIMIZERS
 from recipe.config.settings import Settings
 from recipe.hardware import Choice
 from recipe.project import Refused
-from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
+from recipe.training.active_check import ActiveCheck, Asked, expected_parallelism
 from transformers import AutoModelForCausalLM, Qwen3Config, Trainer, TrainingArguments
 
 arguments = TrainingArguments(output_dir=sys.argv[1], fsdp=True, use_cpu=True, max_steps=1, report_to=[],
@@ -273,7 +273,7 @@ torch.distributed.barrier()
 """
 
 
-def test_proof_finds_that_stock_fsdp_is_ddp_on_cpus(prepared, tmp_path):
+def test_the_check_finds_that_stock_fsdp_is_ddp_on_cpus(prepared, tmp_path):
     """The Trainer silently ignores `fsdp=True` there."""
     (tmp_path / "stock.py").write_text(STOCK_FSDP)
     result = subprocess.run(

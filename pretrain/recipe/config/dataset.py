@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from recipe.config.keys import check_keys, nearest, require, show, type_name
+from recipe.config.keys import check_keys, require, show, type_name
 from recipe.config.ranges import (
     ABOVE_0,
     BELOW_1,
@@ -20,7 +20,7 @@ from recipe.config.ranges import (
 )
 from recipe.corpus import rules, wikitext
 from recipe.corpus.sources import kind_of
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 # The keys with their JSON types. Those of each kind of source are in `recipe.corpus.sources.KINDS`.
 DATASET = {
@@ -107,7 +107,7 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
         _check_source(source, here)
     if not values["sources"]:
         raise Refused(f"{where}: sources: empty, expected at least one source of text")
-    if not any(not source.get("held_out") for source in values["sources"].values()):
+    if held_out_sources(values) == values["sources"].keys():
         raise Refused(f"{where}: sources: every source is held_out, so there is nothing to train on")
     check_ranges(values, RANGES, where)
     check_ranges(values.get("neologdn", {}), NEOLOGDN_RANGES, f"{where}: neologdn")
@@ -118,6 +118,11 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
     check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
     check_ranges(values.get("minhash") or {}, MINHASH_RANGES, f"{where}: minhash")
     _check_engine(values.get("engine", {}), f"{where}: engine")
+
+
+def held_out_sources(values: dict[str, Any]) -> set[str]:
+    """The names of the sources that no stage trains on. values: of dataset.json."""
+    return {name for name, source in values["sources"].items() if source.get("held_out")}
 
 
 def _check_kept_layout(values: dict[str, Any], where: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipe.config.keys import check_keys, nearest, require, show, type_name
+from recipe.config.keys import check_keys, require, show, type_name
 from recipe.config.ranges import ABOVE_0, FROM_0, check_ranges, one_of, whole
 from recipe.config.tasks import SUITES, harness_files, metadata, own_tasks
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 EVALUATION = {
     "batch_size": "int",

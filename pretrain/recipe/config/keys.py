@@ -8,16 +8,14 @@ This command writes that file from the installed libraries:
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from recipe.project import Refused
+from recipe.project import Refused, differ_in_one_letter, nearest
 
 # Native keys that are refused because something else decides the value, and what decides it.
 ELSEWHERE = {
@@ -135,25 +133,6 @@ def check_keys(values: dict[str, Any], known: dict[str, str], where: str) -> Non
             raise Refused(f"{where}: {key}: {show(value)} is {type_name(value)}, expected {known[key]}")
 
 
-def nearest(key: str, known: Any) -> str:
-    """The text `` Did you mean X?`` for the nearest known key; empty when no key is near.
-
-    All keys are named that differ in one letter only.
-    """
-    close = [name for name in known if _differ_in_one_letter(key, name)]
-    close = close or difflib.get_close_matches(key, list(known), 1, 0.6)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def _differ_in_one_letter(a: str, b: str) -> bool:
-    """Whether one letter is replaced, missing, added, or swapped with the next."""
-    head = len(os.path.commonprefix([a, b]))
-    a, b = a[head:], b[head:]
-    tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
-    a, b = a[: len(a) - tail], b[: len(b) - tail]
-    return max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1])
-
-
 def show(value: Any) -> str:
     """A value as JSON, at most 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
@@ -192,7 +171,7 @@ def require(values: dict[str, Any], keys: tuple[str, ...], where: str, solution:
     """
     for key in keys:
         if key not in values:
-            for near in (name for name in values if _differ_in_one_letter(key, name)):
+            for near in (name for name in values if differ_in_one_letter(key, name)):
                 raise Refused(
                     f"{where}: {near}: unknown key (value {show(values[near])}). Did you mean {key!r}?"
                 )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recipe.config.keys import check_keys, known_keys, nearest, read_config, short, show
-from recipe.config.model import DEFAULTS, attention_heads, experts_of
+from recipe.config.keys import check_keys, known_keys, read_config, short, show
+from recipe.config.model import attention_heads, experts_of, with_defaults
 from recipe.config.optimizers import FSDP, OFFLOAD, TENSOR, ZERO, check_optimizer_sharding
 from recipe.config.phases import samples_of
-from recipe.project import CONFIGS, Refused
+from recipe.project import CONFIGS, Refused, nearest
 
 # Keys of zero_optimization that current versions of DeepSpeed no longer read, with their successors.
 REPLACED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -180,7 +180,7 @@ def check_experts(
 
     model: the values of model.json. values: of the training file. ranks: on all machines.
     """
-    experts = experts_of(DEFAULTS.get(model.get("model_type", ""), {}) | model)
+    experts = experts_of(with_defaults(model))
     if experts is None:
         return
     shards = ranks // tensor_parallel
@@ -209,7 +209,7 @@ def check_fp8(
     if not values.get("fp8"):
         return
     kind = model.get("model_type", "")
-    model = DEFAULTS.get(kind, {}) | model
+    model = with_defaults(model)
     width, block = model.get("hidden_size", 0), values["block_size"]
     reason = ""
     if deepspeed or fsdp or tensor_parallel > 1:
@@ -233,7 +233,7 @@ def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
     """
     if tensor_parallel > 1 and model.get("model_type") == "gpt2":
         raise Refused("--tensor-parallel: transformers has no plan for gpt2. Use --fsdp or --deepspeed zero3")
-    experts = experts_of(DEFAULTS.get(model.get("model_type", ""), {}) | model)
+    experts = experts_of(with_defaults(model))
     if experts and experts.width % tensor_parallel:
         raise Refused(
             f"--tensor-parallel {tensor_parallel}: the experts' moe_intermediate_size {experts.width} does "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from recipe.config.initial_model import changed_context, published_config
-from recipe.config.keys import check_keys, known_keys, nearest, require, show
+from recipe.config.keys import check_keys, known_keys, require, show
 from recipe.config.ranges import (
     ABOVE_0,
     ABOVE_0_TO_1,
@@ -21,7 +21,7 @@ from recipe.config.ranges import (
     one_of,
     only,
 )
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 # Keys of a model's configuration that the tokenizer decides.
 FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -77,7 +77,6 @@ RANGES = {
     **dict.fromkeys(
         ("is_encoder_decoder", "add_cross_attention", "output_hidden_states"), only(False, _DECODER)
     ),
-    "is_decoder": Range("true or false", lambda x: isinstance(x, bool)),
     "return_dict": only(True, _DECODER),
     "problem_type": only(None, _DECODER),
 }
@@ -255,6 +254,11 @@ def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     changed = changed_context(model, published)
     old = {key: value for key, value in published.items() if not (changed and key in OLD_ROPE)}
     return model | old | {key: model[key] for key in changed}
+
+
+def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    """The values of model.json, and `DEFAULTS` for the keys that it leaves out."""
+    return DEFAULTS.get(model.get("model_type", ""), {}) | model
 
 
 # The defaults of transformers for keys that model.json leaves out. A test compares them with its classes.

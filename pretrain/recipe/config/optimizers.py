@@ -49,7 +49,7 @@ ZERO, OFFLOAD, FSDP, TENSOR = "--deepspeed", "ZeRO-Offload", "--fsdp", "--tensor
 class Optimizer:
     """What has to be known of an optimizer.
 
-    reported: the name under which the check after the first step sees it (`recipe.training.proof`).
+    reported: the name under which the check after the first step sees it (`recipe.training.active_check`).
     state: bytes of its state for each parameter. sharding: the ways of sharding that it works under.
     keys: the ``adam_*`` keys that it reads. bitsandbytes: whether it needs that library and an NVIDIA GPU.
     fused: whether it must run as one kernel. builder: the function of `recipe.model.optimizers` that builds

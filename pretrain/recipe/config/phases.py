@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from recipe.config.keys import check_keys, nearest, show, type_name
+from recipe.config.keys import check_keys, show, type_name
 from recipe.config.model import model_values
 from recipe.config.ranges import ABOVE_0, FROM_1, POSITIONS, check_ranges
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 # The keys of a phase, with their JSON types and ranges.
 PHASE = {

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from recipe.config.keys import nearest, show
-from recipe.project import Refused
+from recipe.config.keys import show
+from recipe.project import Refused, nearest
 
 
 class Range(NamedTuple):

@@ -15,10 +15,11 @@ from recipe.config.dataset import check_dataset
 from recipe.config.evaluation import check_evaluation, check_task_source
 from recipe.config.generation import check_generation
 from recipe.config.initial_model import changed_context, published_config
-from recipe.config.instruction import check_instruction, check_pair, check_preference, uses_rewards
-from recipe.config.keys import known_keys, nearest, parse_json, read_config, show
+from recipe.config.instruction import check_instruction, check_pair
+from recipe.config.keys import known_keys, parse_json, read_config, show
 from recipe.config.model import FROM_TOKENIZER, OWN_TOKENIZER, check_model, model_values
 from recipe.config.phases import check_phases
+from recipe.config.preference import check_preference, uses_rewards
 from recipe.config.ranges import check_numbers
 from recipe.config.tasks import with_suite
 from recipe.config.tokenizer import check_tokenizer, kind_of, special_ids, vocabulary_size
@@ -30,7 +31,7 @@ from recipe.config.training import (
     check_training,
     training_files,
 )
-from recipe.project import CONFIGS, Refused
+from recipe.project import CONFIGS, Refused, nearest
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
 _LONGEST_NAME = 100  # bytes; a file name may have 255, and stages add to it

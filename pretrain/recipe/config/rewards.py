@@ -11,10 +11,10 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from recipe.config.keys import check_keys, nearest, show, type_name
+from recipe.config.keys import check_keys, show, type_name
 from recipe.config.ranges import ABOVE_0_TO_1, FROM_0, FROM_1, Range, check_ranges
 from recipe.corpus.rules import japanese_share
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 
 class Attempt(NamedTuple):

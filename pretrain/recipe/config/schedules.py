@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from recipe.config.keys import check_keys, is_type, known_keys, nearest, show, type_name
+from recipe.config.keys import check_keys, is_type, known_keys, show, type_name
 from recipe.config.ranges import ABOVE_0, BELOW_1, FROM_0, FROM_1, check_ranges, one_of
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 # (lr_scheduler_kwargs, step, steps of warm-up, steps of the run) -> the learning rate after `step` steps as
 # a share of its peak. Floors and ends are given as shares of the peak, too.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from recipe.config.keys import check_keys, nearest, require, show
+from recipe.config.keys import check_keys, require, show
 from recipe.config.ranges import ABOVE_0, SEED, VOCABULARY, Range, check_ranges, whole
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 
 class TokenizerKind(NamedTuple):

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, nearest, require, show
+from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, require, show
 from recipe.config.known_keys import fields_of
-from recipe.config.model import DEFAULTS, attention_heads, model_values, sliding_window
+from recipe.config.model import attention_heads, model_values, sliding_window, with_defaults
 from recipe.config.optimizers import MUON, OPTIMIZERS, optimizer_name
 from recipe.config.phases import longest_block
 from recipe.config.ranges import (
@@ -32,7 +32,7 @@ from recipe.config.ranges import (
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings, SpikeRule
 from recipe.hardware import FLASH_ATTENTION, AttentionNeeds
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 # The keys of ours with their JSON types: those of every training file; in pretrain.json also the published
 # checkpoint to start from, phases, and fp8; in finetune.json and preference.json also an adapter.
@@ -83,12 +83,11 @@ ATTENTION = (
 )
 _LEVELS = one_of("debug", "info", "warning", "error", "critical", "passive", "detail")
 _BETA = Range("at least 0 and at most 0.99999", lambda x: 0 <= x <= 0.99999)
-_LEAST_0 = Range("at least 0", lambda x: x >= 0)
 RANGES = {
     **dict.fromkeys(("learning_rate", "muon_learning_rate", "embedding_learning_rate"), FROM_0_TO_100),
     "weight_decay": FROM_0_TO_100,
     "adam_epsilon": FROM_0_TO_1,
-    **dict.fromkeys(("max_grad_norm", "eval_delay", "neftune_noise_alpha"), _LEAST_0),
+    **dict.fromkeys(("max_grad_norm", "eval_delay", "neftune_noise_alpha"), FROM_0),
     "dataloader_num_workers": whole(0, 1024),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BETA),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), STEPS_OR_SHARE),
@@ -287,7 +286,7 @@ def _check_lora(values: dict[str, Any], where: str) -> None:
 def check_embedding_rate(config: Mapping[str, dict[str, Any]], file: str, where: str) -> None:
     """Refuse embedding_learning_rate for a model whose output matrix is that of its embeddings."""
     model = model_values(config)
-    tied = (DEFAULTS.get(model.get("model_type"), {}) | model).get("tie_word_embeddings")
+    tied = with_defaults(model).get("tie_word_embeddings")
     if config[file].get("embedding_learning_rate") and tied:
         raise Refused(
             f"{where}/{file}.json: embedding_learning_rate: the output shares the embeddings' matrix. Write "
@@ -306,7 +305,7 @@ def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where:
     first = known_keys()["matrices"].get(model.get("model_type"), [])
     if targets == "all-linear" or not first:
         return
-    model = DEFAULTS.get(model["model_type"], {}) | model
+    model = with_defaults(model)
     layers = model.get("num_hidden_layers") or model.get("n_layer") or 1
     paths = {path.replace(".0.", f".{layer}.") for path in first for layer in range(layers)}
     here = f"{where}/{file}.json: lora.target_modules"
@@ -337,7 +336,7 @@ def attention_needs(config: Mapping[str, dict[str, Any]], file: str) -> Attentio
     file: ``pretrain``, ``finetune`` or ``preference``.
     """
     model = model_values(config)
-    model = DEFAULTS.get(model.get("model_type", ""), {}) | model
+    model = with_defaults(model)
     width, heads = model.get("hidden_size") or model.get("n_embd"), attention_heads(model)
     return AttentionNeeds(
         dropout=bool(model.get("attention_dropout") or model.get("attn_pdrop")),

@@ -169,12 +169,12 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
 def counts_of(
     out: int, dropped: Counter[str], unused: Counter[str], characters: Counter[str] | None
 ) -> dict[str, Any]:
-    """A funnel's entry for stage 13: rows ``in`` and ``out``, ``dropped`` by reason, and what else was seen.
+    """A funnel's entry: rows ``in`` and ``out``, ``dropped`` by reason, and what else was seen.
 
     unused: rows with a value, by column that is not read. characters: what the normaliser did to them; it is
     emptied, for the next entry.
     """
-    counts: dict[str, Any] = {"in": out + dropped.total(), "out": out, "dropped": dict(dropped)}
+    counts: dict[str, Any] = {"in": out + dropped.total(), "out": out, "dropped": dict(+dropped)}
     if unused:
         counts["unused_columns"] = dict(unused)
     if characters:

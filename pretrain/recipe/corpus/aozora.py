@@ -171,7 +171,7 @@ def _notation() -> Any:
     return Notation
 
 
-def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
+def prose(text: str) -> tuple[str, dict[str, int]]:
     """The prose of a work, and a count for each of FIGURES.
 
     Removed: the heading (title, author), the legend of the notation between two lines of hyphens, the
@@ -184,8 +184,6 @@ def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
     Replaced: ※［＃…］ by its character (from the code point, the JIS X 0213 code or the description), or by
     〓 if it is not known; 〔e'〕 by é; ／＼ by 〳〵; notes within a line (割り注) by （…）; U+FFFD by 〓;
     a run of empty lines by one empty line.
-
-    heading: keep the heading as one first line with wide spaces in it.
     """
     figures = dict.fromkeys(FIGURES, 0)
     head, body, colophon = _parts(_line_feeds(text))
@@ -193,8 +191,6 @@ def prose(text: str, heading: bool = False) -> tuple[str, dict[str, int]]:
     figures["colophon lines"] = len(colophon.strip().splitlines())
     share = len(colophon) / max(1, len(body) + len(colophon))
     figures["colophons above half of the text"] = int(share > _HIGH_SHARE)
-    if heading and head:
-        body = "　".join(line.strip() for line in head.splitlines()) + "\n\n" + body.lstrip("\n")
     body = body.replace("／″＼", "〴〵").replace("／＼", "〳〵")
 
     def gaiji(match: re.Match[str]) -> str:

@@ -197,12 +197,11 @@ def _code(text: str) -> str:
 
 def picture(funnels: dict[str, Funnel], path: Path) -> None:
     """A bar for each source: the shares of its bytes that were kept, trimmed, and dropped by each reason."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.5 * len(funnels)), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.5 * len(funnels)), layout="constrained")
+    axes = figure.subplots()
     names = [f"{name}\n{funnel.bytes_in / 1e6:,.1f} MB" for name, funnel in funnels.items()]
     parts = {
         "kept": [f.bytes_out for f in funnels.values()],
@@ -210,7 +209,7 @@ def picture(funnels: dict[str, Funnel], path: Path) -> None:
     }
     parts |= {reason: [f.bytes_dropped[reason] for f in funnels.values()] for reason in _reasons(funnels)}
     left = [0.0] * len(funnels)
-    colours = ["#2a7f62", "#b9d8c8", *plt.get_cmap("tab20").colors]
+    colours = ["#2a7f62", "#b9d8c8", *colormaps["tab20"].colors]
     for number, (part, sizes) in enumerate(parts.items()):
         shares = [
             100 * max(0, size) / max(1, f.bytes_in) for size, f in zip(sizes, funnels.values(), strict=True)
@@ -223,4 +222,3 @@ def picture(funnels: dict[str, Funnel], path: Path) -> None:
     axes.set_title("What became of the text")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

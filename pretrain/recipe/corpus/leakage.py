@@ -26,14 +26,11 @@ class Leakage(NamedTuple):
     """What the validation side has in common with the training side.
 
     same_text: the ids of the validation documents whose folded text equals one in the training side.
-    shared_lines: for each validation document with such lines, the share of its long lines that also occur in
-    the training side.
     figures: the numbers of validation documents, of those with the same text and with shared lines, of long
     lines and of shared lines.
     """
 
     same_text: list[str]
-    shared_lines: dict[str, float]
     figures: dict[str, int]
 
 
@@ -61,20 +58,15 @@ def leakage(train_shards: list[Path], valid_shards: list[Path]) -> Leakage:
     ends = np.cumsum([0, *lengths])
     found = np.diff(np.concatenate([[0], np.cumsum(line_seen.flags())])[ends])
     ids = (row["id"] for shard in valid_shards for row in shard_rows(shard, ["id"]))
-    same_text, shared_lines = [], {}
-    for id, is_same, hits, count in zip(ids, same, found.tolist(), lengths, strict=True):
-        if is_same:
-            same_text.append(id)
-        if hits:
-            shared_lines[id] = hits / count
+    same_text = [id for id, is_same in zip(ids, same, strict=True) if is_same]
     figures = {
         "valid_documents": len(texts),
         "with_same_text": len(same_text),
-        "with_shared_lines": len(shared_lines),
+        "with_shared_lines": int((found > 0).sum()),
         "long_lines": len(lines),
         "shared_lines": int(found.sum()),
     }
-    return Leakage(same_text, shared_lines, figures)
+    return Leakage(same_text, figures)
 
 
 class _Seen:

@@ -36,7 +36,7 @@ class ManPage(NamedTuple):
 def manpage_documents(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     """A document for each manual page; one that only names another page is dropped as "redirect"."""
     for page in read_manpages(data / name):
-        text = page_text(page.html) or page.source
+        text = html_text(page.html) or page.source
         yield Document(f"{page.name}({page.section})", text, "" if page.html else "redirect")
 
 
@@ -157,11 +157,6 @@ def html_text(html: str) -> str:
         return ""
     lines = (line.rstrip() if line.startswith("  ") else line.strip() for line in "".join(parts).split("\n"))
     return "\n".join(line for line in lines if line)
-
-
-def page_text(html: str) -> str:
-    """The text of a manual page; empty for empty HTML."""
-    return html_text(html) if html else ""
 
 
 def read_descriptions(folder: Path) -> Iterator[tuple[str, str, str]]:

@@ -271,12 +271,6 @@ def build(config: dict[str, Any], data: Path, folder: Path) -> tuple[dict[str, F
     return funnels, leaks
 
 
-def remove_scaffold(folder: Path) -> None:
-    """Remove the files that only the phases need. The markers (logs) go first: they must never be wrong."""
-    for name in ("logs", "raw", "clean"):
-        shutil.rmtree(folder / name)
-
-
 def _find_duplicates(phases: Engine, config: dict[str, Any], clean: Path, shards: int) -> Removed:
     """Run the phases of `recipe.corpus.dedup`; the result gives the rows to remove from a shard."""
     files = [clean / f"{rank:05d}.parquet" for rank in range(shards)]

@@ -12,7 +12,6 @@ The check of a configuration uses `RULES` and `check_rules` only; numpy is impor
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import math
@@ -21,7 +20,7 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -406,14 +405,14 @@ def check_rules(kind: Any, changes: Any, where: str) -> None:
     """
     if not isinstance(kind, str) or kind not in RULES:
         raise Refused(
-            f"{where}: unknown set of rules {json.dumps(kind)}.{_nearest(kind, RULES)} "
+            f"{where}: unknown set of rules {json.dumps(kind)}.{nearest(str(kind), RULES)} "
             f"Known: {', '.join(RULES)}"
         )
     if not isinstance(changes, dict):
         raise Refused(f"{where}: {json.dumps(changes)}, expected an object {{RULE: threshold or null}}")
     for rule, value in changes.items():
         if rule not in _WEB:
-            raise Refused(f"{where}: {rule}: unknown rule (value {json.dumps(value)}).{_nearest(rule, _WEB)}")
+            raise Refused(f"{where}: {rule}: unknown rule (value {json.dumps(value)}).{nearest(rule, _WEB)}")
         whole = isinstance(_WEB[rule], int)
         # The names say what a share is. The ratio of compression may be above 1 for random bytes.
         most = 1 if "_share" in rule or "duplicate" in rule or "_top_" in rule else math.inf
@@ -425,8 +424,3 @@ def check_rules(kind: Any, changes: Any, where: str) -> None:
             f"{where}: {rule}: {json.dumps(value, ensure_ascii=False)}, expected {expected} "
             f"{'from 0 to 1' if most == 1 else 'of 0 or more'}, or null to switch the rule off"
         )
-
-
-def _nearest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), 1, 0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""

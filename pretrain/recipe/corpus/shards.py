@@ -121,9 +121,9 @@ def read_texts(
                 yield text
 
 
-def document_bytes(folder: Path, side: str) -> int:
-    """UTF-8 bytes of all texts of a side."""
-    return sum(len(text.encode("utf-8")) for text in read_texts(folder, side))
+def document_bytes(folder: Path, side: str, source: str | None = None) -> int:
+    """UTF-8 bytes of the texts of a side, of one source or of all."""
+    return sum(len(text.encode("utf-8")) for text in read_texts(folder, side, source))
 
 
 def count_documents(folder: Path, side: str, source: str | None = None) -> int:

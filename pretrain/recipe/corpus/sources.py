@@ -7,7 +7,6 @@ in configs/README.md all read it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from recipe.corpus import aozora, packaged, wikipedia, wikitext
 from recipe.corpus.readers import Document, read_file, read_folder, read_hub
 from recipe.corpus.source_files import source_paths
-from recipe.project import ROOT, Refused
+from recipe.project import ROOT, Refused, nearest
 
 # (name of the source, its entry in dataset.json, the folder data/) -> its documents
 Reader = Callable[[str, dict[str, Any], Path], Iterator[Document]]
@@ -70,9 +69,8 @@ def kind_of(spec: dict[str, Any], where: str) -> Kind:
     """The kind of a source. Raises Refused, beginning with `where`, for an unknown one."""
     kind = spec["source"]
     if not isinstance(kind, str) or kind not in KINDS:
-        close = difflib.get_close_matches(str(kind), list(KINDS), 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise Refused(f"{where}: source: unknown kind {kind!r}.{hint} Known: {', '.join(KINDS)}")
+        near = nearest(str(kind), KINDS)
+        raise Refused(f"{where}: source: unknown kind {kind!r}.{near} Known: {', '.join(KINDS)}")
     return KINDS[kind]
 
 

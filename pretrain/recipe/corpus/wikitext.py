@@ -267,14 +267,11 @@ def template_redirect(title: str, text: str) -> tuple[str, str] | None:
     return template_name(title), template_name(redirect[1])
 
 
-def extract(
-    title: str, text: str, cut: tuple[str, ...] = CUT, templates: Templates | None = None
-) -> tuple[str, str]:
+def extract(title: str, text: str, templates: Templates | None = None) -> tuple[str, str]:
     """The prose of an article's wikitext and "", or "" and the reason why it has no prose.
 
-    The reasons: "redirect", "disambiguation", "empty". cut: names of sections to remove; a heading that
-    combines several of them (脚注・出典, 脚注と参考文献) is removed, too. templates: how they are read; those
-    that are not known are counted in it. Never raises, for any wikitext.
+    The reasons: "redirect", "disambiguation", "empty". templates: how they are read; those that are not known
+    are counted in it. Never raises, for any wikitext.
     """
     templates = templates or Templates()
     if _REDIRECT.match(text):
@@ -284,7 +281,7 @@ def extract(
         return "", "disambiguation"
     if templates.disambiguation and templates.disambiguation.search(text):
         return "", "disambiguation"
-    text = _drop_sections(text, frozenset(cut))
+    text = _drop_sections(text)
     text = _QUOTES.sub(_unquote, _resolve_tags(text))
     text = _drop_tables(text)
     text = _resolve(text, title, templates)
@@ -310,14 +307,17 @@ def _unescape(text: str) -> str:
     return html.unescape(_NO_CHARACTER.sub("\ufffd", text))
 
 
-def _drop_sections(text: str, names: frozenset[str]) -> str:
-    """Remove the sections whose heading is in `names`; one of the second level ends the page."""
+def _drop_sections(text: str) -> str:
+    """Remove the sections whose heading is in `CUT`, or combines several of it (脚注・出典, 脚注と参考文献).
+
+    One of the second level ends the page.
+    """
     kept, start, dropping = [], 0, 0
     for heading in _HEADING.finditer(text):
         level = len(heading[1])
         if dropping and level <= dropping:
             start, dropping = heading.start(), 0
-        if not dropping and all(part.strip(" '") in names for part in re.split("[・と、/]", heading[2])):
+        if not dropping and all(part.strip(" '") in CUT for part in re.split("[・と、/]", heading[2])):
             kept.append(text[start : heading.start()])
             if level <= 2:
                 return "".join(kept)

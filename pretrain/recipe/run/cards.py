@@ -6,11 +6,10 @@ sparsity. On GeForce cards of that kind, products with float32 sums run at half 
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import NamedTuple
 
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 
 # An assumption. The published 98 hours of `mistral-300m` on an RTX 4090 (10.7e9 tokens) are 39 %.
 ASSUMED_MFU = 0.4
@@ -74,9 +73,9 @@ def card(name: str) -> Card:
     """The card that a user names, such as ``rtx4090``, ``RTX 4090`` or ``a100-40gb``. Raises Refused."""
     key = name.lower().replace(" ", "")
     if key not in CARDS:
-        near = difflib.get_close_matches(key, CARDS, 1, 0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise Refused(f"--gpu {name}: not in the table of cards.{hint} Known: {', '.join(CARDS)}")
+        raise Refused(
+            f"--gpu {name}: not in the table of cards.{nearest(key, CARDS)} Known: {', '.join(CARDS)}"
+        )
     return CARDS[key]
 
 

@@ -17,13 +17,13 @@ from recipe.corpus.source_files import file_facts, is_file_facts, is_same_file, 
 from recipe.project import RECORD, ROOT, Refused, read_record, stage_folder
 
 
-def weights(config: dict[str, Any]) -> dict[str, Any]:
-    """The weights of sources that differ from 1.
+def weights(config: dict[str, Any]) -> dict[str, float]:
+    """The weights of sources that differ from 1, by source.
 
     They decide what the tokenizer's sample and an epoch of training contain.
     """
     sources = config["dataset"]["sources"].items()
-    return {"weights": {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}}
+    return {name: spec["weight"] for name, spec in sources if spec.get("weight", 1) != 1}
 
 
 def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -31,12 +31,12 @@ def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
     path = ROOT / Path(config["tokenizer"].get("published", "no path")).expanduser()
     files = sorted(path.glob("*token*")) + sorted(path.glob("*.model")) if path.is_dir() else [path]
     own = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return weights(config) | {"published": own}
+    return {"weights": weights(config), "published": own}
 
 
 def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Facts of stage 05: the weights of sources, and the files of the checkpoint it starts from."""
-    return weights(config) | initial_facts(config["pretrain"])
+    return {"weights": weights(config)} | initial_facts(config["pretrain"])
 
 
 def task_facts(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from recipe import host
 from recipe.corpus.fetch import digest_of
 from recipe.endings import errors_in_one_line
 from recipe.project import RECORD, Refused, read_record, redo, warn, write_json
+from recipe.run.publication import SCAFFOLD
 
 # Folders that no stage reads, and that a user may delete. Checkpoints have manifests of their own.
 UNREAD = ("checkpoints", "tensorboard", "wandb")
@@ -44,7 +45,8 @@ def _output(folder: Path) -> Iterator[tuple[str, Path]]:
     """(path below `folder`, path) of each file of a stage's output, sorted."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] not in (*UNREAD, RECORD, "stop") and name.parts[0][0] != ".":
+        other = (*UNREAD, *SCAFFOLD, RECORD, "stop")
+        if path.is_file() and name.parts[0] not in other and name.parts[0][0] != ".":
             yield name.as_posix(), path
 
 

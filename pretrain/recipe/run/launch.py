@@ -64,7 +64,7 @@ from recipe.run.processes import (
     visible_devices,
 )
 from recipe.run.publication import WANTED
-from recipe.run.restarts import pause_before, why_not
+from recipe.run.restarts import pause_before, why_no_restart
 from recipe.run.stage import Stage, run_stage, stage_arguments
 from recipe.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
 from recipe.training.messages import send_message
@@ -155,10 +155,10 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
 def _pause_before_restart(stage: Stage, reason: str, failed: list[int]) -> None:
     """Tell that a training has failed, and wait; raises RecipeError when it is not to be started again.
 
-    failed: see `why_not`.
+    failed: see `why_no_restart`.
     """
     restart, most = len(failed), stage.arguments.max_restarts
-    if final := why_not(failed, most):
+    if final := why_no_restart(failed, most):
         send_message(stage.folder, f"{reason}. {final}")
         raise RecipeError(
             f"{reason}; see the lines above. {final}. Checkpoints are kept: run the same command again to "

@@ -93,11 +93,18 @@ class Launch:
             kind = model_values(config).get("model_type")
             check_liger(hardware, config[file], kind, sharded, f"{file}.json")
             choose(hardware, config[file], f"{file}.json", attention_needs(config, file))
-        path = check_launch(config[file], file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
-        model = model_values(config)
+        return self.check_sharding(config[file], file, model_values(config))
+
+    def check_sharding(self, values: dict[str, Any], file: str, model: dict[str, Any]) -> Path | None:
+        """Check that a training can be split over the ranks.
+
+        values: of the training file. model: the values of model.json. Returns the path of the DeepSpeed file,
+        or None. Raises Refused.
+        """
+        path = check_launch(values, file, self.deepspeed, self.ranks, self.fsdp, self.tensor_parallel)
         check_tensor_parallel(model, self.tensor_parallel)
-        check_experts(model, config[file], self.ranks, self.fsdp, self.tensor_parallel)
-        check_fp8(model, config[file], self.deepspeed, self.fsdp, self.tensor_parallel)
+        check_experts(model, values, self.ranks, self.fsdp, self.tensor_parallel)
+        check_fp8(model, values, self.deepspeed, self.fsdp, self.tensor_parallel)
         return path
 
 

@@ -36,17 +36,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe import host
-from recipe.config.keys import nearest
 from recipe.config.recipe import FILES, load_recipe, recipes
 from recipe.endings import errors_in_one_line
-from recipe.project import (
-    CONFIGS,
-    RECORD,
-    Refused,
-    read_record,
-    stage_folder,
-    write_json,
-)
+from recipe.project import CONFIGS, RECORD, Refused, nearest, read_record, stage_folder, write_json
 from recipe.run import preflight
 from recipe.run.cards import CARDS, Card, card, seen_card
 from recipe.run.launch_options import Launch

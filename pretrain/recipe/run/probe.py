@@ -25,10 +25,6 @@ from typing import Any
 from recipe.config.initial_model import find_initial
 from recipe.config.launch import (
     batch_layout,
-    check_experts,
-    check_fp8,
-    check_launch,
-    check_tensor_parallel,
 )
 from recipe.config.model import model_values
 from recipe.config.optimizers import without_muon
@@ -175,11 +171,7 @@ def ways_to_train(
 def _can_train(values: dict[str, Any], model: dict[str, Any], launch: Launch) -> bool:
     try:
         micro = {"per_device_train_batch_size": sequences_of_longest(values)}
-        sharded = launch.deepspeed, launch.ranks, launch.fsdp, launch.tensor_parallel
-        check_launch(values | micro, "pretrain", *sharded)
-        check_tensor_parallel(model, launch.tensor_parallel)
-        check_experts(model, values, launch.ranks, launch.fsdp, launch.tensor_parallel)
-        check_fp8(model, values, launch.deepspeed, launch.fsdp, launch.tensor_parallel)
+        launch.check_sharding(values | micro, "pretrain", model)
     except Refused:
         return False
     return True

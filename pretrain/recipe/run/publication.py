@@ -25,6 +25,9 @@ from recipe.project import (
 
 # Bookkeeping in a work folder: what the run is made from, and its working time in seconds so far.
 WANTED, SECONDS = ".wanted.json", ".seconds"
+# What the phases of stages 02 and 04 leave for one another, with the markers of the tasks that are done. It
+# stays until the record is written: a kill before that must not cost the work of all phases.
+SCAFFOLD = ("logs", "raw", "clean", "parts")
 
 
 @contextlib.contextmanager
@@ -71,7 +74,9 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def publish(work: Path, final: Path) -> None:
-    """Make a finished work folder the stage's output: flush it to the disk, then rename it."""
+    """Make a finished work folder the stage's output: without its scaffold, flushed to the disk, renamed."""
+    for name in SCAFFOLD:
+        shutil.rmtree(work / name, ignore_errors=True)
     fsync_tree(work)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)

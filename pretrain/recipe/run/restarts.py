@@ -12,7 +12,7 @@ def pause_before(restart: int) -> float:
     return min(FIRST_PAUSE * 2 ** (restart - 1), LONGEST_PAUSE)
 
 
-def why_not(failed: list[int], most: int) -> str:
+def why_no_restart(failed: list[int], most: int) -> str:
     """Why a training is not started again; empty when it is.
 
     failed: the last step that was done, for each time that the training failed; 0 before the first step.

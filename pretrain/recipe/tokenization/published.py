@@ -41,13 +41,11 @@ class Published(NamedTuple):
     """A published tokenizer.
 
     tokens: its control tokens, ``pad_token`` and so on; ``bos_token`` is what the tokenizer itself puts
-    before a text, and is absent when it puts nothing there. sentencepiece: the model it was made from, or
-    None when it has a tokenizer.json.
+    before a text, and is absent when it puts nothing there.
     """
 
     tokenizer: Tokenizer
     tokens: dict[str, str]
-    sentencepiece: bytes | None
 
 
 def find_published(name: str, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -99,7 +97,7 @@ def load_published(path: Path) -> Published:
         return _load_sentencepiece(model_files[0], config, tokens)
     else:
         core = _load_other(folder)
-    return Published(core, _with_start(tokens, _first_token(core, path)), None)
+    return Published(core, _with_start(tokens, _first_token(core, path)))
 
 
 def _load_sentencepiece(file: Path, config: dict[str, Any], tokens: dict[str, str]) -> Published:
@@ -117,7 +115,7 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], tokens: dict[str, st
         start = _first_token(_load_other(file.parent), file) if config else None
     except RecipeError:  # transformers cannot read it
         start = tokens.get("bos_token") if config.get("add_bos_token") else None
-    return Published(core, _with_start(tokens, start), model)
+    return Published(core, _with_start(tokens, start))
 
 
 def _with_start(tokens: dict[str, str], start: str | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import sentencepiece as spm
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from recipe.project import RecipeError
 from recipe.tokenization.encode_text import BYTE_TOKEN, encode_text, encode_texts
@@ -145,7 +146,8 @@ def byte_tokens(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 def spelling(tokenizer: PreTrainedTokenizerFast) -> dict[int, str | bytes]:
     """What each id spells: text, or bytes when they are not whole characters."""
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-    alphabet = _byte_alphabet() if '"ByteLevel"' in json.dumps(decoder) else {}
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    alphabet = alphabet if '"ByteLevel"' in json.dumps(decoder) else {}
     found: dict[int, str | bytes] = {}
     for token, i in tokenizer.get_vocab().items():
         byte = BYTE_TOKEN.fullmatch(token)
@@ -160,16 +162,6 @@ def spelling(tokenizer: PreTrainedTokenizerFast) -> dict[int, str | bytes]:
         except UnicodeDecodeError:
             found[i] = raw
     return found
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character means in byte-level BPE (Radford et al., 2019).
-
-    A printable character of Latin-1 means itself; the other bytes follow from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 SCRIPTS = (
@@ -320,12 +312,10 @@ def draw_report(tokenizers: dict[str, dict[str, Any]], path: Path) -> None:
 
     tokenizers: from `describe`. path: the PNG file.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     width = 0.8 / len(tokenizers)
     for position, (name, figures) in enumerate(tokenizers.items()):
         rows = {source: row["bytes_per_token"] for source, row in figures["sources"].items()}
@@ -339,4 +329,3 @@ def draw_report(tokenizers: dict[str, dict[str, Any]], path: Path) -> None:
     axes[1].set_ylabel("share of the vocabulary")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe.corpus.shards import read_texts, side_sources
+from recipe.corpus.shards import document_bytes, read_texts, side_sources
 
 LONGEST_SENTENCE = 4000  # characters; it bounds the memory of the trainers, not what they learn
 
@@ -26,10 +26,7 @@ def draw_sample(dataset: Path, weights: dict[str, float], most_bytes: int, seed:
 
     dataset: the folder of stage 02. weights: by source; 1.0 where a source has none.
     """
-    sizes = {
-        source: sum(len(text.encode("utf-8")) for text in read_texts(dataset, "train", source))
-        for source in side_sources(dataset, "train")
-    }
+    sizes = {source: document_bytes(dataset, "train", source) for source in side_sources(dataset, "train")}
     shares = sample_shares(sizes, weights, most_bytes)
     lines = (
         line

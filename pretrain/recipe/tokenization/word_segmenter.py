@@ -34,10 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.config.keys import nearest
 from recipe.config.tokenizer import SEGMENTERS
 from recipe.corpus.packages import download_packages
-from recipe.project import RecipeError, Refused, fsync_tree, require_extra
+from recipe.project import RecipeError, Refused, fsync_tree, nearest, require_extra
 
 MARKS = {" ": "▁", "\t": "␉", "\n": "␊"}
 ESCAPE = "␛"

@@ -73,10 +73,7 @@ def learning_curve(
 
     rows: of metrics.jsonl. changes: tokens at which a dashed line marks the begin of a phase.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     def draw(axis: Any, key: str, value: Callable[[float], float], style: str, label: str | None) -> None:
@@ -85,7 +82,8 @@ def learning_curve(
             axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
 
     count = 3 if with_perplexity else 2
-    figure, axes = pyplot.subplots(1, count, figsize=(4.5 * count, 4), layout="constrained")
+    figure = Figure(figsize=(4.5 * count, 4), layout="constrained")
+    axes = figure.subplots(1, count)
     loss = "loss (nats per token)" if with_perplexity else "loss"
     panels: list[tuple[Any, str, Callable[[float], float]]] = [(axes[0], loss, float)]
     if with_perplexity:
@@ -109,7 +107,6 @@ def learning_curve(
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
 
 
 def read_run(name: str) -> list[dict[str, Any]]:
@@ -180,13 +177,11 @@ def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
 
     A dotted line marks the end of the shortest run, where the table compares them.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     measure = common_measure(runs)
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, (axis, (label, scale)) in zip(panels, AXES.items(), strict=True):
         for name, rows in runs.items():
             points = [(row[axis] / scale, row[measure]) for row in rows if measure in row]
@@ -204,7 +199,6 @@ def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
 
 
 def main() -> None:

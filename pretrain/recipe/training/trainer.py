@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.config.optimizers import Optimizer
 from recipe.config.schedules import same_rates_until
 from recipe.config.settings import Settings
 from recipe.model import optimizers
+from recipe.model.muon import own_part
 from recipe.model.sharding import ShardedTrainer
 from recipe.project import RecipeError, naming_full_disk
 from recipe.tokenization.packing import IGNORED
@@ -186,11 +186,10 @@ class RecipeTrainer(ShardedTrainer):
     def require_finite_weights(self) -> None:
         """Raise RecipeError on every rank when a weight is NaN or infinite on any. All ranks must call it."""
         names, weights = zip(*self.model.named_parameters(), strict=True)
-        bad = (
-            torch.stack([~_own_part(weight).isfinite().all().to(self.args.device) for weight in weights])
-            .nonzero()
-            .flatten()
-        )
+        # ZeRO-3 keeps a rank's partition aside; it may be offloaded to the host.
+        parts = [own_part(getattr(weight, "ds_tensor", weight)) for weight in weights]
+        finite = torch.stack([part.isfinite().all().to(self.args.device) for part in parts])
+        bad = (~finite).nonzero().flatten()
         found = [row[0] for row in gather([bad[0].item() if len(bad) else -1], self.args.device)]
         if max(found) < 0:
             return
@@ -241,11 +240,3 @@ class RecipeTrainer(ShardedTrainer):
         schedule = {"lr_scheduler_type": self.args.lr_scheduler_type.value}
         schedule["lr_scheduler_kwargs"] = self.args.lr_scheduler_kwargs
         return same_rates_until(schedule, self.state.max_steps)
-
-
-def _own_part(weight: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a weight: its shard under FSDP2, tensor parallelism and ZeRO-3."""
-    if isinstance(weight, DTensor):
-        return weight.to_local()
-    # A partition may be offloaded to the host.
-    return getattr(weight, "ds_tensor", weight.detach())

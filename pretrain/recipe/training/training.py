@@ -28,6 +28,7 @@ from recipe.model.save import complete_configs
 from recipe.project import EXIT_TERMINATED, RecipeError, naming_full_disk, read_json_lines
 from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
+from recipe.training.active_check import ActiveCheck, Asked, expected_parallelism
 from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
 from recipe.training.communication import CommunicationShare
@@ -35,7 +36,6 @@ from recipe.training.expert_load import ExpertLoad
 from recipe.training.extended import read_extended, schedule_begin
 from recipe.training.phase_change import PhaseChange
 from recipe.training.prepare import Run
-from recipe.training.proof import ActiveCheck, Asked, expected_parallelism
 from recipe.training.sample_prompts import Samples
 from recipe.training.skip_bad_steps import Guard
 from recipe.training.spikes import delete_given_up, read_skipped

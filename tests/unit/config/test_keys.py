@@ -5,7 +5,7 @@ import json
 import pytest
 from recipe.config import dataset, keys, model, training
 from recipe.config.recipe import load_recipe
-from recipe.project import Refused
+from recipe.project import Refused, nearest
 from refusal import refusal
 
 
@@ -121,7 +121,7 @@ def typos():
 
 def test_typos_are_answered_with_the_right_key():
     for typo, key, known in typos():
-        assert f"'{key}'" in keys.nearest(typo, known), (key, typo)
+        assert f"'{key}'" in nearest(typo, known), (key, typo)
 
 
 def test_known_keys_are_those_of_the_installed_libraries():

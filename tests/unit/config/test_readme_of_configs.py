@@ -5,7 +5,16 @@ import re
 from dataclasses import replace
 
 import pytest
-from recipe.config import dataset, evaluation, generation, instruction, phases, tokenizer, training
+from recipe.config import (
+    dataset,
+    evaluation,
+    generation,
+    instruction,
+    phases,
+    preference,
+    tokenizer,
+    training,
+)
 from recipe.config.keys import ELSEWHERE, known_keys
 from recipe.config.model import check_model, model_values
 from recipe.config.optimizers import OPTIMIZERS
@@ -47,7 +56,7 @@ TABLES = {
     "pretrain.json: phases": phases.PHASE,
     "finetune.json": training.TUNING,
     "finetune.json: lora": training.LORA,
-    "preference.json": instruction.PREFERENCE,
+    "preference.json": preference.PREFERENCE,
     "evaluation.json": evaluation.EVALUATION,
     "generation.json": generation.GENERATION,
     "instruction.json": instruction.INSTRUCTION,

@@ -108,11 +108,6 @@ def test_work_without_a_legend():
     }
 
 
-def test_heading_can_be_kept_as_the_first_line():
-    assert prose(FOREST, heading=True)[0] == "森の手紙　――ある秋の記録――　青空太郎\n\n" + FOREST_PROSE
-    assert prose(CAFE, heading=True)[0] == "茶店　海野花子\n\n" + CAFE_PROSE
-
-
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
 def test_carriage_returns_change_nothing(end):
     assert prose(FOREST.replace("\n", end)) == prose(FOREST)

@@ -16,6 +16,7 @@ import pytest
 from recipe.corpus import pipeline
 from recipe.corpus.funnel import Funnel, funnel_table
 from recipe.project import RecipeError
+from recipe.run.publication import SCAFFOLD
 
 SYLLABLES = [chr(code) for code in range(0x3042, 0x3094)] + list("山川空海人木本日月火水金土学校町村")
 
@@ -37,7 +38,8 @@ def build(folder: Path, sources: dict, **config: object):
     out.mkdir(exist_ok=True)
     settings = {"engine": {"workers": 1}, "valid_share": 0.1} | config
     funnels, leaks = pipeline.build(settings | {"sources": sources}, folder, out)
-    pipeline.remove_scaffold(out)
+    for name in SCAFFOLD:
+        shutil.rmtree(out / name, ignore_errors=True)
     rows: dict[str, list] = {"train": [], "valid": []}
     for path in sorted(out.glob("*.parquet")):
         rows[path.name.split("-")[0]] += pq.read_table(path).to_pylist()

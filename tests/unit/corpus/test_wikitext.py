@@ -194,11 +194,6 @@ def test_templates_that_are_not_known_are_counted_with_an_example():
     }
 
 
-def test_sections_to_cut_are_an_argument():
-    wikitext = "文\n== 出典 ==\n本\n== 余談 ==\n話"
-    assert extract("題", wikitext, cut=("余談",)) == ("文\n出典\n本", "")
-
-
 def test_no_wikitext_raises_or_leaves_brackets():
     draw = random.Random(0)
     parts = [

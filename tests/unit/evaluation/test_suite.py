@@ -309,14 +309,16 @@ def test_the_hub_is_asked_what_it_serves_before_anything_starts(empty, repositor
     assert "HTTP 404" in skipped["ja_leaderboard_xlsum"] and "is gated" in skipped["ja_leaderboard_mgsm"]
 
 
-def test_a_task_that_cannot_be_loaded_is_skipped_with_the_reason(own):
+def test_a_task_that_cannot_be_loaded_is_skipped_with_the_reason(own, monkeypatch):
     from recipe.evaluation.tasks.harness import load_tasks
 
     task = local_copy(own, "ja_leaderboard_jnli")["task"]
     (own / "ja_leaderboard_jnli.jsonl").write_text("not JSON", "utf-8")
     task_files.own_tasks.cache_clear()
     skipped = {}
-    loaded = load_tasks([{"task": task}], lambda name: name == task, skipped)
+    monkeypatch.setitem(task_files.SUITES, "japanese", {task: {}})
+    evaluation = {"suite": "japanese", "skip_unavailable": True}
+    loaded = load_tasks([{"task": task}], evaluation, skipped)
     assert not loaded["tasks"] and skipped[task].startswith("lm-evaluation-harness cannot load it (")
 
 

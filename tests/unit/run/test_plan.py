@@ -214,7 +214,7 @@ def test_a_faulty_recipe_is_not_left_behind(tmp_path, monkeypatch):
     [
         (0.001, "cpu", "6GB", r"the smallest model, 4 layers with 4,172,544 parameters, needs 0\.13 hours"),
         (3, "rtx4090", "1MB", r"4 layers.*the corpus is too small: 2\.1\d times as much"),
-        (3, "rtx4080ti", "6GB", r"--gpu rtx4080ti: not in the table of cards\. Did you mean rtx4080\?"),
+        (3, "rtx4080ti", "6GB", r"--gpu rtx4080ti: not in the table of cards\. Did you mean 'rtx4080'\?"),
         (3, "", "6GB", r"--gpu : not in the table of cards\. Known: cpu, t4"),
         (3, "rtx4090", "tyny", r"--corpus tyny: .* such as 2GB, or a recipe\. Did you mean 'tiny'\?"),
         (3, "rtx4090", "1.2.3GB", r"--corpus 1\.2\.3GB: expected a size, such as 2GB, or a recipe"),

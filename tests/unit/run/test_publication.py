@@ -9,7 +9,8 @@ from recipe import project
 from recipe.endings import errors_in_one_line
 from recipe.project import RecipeError, Refused
 from recipe.run import publication
-from recipe.run.publication import hold
+from recipe.run.integrity import describe_files
+from recipe.run.publication import hold, publish
 
 
 def test_a_drive_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -31,6 +32,16 @@ def test_a_folder_in_use_is_still_refused(tmp_path):
         hold(tmp_path, "a second run"),
     ):
         pass
+
+
+def test_the_scaffold_of_phases_is_no_output_and_goes_when_the_stage_is_published(tmp_path):
+    """Not before the record is written: a kill in between would cost the work of all phases."""
+    for name in ("logs/read/stats.json", "clean/0.parquet", "parts/0.bin", "train.bin"):
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text("x")
+    assert list(describe_files(tmp_path / "work")) == ["train.bin"]
+    publish(tmp_path / "work", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["train.bin"]
 
 
 def test_a_drive_that_cannot_flush_a_folder_still_gets_the_output(tmp_path, monkeypatch):

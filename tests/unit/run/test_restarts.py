@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from recipe.run.restarts import FIRST_PAUSE, LONGEST_PAUSE, pause_before, why_not
+from recipe.run.restarts import FIRST_PAUSE, LONGEST_PAUSE, pause_before, why_no_restart
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from recipe.run.restarts import FIRST_PAUSE, LONGEST_PAUSE, pause_before, why_no
     ],
 )
 def test_why_not(failed, most, reason):
-    answer = why_not(failed, most)
+    answer = why_no_restart(failed, most)
     assert reason in answer and bool(reason) == bool(answer)
 
 

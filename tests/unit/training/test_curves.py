@@ -114,15 +114,16 @@ def test_a_table_has_rows_without_a_training_loss_and_after_divergence():
 
 @pytest.mark.parametrize("with_perplexity", [True, False])
 def test_the_learning_curve_shows_the_learning_rate(tmp_path, monkeypatch, with_perplexity):
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    drawn = {}
+    drawn, save = {}, Figure.savefig
 
-    def close(figure):
+    def savefig(figure, *where, **options):
+        save(figure, *where, **options)
         for axis in figure.axes:
             drawn[axis.get_ylabel()] = [line.get_ydata().tolist() for line in axis.get_lines()]
 
-    monkeypatch.setattr(pyplot, "close", close)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
     curves.write_curves(tmp_path, "a run", with_perplexity)
     assert drawn["learning rate"] == [[3e-4, 1e-4]]

@@ -10,7 +10,6 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +141,14 @@ def _manager(folder: Path, with_defaults: bool = False) -> TaskManager:
 
 def load_tasks(
     tasks: list[dict[str, Any]],
-    may_skip: Callable[[str], bool] = lambda name: False,
+    evaluation: dict[str, Any] | None = None,
     skipped: dict[str, str] | None = None,
 ) -> TaskDict:
     """The tasks and groups as the harness runs them, with their data.
 
-    tasks: as `recipe.evaluation.tasks.items.write_tasks` gives them. may_skip: whether a task may be left out
-    when the harness cannot load it; the reason then goes to `skipped` under its name. Raises RecipeError for
-    another task that the harness cannot load.
+    tasks: as `recipe.evaluation.tasks.items.write_tasks` gives them. evaluation: the values of
+    evaluation.json, which may let a task be left out when the harness cannot load it; the reason then goes to
+    `skipped` under its name. Raises RecipeError for another task that the harness cannot load.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -166,7 +165,7 @@ def load_tasks(
             own = task_files.single_tasks(name).keys() <= task_files.own_tasks().keys()
             found = _manager(task_files.OWN, with_defaults=not own).load(name)
         except Exception as error:  # anything: the data, Python functions and metrics of a task are not ours
-            if may_skip(name) and skipped is not None:
+            if skipped is not None and task_files.may_be_skipped(name, evaluation or {}):
                 print(f"{name}: skipped: {type(error).__name__}: {error}", flush=True)
                 # Without the message, which may hold paths of this machine.
                 skipped[name] = f"lm-evaluation-harness cannot load it ({type(error).__name__})"

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from recipe.config.optimizers import OPTIMIZERS
 from recipe.project import Refused
-from recipe.training import proof
-from recipe.training.proof import active_parallelism, expected_parallelism
+from recipe.training import active_check
+from recipe.training.active_check import active_parallelism, expected_parallelism
 from tiny_training import tiny_qwen3
 
 pytest_plugins = ["tiny_training"]
@@ -30,7 +30,7 @@ pytest_plugins = ["tiny_training"]
 )
 def test_what_was_asked_for_and_is_not_active_stops_the_run(train, monkeypatch, setting, fault):
     """The Trainer never hears of one setting: it appears only when the check is made."""
-    check_as_asked = proof.ActiveCheck.on_step_end
+    check_as_asked = active_check.ActiveCheck.on_step_end
     ((key, value),) = setting.items()
 
     def check(callback, args, *rest, **objects):
@@ -45,7 +45,7 @@ def test_what_was_asked_for_and_is_not_active_stops_the_run(train, monkeypatch, 
             setattr(args, key, value)
         check_as_asked(callback, args, *rest, **objects)
 
-    monkeypatch.setattr(proof.ActiveCheck, "on_step_end", check)
+    monkeypatch.setattr(active_check.ActiveCheck, "on_step_end", check)
     with pytest.raises(Refused, match=f"does not use what the settings ask for.*{fault}"):
         train(**({"optim": "adamw_torch"} if key == "optim" else {}))
 
