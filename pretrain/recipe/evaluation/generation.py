@@ -27,6 +27,7 @@ from recipe.config.keys import check_keys
 from recipe.config.ranges import check_ranges
 from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
+from recipe.model.build import special_ids
 from recipe.project import Refused, markdown_text
 from recipe.tokenization.encode_text import BYTE_TOKEN
 
@@ -54,13 +55,8 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     native = {k: v for k, v in values.items() if k not in GENERATION and k != "num_return_sequences"}
     # transformers refuses an int for these keys, but JSON, a slider and a user write 1 for 1.0.
     native |= {key: float(native[key]) for key in _FLOATS if type(native.get(key)) is int}
-    ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
     try:
-        config = GenerationConfig(**native | ids)
+        config = GenerationConfig(**native | special_ids(tokenizer))
         config.validate()
     except (ValueError, TypeError) as error:
         raise Refused(f"generation.json: {error}") from error

@@ -32,7 +32,7 @@ def build_model(
     values: dict[str, Any], tokenizer: PreTrainedTokenizerFast, attention: str, seed: int
 ) -> PreTrainedModel:
     """A freshly initialised model by model.json, float32, the same for the same seed."""
-    config = _config(values | {"vocab_size": len(tokenizer)} | _special_ids(tokenizer))
+    config = _config(values | {"vocab_size": len(tokenizer)} | special_ids(tokenizer))
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
 
@@ -42,7 +42,8 @@ def _config(values: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """The ids of a tokenizer that a configuration of transformers has, by their keys."""
     return {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -77,7 +78,7 @@ def continued_model(
                     f"{getattr(model.config, key, None)}. Leave it out of model.json (or delete the file)"
                 )
     add_rows(model, new_tokens)
-    for key, value in _special_ids(tokenizer).items():
+    for key, value in special_ids(tokenizer).items():
         setattr(model.config, key, value)
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
