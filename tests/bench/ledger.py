@@ -1,10 +1,10 @@
 """The ledger: what each choice of a recipe is worth in equal time, at three sizes.
 
-Every row is the recipe tiny with one choice changed. All rows train on the same text with one thread each,
-and are measured on the whole validation side, in bits per byte. Equal time: a row makes as many steps as fit
-into the time of `STEPS` steps of tiny. For that its steps and those of tiny are timed in turn in one
-process (the median of seven ratios), so that a busy machine slows both. A row that changes only numbers
-(`ONLY_NUMBERS`) makes the steps of tiny. Compiling is not counted.
+Every row is the recipe tiny, at the size asked for, with one choice changed. All rows train on the same text
+with one thread each, and are measured on the whole validation side, in bits per byte. Equal time: a row makes
+as many steps as fit into the time of `STEPS` steps of tiny. For that its steps and those of tiny are timed in
+turn in one process, with blocks of both lengths, so that a busy machine slows both. A row that changes only
+numbers (`ONLY_NUMBERS`) makes the steps of tiny. Compiling is not counted.
 
 The model, the packed blocks, the optimizers and the formula of the schedule are the project's own; the loop
 is a plain one, because some rows change what no recipe can ask for (`CHOICES`). Results are appended to
@@ -36,23 +36,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pretrain"))
 TINY = {name: json.loads((ROOT / f"configs/tiny/{name}.json").read_text()) for name in ("model", "pretrain")}
 RESULTS = ROOT / "outputs/ledger.jsonl"
-# The layers and the width of each. The names are their millions of parameters with a vocabulary of 8,000.
+# The layers and the width of each; tiny itself has two layers of 192. The names are their millions of
+# parameters with a vocabulary of 8,000.
 SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
 STEPS = {"3m": 600, "8m": 300, "20m": 150}  # of tiny's choices, 2 to 4 minutes on one core
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")
 # Keys that do not change the work of a step, unless their value is None.
 ONLY_NUMBERS = {"learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
 ONLY_NUMBERS |= {"momentum", "embedding_learning_rate", "initializer_range", "zero_projections", "by_width"}
+SHORT_FIRST = TINY["pretrain"]["phases"][0]["until_step"] / TINY["pretrain"]["max_steps"]
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 UNTIED = {"tie_word_embeddings": False}
 EMBEDDINGS = UNTIED | {"embedding_learning_rate": 0.3}
-SHORT = {"short_first": 0.6}
 ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # A row changes keys of pretrain.json or of model.json, the size of the vocabulary, or these. layers, width:
 # factors of the size's. even_rows, jordan, momentum: of Muon (`recipe.model.muon`). zero_projections: the
 # last matrix of attention and feed-forward starts at zero. by_width: the embeddings start at 1, the other
 # matrices of the layers at 1 / the root of their inputs. average: decay of an average of the weights, which
-# is measured in their place. short_first: the share of the steps that read blocks of a quarter of the length.
+# is measured in their place. short_first: the share of the steps that read blocks of a quarter of the
+# length, at the beginning; as in tiny, where it is not given.
 CHOICES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "a third wider": {"width": 4 / 3},
@@ -74,11 +76,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "batch of 1,024 tokens": {"global_batch_size": 4},
     "batch of 4,096 tokens": {"global_batch_size": 16},
     "batch of 8,192 tokens": {"global_batch_size": 32},
+    "all blocks of 256 tokens": {"short_first": 0.0},
     "blocks of 64 tokens in the first 30 %": {"short_first": 0.3},
-    "blocks of 64 tokens in the first 60 %": SHORT,
-    "the same and half of the layers": SHORT | {"layers": 0.5},
-    "the same and AdamW's rate x 2": SHORT | {"learning_rate": 2.0 * RATE},
-    "the same and embeddings at 0.3": SHORT | EMBEDDINGS,
     "blocks of 512 tokens": {"block_size": 512, "global_batch_size": 4},
     "vocabulary of 3,000": {"vocab_size": 3000},
     "vocabulary of 8,000": {"vocab_size": 8000},
@@ -157,6 +156,7 @@ class Run:
         from recipe.tokenization.token_files import TokenFile
 
         self.changes, self.values, self.steps = changes, TINY["pretrain"] | changes, steps
+        self.short_first = changes.get("short_first", SHORT_FIRST)
         self.muon = {
             "even_rows": even_rows if changes.get("even_rows", True) else lambda matrices: matrices,
             "orthogonalise": jordan if changes.get("jordan") else orthogonalise,
@@ -185,9 +185,7 @@ class Run:
         batch, block = self.values["global_batch_size"], self.values["block_size"]
         train = TokenFile(self.tokens / "train")
         self.blocks = PackedBlocks(train, block, self.pad, seed, (steps + 50) * batch)
-        self.short = None
-        if "short_first" in changes:
-            self.short = PackedBlocks(train, block // 4, self.pad, seed + 1, (steps + 50) * batch * 4)
+        self.short = PackedBlocks(train, block // 4, self.pad, seed + 1, (steps + 50) * batch * 4)
 
     def build_optimizer(self) -> Any:
         """MuonAdamW or AdamW of the project."""
@@ -225,7 +223,7 @@ class Run:
         from recipe.tokenization.packing import collate
 
         size, blocks = self.values["global_batch_size"], self.blocks
-        if self.short is not None and step < self.changes["short_first"] * self.steps:
+        if step < self.short_first * self.steps:
             size, blocks = 4 * size, self.short
         return collate([blocks[step * size + row] for row in range(size)])
 
@@ -273,18 +271,25 @@ class Run:
 
 
 def relative_time(make: Callable[[dict[str, Any]], Run], changes: dict[str, Any]) -> float:
-    """The seconds of a step of a choice divided by those of tiny's: the median of seven pairs in turn."""
+    """The seconds of a step of a choice divided by those of tiny's: the means of the steps of a whole run.
+
+    Of the first and of the last steps, whose blocks have other lengths, seven of both are timed in turn.
+    """
     both = [make({}), make(changes)]
-    for run in both:
-        run.step(0)  # compiles
-        run.step(1)
-    seconds: list[list[float]] = [[], []]
-    for number in range(2, 9):
-        for run, found in zip(both, seconds, strict=True):
-            start = time.perf_counter()
-            run.step(number)
-            found.append(time.perf_counter() - start)
-    return statistics.median(other / tiny for tiny, other in zip(*seconds, strict=True))
+    means = [0.0, 0.0]
+    for first, share in (
+        (0, lambda run: run.short_first),
+        (both[0].steps - 9, lambda run: 1 - run.short_first),
+    ):
+        seconds: list[list[float]] = [[], []]
+        for number in range(first, first + 9):
+            for run, found in zip(both, seconds, strict=True):
+                start = time.perf_counter()
+                run.step(number)
+                found.append(time.perf_counter() - start)
+        for which, run in enumerate(both):
+            means[which] += share(run) * statistics.median(seconds[which][2:])  # the first ones compile
+    return means[1] / means[0]
 
 
 def measure(size: str, name: str, seed: int, steps: int, ratio: float) -> dict[str, Any]:
