@@ -44,7 +44,7 @@ MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initialize
 # Keys that do not change the work of a step, unless their value is None.
 ONLY_NUMBERS = {"learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
 ONLY_NUMBERS |= {"momentum", "embedding_learning_rate", "initializer_range", "zero_projections", "by_width"}
-SHORT_FIRST = TINY["pretrain"]["phases"][0]["until_step"] / TINY["pretrain"]["max_steps"]
+SHORT_FIRST = TINY["pretrain"]["phases"][0]["until_step"]
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 UNTIED = {"tie_word_embeddings": False}
 EMBEDDINGS = UNTIED | {"embedding_learning_rate": 0.3}

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from recipe.config.keys import check_keys, show, type_name
 from recipe.config.model import model_values
-from recipe.config.ranges import ABOVE_0, FROM_1, POSITIONS, check_ranges
+from recipe.config.ranges import ABOVE_0, FROM_1, POSITIONS, Range, check_ranges
 from recipe.project import Refused, nearest
 
 # The keys of a phase, with their JSON types and ranges.
 PHASE = {
-    "until_step": "int",
+    "until_step": "float",
     "until_tokens": "int",
     "sources": "dict",
     "block_size": "int",
@@ -23,7 +23,10 @@ PHASE = {
     "rope_theta": "float",
 }
 RANGES = {
-    **dict.fromkeys(("until_step", "until_tokens"), FROM_1),
+    "until_step": Range(
+        "a number of steps, or a share of max_steps below 1", lambda x: 0 < x < 1 or (x >= 1 and x == int(x))
+    ),
+    "until_tokens": FROM_1,
     "block_size": POSITIONS,
     **dict.fromkeys(("rate", "rope_theta"), ABOVE_0),
 }
@@ -56,7 +59,7 @@ def phases_of(values: Mapping[str, Any], steps: int) -> list[Phase]:
     """
     tokens, block_size = values["global_batch_size"] * values["block_size"], values["block_size"]
     phases, begin = [], 0
-    for row in values.get("phases") or [{}]:
+    for row in in_steps(values.get("phases") or [{}], steps):
         end = row.get("until_step", steps)
         if "until_tokens" in row:
             end = math.ceil(row["until_tokens"] / tokens)
@@ -64,6 +67,16 @@ def phases_of(values: Mapping[str, Any], steps: int) -> list[Phase]:
         phases.append(Phase(begin, end, *own, row.get("rope_theta")))
         begin = end
     return phases
+
+
+def in_steps(rows: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """The rows of `phases` in which every ``until_step`` is a number of steps. steps: of the run."""
+    found = []
+    for row in rows:
+        if end := row.get("until_step"):
+            row = row | {"until_step": round(end * steps if end < 1 else end)}
+        found.append(row)
+    return found
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:

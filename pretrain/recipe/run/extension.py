@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.config.phases import in_steps
 from recipe.config.schedules import check_schedule, same_rates_until
 from recipe.config.staleness import deciding_keys
 from recipe.project import Refused, append_json_line
@@ -44,8 +45,10 @@ def raised_length(old: dict[str, Any], new: dict[str, Any]) -> str:
     old, new: the deciding keys of its file. `extend` may change as well, and the steps of a decay at the end.
     """
     kept = [{key: value for key, value in values.items() if key not in LENGTH} for values in (old, new)]
-    for values in kept:
+    for values, whole in zip(kept, (old, new), strict=True):
         values.pop("extend", None)
+        if values.get("phases"):  # a share of another length is another step
+            values["phases"] = in_steps(values["phases"], whole.get("max_steps", -1))
         options = values.get("lr_scheduler_kwargs")
         if isinstance(options, dict):
             options = {key: value for key, value in options.items() if key != "num_decay_steps"}

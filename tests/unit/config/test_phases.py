@@ -28,8 +28,17 @@ def test_phases_follow_each_other_to_the_end_of_the_run():
     assert longest_block(config["pretrain"]) == 1024 and samples_of(config["pretrain"]) == (2, 2)
 
 
+def test_a_phase_may_end_at_a_share_of_the_run():
+    values = load_recipe("tiny")["pretrain"] | {"phases": [{"until_step": 0.6, "block_size": 64}, {}]}
+    for steps in (1000, 10, 2):
+        assert [(phase.begin, phase.end) for phase in phases_of(values, steps)] == [
+            (0, round(0.6 * steps)),
+            (round(0.6 * steps), steps),
+        ]
+
+
 def test_a_run_without_phases_is_one_phase_of_sequences():
-    values = load_recipe("tiny")["pretrain"]
+    values = load_recipe("tiny")["pretrain"] | {"phases": None}
     (phase,) = phases_of(values, 1800)
     assert (phase.begin, phase.end, phase.sources, phase.block_size, phase.rate) == (0, 1800, None, 256, 1)
     assert longest_block(values) == 256 and samples_of(values) == (8, 8)
@@ -48,14 +57,15 @@ def test_a_run_without_phases_is_one_phase_of_sequences():
         ),
         (
             phases({"until_step": 100}, {"until_step": 700}),
-            ["ends at step 700, but max_steps is 2,200", "steps 701 to 2,200 have no phase", "Leave the end"],
+            ["ends at step 700, but max_steps is 1,000", "steps 701 to 1,000 have no phase", "Leave the end"],
         ),
-        (phases({"until_step": 2300}), ["ends at step 2,300, but max_steps is 2,200", "the run ends before"]),
+        (phases({"until_step": 1300}), ["ends at step 1,300, but max_steps is 1,000", "the run ends before"]),
         (phases({}, {"until_step": 1800}), ["phase 1: no end", "until_step or until_tokens"]),
         (phases({"until_step": 9, "until_tokens": 9}, {}), ["phase 1: until_step and until_tokens"]),
         (phases(), ["phases: []", "at least one phase"]),
         (phases(5), ["phases: phase 1: 5 is"]),
         (phases({"until": 5}), ["phase 1: until: unknown key"]),
+        (phases({"until_step": 2.5}, {}), ["phase 1: until_step: 2.5", "a share of max_steps below 1"]),
         (phases({"rate": 0}), ["phase 1: rate: 0", "more than 0"]),
         (phases({}, max_steps=-1), ["need max_steps"]),
         (phases({"sources": {"tatoeb": 1}}), ["sources: tatoeb: no source", "'tatoeba'"]),

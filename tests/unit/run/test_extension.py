@@ -11,6 +11,7 @@ from recipe.training.checkpoints import delete_old, write_manifest
 from recipe.training.expert_load import EXPERTS
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+SHARE, STEPS = ({"phases": [{"until_step": end, "block_size": 64}, {}]} for end in (0.6, 60))
 WSD = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 30}}
 
 
@@ -27,6 +28,12 @@ WSD = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_
             WSD | {"lr_scheduler_kwargs": {"num_decay_steps": 60}, "max_steps": 200},
             "max_steps: 100 -> 200",
         ),
+        (
+            SHARE | {"max_steps": 100},
+            SHARE | {"max_steps": 200},
+            "",
+        ),  # its first phase would have been longer
+        (SHARE | {"max_steps": 100}, STEPS | {"max_steps": 200}, "max_steps: 100 -> 200"),
         ({"max_steps": 200}, {"max_steps": 100}, ""),
         ({"max_steps": 100}, {"max_steps": 200, "learning_rate": 1}, ""),
         ({"max_steps": 100}, {"num_train_epochs": 9}, ""),
