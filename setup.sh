@@ -100,7 +100,7 @@ expected() { printf '%s %s gpu=%s' "$(cat "$here"/{requirements.txt,pyproject.to
 ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$(expected)" ]]; }
 
 install() {
-  local base=${PYTHON:-python3} gpu packages pins
+  local base=${PYTHON:-python3} gpu pins site
   command -v "$base" >/dev/null ||
     die "$base: not found. Install Python 3.11 or newer (apt-get install python3 python3-venv python3-dev)"
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -128,8 +128,8 @@ install() {
   mapfile -t pins < <(packages "$venv/bin/python" pins tests)
   pip_install -r "$here/requirements.txt" "${pins[@]}"
   # The scripts of fine-tuning/ find the package recipe by it.
-  packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  printf '%s\n' "$here/pretrain" >"$packages/recipe.pth"
+  site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  printf '%s\n' "$here/pretrain" >"$site/recipe.pth"
   install_flash_attention "$gpu"
   import_all
   expected >"$stamp"

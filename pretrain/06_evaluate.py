@@ -73,15 +73,18 @@ def loaded_tasks(stage: Stage, skipped: dict[str, str]) -> Any:
 
 
 def block_sizes(stage: Stage) -> list[int]:
-    """The lengths of blocks to evaluate at: block_size first; then those of the phases and, where the context
-    of a checkpoint was changed, the one that it had before.
+    """The lengths of blocks to evaluate at: block_size first; then the longer ones of the phases and, where
+    the context of a checkpoint was changed, the one that it had before.
+
+    A phase with shorter blocks is only on the way.
     """
     block_size = stage.config["pretrain"]["block_size"]
     started = read_record(stage.inputs["05_pretrain"], "figures")["figures"].get("initial_model", {})
     before = started.get("context", {}).get("max_position_embeddings", [block_size])[0]
-    others = {phase.get("block_size", block_size) for phase in stage.config["pretrain"].get("phases") or []}
+    others = {phase.get("block_size", 0) for phase in stage.config["pretrain"].get("phases") or []}
+    others = {size for size in others if size > block_size}
     others |= {before} if before and before < block_size else set()
-    return [block_size, *sorted(others - {block_size})]
+    return [block_size, *sorted(others)]
 
 
 def evaluate_sources(

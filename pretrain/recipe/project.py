@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -336,6 +336,16 @@ def redo(folder: Path) -> str:
 _MARKS = re.compile(
     r"[`*\[|~]|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=[A-Za-z0-9#])|\\(?=[!-/:-@\[-`{-~])"
 )
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str = "lr") -> list[str]:
+    """The lines of a Markdown table.
+
+    align: ``l`` or ``r`` for each column, the last one also for all that follow.
+    """
+    rules = ["---:" if align[min(i, len(align) - 1)] == "r" else "---" for i in range(len(heads))]
+    table = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return [table[0], f"|{'|'.join(rules)}|", *table[1:]]
 
 
 def markdown_text(text: str) -> str:

@@ -16,7 +16,7 @@ from recipe.corpus.rules import japanese_share
 from recipe.corpus.source_files import file_facts, files_below, local_data_set
 from recipe.corpus.sources import licence
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import DATA
+from recipe.project import DATA, markdown_table
 
 _SENTENCE = re.compile(r"[^。\n]{20,}")  # see `pretraining_overlap`
 
@@ -61,9 +61,9 @@ def read_pairs(
 ) -> Iterator[Pair]:
     """The pairs of one entry of `pairs` in instruction.json, or in another `file` of the recipe.
 
-    kind, spec: the entry's name and values. normalize: `make_dialogue_normalizer` for
-    a user's own conversations; `make_normalizer` for packaged text, which is part of the pretraining text.
-    unused: see `read_dialogues`. Raises RecipeError for files or rows that cannot be read.
+    kind, spec: the entry's name and values. normalize: `make_dialogue_normalizer` for a user's own
+    conversations; `make_normalizer` for packaged text, which is part of the pretraining text. unused: see
+    `read_dialogues`. Raises RecipeError for files or rows that cannot be read.
     """
     if "source" not in spec:
         for dialogue in read_dialogues(read_rows(f"{file}: pairs.{kind}", spec), unused):
@@ -145,7 +145,7 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
     column, the rows with a value). config: a whole recipe.
     overlap: the counts of `pretraining_overlap`.
     """
-    lines = ["| pairs | from | licence | in | kept | dropped |", "|---|---|---|---:|---:|---|"]
+    rows = []
     for name, counts in funnel.items():
         spec = config["instruction"]["pairs"][name]
         if "source" in spec:
@@ -157,7 +157,8 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
         else:
             origin, terms = Path(spec["path"]).name, "yours"
         dropped = ", ".join(f"{reason} {n:,}" for reason, n in counts["dropped"].items() if n) or "none"
-        lines.append(f"| {name} | {origin} | {terms} | {counts['in']:,} | {counts['out']:,} | {dropped} |")
+        rows.append([name, origin, terms, f"{counts['in']:,}", f"{counts['out']:,}", dropped])
+    lines = markdown_table(("pairs", "from", "licence", "in", "kept", "dropped"), rows, "lllrrl")
     marks = sum(counts.get("byte_order_marks", 0) for counts in funnel.values())
     lines += ["", f"Byte order marks were removed from {marks:,} files."] if marks else []
     lines += [*repaired_characters(funnel), *unused_columns(funnel)]

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 from recipe.corpus.source_files import local_data_set
 from recipe.project import RecipeError
 
-_DATA = re.compile(
-    r"\.(jsonl|csv|parquet)(\.(gz|bz2|xz|zst))?$"
-)  # certainly data; .json and .txt may be notes
+# Certainly data; .json and .txt may be notes.
+_DATA = re.compile(r"\.(jsonl|csv|parquet)(\.(gz|bz2|xz|zst))?$")
 _JSON = re.compile(r"\.jsonl?(\.(gz|bz2|xz|zst))?$")
 
 

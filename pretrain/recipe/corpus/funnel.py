@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipe.project import markdown_table
+
 SAMPLES = 5  # dropped documents shown per source and reason
 SAMPLE_CHARACTERS = 300
 TEMPLATES = 1000  # that a shard hands on, and a source remembers: the most frequent ones
@@ -148,12 +150,12 @@ def funnel_table(funnels: dict[str, Funnel]) -> str:
         "MB trimmed",
         "MB kept",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    rows = []
     for name, f in funnels.items():
         counts = [f.documents_in, *(f.documents_dropped[reason] for reason in reasons), f.documents_out]
         sizes = [f.bytes_in, f.bytes_trimmed, f.bytes_out]
-        cells = [name, *(f"{count:,}" for count in counts), *(f"{size / 1e6:.2f}" for size in sizes)]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append([name, *(f"{count:,}" for count in counts), *(f"{size / 1e6:.2f}" for size in sizes)])
+    lines = markdown_table(head, rows)
     cut = [f"{name} ends at its limit {funnel.capped}." for name, funnel in funnels.items() if funnel.capped]
     lines += ["", *cut] if cut else []
     for name, funnel in funnels.items():
@@ -173,20 +175,19 @@ def _template_lines(source: str, funnel: Funnel) -> list[str]:
     """The most frequent templates that showed nothing, as a table."""
     if not funnel.templates:
         return []
-    lines = [
+    rows = [
+        [_code(name), f"{uses:,}", f"{in_a_line:,}", _code(example).replace("|", "\\|")]
+        for name, (uses, in_a_line, example) in list(funnel.templates.items())[:TEMPLATES_SHOWN]
+    ]
+    return [
         "",
         f"### {source}: templates that are not known and showed nothing",
         "",
         f"The {TEMPLATES_SHOWN} most frequent ones; first those in a line of text, where they leave a hole. "
         f"`templates` of sources.{source} in dataset.json says how to read one.",
         "",
-        "| template | uses | in a line of text | example |",
-        "|---|---:|---:|---|",
+        *markdown_table(("template", "uses", "in a line of text", "example"), rows, "lrrl"),
     ]
-    for name, (uses, in_a_line, example) in list(funnel.templates.items())[:TEMPLATES_SHOWN]:
-        shown = _code(example).replace("|", "\\|")
-        lines.append(f"| {_code(name)} | {uses:,} | {in_a_line:,} | {shown} |")
-    return lines
 
 
 def _code(text: str) -> str:

@@ -154,9 +154,8 @@ class Statistics:
         import numpy as np
 
         total = len(self.text) - n + 1
-        if (
-            total < 1 or self._top_character / total <= share
-        ):  # no n-gram is more frequent than its characters
+        # No n-gram is more frequent than its characters.
+        if total < 1 or self._top_character / total <= share:
             return False
         hashes = np.sort(self._hashes(n))
         starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1

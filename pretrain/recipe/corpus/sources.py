@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from recipe.corpus import aozora, packaged, wikipedia, wikitext
 from recipe.corpus.readers import Document, read_file, read_folder, read_hub
 from recipe.corpus.source_files import source_paths
-from recipe.project import ROOT, Refused, nearest
+from recipe.project import ROOT, Refused, markdown_table, nearest
 
 # (name of the source, its entry in dataset.json, the folder data/) -> its documents
 Reader = Callable[[str, dict[str, Any], Path], Iterator[Document]]
@@ -81,12 +81,12 @@ def licence(spec: dict[str, Any]) -> str:
 
 def key_table() -> str:
     """The kinds and their keys, as the Markdown table of configs/README.md; optional keys are in brackets."""
-    lines = ["| `source` | keys | reads | needs | licence of the text |", "|---|---|---|---|---|"]
+    rows = []
     for name, kind in KINDS.items():
         keys = [f"`{key}`" for key in kind.required] + [f"[`{key}`]" for key in kind.optional]
-        cells = [f"`{name}`", ", ".join(keys) or "(none)", kind.reads, kind.needs, kind.licence]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{name}`", ", ".join(keys) or "(none)", kind.reads, kind.needs, kind.licence])
+    heads = ("`source`", "keys", "reads", "needs", "licence of the text")
+    return "\n".join(markdown_table(heads, rows, "l")) + "\n"
 
 
 def _tolerant(spec: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from recipe.config.ranges import check_ranges
 from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
 from recipe.model.build import special_ids
-from recipe.project import Refused, markdown_text
+from recipe.project import Refused, markdown_table, markdown_text
 from recipe.tokenization.encode_text import BYTE_TOKEN
 
 BATCH_SIZE = 8  # prompts at a time: tests/bench/generation.py
@@ -266,8 +266,6 @@ def side_by_side(rows: list[dict[str, Any]]) -> str:
     is shown as it was written, also where it holds Markdown.
     """
     columns = list(rows[0])
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = [found if isinstance(found, list) else [found] for found in row.values()]
-        lines.append("| " + " | ".join("<br>".join(map(markdown_text, texts)) for texts in cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = [[found if isinstance(found, list) else [found] for found in row.values()] for row in rows]
+    shown = [["<br>".join(map(markdown_text, texts)) for texts in row] for row in cells]
+    return "\n".join(markdown_table(columns, shown, "l")) + "\n"

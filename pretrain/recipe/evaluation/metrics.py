@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from recipe.hardware import detect
 from recipe.progress import progress
-from recipe.project import RecipeError
+from recipe.project import RecipeError, markdown_table
 from recipe.tokenization.packing import IGNORED, PackedBlocks
 from recipe.tokenization.token_files import TokenFile, write_token_file
 
@@ -151,14 +151,12 @@ def distinct(texts: list[str], n: int) -> float:
 def losses_table(rows: dict[str, dict[str, float]]) -> str:
     """The figures of `evaluate_texts` as a Markdown table, a row per name."""
     columns = ("documents", "bytes", "tokens", "loss", "perplexity", "bits_per_byte", "bits_per_character")
-    lines = [
-        "| text | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "|---" + "|---:" * 7 + "|",
+    heads = ["text", *(column.replace("_", " ") for column in columns)]
+    cells = [
+        [name, *(f"{figures[c]:,.0f}" if c in columns[:3] else f"{figures[c]:.4g}" for c in columns)]
+        for name, figures in rows.items()
     ]
-    for name, figures in rows.items():
-        cells = [f"{figures[c]:,.0f}" if c in columns[:3] else f"{figures[c]:.4g}" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(markdown_table(heads, cells)) + "\n"
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -166,9 +164,9 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
 
     Figures that are not single numbers are left out.
     """
-    lines = ["| held-out instructions | before | after |", "|---|---:|---:|"]
+    rows = []
     for key, value in before.items():
         if not isinstance(value, dict):
             cells = [f"{x:,}" if isinstance(x, int) else f"{x:.4g}" for x in (value, after[key])]
-            lines.append(f"| {key.replace('_', ' ')} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines) + "\n"
+            rows.append([key.replace("_", " "), *cells])
+    return "\n".join(markdown_table(("held-out instructions", "before", "after"), rows)) + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from recipe.config.model import model_values
 from recipe.export.html_report import flat_figures
-from recipe.project import RecipeError, read_record, require_space, share_blocks
+from recipe.project import RecipeError, markdown_table, read_record, require_space, share_blocks
 
 # The files of a model folder that AutoModelForCausalLM and AutoTokenizer load.
 MODEL_FILES = (
@@ -157,14 +157,13 @@ def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str
 def _data(folders: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
     """The sources: licence, what was kept, why the rest was dropped. Also the instruction pairs."""
     sources = records["01_download"]["figures"]["sources"] if "01_download" in records else {}
-    lines = ["| source | licence | documents | kept | MB kept | dropped |", "|---|---|---:|---:|---:|---|"]
+    rows = []
     for name, counts in records["02_dataset"]["figures"].items():
         documents = counts["documents"]
         dropped = ", ".join(f"{reason} {n:,}" for reason, n in documents["dropped"].items()) or "none"
-        lines.append(
-            f"| {name} | {sources.get(name, {}).get('licence', 'unknown')} | {documents['in']:,} | "
-            f"{documents['out']:,} | {counts['bytes']['out'] / 1e6:,.2f} | {dropped} |"
-        )
+        numbers = [f"{documents['in']:,}", f"{documents['out']:,}", f"{counts['bytes']['out'] / 1e6:,.2f}"]
+        rows.append([name, sources.get(name, {}).get("licence", "unknown"), *numbers, dropped])
+    lines = markdown_table(("source", "licence", "documents", "kept", "MB kept", "dropped"), rows, "llrrrl")
     if "11_dataset" in folders:
         lines += [
             "",
@@ -183,9 +182,9 @@ def _training(config: dict[str, dict[str, Any]], records: dict[str, dict[str, An
     for stage, (title, file) in _STAGES.items():
         if stage in records:
             figures = records[stage]["figures"]
-            rows = [f"| {key} | {value} |" for key, value in flat_figures(figures.get("active") or {})]
+            active = markdown_table(("active", ""), flat_figures(figures.get("active") or {}), "l")
             parts.append(f"### {title}\n\n![learning curve]({stage}.png)")
-            parts.append("\n".join(["| active | |", "|---|---|", *rows]))
+            parts.append("\n".join(active))
             settings = {
                 key: value for key, value in config[file].items() if key not in ("pairs", "hub_model_id")
             }
@@ -204,8 +203,8 @@ def _measured(folders: dict[str, Path], records: dict[str, dict[str, Any]], stag
         if stage in folders:
             texts = [path.read_text("utf-8").strip() for path in sorted(folders[stage].glob("*.md"))]
             if not texts:
-                rows = [f"| {key} | {value} |" for key, value in flat_figures(records[stage]["figures"])]
-                texts = ["\n".join(["| figure | value |", "|---|---|", *rows])]
+                rows = flat_figures(records[stage]["figures"])
+                texts = ["\n".join(markdown_table(("figure", "value"), rows, "l"))]
             parts += [f"### {stage}", *texts]
     return "\n\n".join(parts)
 

@@ -46,8 +46,8 @@ def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
     """Convert a model folder to ``work/model.gguf``, in float32, and return its path.
 
     model: the folder. sentencepiece: the tokenizer's ``spm.model``. kind: that of tokenizer.json. work: an
-    empty folder. Raises Refused unless the kind is bpe or unigram and
-    the converter knows how to read it for this type of model, RecipeError when the converter fails.
+    empty folder. Raises Refused unless the kind is bpe or unigram and the converter knows how to read it for
+    this type of model, RecipeError when the converter fails.
     """
     if kind not in ("bpe", "unigram"):
         raise Refused(

@@ -55,11 +55,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     matrices: [rows, columns], or [number, rows, columns] for several at once, such as a layer's experts.
     First the rows, or the columns of a tall matrix, are scaled so that no singular value is above 1 and most
     are nearer to it: the AOL scaling of Turbo-Muon (Boissin et al., 2025, arXiv:2512.04632), which saves
-    iterations.
-    The iterations leave rows of unequal length, so that some neurons would learn faster than others. NorMuon
-    (Li et al., 2025, arXiv:2510.05491) divides a row by a running average of its length. Here it is the
-    length itself, which needs no state. tests/bench/ledger.md has what both are worth. A row of zeros stays
-    one.
+    iterations. The iterations leave rows of unequal length, so that some neurons would learn faster than
+    others. NorMuon (Li et al., 2025, arXiv:2510.05491) divides a row by a running average of its length. Here
+    it is the length itself, which needs no state. tests/bench/ledger.md has what both are worth. A row of
+    zeros stays one.
     """
     x = matrices.to(precision())
     tall = x.shape[-2] > x.shape[-1]

@@ -1,7 +1,8 @@
 """Graphics cards: memory, peak and compute capability; what is known about how fast each one trains.
 
 Peaks are those of the makers' data sheets for dense products of 16-bit matrices with float32 sums, without
-sparsity. On GeForce cards of that kind, products with float32 sums run at half the speed that is advertised.
+sparsity. On GeForce cards such products run at half the speed that is advertised, which is that with 16-bit
+sums.
 """
 
 from __future__ import annotations

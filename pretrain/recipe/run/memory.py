@@ -44,9 +44,9 @@ class Shape:
     """The sizes of a model.
 
     query, key: widths of all heads together. intermediate: with experts what a token uses, the mean of the
-    layers. The last but one are numbers of parameters. matrices: the weights of the layers, of two dimensions
-    or three. vectors: norms and biases. embeddings: of tokens and of learned positions. output: the output
-    matrix, 0 where it is tied to the embeddings. active: the part of `matrices` that a token uses.
+    layers. `matrices` to `active` are numbers of parameters. matrices: the weights of the layers, of two
+    dimensions or three. vectors: norms and biases. embeddings: of tokens and of learned positions. output:
+    the output matrix, 0 where it is tied to the embeddings. active: the part of `matrices` that a token uses.
     experts_of_token: the experts that a token uses in a layer, 0 without experts.
     """
 

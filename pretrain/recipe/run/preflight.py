@@ -173,7 +173,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     options: list[str] = []
     plans = [(changes, options)]
     if not setting.checkpointing:
-        changes, options = {"checkpointing": True}, ["--set pretrain.activation_checkpointing=true"]
+        changes, options = {"checkpointing": 1}, ["--set pretrain.activation_checkpointing=true"]
         plans.append((changes, options))
     if not setting.fsdp and setting.tensor_parallel == 1:
         shared = ("zero1", "zero2", "zero3") if setting.ranks > 1 else ()
@@ -327,8 +327,8 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
 
     It was on a device of the same name. This recipe's own record comes first, then the newest of the others.
     Each GPU is expected to be as fast as one was then. What a checkpointed training did twice counts, because
-    `_device_lines` counts it, too. Ranks on a CPU share its cores, so together they are
-    as fast as the ranks were then.
+    `_device_lines` counts it, too. Ranks on a CPU share its cores, so together they are as fast as the ranks
+    were then.
     """
     trained = [(path.parts[-3], path) for path in OUTPUTS.glob("*/05_pretrain/stage.json")]
     probed = [(path.parts[-2], path) for path in OUTPUTS.glob("*/probe.json")]
@@ -402,7 +402,7 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
     peak, _ = parts.pop("peak"), parts.pop("host")
     held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     yield f"memory       {peak / GIB:.2f} GiB per device at the peak (computed): {held}"
-    other = replace(setting, checkpointing=not setting.checkpointing)
+    other = replace(setting, checkpointing=0 if setting.checkpointing else 1)
     yield (
         f"             activations {activation_bytes(shape, other) / GIB:.2f} GiB "
         f"{'with' if other.checkpointing else 'without'} activation_checkpointing"

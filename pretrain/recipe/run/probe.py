@@ -32,7 +32,16 @@ from recipe.config.phases import sequences_of_longest
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.training import attention_needs
 from recipe.hardware import choose, glance, usable_attention
-from recipe.project import OUTPUTS, RecipeError, Refused, read_json, stage_folder, write_json, write_text
+from recipe.project import (
+    OUTPUTS,
+    RecipeError,
+    Refused,
+    markdown_table,
+    read_json,
+    stage_folder,
+    write_json,
+    write_text,
+)
 from recipe.run import preflight
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import memory
@@ -234,11 +243,7 @@ def launch_words(launch: Launch) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, the fastest first."""
-    lines = [
-        "| micro-batch | checkpointing | compiled | attention | sharding | tokens/s | GFLOP/s | peak GiB "
-        "| outcome |",
-        "|---:|---|---|---|---|---:|---:|---:|---|",
-    ]
+    table = []
     for row in sorted(rows, key=lambda row: -row.get("tokens_per_second", 0)):
         figures = ["", "", ""]
         if row["outcome"] == "ok":
@@ -249,9 +254,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         outcome = row["outcome"] + (f": {row['reason']}" if row.get("reason") else "")
         cells = [row["checkpointing"], row["compiled"], row["attention"], sharding_of(row)]
-        cells = [str(row["micro_batch"]), *cells, *figures, outcome.replace("|", "/")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([str(row["micro_batch"]), *cells, *figures, outcome.replace("|", "/")])
+    heads = ("micro-batch", "checkpointing", "compiled", "attention", "sharding")
+    heads += ("tokens/s", "GFLOP/s", "peak GiB", "outcome")
+    return "\n".join(markdown_table(heads, table, "rllllrrrl"))
 
 
 def sharding_of(row: dict[str, Any]) -> str:
@@ -274,11 +280,7 @@ def comparison(rows: list[dict[str, Any]], global_batch: int) -> str:
     communication: see `recipe.training.communication`, of rank 0 in the last step.
     """
     alone = next((row for row in rows if row["ranks"] == 1 and row["outcome"] == "ok"), None)
-    lines = [
-        f"With the global batch of the training, {global_batch} sequences a step:\n",
-        "| sharding | ranks | micro-batch | tokens/s | speed-up | communication | peak GiB of a rank |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    table = []
     for row in rows:
         cells = [row["outcome"], "", "", ""]
         if row["outcome"] == "ok":
@@ -286,9 +288,18 @@ def comparison(rows: list[dict[str, Any]], global_batch: int) -> str:
             speed_up = f"{speed / alone['tokens_per_second']:.2f}" if alone else ""
             share = f"{row['communication']:.0%}" if "communication" in row else ""
             cells = [f"{speed:,.0f}", speed_up, share, f"{row['peak_memory_bytes'] / 2**30:.2f}"]
-        cells = [sharding_of(row), str(row["ranks"]), str(row["micro_batch"]), *cells]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([sharding_of(row), str(row["ranks"]), str(row["micro_batch"]), *cells])
+    heads = (
+        "sharding",
+        "ranks",
+        "micro-batch",
+        "tokens/s",
+        "speed-up",
+        "communication",
+        "peak GiB of a rank",
+    )
+    title = f"With the global batch of the training, {global_batch} sequences a step:\n"
+    return "\n".join([title, *markdown_table(heads, table)])
 
 
 def measure(

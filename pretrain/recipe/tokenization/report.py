@@ -12,7 +12,7 @@ import sentencepiece as spm
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from recipe.project import RecipeError
+from recipe.project import RecipeError, markdown_table
 from recipe.tokenization.encode_text import BYTE_TOKEN, encode_text, encode_texts
 
 # What a conversion gets wrong first: rare kanji, joined emoji, half-width kana, every kind of white space,
@@ -275,31 +275,28 @@ def report_tables(
 
 def _check_table(check: dict[str, Any]) -> list[str]:
     rows = {key.replace("_", " "): value for key, value in check.items() if key != "changed"}
-    shown = {key: f"{value:,}" if isinstance(value, int) else f"{value:.4%}" for key, value in rows.items()}
-    return ["| check | |", "|---|---:|", *(f"| {key} | {value} |" for key, value in shown.items())]
+    shown = [(key, f"{value:,}" if isinstance(value, int) else f"{value:.4%}") for key, value in rows.items()]
+    return markdown_table(("check", ""), shown)
 
 
 def _compression_table(tokenizers: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [
-        "| tokenizer | source | bytes/token | characters/token | parts of a character | unknown |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for name, figures in tokenizers.items():
         for source, row in figures["sources"].items():
-            lines.append(
-                f"| {name} | {source} | {row['bytes_per_token']:.3f} | {row['characters_per_token']:.3f} | "
-                f"{row['byte_fallback_rate']:.3%} | {row['unknown_rate']:.3%} |"
-            )
-    return lines
+            sizes = [f"{row[key]:.3f}" for key in ("bytes_per_token", "characters_per_token")]
+            rates = [f"{row[key]:.3%}" for key in ("byte_fallback_rate", "unknown_rate")]
+            rows.append([name, source, *sizes, *rates])
+    heads = ("tokenizer", "source", "bytes/token", "characters/token", "parts of a character", "unknown")
+    return markdown_table(heads, rows, "llr")
 
 
 def _vocabulary_table(tokenizers: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"| tokenizer | size | {' | '.join(SCRIPTS)} |", "|---|---:|" + "---:|" * len(SCRIPTS)]
-    for name, figures in tokenizers.items():
-        found = figures["vocabulary"]
-        cells = " | ".join(f"{found['scripts'][kind]:,}" for kind in SCRIPTS)
-        lines.append(f"| {name} | {found['size']:,} | {cells} |")
-    return lines
+    found = {name: figures["vocabulary"] for name, figures in tokenizers.items()}
+    rows = [
+        [name, *(f"{count:,}" for count in (known["size"], *(known["scripts"][kind] for kind in SCRIPTS)))]
+        for name, known in found.items()
+    ]
+    return markdown_table(("tokenizer", "size", *SCRIPTS), rows)
 
 
 def _visible(token: str) -> str:

@@ -56,10 +56,10 @@ def check_rates(trainer: Trainer) -> tuple[dict[int, float], list[str]]:
     shape, peak = scheduler.lr_lambdas[0], scheduler.base_lrs[0]
     wrong = []
     rates = {}
-    for place in sorted({warmup // 2, warmup, (warmup + total) // 2, total - 1, total}):
-        step = begin + place
+    for position in sorted({warmup // 2, warmup, (warmup + total) // 2, total - 1, total}):
+        step = begin + position
         rates[step] = peak * shape(step)
-        expected = formula(options, place, warmup, total) * trainer.rate(step)
+        expected = formula(options, position, warmup, total) * trainer.rate(step)
         if not math.isclose(shape(step), expected, rel_tol=1e-6, abs_tol=1e-9):
             wrong.append(
                 f"learning rate at step {step}: {kind} is {peak * expected:.4g}, active is {rates[step]:.4g}"

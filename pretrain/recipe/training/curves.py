@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.endings import errors_in_one_line
-from recipe.project import OUTPUTS, Refused, read_json_lines, write_text
+from recipe.project import OUTPUTS, Refused, markdown_table, read_json_lines, write_text
 
 # Runs are compared by the first of these that all of them have. Bits per byte compare also different
 # tokenizers.
@@ -47,7 +47,7 @@ def metrics_table(rows: list[dict[str, Any]], with_perplexity: bool = True) -> s
     """
     heads = ["step", "train loss", "valid loss"]
     heads += ["train perplexity", "valid perplexity"] if with_perplexity else []
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
+    table = []
     train: float | None = None
     evaluations: dict[int, list[float | None]] = {}
     for row in rows:
@@ -58,8 +58,8 @@ def metrics_table(rows: list[dict[str, Any]], with_perplexity: bool = True) -> s
         cells = [f"{step:,}"] + ["" if loss is None else f"{loss:.4f}" for loss in losses]
         if with_perplexity:
             cells += ["" if loss is None else f"{perplexity(loss):,.2f}" for loss in losses]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    return "\n".join(markdown_table(heads, table, "r")) + "\n"
 
 
 def learning_curve(
@@ -156,16 +156,16 @@ def comparison(runs: dict[str, list[dict[str, Any]]]) -> str:
     ends = {axis: min(_end(rows, measure, axis) for rows in runs.values()) for axis in AXES}
     heads = ["run", f"{MEASURES[measure]} at the end", "million tokens", "minutes"]
     heads += [f"at {ends[axis] / scale:,.3g} {name}" for axis, (name, scale) in AXES.items()]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    table = []
     for name, rows in runs.items():
         last = [row[measure] for row in rows if measure in row][-1]
-        cells = [f"{last:.4f}"]
+        cells = [name, f"{last:.4f}"]
         cells += [f"{_end(rows, measure, axis) / scale:,.3g}" for axis, (_, scale) in AXES.items()]
         for axis, end in ends.items():
             value = value_at(rows, measure, axis, end)
             cells.append("not measured yet" if value is None else f"{value:.4f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    return "\n".join(markdown_table(heads, table)) + "\n"
 
 
 def _end(rows: list[dict[str, Any]], measure: str, axis: str) -> float:

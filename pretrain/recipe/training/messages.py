@@ -20,8 +20,7 @@ def send_message(folder: Path, message: str) -> None:
 
     It is sent by a thread of its own; a failure is only a warning. Without an address, nothing happens.
 
-    folder: the work folder of the training; the message begins with its stage, its recipe
-    and this machine.
+    folder: the work folder of the training; the message begins with its stage, its recipe and this machine.
     """
     address = os.environ.get("RECIPE_WEBHOOK")
     if not address:

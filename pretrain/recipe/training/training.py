@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import transformers
 from torch.utils.data import Dataset
@@ -62,8 +63,7 @@ def train_model(
     The model becomes a plain Hugging Face folder; of a model under an adapter only the adapter is saved, in
     the folder ``adapter``. bytes_per_token: of the validation text, for bits per byte. tokens_per_step: the
     mean, where a step is not global_batch_size x block_size tokens. phases: of a run that has several;
-    `samples` must follow them. trainer_keywords: what `trainer_class`
-    takes in addition.
+    `samples` must follow them. trainer_keywords: what `trainer_class` takes in addition.
 
     Returns the figures for stage.json. Ends the process with exit 143 when a signal stopped the training
     after its checkpoint was saved.
@@ -82,6 +82,9 @@ def train_model(
     check, guard = ActiveCheck(_asked(run, loss, balancing, fp8), tokens_per_step), Guard(run.folder, rule)
     life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
     communication = CommunicationShare() if run.probe and run.ranks > 1 else None
+    if phases:
+        # Compiled for any length, as PyTorch does from the second one on, a step would take longer.
+        torch._dynamo.config.automatic_dynamic_shapes = False
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
         if loss != LIGER:  # the Trainer itself puts its kernels into the model

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from recipe.config import tasks as task_files
 from recipe.conversations.encode import encode_conversation
 from recipe.conversations.read_rows import Message
-from recipe.project import RecipeError
+from recipe.project import RecipeError, markdown_table
 from recipe.tokenization.encode_text import encode_text, prompt_ids
 
 Sample = dict[str, Any]  # what the harness logs of an item
@@ -322,17 +322,15 @@ def scores_table(columns: dict[str, dict[str, Figures]]) -> str:
     """
     tasks = next(iter(columns.values()))
     published = {m: known for m, known in task_files.PUBLISHED.items() if known.keys() & tasks.keys()}
-    heads = [*(f"{name}, 95 % interval" for name in columns), *published]
-    lines = [
-        f"| task | metric | items | {' | '.join(heads)} | majority | random |",
-        "|---|---|---:|" + "---:|" * (len(heads) + 2),
-    ]
+    heads = ["task", "metric", "items", *(f"{name}, 95 % interval" for name in columns), *published]
+    rows = []
     for name, figures in tasks.items():
         cells = [name, figures["metric"], f"{figures['items']:,}"]
         cells += [_score_cell(of_model[name]) for of_model in columns.values()]
         cells += [f"{known[name]:.1%}" if name in known else "" for known in published.values()]
         cells += ["" if figures[key] is None else f"{figures[key]:.1%}" for key in ("majority", "random")]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    lines = markdown_table([*heads, "majority", "random"], rows, "llr")
     if published:
         lines += [
             "",
