@@ -36,8 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "pretrain"))
 TINY = {name: json.loads((ROOT / f"configs/tiny/{name}.json").read_text()) for name in ("model", "pretrain")}
 RESULTS = ROOT / "outputs/ledger.jsonl"
-# The layers and the width of each; tiny itself has two layers of 192. The names are their millions of
-# parameters with a vocabulary of 8,000.
+# The layers and the width of each. The names are their millions of parameters with a vocabulary of 8,000.
 SIZES = {"3m": (4, 192), "8m": (5, 320), "20m": (5, 512)}
 STEPS = {"3m": 600, "8m": 300, "20m": 150}  # of tiny's choices, 2 to 4 minutes on one core
 MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initializer_range")

@@ -15,11 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.corpus.source_files import local_data_set
+import zstandard
+
+from recipe.corpus.source_files import is_hidden, local_data_set
 from recipe.project import RecipeError
 
 # Certainly data; .json and .txt may be notes.
 _DATA = re.compile(r"\.(jsonl|csv|parquet)(\.(gz|bz2|xz|zst))?$")
+# What libraries raise for a compressed file that is damaged; some raise EOFError where it ends too early.
+DECOMPRESSION_ERRORS = (OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _JSON = re.compile(r"\.jsonl?(\.(gz|bz2|xz|zst))?$")
 
 
@@ -83,8 +87,7 @@ def _refuse_unread(where: str, folder: Path, files: list[str]) -> None:
     """Raise RecipeError when a folder has data that no split has: `datasets` leaves them out silently."""
     known = set(map(os.path.realpath, files))
     for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-        if _DATA.search(path.name) and not hidden and os.path.realpath(path) not in known:
+        if _DATA.search(path.name) and not is_hidden(path, folder) and os.path.realpath(path) not in known:
             raise RecipeError(
                 f"{where}: {path} would not be read: the files of a folder have one form, and names like "
                 "train.jsonl and test.jsonl choose the split. Convert or rename it, or move it out of the "
@@ -103,8 +106,7 @@ def naming_data_set(where: str, spec: dict[str, Any], file: str = "") -> Iterato
         yield
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-    # EOFError and those after it: of compressed files that are cut short or damaged.
-    except (OSError, ValueError, TypeError, pa.ArrowException, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, ValueError, TypeError, pa.ArrowException, EOFError, *DECOMPRESSION_ERRORS) as error:
         raise unreadable(where, spec["dataset"], error, file) from error
 
 

@@ -138,6 +138,8 @@ class Engine:
         executor = SlurmPipelineExecutor(
             pipeline, tasks, job_name=name, logging_dir=str(self.logs / phase), qos="", **options
         )
+        # Nothing reads the merged statistics, and their job would wait for ever for a task that failed.
+        executor.launch_merge_stats = lambda: None
         _slurm_cancel(name)
         while _slurm_queue(name):  # tasks that end would write next to the new ones
             time.sleep(POLL_SECONDS)

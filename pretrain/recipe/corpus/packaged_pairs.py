@@ -15,7 +15,8 @@ from recipe.corpus.packaged import read_descriptions, read_manpages, read_tatoeb
 
 # Instruction, input ("" for none), output, and headword: pairs of one headword stay on one side of the split.
 # It is what several pairs have in common: packages of one source share the first paragraph of their
-# descriptions, and several Japanese sentences have the same translation.
+# descriptions, and several Japanese sentences have the same translation. One-line summaries that packages
+# with other descriptions share may still be on both sides.
 RawPair = tuple[str, str, str, str]
 
 TRANSLATIONS = {"ja-en": "次の文を英語に翻訳してください。", "en-ja": "次の文を日本語に翻訳してください。"}

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
-from recipe.corpus.data_sets import data_set_files, naming_data_set
+from recipe.corpus.data_sets import DECOMPRESSION_ERRORS, data_set_files, naming_data_set
 from recipe.corpus.web_pages import refuse_web_page
 from recipe.project import RecipeError
 
@@ -71,7 +71,6 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".xz": lzma.LZMADecompressor,
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
 }
-_DECOMPRESSION_ERRORS = (OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -286,7 +285,7 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
                     decoder, started = _DECOMPRESSORS[compression](), True
                 try:
                     yield from _decoded(decoder, data)
-                except _DECOMPRESSION_ERRORS as error:
+                except DECOMPRESSION_ERRORS as error:
                     raise _Damage("damaged archive", f"{error}. Get the file again") from error
                 data = decoder.unused_data if decoder.eof else b""
                 if decoder.eof:

@@ -23,7 +23,7 @@ def local_data_set(spec: dict[str, Any]) -> Path | None:
 
 
 def own_files(name: str, spec: dict[str, Any]) -> list[Path]:
-    """The files of a source that `is_own`, sorted. Raises RecipeError when a path matches none."""
+    """The files of a source that `is_own`, sorted. Raises RecipeError when a pattern matches none."""
     if folder := local_data_set(spec):
         return files_below(folder)
     if "paths" in spec:
@@ -33,8 +33,12 @@ def own_files(name: str, spec: dict[str, Any]) -> list[Path]:
 
 def files_below(folder: Path) -> list[Path]:
     """The files of a data set's folder, sorted; without hidden ones, such as those of git."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not is_hidden(path, folder))
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a file of a data set's folder is no part of it, as `datasets` decides by names."""
+    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
 
 
 def source_paths(name: str, spec: dict[str, Any], data: Path) -> list[Path]:

@@ -71,7 +71,7 @@ def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def computes_in_bf16(training: dict[str, Any]) -> bool:
-    """Whether to evaluate in bf16: if training does, and this machine has the units for it.
+    """Whether to evaluate in bf16: if training does, and this machine has fast units for it.
 
     training: pretrain.json or finetune.json. tests/bench/evaluation.py measures how far the loss is from that
     in float32.

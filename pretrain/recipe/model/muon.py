@@ -37,10 +37,10 @@ Part = tuple[tuple[int, ...], tuple[int, ...]]
 
 @functools.cache
 def precision() -> torch.dtype:
-    """What the iteration computes in: bfloat16, which is enough for it, or float32 without units for that.
+    """What the iteration computes in: bfloat16, which is enough for it, or float32 without fast units for it.
 
-    A CPU without such units (AVX2 alone) needs a hundred times as long for products in bfloat16. Ranks use
-    bfloat16 only if all of them have the units; they must make the first call together.
+    A CPU without any (AVX2 alone) needs a hundred times as long for products in bfloat16. Ranks use bfloat16
+    only if all of them have fast units; they must make the first call together.
     """
     units = [detect().fast_bf16]
     if dist.is_initialized():

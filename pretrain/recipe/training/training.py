@@ -85,6 +85,7 @@ def train_model(
     if phases:
         # Compiled for any length, as PyTorch does from the second one on, a step would take longer.
         torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 2 * len(phases) + 8  # each also where the evaluation differs
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if trainer_class is RecipeTrainer:
         if loss != LIGER:  # the Trainer itself puts its kernels into the model

@@ -8,6 +8,7 @@ import lzma
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from recipe.conversations.read_rows import read_rows
 from recipe.project import RecipeError
 
@@ -84,9 +85,16 @@ def test_a_faulty_file_of_a_data_set_is_named(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize(("ending", "library"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
-def test_a_compressed_file_that_is_cut_short_is_named(tmp_path, ending, library):
+@pytest.mark.parametrize("damage", ["cut short", "changed"])
+@pytest.mark.parametrize(
+    ("ending", "library"), [("gz", gzip), ("bz2", bz2), ("xz", lzma), ("zst", zstandard)]
+)
+def test_a_compressed_file_that_is_damaged_is_named(tmp_path, ending, library, damage):
     content = library.compress("".join(f'{{"instruction": "{n}"}}\n' for n in range(9000)).encode())
-    (tmp_path / f"a.jsonl.{ending}").write_bytes(content[:-500])
+    middle = len(content) // 2
+    changed = (
+        content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 9]) + content[middle + 9 :]
+    )
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(content[:-500] if damage == "cut short" else changed)
     with pytest.raises(RecipeError, match=rf"pairs\.mine: .*a\.jsonl\.{ending}"):
         read(tmp_path)

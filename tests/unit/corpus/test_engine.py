@@ -116,6 +116,9 @@ def test_slurm_runs_the_same_pipeline_by_a_valid_script(tmp_path, slurm):
     assert squares(tmp_path, 3) == [f"{k * k} of 3" for k in range(3)]
     script = tmp_path / "logs/square/launch_script.slurm"
     text = script.read_text()
+    assert len(list(slurm.glob("script-*"))) == 1, (
+        "a job that waits for the others would look like one of them"
+    )
     assert "#SBATCH --partition=cpu" in text and "#SBATCH --array=0-2%2" in text and "srun" in text
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     checker = shutil.which("shellcheck") or Path(sys.executable).with_name("shellcheck")

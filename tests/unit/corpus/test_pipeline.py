@@ -40,6 +40,7 @@ def build(folder: Path, sources: dict, **config: object):
     funnels, leaks = pipeline.build(settings | {"sources": sources}, folder, out)
     for name in SCAFFOLD:
         shutil.rmtree(out / name, ignore_errors=True)
+    assert not [path for path in out.iterdir() if path.is_dir()]
     rows: dict[str, list] = {"train": [], "valid": []}
     for path in sorted(out.glob("*.parquet")):
         rows[path.name.split("-")[0]] += pq.read_table(path).to_pylist()
