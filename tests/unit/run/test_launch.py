@@ -279,12 +279,13 @@ def test_other_nodes_go_on_with_what_node_0_goes_on_with(tmp_path):
     final, work = tmp_path / "05_pretrain", tmp_path / ".05_pretrain.work"
     for folder in (final, work):
         folder.mkdir()
-    config, training = load_recipe("tiny", []), TRAINING_STAGES["run_clm.py"]
+    one_phase = "pretrain.phases=null"  # one that ends at a share of max_steps would be another
+    config, training = load_recipe("tiny", [one_phase]), TRAINING_STAGES["run_clm.py"]
     wanted = {"config": {file: deciding_keys(file, config[file]) for file in ("model", "pretrain")}}
     write_json(final / RECORD, {"wanted": wanted | {"inputs": {}}})
     assert not goes_on(final, work, training, config)
-    longer = load_recipe("tiny", ["pretrain.max_steps=9999"])
+    longer = load_recipe("tiny", [one_phase, "pretrain.max_steps=9999"])
     assert goes_on(final, work, training, longer)
     write_json(work / WANTED, wanted | {"inputs": {}})
     assert goes_on(final, work, training, config)
-    assert not goes_on(final, work, training, load_recipe("tiny", ["pretrain.seed=1"]))
+    assert not goes_on(final, work, training, load_recipe("tiny", [one_phase, "pretrain.seed=1"]))
