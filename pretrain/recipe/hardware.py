@@ -221,8 +221,8 @@ def cpu_has_fast_bf16(facts: str) -> bool:
     """Whether a CPU multiplies faster in bf16 than in float32. facts: the content of /proc/cpuinfo.
 
     AMX does (Intel, from Sapphire Rapids on), and AMD's AVX-512 (from Zen 4 on: twice as fast). Intel's
-    AVX-512 without AMX, which a virtual machine may hide, has the instructions, but takes longer with them:
-    an Emerald Rapids reaches 85 GFLOP/s a core instead of 160.
+    AVX-512 without AMX, which a virtual machine may hide, has the instructions, but takes longer with them
+    (tests/bench/README.md: the machine).
     """
     return "amx_bf16" in facts or ("avx512_bf16" in facts and "AuthenticAMD" in facts)
 

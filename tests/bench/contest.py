@@ -63,7 +63,8 @@ LOGGED = 5  # steps of which our recipe logs the speed at once
 SIZES = {"3m": (192, 4, 3, 1), "8m": (320, 5, 5, 1), "20m": (512, 5, 8, 4)}
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")  # of SIZES
 PUBLISHED = {"learning_rate": 6e-4, "adam_epsilon": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.05}
-SHORT_FIRST = 0.6  # of the steps have blocks of 64 tokens, as in tiny
+TINY = json.loads((ROOT / "configs/tiny/pretrain.json").read_text())
+SHORT_FIRST = TINY["phases"][0]["until_step"]  # the share of the steps with blocks of 64 tokens
 UNTIED = {"embedding_learning_rate": 0.3}  # and in model.json an output of its own
 RECIPES: dict[str, dict[str, Any]] = {  # changes in pretrain.json
     "ours": {},
@@ -306,10 +307,10 @@ def train_recipe(name: str, tag: str, options: argparse.Namespace, steps: int) -
     model["intermediate_size"] = 3 * model["hidden_size"]
     model["tie_word_embeddings"] = "embedding_learning_rate" not in RECIPES[name]
     pretrain = {"max_steps": steps, "eval_steps": steps, "save_steps": steps, "eval_blocks": 8}
-    pretrain |= {"logging_steps": LOGGED, "seed": options.seed, "phases": None} | RECIPES[name]
-    change = round(SHORT_FIRST * steps) if RECIPES[name].get("muon_learning_rate", 1) and steps > PROBE else 0
-    if change:
-        pretrain["phases"] = [{"until_step": change, "block_size": BLOCK // 4}, {}]
+    pretrain |= {"logging_steps": LOGGED, "seed": options.seed} | RECIPES[name]
+    change = round(SHORT_FIRST * steps)
+    if steps <= PROBE or "muon_learning_rate" in RECIPES[name]:  # without Muon, as the rates were published
+        change, pretrain["phases"] = 0, None
     with recipe(f"bench-contest-{tag}", model=model, pretrain=pretrain) as copy:
         whole = call(["bash", "pretrain/05_pretrain.sh", "--recipe", copy, "--force"], WORK / f"{tag}.log")
     folder = ROOT / "outputs" / copy / "05_pretrain"

@@ -1,5 +1,6 @@
 """A whole recipe: it is checked in a moment, its files agree, and overrides are applied."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -69,12 +70,13 @@ def test_check_is_quick_and_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_bad_recipe_exits_with_2():
-    result = subprocess.run(
-        [sys.executable, "-m", "recipe.run.check", "--recipe", "tinny"], capture_output=True, text=True
-    )
+def test_bad_recipe_exits_with_2_before_anything_slow_is_imported():
+    command = [sys.executable, "-X", "importtime", "-m", "recipe.run.check", "--recipe", "tinny"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert "'tiny'" in result.stderr
+    imported = set(re.findall(r"^import time:.*\|\s+(\S+)$", result.stderr, re.M))
+    assert "recipe.config.recipe" in imported and not imported & {"torch", "transformers", "datasets"}
 
 
 def test_the_variant_of_a_recipe_differs_in_its_tuning_only():
