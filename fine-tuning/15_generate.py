@@ -32,7 +32,7 @@ def main(stage: Stage) -> None:
     values, tuned = stage.config["generation"], stage.inputs[tuned_stage(stage.config)]
     tokenizer = load_tokenizer(tuned)
     rows = [
-        {"prompt": clean_question(stage.config, question), "wanted": ""}
+        {"prompt": clean_question(stage.config, question), "reference": ""}
         for question in values.get("questions", [])
     ]
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
@@ -41,7 +41,7 @@ def main(stage: Stage) -> None:
         *before, answer = messages_of(pair)
         asked.append(before)
         # A conversation of several turns is shown as one line.
-        rows.append({"prompt": " → ".join(m["content"] for m in before), "wanted": answer["content"]})
+        rows.append({"prompt": " → ".join(m["content"] for m in before), "reference": answer["content"]})
     config = generation_config(values, tokenizer)
     prompts = [encode_conversation(tokenizer, messages)[0] for messages in asked]
     # A question of generation.json that is too long is refused below; a held-out one is left out.
@@ -64,9 +64,7 @@ def main(stage: Stage) -> None:
         for row, answer in zip(rows, answers, strict=True):
             row[name] = answer.text
     write_json(stage.folder / "answers.json", rows)
-    # answers.json keeps its key; people read a plainer word.
-    shown = [{"reference" if key == "wanted" else key: row[key] for key in row} for row in rows]
-    write_text(stage.folder / "answers.md", side_by_side(shown))
+    write_text(stage.folder / "answers.md", side_by_side(rows))
     rate = sum(repetition(row["after"]) for row in rows) / len(rows)
     stopped = sum(answer.stopped for answer in answers)
     stage.figures = {"answers": rows, "repetition": rate, "stop_rate": stopped / len(rows)}

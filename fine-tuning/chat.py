@@ -22,7 +22,7 @@ from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import no_pairs
 from recipe.endings import errors_in_one_line
-from recipe.project import RecipeError, Refused, stage_folder
+from recipe.project import RecipeError, Refused, is_finished, stage_folder
 from recipe.run.integrity import require_whole
 
 if TYPE_CHECKING:  # it imports torch, and a refusal should not wait for that
@@ -45,7 +45,7 @@ def main() -> None:
         config = load_recipe(recipe, arguments.overrides)
         stage = "05_pretrain" if base else tuned_stage(config)
         folder = stage_folder(recipe, stage)
-        if not (folder / "stage.json").exists():
+        if not is_finished(folder):
             raise Refused(no_model(recipe, str(folder), base, no_pairs(config)))
         require_whole(folder)
         try:

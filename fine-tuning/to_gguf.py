@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.endings import errors_in_one_line
-from recipe.project import RecipeError, Refused, require_extra, stage_folder
+from recipe.project import RecipeError, Refused, is_finished, require_extra, stage_folder
 from recipe.run.integrity import require_whole
 
 PROMPTS, LONGEST = 200, 60  # lines of the validation side; characters of a line
@@ -32,7 +32,7 @@ def export(recipe: str, config: dict) -> str:
 
     require_extra("gguf", "to_gguf")
     model = stage_folder(recipe, "16_export")
-    if not (model / "stage.json").exists():
+    if not is_finished(model):
         raise Refused(f"{model}: missing. Run `bash run_all.sh --recipe {recipe}`")
     require_whole(model)
     tokenizer = load_tokenizer(model)

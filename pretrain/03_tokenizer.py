@@ -41,14 +41,14 @@ def main(stage: Stage) -> None:
     check, result = check_texts(tokenizer, model, [text for part in valid.values() for text in part], config)
     others, missing = published_to_compare(config.get("compare", []))
     described = describe({"this": tokenizer, **others}, valid)
-    write_json(stage.folder / "report.json", {"proof": check, "tokenizers": described, "missing": missing})
+    write_json(stage.folder / "report.json", {"check": check, "tokenizers": described, "missing": missing})
     write_text(stage.folder / "report.md", report_tables(described, check, missing))
     draw_report(described, stage.folder / "report.png")
     held_out = held_out_sources(stage.config["dataset"])
     sources = described["this"]["sources"]
     inside = [figures for source, figures in sources.items() if source not in held_out]
     mean = sum(f["tokens"] * f["bytes_per_token"] for f in inside) / max(1, sum(f["tokens"] for f in inside))
-    stage.figures = {"proof": check, "bytes_per_token": mean, **described["this"], "special_ids": ids}
+    stage.figures = {"check": check, "bytes_per_token": mean, **described["this"], "special_ids": ids}
     stage.headline = (
         f"{config.get('kind', 'unigram')}, vocabulary of {len(tokenizer):,}, {mean:.2f} bytes/token on "
         f"held-out text, {result}"

@@ -1,8 +1,9 @@
-"""What this process may use of its machine, also in a container: cores, threads and memory."""
+"""What this process may use of its machine, also in a container: cores, threads, memory and ports."""
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def threads() -> int:
         siblings = CPUS / f"cpu{number}/topology/thread_siblings_list"
         physical.add(siblings.read_text() if siblings.exists() else str(number))
     return min(cores(), len(physical))
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def memory() -> tuple[int, int]:

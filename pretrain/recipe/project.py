@@ -8,6 +8,7 @@ import errno
 import fcntl
 import functools
 import glob
+import hashlib
 import json
 import os
 import re
@@ -96,6 +97,17 @@ def require_extra(extra: str, where: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- files on disk
+
+
+def digest_of(path: Path, algorithm: str = "sha256") -> str:
+    """The hexadecimal hash of a file, which is read in blocks."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, algorithm).hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    """The bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def free_bytes(folder: Path) -> int:
@@ -303,6 +315,16 @@ def stage_folder(recipe: str, stage: str) -> Path:
     return OUTPUTS / recipe / stage
 
 
+def work_folder(final: Path) -> Path:
+    """The hidden folder in which a stage works until it is finished, next to its folder `final`."""
+    return final.with_name(f".{final.name}.work")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage has finished this folder: ``stage.json`` is written last."""
+    return (folder / RECORD).exists()
+
+
 def read_record(folder: Path, *keys: str) -> dict[str, Any]:
     """``stage.json`` of a finished stage. Raises Refused when it cannot be read, or lacks one of `keys`."""
     path = folder / RECORD
@@ -318,7 +340,9 @@ def read_record(folder: Path, *keys: str) -> dict[str, Any]:
 
 
 def known_record(folder: Path, *keys: str) -> dict[str, Any] | None:
-    """As `read_record`; None, and a warning, where that raises."""
+    """As `read_record`; None for an unfinished stage, and with a warning where that raises."""
+    if not is_finished(folder):
+        return None
     try:
         return read_record(folder, *keys)
     except Refused:

@@ -111,7 +111,7 @@ def test_samples_are_side_by_side(project):
     (row,) = json.loads(project.output("mini", "07_generate", "samples.json").read_text())
     assert set(row) == {"prompt", "before", "after"}
     answers = json.loads(project.output("mini", "15_generate", "answers.json").read_text())
-    assert answers[0]["prompt"] == "山は高いですか?" and {"before", "after", "wanted"} <= set(answers[0])
+    assert answers[0]["prompt"] == "山は高いですか?" and {"before", "after", "reference"} <= set(answers[0])
     shown = project.output("mini", "15_generate", "answers.md").read_text("utf-8")
     assert shown.startswith("| prompt | reference | before | after |")
 

@@ -80,7 +80,7 @@ def test_source(changed):
 
 def test_tokenizer(changed):
     report = json.loads(changed.output("mini", "03_tokenizer", "report.json").read_text())
-    assert report["proof"]["lossless"] > 0
+    assert report["check"]["lossless"] > 0
     assert changed.figures("mini", "03_tokenizer")["bytes_per_token"] == 1
 
 

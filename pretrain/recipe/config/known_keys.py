@@ -148,17 +148,7 @@ def table() -> dict[str, Any]:
         },
         "scheduler_options": scheduler_options(),
         "boards": sorted(INTEGRATION_TO_CALLBACK),
-        "generation": {key: "any" for key in sorted(GenerationConfig().to_dict()) if key[0] != "_"}
-        | {
-            "do_sample": "bool",
-            "temperature": "float",
-            "top_p": "float",
-            "top_k": "int",
-            "max_new_tokens": "int",
-            "repetition_penalty": "float",
-            "no_repeat_ngram_size": "int",
-            "num_beams": "int",
-        },
+        "generation": sorted(key for key in GenerationConfig().to_dict() if key[0] != "_"),
         "model": {
             kind: fields_of(CONFIG_MAPPING[kind]) | WRITTEN_MODEL_KEYS | MORE_MODEL_KEYS.get(kind, {})
             for kind in MODEL_TYPES

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recipe.corpus.fetch import HASHES, announced_size, digest_of, fetch, part_of, url_name
+from recipe.corpus.fetch import HASHES, announced_size, fetch, part_of, url_name
 from recipe.corpus.packages import download_descriptions, download_packages, find_sdist
 from recipe.corpus.source_files import (
     file_facts,
@@ -22,7 +22,7 @@ from recipe.corpus.source_files import (
     with_hashes,
 )
 from recipe.corpus.sources import kind_of, licence
-from recipe.project import ROOT, RecipeError, fsync_tree, read_state, write_json
+from recipe.project import ROOT, RecipeError, digest_of, fsync_tree, read_state, write_json
 
 
 def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
-import hashlib
 import http.client
 import os
 import random
@@ -32,6 +31,7 @@ from recipe.project import (
     NO_SPACE,
     RecipeError,
     Refused,
+    digest_of,
     disk_of,
     free_bytes,
     read_state,
@@ -45,12 +45,6 @@ HASHES = {"sha256": 64, "sha1": 40, "md5": 32}
 ATTEMPTS = 8
 LONGEST_PAUSE = 60.0  # seconds between two attempts
 LONGEST_RETRY_AFTER = 600.0  # seconds; if the server asks for more, the download fails
-
-
-def digest_of(path: Path, algorithm: str = "sha256") -> str:
-    """The hexadecimal hash of a file, which is read in blocks."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, algorithm).hexdigest()
 
 
 class _Temporary(Exception):

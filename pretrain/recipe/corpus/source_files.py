@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recipe.corpus.fetch import HASHES, digest_of, url_name
-from recipe.project import ROOT, RecipeError, Refused, glob_files
+from recipe.corpus.fetch import HASHES, url_name
+from recipe.project import ROOT, RecipeError, Refused, digest_of, glob_files
 
 
 def is_own(spec: dict[str, Any]) -> bool:

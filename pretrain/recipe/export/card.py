@@ -9,7 +9,7 @@ from typing import Any
 
 from recipe.config.model import model_values
 from recipe.export.html_report import flat_figures
-from recipe.project import RecipeError, markdown_table, read_record, require_space, share_blocks
+from recipe.project import RECORD, RecipeError, markdown_table, read_record, require_space, share_blocks
 
 # The files of a model folder that AutoModelForCausalLM and AutoTokenizer load.
 MODEL_FILES = (
@@ -226,7 +226,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
             folder_path=folder,
             repo_id=repository,
             commit_message="Upload of a recipe's model",
-            ignore_patterns=[".*", "stage.json"],
+            ignore_patterns=[".*", RECORD],
         )
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
         raise RecipeError(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.export.card import copy_model
+from recipe.host import free_port
 from recipe.project import RecipeError, Refused, read_json
 
 # Shares of the texts. With a share below its limit the file is not kept. They were fixed before measuring.
@@ -146,9 +146,7 @@ def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]
 
     The server is a process of its own, so that this one cannot hang with it.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-c", _SERVER, str(gguf), str(port)], stderr=subprocess.DEVNULL
     )

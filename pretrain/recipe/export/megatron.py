@@ -22,7 +22,7 @@ from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OPTIMIZERS, optimizer_name
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.endings import errors_in_one_line
-from recipe.project import RecipeError, Refused, stage_folder
+from recipe.project import RecipeError, Refused, is_finished, stage_folder
 from recipe.tokenization.packing import PackedBlocks
 from recipe.tokenization.token_files import TokenFile
 
@@ -376,7 +376,7 @@ def _hand_over(recipe: str, overrides: list[str], tensor: int, pipeline: int) ->
 
     config = load_recipe(recipe, overrides)
     tokenizer, tokens = stage_folder(recipe, "03_tokenizer"), stage_folder(recipe, "04_tokenize")
-    if not (tokens / "stage.json").exists():
+    if not is_finished(tokens):
         raise Refused(f"{tokens}: missing. Run `bash run_all.sh --recipe {recipe} --to 04`")
     vocab_size = len(load_tokenizer(tokenizer))
     model = _model_config(recipe, config, vocab_size)
@@ -447,7 +447,7 @@ def _differences(values: Mapping[str, Any], model: Any) -> list[str]:
 
 
 def _weight_notes(trained: Path, model: Any, tensor: int, pipeline: int) -> list[str]:
-    if not (trained / "stage.json").exists():
+    if not is_finished(trained):
         return []
     ranks = f"--tensor-parallel {tensor} --pipeline-parallel {pipeline}"
     convert = "python -m recipe.export.megatron_weights"

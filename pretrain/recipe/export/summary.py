@@ -23,7 +23,7 @@ def summary(recipe: str) -> str:
     ]
     lines.append(f"{'total':15} {sum(float(row[1]) for row in rows):>8.1f}")
     download = OUTPUTS / recipe / "01_download"
-    if (download / RECORD).exists() and (done := known_record(download, "figures")):
+    if done := known_record(download, "figures"):
         seconds = done["figures"]["download_seconds"]
         lines.append(f"{'of this':15} {seconds:>8.1f} {'':>12}  spent downloading")
     folder = OUTPUTS / recipe

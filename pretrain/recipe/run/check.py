@@ -20,10 +20,10 @@ from recipe.evaluation.tasks.files import to_download
 from recipe.hardware import glance
 from recipe.project import (
     EXIT_REFUSED,
-    RECORD,
     ROOT,
     RecipeError,
     Refused,
+    is_finished,
     known_record,
     require_extra,
     stage_folder,
@@ -34,7 +34,7 @@ from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
     """Whether a finished stage has asked all tasks that evaluation.json names now."""
     folder = stage_folder(recipe, stage)
-    record = known_record(folder, "wanted") if (folder / RECORD).exists() else None
+    record = known_record(folder, "wanted")
     if not record:
         return False
     if record.get("figures", {}).get("skipped_tasks"):
@@ -67,7 +67,7 @@ def fetched_later(recipe: str, config: dict[str, Any], first: int, last: int) ->
         if name
         and first <= int(stage[:2]) <= last
         and not (ROOT / Path(name).expanduser()).is_dir()
-        and not (stage_folder(recipe, stage) / RECORD).exists()
+        and not is_finished(stage_folder(recipe, stage))
     }
 
 

@@ -22,11 +22,13 @@ from recipe.project import (
     ROOT,
     RecipeError,
     Refused,
+    is_finished,
     known_record,
     read_record,
     read_state,
     stage_folder,
     warn,
+    work_folder,
 )
 from recipe.run.extension import Extension, find_extension
 from recipe.run.freshness import FACTS, differences, fact_changes, input_changes, input_identity, stale_inputs
@@ -89,7 +91,7 @@ class Description:
     @property
     def missing(self) -> list[str]:
         """The earlier stages that have not been run."""
-        return [stage for stage, folder in self.folders.items() if not (folder / RECORD).exists()]
+        return [stage for stage, folder in self.folders.items() if not is_finished(folder)]
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,7 @@ def describe(definition: Definition, arguments: argparse.Namespace) -> Descripti
         inputs = () if skipped else inputs(config)
     folders = {stage: stage_folder(arguments.recipe, stage) for stage in inputs}
     final = stage_folder(arguments.recipe, definition.name)
-    work = final.with_name(f".{definition.name}.work")
-    return Description(definition, arguments, config, skipped, folders, final, work)
+    return Description(definition, arguments, config, skipped, folders, final, work_folder(final))
 
 
 def decide(description: Description) -> Decision:
@@ -143,7 +144,7 @@ def decide(description: Description) -> Decision:
     if arguments.force:
         return Decision("run", "would start over (--force)")
     unfinished = _unfinished_changes(description)
-    if (description.final / RECORD).exists():
+    if is_finished(description.final):
         done = read_record(description.final, "wanted", "seconds", "headline", "figures")
         changes = description.changes(done["wanted"])
         if unfinished == []:  # a redo (--force) or a longer training that was interrupted

@@ -14,7 +14,7 @@ from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import data_identity, former_identity, source_facts
 from recipe.corpus.source_files import file_facts, is_file_facts, is_same_file, path_below_root
-from recipe.project import RECORD, ROOT, Refused, read_record, stage_folder
+from recipe.project import RECORD, ROOT, Refused, is_finished, read_record, stage_folder
 
 
 def weights(config: dict[str, Any]) -> dict[str, float]:
@@ -118,7 +118,7 @@ def stale_inputs(
     """
     for stage in inputs:
         folder = stage_folder(recipe, stage)
-        if (folder / RECORD).exists():
+        if is_finished(folder):
             recorded = read_record(folder, "wanted")["wanted"]
             yield from stale_inputs(recipe, sorted(recorded["inputs"]), config)
             now = {section: deciding_keys(section, config[section]) for section in recorded["config"]}

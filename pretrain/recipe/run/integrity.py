@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe import host
-from recipe.corpus.fetch import digest_of
 from recipe.endings import errors_in_one_line
-from recipe.project import RECORD, Refused, read_record, redo, warn, write_json
+from recipe.project import RECORD, Refused, digest_of, read_record, redo, warn, write_json
 from recipe.run.publication import SCAFFOLD
 
 # Folders that no stage reads, and that a user may delete. Checkpoints have manifests of their own.

@@ -44,10 +44,12 @@ from recipe.project import (
     Interrupted,
     RecipeError,
     Refused,
+    is_finished,
     read_json,
     read_record,
     read_state,
     stage_folder,
+    work_folder,
     write_json,
 )
 from recipe.run import probe
@@ -187,8 +189,8 @@ def join(name: str, doc: str, script: Path) -> None:
             return
         final = stage_folder(arguments.recipe, name)
         # Node 0's work folder, which it makes before the ranks find each other.
-        folder = final.with_name(f".{name}.work")
-        done = (final / RECORD).exists() and not arguments.force
+        folder = work_folder(final)
+        done = is_finished(final) and not arguments.force
         if done and not goes_on(final, folder, training, config):
             print(f"{name:15} nothing to do on this node: {final} is already there; see the output of node 0")
             return
@@ -299,25 +301,17 @@ def _probe(name: str, script: Path, dry_run: bool) -> None:
         probe.main(script)
 
 
-def _preview_pretraining(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Check the launch of a pretraining, and print its preflight report."""
+def _preview(file: str, config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Check the launch of a training, by its training file; of a pretraining, print the preflight report."""
     launch = launch_of(arguments)
-    launch.check(config, "pretrain", glance())
+    launch.check(config, file, glance())
+    if file != "pretrain":
+        return
     if "model_type" not in model_values(config):
         print(f"  parameters   known once the checkpoint is fetched: {config['pretrain']['initial_model']}")
         return
     for line in report(arguments.recipe, config, launch):
         print(f"  {line}")
-
-
-def _preview_tuning(file: str) -> Callable[[dict[str, Any], argparse.Namespace], None]:
-    """The preview of a stage without a preflight report, which checks its launch. file: its training file."""
-
-    def check(config: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-        if file in config:
-            launch_of(arguments).check(config, file, glance())
-
-    return check
 
 
 def main() -> None:
@@ -349,7 +343,7 @@ def main() -> None:
         resumable=True,
         skip=SKIP.get(name),
         extends=sections[-1],
-        preview=_preview_pretraining if name == "05_pretrain" else _preview_tuning(sections[-1]),
+        preview=functools.partial(_preview, sections[-1]),
     )
 
 

@@ -38,7 +38,15 @@ from typing import Any
 from recipe import host
 from recipe.config.recipe import FILES, load_recipe, recipes
 from recipe.endings import errors_in_one_line
-from recipe.project import CONFIGS, RECORD, Refused, nearest, read_record, stage_folder, write_json
+from recipe.project import (
+    CONFIGS,
+    Refused,
+    is_finished,
+    nearest,
+    read_record,
+    stage_folder,
+    write_json,
+)
 from recipe.run import preflight
 from recipe.run.cards import CARDS, Card, card, seen_card
 from recipe.run.launch_options import Launch
@@ -209,7 +217,7 @@ def corpus_of(text: str, default: str) -> Corpus:
 def bytes_per_token(recipe: str, vocabulary: int) -> tuple[float, str]:
     """Bytes of text for each token, and where the figure comes from."""
     folder = stage_folder(recipe, "04_tokenize")
-    if (folder / RECORD).exists():
+    if is_finished(folder):
         totals = read_record(folder, "figures")["figures"]["totals"]["train"]
         return round(totals["bytes"] / totals["tokens"], 2), f"measured, {recipe}"
     near = min(BYTES_PER_TOKEN, key=lambda size: abs(math.log(size / vocabulary)))

@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from recipe import host
@@ -25,7 +24,9 @@ from recipe.project import (
     DATA,
     OUTPUTS,
     RECORD,
+    folder_bytes,
     free_bytes,
+    is_finished,
     read_json,
     read_record,
     read_state,
@@ -49,7 +50,7 @@ def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, 
     if size:
         return size, ""
     folder = stage_folder(recipe, "03_tokenizer")
-    if (folder / RECORD).exists():
+    if is_finished(folder):
         return read_record(folder, "figures")["figures"]["vocabulary"]["size"], " (stage 03)"
     model = model_values(config)
     if "vocab_size" in model:
@@ -223,7 +224,7 @@ def training_tokens(recipe: str, dataset: dict[str, Any]) -> int | None:
     A source of weight 2 is read twice, as in `recipe.tokenization.packing`. None: stage 04 has not run.
     """
     folder = stage_folder(recipe, "04_tokenize")
-    if not (folder / RECORD).exists():
+    if not is_finished(folder):
         return None
     counts = read_record(folder, "figures")["figures"]["sources"]["train"]
     weights = {name: source.get("weight", 1) for name, source in dataset["sources"].items()}
@@ -276,13 +277,9 @@ def require_data_space(recipe: str, dataset: dict[str, Any]) -> None:
     recipe's sources and outputs already occupy. Without the key only the download itself is checked.
     """
     folders = [*(DATA / name for name in dataset["sources"]), OUTPUTS / recipe]
-    there = sum(_size(folder) for folder in folders)
+    there = sum(folder_bytes(folder) for folder in folders)
     needed = int(dataset.get("disk_gigabytes", 0) * 1e9) - there
     require_space(OUTPUTS, needed, "the data of stages 01 to 04 (dataset.json: disk_gigabytes)")
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def on_this_machine(
@@ -312,7 +309,7 @@ def check_room(stage: Stage, launch: Launch, file: str) -> None:
     shape, setting, free = on_this_machine(stage.recipe, stage.config, launch, file)
     tokens = training_tokens(stage.recipe, stage.config["dataset"]) if file == "pretrain" else None
     disk = training_disk(shape, setting, values, step_count(values, tokens)) or 0
-    needed = disk - _size(stage.folder)
+    needed = disk - folder_bytes(stage.folder)
     require_space(stage.folder, needed, f"checkpoints and the model ({file}.json: save_total_limit)")
     if file != "pretrain":
         return
@@ -330,7 +327,7 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
     `_device_lines` counts it, too. Ranks on a CPU share its cores, so together they are as fast as the ranks
     were then.
     """
-    trained = [(path.parts[-3], path) for path in OUTPUTS.glob("*/05_pretrain/stage.json")]
+    trained = [(path.parts[-3], path) for path in OUTPUTS.glob(f"*/05_pretrain/{RECORD}")]
     probed = [(path.parts[-2], path) for path in OUTPUTS.glob("*/probe.json")]
     records = sorted(trained + probed, key=lambda record: (record[0] == recipe, record[1].stat().st_mtime))
     for name, path in reversed(records):

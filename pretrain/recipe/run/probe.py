@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.initial_model import find_initial
-from recipe.config.launch import (
-    batch_layout,
-)
+from recipe.config.launch import batch_layout
 from recipe.config.model import model_values
 from recipe.config.optimizers import without_muon
 from recipe.config.phases import sequences_of_longest
@@ -36,6 +34,7 @@ from recipe.project import (
     OUTPUTS,
     RecipeError,
     Refused,
+    is_finished,
     markdown_table,
     read_json,
     stage_folder,
@@ -376,7 +375,7 @@ def main(script: Path) -> None:
     config = load_recipe(recipe, arguments.overrides)
     inputs = {stage: stage_folder(recipe, stage) for stage in ("03_tokenizer", "04_tokenize")}
     for stage, folder in inputs.items():
-        if not (folder / "stage.json").exists():
+        if not is_finished(folder):
             raise Refused(f"--probe needs {stage}. Run `bash run_all.sh --recipe {recipe} --to 04`")
     if find_initial(config["pretrain"]):
         # Check again: the checkpoint's config.json has been fetched since.

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -49,19 +48,13 @@ def command(
                         "Give those that nvidia-smi shows, or leave --deepspeed out"
                     )
                 ranks = ["--include", "localhost:" + ",".join(chosen)]
-            ranks += ["--master_port", str(_free_port())]
+            ranks += ["--master_port", str(host.free_port())]
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *ranks, "--no_local_rank"]
         return [*launcher, script, *arguments]
     if launch.processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*launcher, "--nproc-per-node", count, script, *arguments]
     return [sys.executable, script, *arguments]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def visible_devices() -> str | None:

@@ -8,7 +8,6 @@ import fcntl
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from recipe.project import (
     naming_full_disk,
     require_space,
     share_blocks,
+    warn,
 )
 
 # Bookkeeping in a work folder: what the run is made from, and its working time in seconds so far.
@@ -65,11 +65,9 @@ def _lock(descriptor: int, folder: Path) -> None:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
             raise Refused(f"{folder} is in use by {holder}. Wait until it has ended, or stop it") from None
-        print(
-            f"warning: {folder}: this file system has no locks ({error.strerror}), so a second run there "
-            "would not be noticed. Start only one at a time",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{folder}: this file system has no locks ({error.strerror}), so a second run there would not be "
+            "noticed. Start only one at a time"
         )
 
 
@@ -121,7 +119,7 @@ def finish_publication(work: Path, final: Path, is_current: Callable[[dict[str, 
     ``wanted`` of its ``stage.json``); only then is it published.
     """
     old = final.with_name(f".{final.name}.old")
-    finished = known_record(work, "wanted") if (work / RECORD).exists() else None
+    finished = known_record(work, "wanted")
     if finished and is_current(finished["wanted"]):
         publish(work, final)
     elif old.exists() and not final.exists():

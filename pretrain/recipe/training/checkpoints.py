@@ -10,7 +10,7 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from recipe.project import Refused, write_json
+from recipe.project import Refused, digest_of, write_json
 
 MANIFEST = "manifest.json"
 # What a checkpoint must hold, with the names of its files under the kinds of parallelism (`fnmatch`).
@@ -52,8 +52,7 @@ def damage(checkpoint: Path) -> str:
         if not path.is_file():
             return f"{name} is missing"
         try:
-            with path.open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
+            found = digest_of(path)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != expected:

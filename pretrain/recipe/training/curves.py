@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from recipe.endings import errors_in_one_line
-from recipe.project import OUTPUTS, Refused, markdown_table, read_json_lines, write_text
+from recipe.project import (
+    Refused,
+    markdown_table,
+    read_json_lines,
+    stage_folder,
+    work_folder,
+    write_text,
+)
 
 # Runs are compared by the first of these that all of them have. Bits per byte compare also different
 # tokenizers.
@@ -112,7 +119,8 @@ def learning_curve(
 def read_run(name: str) -> list[dict[str, Any]]:
     """The rows of a run by a recipe's name, a folder, or a metrics.jsonl. Raises Refused without a file."""
     paths = [Path(name), Path(name) / "metrics.jsonl"]
-    paths += [OUTPUTS / name / folder / "metrics.jsonl" for folder in ("05_pretrain", ".05_pretrain.work")]
+    final = stage_folder(name, "05_pretrain")
+    paths += [folder / "metrics.jsonl" for folder in (final, work_folder(final))]
     for path in paths:
         if path.is_file():
             return read_json_lines(path)

@@ -162,9 +162,6 @@ class GroupTrainer(RecipeTrainer, GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write no model card: stage.json says more than the card that trl writes with each checkpoint."""
-
 
 def _differed(state: TrainerState) -> bool:
     """Whether an earlier run of this training has logged groups with different rewards."""

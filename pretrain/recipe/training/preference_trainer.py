@@ -34,9 +34,6 @@ class PreferenceTrainer(RecipeTrainer, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # trl's encoding would take special-token strings in a text for control tokens
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write no model card: stage.json says more than the card that trl writes with each checkpoint."""
-
 
 def in_order(rows: list[dict[str, list[int]]], seed: int, epochs: int) -> Dataset:
     """Rows in the order of training: each epoch another permutation, a function of (seed, epoch) only."""

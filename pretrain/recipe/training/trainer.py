@@ -17,7 +17,7 @@ from recipe.config.settings import Settings
 from recipe.model import optimizers
 from recipe.model.muon import own_part
 from recipe.model.sharding import ShardedTrainer
-from recipe.project import RecipeError, naming_full_disk
+from recipe.project import RecipeError, folder_bytes, naming_full_disk
 from recipe.tokenization.packing import IGNORED
 from recipe.training.callbacks import Meter, fork_rng, gather
 from recipe.training.check_schedule import set_rates
@@ -183,6 +183,9 @@ class RecipeTrainer(ShardedTrainer):
             self.optimizer = build(self.model if model is None else model, self.settings, self.args)
         return super().create_optimizer(model)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write no model card: trl writes one with each checkpoint, and stage.json says more."""
+
     def require_finite_weights(self) -> None:
         """Raise RecipeError on every rank when a weight is NaN or infinite on any. All ranks must call it."""
         names, weights = zip(*self.model.named_parameters(), strict=True)
@@ -232,7 +235,7 @@ class RecipeTrainer(ShardedTrainer):
         """What a checkpoint needs, by the last one that was saved; None for the first."""
         for checkpoint in list_checkpoints(Path(self.args.output_dir)):
             if (checkpoint / MANIFEST).exists():
-                return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+                return folder_bytes(checkpoint)
         return None
 
     def _last_step_of_any_length(self) -> int | None:
