@@ -1,4 +1,4 @@
-"""The keys of ours in pretrain.json, finetune.json and preference.json, with their types: the only list."""
+"""The keys of ours in all three training files, with their types; more of preference.json: `preference`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Instruction pairs, dialogues and preferences: stages 11 and 13."""
+"""Instruction pairs, dialogues, preferences and questions: stages 11 and 13."""

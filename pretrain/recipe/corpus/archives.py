@@ -124,7 +124,7 @@ _REMEDY = "Delete its folder in data/ and run stage 01 with --force; if the file
 
 
 def _limit(packed: int) -> int:
-    """The most unpacked bytes that are allowed for so many packed ones."""
+    """The maximum number of unpacked bytes for `packed` bytes."""
     return min(max(packed * MAX_RATIO, FREE_BYTES), MAX_BYTES)
 
 

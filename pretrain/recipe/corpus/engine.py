@@ -90,7 +90,7 @@ class Engine:
     def _run_local(self, phase: str, pipeline: list[Task], tasks: int) -> None:
         from datatrove.executor.local import LocalPipelineExecutor
 
-        # datatrove's own pool waits for ever when the system has killed a worker (out of memory). This pool
+        # datatrove's own pool waits forever when the system has killed a worker (out of memory). This pool
         # raises BrokenProcessPool.
         executor = LocalPipelineExecutor(pipeline, tasks, logging_dir=str(self.logs / phase))
         ranks = executor.get_incomplete_ranks()
@@ -138,7 +138,7 @@ class Engine:
         executor = SlurmPipelineExecutor(
             pipeline, tasks, job_name=name, logging_dir=str(self.logs / phase), qos="", **options
         )
-        # Nothing reads the merged statistics, and their job would wait for ever for a task that failed.
+        # Nothing reads the merged statistics, and their job would wait forever for a task that failed.
         executor.launch_merge_stats = lambda: None
         _slurm_cancel(name)
         while _slurm_queue(name):  # tasks that end would write next to the new ones

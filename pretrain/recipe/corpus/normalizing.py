@@ -200,7 +200,7 @@ def _normalize(units: np.ndarray, tables: _Tables, remove_space: bool) -> str:
     if "ﾞ" in result or "ﾟ" in result:
         pattern, joined = _voiced()
         result = pattern.sub(lambda match: joined[match[0]], result)
-    if "\ufeff" in result:  # neologdn removes it at the begin of a line, as a byte order mark
+    if "\ufeff" in result:  # neologdn removes it at the beginning of a line, as a byte order mark
         lines = (line.removeprefix("\ufeff") for line in result.split("\n"))
         result = "\n".join(line for line in lines if line)
     return result

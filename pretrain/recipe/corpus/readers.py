@@ -248,7 +248,7 @@ def _units(chunks: Iterable[bytes], separators: _Separators) -> Iterator[tuple[i
                 start, in_long = after, False
             rest = data[start:]
             if len(rest) > MAXIMUM_BYTES:
-                cut = len(rest.rstrip(_WHITE)) or len(rest)  # the white space may be the begin of a separator
+                cut = len(rest.rstrip(_WHITE)) or len(rest)  # the white space may begin a separator
                 yield line, rest[:cut], *too_long
                 line += rest.count(b"\n", 0, cut)
                 rest, in_long = rest[cut:], True

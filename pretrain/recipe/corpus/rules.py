@@ -399,7 +399,7 @@ def make_rules(kind: str | None, changes: dict[str, Any]) -> Callable[[str], str
 def check_rules(kind: Any, changes: Any, where: str) -> None:
     """Check a set's name and the thresholds a user gives for it.
 
-    where: the begin of messages, such as ``configs/web/dataset.json: rules.web``. Raises Refused, with the
+    where: how a message begins, such as ``configs/web/dataset.json: rules.web``. Raises Refused, with the
     nearest known name, for an unknown set or rule, a wrong type, or a threshold out of range.
     """
     if not isinstance(kind, str) or kind not in RULES:

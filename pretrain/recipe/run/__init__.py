@@ -1,1 +1,1 @@
-"""Around every stage and before a training: lock, freshness, launchers, preflight."""
+"""Around every stage and before a training: lock, freshness, launchers, preflight, probe, plan."""
