@@ -97,12 +97,12 @@ def select(
     dropped: Counter[str] = Counter()
     for pair in pairs:
         reason = reason_to_drop(pair, judged)
-        if not reason and identity(pair) in seen:
+        if not reason and (hashed := identity(pair)) in seen:
             reason = "duplicate"
         if reason:
             dropped[reason] += 1
             continue
-        seen.add(identity(pair))
+        seen.add(hashed)
         kept[pair_side(pair, valid_share)].append(pair)
     return kept, dropped
 

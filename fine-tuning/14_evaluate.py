@@ -5,8 +5,8 @@ Writes: metrics.json, metrics.md, tasks/ (what was asked).
 Run:  python fine-tuning/14_evaluate.py --recipe tiny
 """
 
-import math
 import shutil
+from collections import Counter
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ def main(stage: Stage) -> None:
     """Measure both models on the validation pairs and the tasks, and write the figures side by side."""
     skipped = check_available(stage.config)
     from recipe.conversations.encode import load_conversations
-    from recipe.evaluation.metrics import comparison, computes_in_bf16, total_loss
+    from recipe.evaluation.metrics import comparison, computes_in_bf16, perplexity, total_loss
     from recipe.evaluation.tasks.harness import load_tasks, scores_table
     from recipe.model.build import for_inference, load_model
     from recipe.tokenization.packing import PackedConversations
@@ -40,15 +40,17 @@ def main(stage: Stage) -> None:
     conversations, left_out = load_conversations(pairs, tokenizer, block_size)
     samples = PackedConversations(conversations, block_size, tokenizer.pad_token_id)
     rows = pq.read_table(pairs).to_pylist()
-    held_out = load_tasks(held_out_task(stage, rows))
-    tasks = load_tasks(written_tasks(stage, skipped), stage.config["evaluation"], skipped)
+    not_asked: Counter[str] = Counter()
+    held_out = load_tasks(held_out_task(stage, rows, not_asked))
+    tasks = load_tasks(written_tasks(stage, skipped, not_asked), stage.config["evaluation"], skipped)
 
     figures: dict[str, Any] = {"conversations": len(conversations), "left_out": left_out}
-    figures["skipped_tasks"] = skipped
+    figures |= {"skipped_tasks": skipped, "not_asked": dict(not_asked)}
     for name, folder in (("before", stage.inputs["05_pretrain"]), ("after", tuned)):
         model = for_inference(load_model(folder))
-        loss, count = total_loss(model, samples, batch_size, name, bf16)
-        figures[name] = {"response_loss": loss / count, "perplexity": math.exp(loss / count), "tokens": count}
+        total, count = total_loss(model, samples, batch_size, name, bf16)
+        loss = total / count
+        figures[name] = {"response_loss": loss, "perplexity": perplexity(loss), "tokens": count}
         figures[name] |= answer(stage, model, tokenizer, rows)
         figures[name] |= score(stage, model, tokenizer, held_out, tasks, bf16)
     shutil.rmtree(stage.folder / "tasks" / ".cache", ignore_errors=True)
@@ -65,31 +67,32 @@ def main(stage: Stage) -> None:
     )
 
 
-def held_out_task(stage: Stage, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def held_out_task(stage: Stage, rows: list[dict[str, Any]], not_asked: Counter[str]) -> list[dict[str, Any]]:
     """Write the questions about held-out instructions, and return what `load_tasks` needs of them.
 
-    rows: the pairs of the validation side. The list is empty where they make no question.
+    rows: the pairs of the validation side. not_asked: gets the number of questions that are left out, by
+    reason. The list is empty where they make no question.
     """
     from recipe.evaluation.tasks.harness import as_context
     from recipe.evaluation.tasks.items import held_out_items, write_items
 
-    items = held_out_items(rows, as_context, stage.config["evaluation"].get("items_per_task"))
+    items = held_out_items(rows, as_context, stage.config["evaluation"].get("items_per_task"), not_asked)
     if not items:
         return []
     return [{"task": "held-out"} | write_items(stage.folder / "tasks", "held-out", {"test": items})]
 
 
-def written_tasks(stage: Stage, skipped: dict[str, str]) -> list[dict[str, Any]]:
+def written_tasks(stage: Stage, skipped: dict[str, str], not_asked: Counter[str]) -> list[dict[str, Any]]:
     """Write what the tasks of evaluation.json ask, and return what `load_tasks` needs of each.
 
-    skipped: the tasks to leave out.
+    skipped: the tasks to leave out. not_asked: gets the number of questions that are left out, by reason.
     """
     from recipe.evaluation.tasks.items import write_tasks
 
     if "01_download" in stage.inputs:
         require_downloads(stage)
     names = [name for name in tasks_of(stage.config, NAME) if name not in skipped]
-    return write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names)
+    return write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names, not_asked)
 
 
 def score(stage: Stage, model: Any, tokenizer: Any, held_out: Any, tasks: Any, bf16: bool) -> dict[str, Any]:

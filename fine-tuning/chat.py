@@ -11,6 +11,7 @@ Run:  .venv/bin/python fine-tuning/chat.py --recipe tiny [--base] [--web [--port
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -38,7 +39,7 @@ def main() -> None:
         help="continue text with the pretrained model of stage 05, without tuning",
     )
     parser.add_argument("--web", action="store_true", help="serve a page for a browser on this machine")
-    parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
+    parser.add_argument("--port", type=port_number, default=7860, help="port of the page (default: 7860)")
     arguments = parser.parse_args()
     recipe, base = arguments.recipe, arguments.base
     with errors_in_one_line("chat"):
@@ -59,6 +60,13 @@ def main() -> None:
                 talk(talker, recipe, arguments.overrides)
         except (KeyboardInterrupt, EOFError):
             print()
+
+
+def port_number(text: str) -> int:
+    """A port from the command line. Raises ArgumentTypeError for one that does not exist."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 65535")
+    return int(text)
 
 
 def no_model(recipe: str, folder: str, base: bool, untuned: str) -> str:

@@ -5,6 +5,7 @@ Run:  python pretrain/06_evaluate.py --recipe tiny
 """
 
 import shutil
+from collections import Counter
 from typing import Any
 
 from recipe.config.dataset import held_out_sources
@@ -24,7 +25,8 @@ def main(stage: Stage) -> None:
     from recipe.model.build import for_inference, load_model
     from recipe.tokenization.save import load_tokenizer
 
-    tasks = loaded_tasks(stage, skipped) if tasks_of(stage.config, NAME) else None
+    not_asked: Counter[str] = Counter()
+    tasks = loaded_tasks(stage, skipped, not_asked) if tasks_of(stage.config, NAME) else None
     tokenizer = load_tokenizer(stage.inputs["05_pretrain"])
     model = for_inference(load_model(stage.inputs["05_pretrain"]))
     bf16 = computes_in_bf16(stage.config["pretrain"])
@@ -48,7 +50,7 @@ def main(stage: Stage) -> None:
         text += f"\nThe same texts in blocks of other lengths:\n\n{losses_table(rows)}"
     if tasks:
         stage.figures["tasks"], table = score_tasks(stage, model, tokenizer, tasks, bf16)
-        stage.figures["skipped_tasks"] = skipped
+        stage.figures |= {"skipped_tasks": skipped, "not_asked": dict(not_asked)}
         text += f"\n{table}\n{skipped_list(skipped)}"
 
     write_json(stage.folder / "metrics.json", stage.figures)
@@ -57,10 +59,11 @@ def main(stage: Stage) -> None:
     stage.headline = "bits per byte: " + ", ".join(shown)
 
 
-def loaded_tasks(stage: Stage, skipped: dict[str, str]) -> Any:
+def loaded_tasks(stage: Stage, skipped: dict[str, str], not_asked: Counter[str]) -> Any:
     """Write what the tasks of evaluation.json ask, and load them before the texts are evaluated.
 
     skipped: the tasks to leave out, with the reasons; those that cannot be loaded join them if they may.
+    not_asked: gets the number of questions that are left out, by reason.
     """
     from recipe.evaluation.tasks.harness import load_tasks
     from recipe.evaluation.tasks.items import write_tasks
@@ -68,7 +71,8 @@ def loaded_tasks(stage: Stage, skipped: dict[str, str]) -> Any:
     if "01_download" in stage.inputs:
         require_downloads(stage)
     names = [name for name in tasks_of(stage.config, NAME) if name not in skipped]
-    tasks = write_tasks(stage.config, stage.inputs["02_dataset"], stage.folder / "tasks", names)
+    folder = stage.folder / "tasks"
+    tasks = write_tasks(stage.config, stage.inputs["02_dataset"], folder, names, not_asked)
     return load_tasks(tasks, stage.config["evaluation"], skipped)
 
 

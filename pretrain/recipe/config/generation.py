@@ -37,7 +37,7 @@ NATIVE = {
     "max_new_tokens": "int",
     "min_new_tokens": "int|null",
     "num_beams": "int|null",
-    "num_return_sequences": "int|null",
+    "num_return_sequences": "int",
     "length_penalty": "float|null",
     "early_stopping": "bool|null",
     "renormalize_logits": "bool|null",

@@ -89,7 +89,10 @@ def _dialogue(where: str, row: dict[str, Any], unused: Counter[str]) -> list[Mes
         question = user_message(text_of(where, row, "instruction"), text_of(where, row, "input"))
         answer = {"role": "assistant", "content": text_of(where, row, "output")}
         turns = [{"role": "user", "content": question}, answer]
-    return prepend(said_before(where, row, unused), _marked(where, row, turns))
+    # A list has values for the messages of the row, and none for those of the history.
+    for_all = {key: row.get(key) for key in ROW_MARKS if not isinstance(row.get(key), list)}
+    before = _marked(where, for_all, said_before(where, row, unused))
+    return prepend(before, _marked(where, row, turns))
 
 
 def _keys(column: str, messages: Any) -> tuple[str, str]:
@@ -129,10 +132,18 @@ def said_before(where: str, row: dict[str, Any], unused: Counter[str]) -> list[M
 
 
 def prepend(before: list[Message], turns: list[Message]) -> list[Message]:
-    """Messages with those of `said_before` in front; a system message that begins `turns` stays in front."""
+    """Messages with those of `said_before` in front; a system message that begins `turns` stays in front.
+
+    A history that `turns` repeats is there once. White space around the messages does not count.
+    """
     systems = [message for message in before if message["role"] == "system"]
     first = 1 if turns and turns[0]["role"] == "system" else 0
-    return [*systems, *turns[:first], *before[len(systems) :], *turns[first:]]
+    history, rest = before[len(systems) :], turns[first:]
+    said, repeated = (
+        [(message["role"], message["content"].strip()) for message in messages]
+        for messages in (history, rest[: len(history)])
+    )
+    return [*systems, *turns[:first], *([] if said == repeated else history), *rest]
 
 
 def _role(where: str, key: str, value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import re
 import threading
 import time
@@ -22,7 +23,7 @@ from recipe.tokenization.encode_text import encode_text
 
 Conversation = tuple[list[int], list[bool]]  # ids, and for each id whether it is trained
 
-SECONDS = 10  # for one conversation; the templates of the project need less than 0.01
+SECONDS = 10  # for each 100 messages begun; the templates of the project need about 0.1
 _SOLUTION = (
     "Use a template of recipe/config/chat_templates.py (`template` in instruction.json), and redo stage 12 "
     "with --force"
@@ -71,40 +72,53 @@ def encode_conversation(tokenizer: PreTrainedTokenizerFast, messages: list[Messa
     """The ids of a conversation by the tokenizer's chat template; the answers are marked as trained.
 
     An answer whose message has ``trained`` False is context: it is not marked.
-    Special-token strings inside a message are text: private-use characters replace them while the template
-    is applied, and they are restored before the text between the real control tokens is encoded. Raises
-    RecipeError when the template renders a message differently once another one follows.
+    Special-token strings inside a message are text: private-use characters that no message has replace them
+    while the template is applied, and they are restored before the text between the real control tokens is
+    encoded. Raises RecipeError when the template renders a message differently once another one follows.
     """
+    return _joined(_encoded(tokenizer, messages))
+
+
+def _joined(parts: list[tuple[list[int], bool]]) -> Conversation:
+    """The parts of `_encoded` as one conversation."""
+    ids = [token for new, _ in parts for token in new]
+    return ids, [is_trained for new, is_trained in parts for _ in new]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[tuple[list[int], bool]]:
+    """The ids that each message adds to a conversation, and whether they are trained."""
     specials = tokenizer.all_special_tokens
-    hidden = {token: chr(0xF0000 + i) for i, token in enumerate(specials)}
+    used = set().union(*(message["content"] for message in messages))
+    unused = itertools.filterfalse(used.__contains__, map(chr, itertools.count(0xF0000)))
+    hidden = dict(zip(specials, unused, strict=False))
     restored = {mark: token for token, mark in hidden.items()}
     pattern = re.compile("|".join(map(re.escape, specials)))
     safe = [m | {"content": pattern.sub(lambda found: hidden[found.group()], m["content"])} for m in messages]
-    ids: list[int] = []
-    trained: list[bool] = []
+    parts = []
     for text, is_trained in _parts(tokenizer, safe):
+        ids: list[int] = []
         for part in re.split(f"({pattern.pattern})", text):
             if part in hidden:
-                new = [tokenizer.convert_tokens_to_ids(part)]
+                ids.append(tokenizer.convert_tokens_to_ids(part))
             else:
-                new = encode_text(
+                ids += encode_text(
                     tokenizer, "".join(restored.get(character, character) for character in part)
                 )
-            ids += new
-            trained += [is_trained] * len(new)
-    return ids, trained
+        parts.append((ids, is_trained))
+    return parts
 
 
 def _parts(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[tuple[str, bool]]:
     """The list of `_rendered`. Raises RecipeError for every exception of a template, and for a slow one."""
+    seconds = SECONDS * (1 + len(messages) // 100)
     try:
-        with time_limit(SECONDS):
+        with time_limit(seconds):
             return list(_rendered(tokenizer, messages))
     except RecipeError:
         raise
     except TimeoutError as error:
         raise RecipeError(
-            f"the chat template needs more than {SECONDS} seconds for {len(messages)} messages. {_SOLUTION}"
+            f"the chat template needs more than {seconds} seconds for {len(messages)} messages. {_SOLUTION}"
         ) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:300]
@@ -183,12 +197,12 @@ def load_conversations(
     counts = Counter({"longer than block_size": 0})
     for row in pq.read_table(path).to_pylist():
         messages = messages_of(row)
-        conversation = _encode_pair(tokenizer, messages, path)
-        if len(conversation[0]) <= block_size:
-            conversations.append(conversation)
-        elif shortened := _shortened(tokenizer, messages, block_size, path):
-            conversations.append(shortened)
-            counts["shortened"] += 1
+        _check_answers(messages, path)
+        parts = _encoded(tokenizer, messages)
+        if kept := _fitting(parts, block_size):
+            conversations.append(_joined(parts[:kept]))
+            if kept < len(parts):
+                counts["shortened"] += 1
         else:
             counts["longer than block_size"] += 1
     if not conversations:
@@ -196,29 +210,25 @@ def load_conversations(
     return conversations, dict(counts)
 
 
-def _encode_pair(tokenizer: PreTrainedTokenizerFast, messages: list[Message], path: Path) -> Conversation:
-    """A conversation as `encode_conversation` gives it. Raises RecipeError when an answer in it is empty."""
+def _check_answers(messages: list[Message], path: Path) -> None:
+    """Raise RecipeError when an answer of a conversation is empty."""
     for question, message in zip(messages, messages[1:], strict=False):
         if message["role"] == "assistant" and not message["content"].strip():
             raise RecipeError(
                 f"{path}: the pair {question['content'][:60]!r} has no trained token: its answer is empty. "
                 "Redo stage 11 with --force: it drops such pairs"
             )
-    return encode_conversation(tokenizer, messages)
 
 
-def _shortened(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], block_size: int, path: Path
-) -> Conversation | None:
-    """The longest beginning of a conversation that ends with an answer and fits; None if none fits.
+def _fitting(parts: list[tuple[list[int], bool]], block_size: int) -> int:
+    """How many messages the longest beginning has that ends with an answer and fits; 0 if none fits.
 
-    At least one of its answers is trained.
+    At least one of its answers is trained. parts: a conversation from `_encoded`.
     """
-    for end in range(len(messages) - 2, 1, -2):
-        conversation = _encode_pair(tokenizer, messages[:end], path)
-        if len(conversation[0]) <= block_size and any(conversation[1]):
-            return conversation
-    return None
+    lengths = list(itertools.accumulate(len(ids) for ids, _ in parts))
+    trained = list(itertools.accumulate((is_trained for _, is_trained in parts), max))
+    ends = range(len(parts), 1, -2)
+    return next((end for end in ends if lengths[end - 1] <= block_size and trained[end - 1]), 0)
 
 
 def preview(conversations: list[Conversation], tokenizer: PreTrainedTokenizerFast) -> str:

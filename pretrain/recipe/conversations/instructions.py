@@ -256,7 +256,8 @@ def cap_share(pairs: Sides, others: Sides, share: float) -> int:
 
 def identity(pair: Pair) -> bytes:
     """The hash of a whole conversation: two pairs with the same hash are duplicates."""
-    return text_hash("\0".join(message["content"] for message in messages_of(pair._asdict())))
+    before = (message["content"] for message in pair.history)
+    return text_hash("\0".join([*before, user_message(pair.instruction, pair.input), pair.output]))
 
 
 def pretraining_overlap(

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from recipe.config.rewards import reads_answer
-from recipe.conversations.instructions import counts_of, messages_of, pair_side, read_pairs
+from recipe.conversations.instructions import counts_of, identity, messages_of, pair_side, read_pairs
 from recipe.conversations.read_rows import Message
 from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.normalizing import make_normalizer
-from recipe.corpus.splitting import text_hash
 from recipe.project import DATA, RecipeError
 from recipe.tokenization.packing import permuted
 
@@ -53,17 +52,16 @@ def load_questions(
             )
         normalize = corpus if "source" in spec else dialogue
         for pair in read_pairs(name, spec, normalize, unused, "preference.json"):
-            *messages, _ = messages_of(pair._asdict())
-            identity = text_hash("\0".join([*(message["content"] for message in messages), pair.output]))
             reason = pair.dropped
             if not reason and not pair.output.strip() and reads_answer(values["rewards"]):
                 reason = "blank output"
-            if not reason and identity in seen:
+            if not reason and (hashed := identity(pair)) in seen:
                 reason = "duplicate"
             if reason:
                 dropped[reason] += 1
                 continue
-            seen.add(identity)
+            seen.add(hashed)
+            *messages, _ = messages_of(pair._asdict())
             sides[pair_side(pair, values.get("valid_share", 0.05))].append(Question(messages, pair.output))
             out += 1
         funnel[name] = counts_of(out, dropped, unused, characters)

@@ -127,10 +127,21 @@ def combine(parts: list[dict[str, float]]) -> dict[str, float]:
     bits = total["loss_sum"] / math.log(2)
     return total | {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": bits / total["bytes"],
         "bits_per_character": bits / total["characters"],
     }
+
+
+def perplexity(loss: float) -> float:
+    """The perplexity of a mean loss in nats. Raises RecipeError where it is beyond the range of numbers."""
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise RecipeError(
+            f"a mean loss of {loss:.4g} nats per token: its perplexity is beyond the range of numbers. The "
+            "weights of the model are damaged: train it again with --force"
+        ) from error
 
 
 def repetition(text: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,8 +81,17 @@ class Talker:
             for m in turns
         ]
         room = self.model.config.max_position_embeddings - sampling.max_new_tokens
-        while len(ids := encode_conversation(self.tokenizer, system + turns)[0]) > room and len(turns) > 2:
-            turns = turns[2:]
+        ids = encode_conversation(self.tokenizer, system + turns)[0]
+        if len(ids) > room and len(turns) > 2:
+            starts = range(2, len(turns), 2)
+            # The first start from which the rest fits, or the last one.
+            first = bisect.bisect_left(
+                starts[:-1],
+                True,
+                key=lambda start: len(encode_conversation(self.tokenizer, system + turns[start:])[0]) <= room,
+            )
+            turns = turns[starts[first] :]
+            ids = encode_conversation(self.tokenizer, system + turns)[0]
         check_room(self.model, ids, sampling, turns[-1]["content"])
         return ids
 
@@ -111,7 +122,10 @@ def _chat_page(talker: Talker, recipe: str, facts: str) -> Any:
     ) -> Iterator[str]:
         messages = [{"role": turn["role"], "content": _text(turn["content"])} for turn in history]
         messages.append({"role": "user", "content": message})
-        yield from _growing(talker.answer, messages, _options(temperature, top_p, max_new_tokens))
+        # Without the questions that have no answer: they were refused, or stopped before its first part.
+        asked = [m for m, after in itertools.pairwise(messages) if "assistant" in (m["role"], after["role"])]
+        options = _options(temperature, top_p, max_new_tokens)
+        yield from _growing(talker.answer, [*asked, messages[-1]], options)
 
     questions = talker.config["generation"].get("questions", [])
     return gradio.ChatInterface(
@@ -182,16 +196,23 @@ def _growing(
 
 
 def _sliders(talker: Talker) -> list[Any]:
-    """The sampling options, set as in generation.json."""
+    """The sampling options, set as in generation.json, whose values are within the ranges."""
     import gradio
 
     values = talker.config["generation"]
-    temperature = values.get("temperature", 1.0) if values.get("do_sample", False) else 0
+    temperature, top_p = (1.0 if values.get(key) is None else values[key] for key in ("temperature", "top_p"))
+    if not values.get("do_sample", False):
+        temperature = 0
     longest = max(1, talker.model.config.max_position_embeddings // 2)
     length = min(values["max_new_tokens"], longest)
     return [
-        gradio.Slider(0, 2, temperature, label="温度 (temperature): 0 は最も確率の高いトークンだけを選ぶ"),
-        gradio.Slider(0.05, 1, values.get("top_p", 1.0), label="top_p: 候補にする確率の合計"),
+        gradio.Slider(
+            0,
+            max(2, temperature),
+            temperature,
+            label="温度 (temperature): 0 は最も確率の高いトークンだけを選ぶ",
+        ),
+        gradio.Slider(min(0.05, top_p), 1, top_p, label="top_p: 候補にする確率の合計"),
         gradio.Slider(1, longest, length, step=1, label="生成する最大トークン数 (max_new_tokens)"),
     ]
 

@@ -129,6 +129,20 @@ def test_a_row_without_a_trained_answer_is_dropped(tmp_path, row):
     assert [pair.dropped for pair in pairs] == ["no trained answer", "", ""]
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss_mask": 0}])
+def test_a_mark_of_a_row_is_for_the_answers_of_its_history_too(tmp_path, mark):
+    ((pair,), _) = read(tmp_path, ALPACA | {"history": [["山は?", "高い"]]} | mark)
+    assert pair.dropped == "no trained answer"
+    mask = CHAT | {"history": [["山は?", "高い"]], "loss_mask": [0, 1]}
+    assert conversation(tmp_path, mask) == turns("山は?", "高い", "海は?", "深い")
+
+
+def test_a_history_that_the_messages_repeat_is_there_once(tmp_path):
+    whole = turns("山は?", "高い", "海は?", "深い")
+    row = {"messages": [SYSTEM, *whole], "history": [["山は? ", "高い"]]}
+    assert conversation(tmp_path, row) == [SYSTEM, *whole]
+
+
 def test_what_follows_the_last_trained_answer_is_cut(tmp_path):
     *before, last = turns("山は?", "高い", "海は?", "浅い")
     assert conversation(tmp_path, {"messages": [*before, last | {"weight": 0}]}) == turns("山は?", "高い")

@@ -1,13 +1,17 @@
 """Pairs as tokens: pairs that are too long or shortened, and pairs without a trained token."""
 
+from contextlib import nullcontext
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import sentences
 from recipe.config.chat_templates import chat_template
+from recipe.conversations import encode
 from recipe.conversations.encode import encode_conversation, load_conversations
 from recipe.conversations.instructions import messages_of
 from recipe.project import RecipeError
+from recipe.tokenization.encode_text import encode_text
 from recipe.tokenization.packing import IGNORED, PackedConversations
 from recipe.tokenization.train import train_tokenizer
 
@@ -44,6 +48,31 @@ def test_the_last_turns_are_cut_until_a_conversation_fits(tmp_path, fast):
         encode_conversation(fast, messages_of(row("はい。"))),
         encode_conversation(fast, BEFORE),
     ]
+
+
+def test_a_conversation_is_encoded_once_however_many_turns_are_cut(tmp_path, fast, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(encode, "encode_text", lambda *given: encoded.append(given) or encode_text(*given))
+    history = [turn for _ in range(20) for turn in BEFORE]
+    (found,), counts = load_conversations(write(tmp_path, row("はい。", history)), fast, 128)
+    assert counts == {"longer than block_size": 0, "shortened": 1} and len(encoded) < 3 * 42
+    kept = next(end for end in range(40, 0, -2) if len(encode_conversation(fast, history[:end])[0]) <= 128)
+    assert kept > 2 and found == encode_conversation(fast, history[:kept])
+
+
+def test_the_time_limit_grows_with_the_messages(fast, monkeypatch):
+    limits = []
+    monkeypatch.setattr(encode, "time_limit", lambda seconds: limits.append(seconds) or nullcontext())
+    encode_conversation(fast, BEFORE)
+    encode_conversation(fast, BEFORE * 50)
+    assert limits == [encode.SECONDS, 2 * encode.SECONDS]
+
+
+def test_private_use_characters_stay_text(fast):
+    """They take the places of control tokens while the template is applied."""
+    text = "".join(map(chr, range(0xF0000, 0xF0004)))
+    ids, _ = encode_conversation(fast, [{"role": "user", "content": f"</s>{text}"}])
+    assert f"User:\n</s>{text}\n" in fast.decode(ids) and ids.count(fast.eos_token_id) == 0
 
 
 def test_none_that_fits_is_an_error(tmp_path, fast):

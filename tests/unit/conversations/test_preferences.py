@@ -80,8 +80,9 @@ def test_a_system_message_is_kept_once(tmp_path, row):
         {"prompt": "山は?", **both(*BEFORE, QUESTION)},
         {"prompt": [*BEFORE, QUESTION], **both(QUESTION)},
         {"prompt": "海は?", **both(*BEFORE, QUESTION)},
+        {"history": [["海は?", "深い"]], "prompt": "山は?", **both(*BEFORE, QUESTION)},
     ],
-    ids=["column", "prompt at the end", "end of the prompt", "prompt at the beginning"],
+    ids=["column", "prompt at the end", "end of the prompt", "prompt at the beginning", "column and answers"],
 )
 def test_the_history_is_kept_once(tmp_path, row):
     assert kept(tmp_path, row) == [preferences.Preference([*BEFORE, QUESTION], "高い", "低い")]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 from recipe.conversations import questions
-from recipe.conversations.instructions import Pair
+from recipe.conversations.instructions import Pair, identity, messages_of
 from recipe.conversations.questions import Question, encode_questions, load_questions
+from recipe.corpus.splitting import text_hash
 from recipe.project import RecipeError
 
 FILL = [{"instruction": f"{i}?", "output": "はい"} for i in range(20)]  # neither side of the split is empty
@@ -107,3 +108,11 @@ def test_the_order_is_that_of_seed_and_epoch_and_no_more_questions_are_encoded_t
     assert [sorted(epoch) for epoch in epochs] == [["1", "2", "3", "4", "5", "6"]] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     assert encode_questions(asked, encode, 6, 2, count=18)[0] != longer
+
+
+def test_the_identity_is_the_hash_of_all_messages():
+    """It decides which pairs are kept, so it may never change."""
+    history = (user("山は?"), {"role": "assistant", "content": "高い", "trained": False})
+    pair = Pair("訳せ", "海", "sea", "mine", "山は?", history)
+    texts = [message["content"] for message in messages_of(pair._asdict())]
+    assert identity(pair) == text_hash("\0".join(texts)) and len(texts) == 4

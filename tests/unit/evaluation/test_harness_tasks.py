@@ -101,6 +101,14 @@ def test_the_hub_is_asked_for_data_that_are_not_cached(cache, monkeypatch, addre
         server.server_close()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_hub_whose_address_has_no_scheme_is_named(cache, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    with pytest.raises(Refused, match="HF_ENDPOINT is hub.example, .* expected https:// before it"):
+        available.check_available(evaluation(ja_leaderboard_jnli={}))
+
+
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
@@ -210,6 +218,17 @@ def test_generated_answers_are_scored_and_limited_to_half_of_the_positions(own, 
     assert asked.shortened == 3
     assert (figures["metric"], figures["items"], figures["share"]) == ("exact_match", 3, True)
     assert figures["bleu"] >= 0 and figures["majority"] is None
+
+
+def test_the_beginning_of_an_answer_is_not_ended_in_the_chat_form(own, trained):
+    from recipe.conversations.encode import encode_conversation
+
+    write_yaml(own, "begun", gen_prefix="答え:", **CHOICE)
+    asked, results = ask(trained, [{"task": "begun"}], chat=True, most=1)
+    ids = asked.tok_encode(results["samples"]["begun"][0]["arguments"][0][0])
+    tokenizer, _ = trained
+    messages = [{"role": "user", "content": "0回?"}, {"role": "assistant", "content": "答え:"}]
+    assert [*ids, tokenizer.eos_token_id] == encode_conversation(tokenizer, messages)[0]
 
 
 def test_perplexity_is_that_of_a_document_and_no_share(own, trained):

@@ -149,3 +149,9 @@ def test_evaluation_weighs_tokens_not_batches():
     assert total["loss"] == 60 / 50
     assert total["bits_per_byte"] == pytest.approx(60 / math.log(2) / 90)
     assert total["perplexity"] == pytest.approx(math.exp(1.2))
+
+
+def test_a_loss_whose_perplexity_is_no_number_is_named():
+    sums = {"documents": 1, "bytes": 30, "characters": 10, "tokens": 10, "loss_sum": 9000.0}
+    with pytest.raises(RecipeError, match="a mean loss of 900 nats per token"):
+        metrics.combine([sums])

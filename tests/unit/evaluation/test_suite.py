@@ -6,6 +6,7 @@ import json
 import sys
 import tarfile
 import threading
+from collections import Counter
 
 import pytest
 from conftest import SHAPE, sentences
@@ -178,7 +179,7 @@ def test_copa_and_jmmlu_run_on_their_own_files(repositories, trained, tmp_path):
     from recipe.evaluation.tasks.harness import scores_of
 
     config = {"dataset": {"sources": {}}, "evaluation": {"tasks": repositories}}
-    tasks = items.write_tasks(config, tmp_path, tmp_path / "tasks", repositories)
+    tasks = items.write_tasks(config, tmp_path, tmp_path / "tasks", repositories, Counter())
     results = ask(trained, tasks)
     found = scores_of(results)
     # Of COPA the test set, without the first 500; of JMMLU all but five questions of each subject.

@@ -98,6 +98,7 @@ def packaged(tmp_path, monkeypatch):
     for side, first in (("valid", 0), ("train", 100)):
         numbers = range(first, first + 12)
         man = [f"名前\ncommand{i} -{i}番の仕事をする\n書式\ncommand{i}" for i in numbers]
+        man = [text.replace("command", "make-command") for text in man]
         write_shard(dataset, side, "man", man + ["名前だけの文書"])
         write_shard(
             dataset, side, "packages", [f"lib-{i} -{i}番の部品\n本文{i}です。\n続き" for i in numbers]
@@ -120,11 +121,11 @@ def asked_of(folder, name, side="test"):
 
 def test_packaged_questions_are_of_the_validation_side(packaged, tmp_path):
     config, dataset = packaged
-    items.write_tasks(config, dataset, tmp_path / "tasks", TASKS)
+    items.write_tasks(config, dataset, tmp_path / "tasks", TASKS, Counter())
     commands = asked_of(tmp_path / "tasks", "command-summary")
     assert len(commands) == 8
     for item in commands:
-        number = item["name"].removeprefix("command")
+        number = item["name"].removeprefix("make-command")
         assert int(number) < 12 and item["choices"][item["answer"]] == f"{number}番の仕事をする"
     for item in asked_of(tmp_path / "tasks", "package-summary"):
         number = item["choices"][item["answer"]].removesuffix("番の部品")
@@ -137,7 +138,7 @@ def test_packaged_questions_are_of_the_validation_side(packaged, tmp_path):
 
 def test_readings_are_of_common_words_with_one_reading(packaged, tmp_path):
     config, dataset = packaged
-    items.write_tasks(config, dataset, tmp_path / "tasks", ["reading"])
+    items.write_tasks(config, dataset, tmp_path / "tasks", ["reading"], Counter())
     rows = {word["word"]: reading for word, reading in items.read_readings(tmp_path / "data/tatoeba")}
     assert len(rows) == 400 and "珍語" not in rows and "二読" not in rows
     for item in asked_of(tmp_path / "tasks", "reading"):
@@ -147,39 +148,52 @@ def test_readings_are_of_common_words_with_one_reading(packaged, tmp_path):
 def test_four_choices_differ_and_the_right_one_is_at_any_position():
     rows = [({"question": str(i)}, f"答え{i:03}" * (1 + i % 3)) for i in range(300)]
     rows += [({"question": "同じ"}, rows[7][1])]  # an answer that two questions share
-    found = items.four_choice(rows)
+    found = items.four_choice(rows, None, Counter())
     assert len(found) == 301 and all(len(set(item["choices"])) == 4 for item in found)
     answers = dict((item["question"], answer) for item, answer in rows)
     assert all(item["choices"][item["answer"]] == answers[item["question"]] for item in found)
     assert min(Counter(item["answer"] for item in found).values()) > 50
     same_length = sum(len(set(map(len, item["choices"]))) == 1 for item in found)
     assert same_length > 290  # there are always enough of each of the three lengths; by chance 1 in 27
-    assert items.four_choice(reversed(rows)) == found and items.four_choice(rows, 5) == found[:5]
+    assert items.four_choice(reversed(rows), None, Counter()) == found
+    assert items.four_choice(rows, 5, Counter()) == found[:5]
 
 
 def test_another_right_answer_is_not_a_wrong_choice():
     rows = [({"english": "Hi."}, f"やあ{i}") for i in range(9)] + [
         ({"english": "No."}, f"いや{i}") for i in range(9)
     ]
-    (first, second) = items.four_choice(rows)
+    (first, second) = items.four_choice(rows, None, Counter())
     for item in (first, second):
         same = {"Hi.": "やあ", "No.": "いや"}[item["english"]]
         assert [choice[:2] == same for choice in item["choices"]].count(True) == 1
 
 
+def test_every_question_has_three_wrong_choices():
+    """Also where nearly all answers are right for it."""
+    rows = [({"q": "多い"}, f"右{i:02}") for i in range(40)] + [({"q": "別"}, f"左{i}") for i in range(3)]
+    not_asked = Counter()
+    asked = items.four_choice(rows, None, not_asked)
+    assert [len(item["choices"]) for item in asked] == [4, 4] and not not_asked
+    assert items.four_choice(rows[:-1], None, not_asked)[0]["q"] == "別"
+    assert not_asked == {"fewer than three wrong answers": 1}
+
+
 def test_too_few_answers_make_no_question(packaged, tmp_path):
-    assert items.four_choice([({"q": str(i)}, "はい") for i in range(9)]) == []
+    not_asked = Counter()
+    assert items.four_choice([({"q": str(i)}, "はい") for i in range(9)], None, not_asked) == []
+    assert not_asked == {"fewer than three wrong answers": 9}
     config, dataset = packaged
     write_shard(dataset, "valid", "man", ["名前\nls -一覧を表示する"])
     with pytest.raises(RecipeError, match="tasks.command-summary.* 1 different answers"):
-        items.write_tasks(config, dataset, tmp_path / "tasks", ["command-summary"])
+        items.write_tasks(config, dataset, tmp_path / "tasks", ["command-summary"], Counter())
 
 
 def test_offline_tasks_run_without_the_network(packaged, trained, tmp_path, offline):
     from recipe.evaluation.tasks.harness import scores_of
 
     config, dataset = packaged
-    tasks = items.write_tasks(config, dataset, tmp_path / "tasks", TASKS)
+    tasks = items.write_tasks(config, dataset, tmp_path / "tasks", TASKS, Counter())
     found = scores_of(results_of(harness_of(trained), tasks))
     assert set(found) == set(TASKS)
     for figures in found.values():
@@ -203,7 +217,9 @@ def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
     from recipe.tokenization.encode_text import encode_text
 
     tokenizer, _ = trained
-    asked = items.four_choice([({"name": f"</s>{i}"}, "本を" * i + "\n") for i in range(1, 9)])
+    asked = items.four_choice(
+        [({"name": f"</s>{i}"}, "本を" * i + "\n") for i in range(1, 9)], None, Counter()
+    )
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
     samples = results_of(harness_of(trained), [task])["samples"]["command-summary"]
     for sample, item in zip(samples, asked, strict=True):
@@ -237,7 +253,7 @@ def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
         }
         for i in range(6)
     ]
-    asked = items.held_out_items(rows, as_context, 4)
+    asked = items.held_out_items(rows, as_context, 4, Counter())
     assert len(asked) == 4
     task = {"task": "held-out"} | items.write_items(tmp_path / "t", "held-out", {"test": asked})
     for sample in results_of(harness_of(trained), [task])["samples"]["held-out"]:
@@ -256,9 +272,21 @@ def test_wrong_choices_answer_the_same_instruction():
         for way in ("英語に", "日本語に")
         for i in range(9)
     ]
-    found = items.held_out_items(rows, lambda messages: messages[-1]["content"], None)
+    found = items.held_out_items(rows, lambda messages: messages[-1]["content"], None, Counter())
     assert len(found) == 18
     assert all(len({choice[:-1] for choice in item["choices"]}) == 1 for item in found)
+
+
+def test_instructions_with_few_answers_are_asked_with_others_of_their_source():
+    rows = [
+        {"instruction": f"{i}?", "input": f"文{i}", "output": f"答え{i}", "source": source, "history": []}
+        for source, count in (("mine", 9), ("few", 3))
+        for i in range(count)
+    ]
+    not_asked = Counter()
+    found = items.held_out_items(rows, lambda messages: messages[-1]["content"], None, not_asked)
+    assert [item["source"] for item in found] == ["mine"] * 9
+    assert not_asked == {"fewer than three wrong answers": 3}
 
 
 JGLUE = {
@@ -320,7 +348,7 @@ def test_jglue_runs_on_its_own_files(jglue, trained, tmp_path, offline):
     from recipe.evaluation.tasks.harness import scores_of
 
     names = jglue["evaluation"]["tasks"]
-    tasks = items.write_tasks(jglue, tmp_path, tmp_path / "tasks", names)
+    tasks = items.write_tasks(jglue, tmp_path, tmp_path / "tasks", names, Counter())
     results = results_of(harness_of(trained), tasks)
     logged, found = results["samples"], scores_of(results)
     assert [found[name]["items"] for name in names] == [6, 6, 6, 3]
@@ -458,8 +486,28 @@ def test_answers_of_squad(found, exact, f1):
 
 
 def test_a_prompt_that_is_cut_is_counted(trained, tmp_path):
-    asked = items.four_choice([({"name": "本" * (300 if i == 0 else i)}, f"{i}回") for i in range(4)])
+    asked = items.four_choice(
+        [({"name": "本" * (300 if i == 0 else i)}, f"{i}回") for i in range(4)], None, Counter()
+    )
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
     model = harness_of(trained)
     assert math.isfinite(results_of(model, [task])["samples"]["command-summary"][0]["resps"][0][0][0])
     assert model.cut == 4  # the four choices of one question
+
+
+def test_an_answer_that_is_longer_than_the_positions_is_limited_and_counted(trained, tmp_path):
+    from recipe.tokenization.encode_text import encode_text
+
+    tokenizer, _ = trained
+    long = "本を読みました。" * 200
+    texts = [long, *(f"{i}回" for i in range(3))]
+    asked = items.four_choice([({"name": str(i)}, text) for i, text in enumerate(texts)], 1, Counter())
+    task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
+    model = harness_of(trained)
+    (sample,) = results_of(model, [task])["samples"]["command-summary"]
+    found = [value for ((value, _),) in sample["resps"]]
+    start, kept = [tokenizer.bos_token_id], encode_text(tokenizer, long)[: model.max_length // 2]
+    question = [*start, *encode_text(tokenizer, f"名前\n{sample['doc']['name']} -")]
+    for value, ids in zip(found[asked[0]["choices"].index(long) :: 4], (question, start), strict=True):
+        assert value == pytest.approx(log_likelihood(trained, ids, kept), rel=1e-5)
+    assert model.shortened == 2 and model.cut == 0  # after the question, and without it

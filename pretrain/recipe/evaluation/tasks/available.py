@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import glob
+import http.client
 import json
 import os
 import re
@@ -128,7 +129,7 @@ def not_served(path: str) -> Lack | None:
                 f"Look at {hub_address()}/datasets/{path}; if you may read it: `.venv/bin/hf auth login`",
             )
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
     script = f"{path.rsplit('/', 1)[-1]}.py"
     if any(file.get("rfilename") == script for file in facts.get("siblings", [])):
@@ -248,7 +249,7 @@ def answers(address: str) -> bool:
                 answered.set()
         except urllib.error.HTTPError:
             answered.set()
-        except OSError:  # no connection, no such host
+        except (OSError, ValueError, http.client.HTTPException):  # no connection, no host, no web address
             pass
 
     # In a thread: looking up a host's name does not heed a timeout.
@@ -260,6 +261,8 @@ def answers(address: str) -> bool:
 
 def silence(address: str) -> str:
     """Why a server cannot be asked, in words."""
+    if "://" not in address and not hub_offline():
+        return f"HF_ENDPOINT is {address}, which is no web address: expected https:// before it"
     return "the environment says offline" if hub_offline() else f"{address} does not answer"
 
 

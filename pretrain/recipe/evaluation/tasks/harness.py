@@ -56,7 +56,8 @@ class Harness(HFLM):
     itself, as stage 12 trains it.
 
     ``cut`` counts the requests whose beginning was left out because they were longer than the model's
-    positions, ``shortened`` those that allowed a longer answer than half of the positions.
+    positions. ``shortened`` counts the answers that were limited to half of the positions: those that the
+    model may write, and those to judge that are longer than all positions.
     """
 
     def __init__(
@@ -80,9 +81,15 @@ class Harness(HFLM):
         left_truncate_len: int | None = None,
         **_: Any,
     ) -> list[int]:
-        """Ids of a context: of a document's beginning, or of a conversation from `as_context`."""
+        """Ids of a context: of a document's beginning, or of a conversation from `as_context`.
+
+        An answer that ends a conversation is the beginning of the answer to come (``gen_prefix`` of a task).
+        """
         if string.startswith(_CHAT):
-            ids = encode_conversation(self.tokenizer, json.loads(string[1:]))[0]
+            messages = json.loads(string[1:])
+            ids = encode_conversation(self.tokenizer, messages)[0]
+            if messages[-1]["role"] == "assistant":
+                ids.pop()  # the end token, which the template puts behind every answer
         else:
             ids = prompt_ids(self.tokenizer, string)
         if left_truncate_len and len(ids) > left_truncate_len:
@@ -103,9 +110,20 @@ class Harness(HFLM):
         return encoded["input_ids"], encoded["attention_mask"]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        ids, answer = self.tok_encode(context), encode_text(self.tokenizer, continuation)
-        self.cut += len(ids) + len(answer) > self.max_length + 1
-        return ids, answer
+        return self.tok_encode(context), encode_text(self.tokenizer, continuation)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *options: Any, **named: Any
+    ) -> list[tuple[float, bool]]:
+        """Log likelihoods of answers, of which the harness accepts none that is longer than the positions."""
+        fitting = []
+        for texts, ids, answer in requests:
+            if len(answer) > self.max_length:
+                answer = answer[: self.max_length // 2]
+                self.shortened += 1
+            self.cut += len(ids) + len(answer) > self.max_length + 1
+            fitting.append((texts, ids, answer))
+        return super()._loglikelihood_tokens(fitting, *options, **named)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers of at most half of the model's positions, however long the task lets them be."""
