@@ -37,6 +37,8 @@ TOO_MANY_BYTES = 2**32
 CHUNK = 2**25
 # How the loss is computed, in the words of the check after the first step.
 WHOLE, CHUNKS, LIGER = "whole logits", "chunks", "Liger"
+# The least compute capability that Triton, and so torch.compile, generates code for.
+COMPILER_CAPABILITY = (7, 0)
 # The least compute capability with fp8 units: Ada and Hopper.
 FP8_CAPABILITY = (8, 9)
 # The architectures whose loss Liger's kernels can replace; it does nothing with others.
@@ -51,8 +53,9 @@ class Hardware:
     device: ``cuda`` or ``cpu``. name: for people. capability: CUDA compute capability, (0, 0) on a CPU.
     torch: PyTorch's version. fast_bf16: whether it has bf16 units that are faster than those for float32.
     flash_attention: the versions of FlashAttention that are installed and run on this device. compiler:
-    whether there are g++ and Python.h, which torch.compile needs. bitsandbytes, liger, torchao: whether that
-    library is installed, for 8-bit optimizers, for Liger's kernels, and for fp8.
+    whether torch.compile works: there are g++ and Python.h, and a GPU is of `COMPILER_CAPABILITY` or more.
+    bitsandbytes, liger, torchao: whether that library is installed, for 8-bit optimizers, for Liger's
+    kernels, and for fp8.
     """
 
     device: str
@@ -120,26 +123,35 @@ def detect() -> Hardware:
 
 
 def check_build(name: str, capability: tuple[int, int], built: list[str]) -> None:
-    """Raise Refused for a GPU that is older than all that this build of PyTorch has kernels for.
+    """Raise Refused for a GPU that this build of PyTorch has no kernels for.
 
-    built: of `torch.cuda.get_arch_list`, such as ``sm_75``.
+    built: of `torch.cuda.get_arch_list`. The kernels of ``sm_86`` run on 8.6 and 8.9, the newer ones of the
+    same generation. Those of ``compute_90`` are compiled for any GPU from 9.0 on.
     """
-    numbers = [int(found[1]) for arch in built if (found := re.fullmatch(r"sm_(\d+)[a-z]?", arch))]
-    if numbers and 10 * capability[0] + capability[1] < min(numbers):
+    found = re.findall(r"\b(sm|compute)_(\d+)", " ".join(built))
+    kernels = [(kind, divmod(int(number), 10)) for kind, number in found]
+    if kernels and not any(
+        version <= capability and (kind == "compute" or version[0] == capability[0])
+        for kind, version in kernels
+    ):
         raise Refused(
             f"{name} has compute capability {capability[0]}.{capability[1]}, but this build of PyTorch has "
-            f"kernels from {min(numbers) / 10} on. Install a build of torch for an older CUDA (pytorch.org: "
+            f"kernels for {' '.join(built)}. Install another build of torch (pytorch.org; for an old GPU, "
             "previous versions), or train on the CPU: export CUDA_VISIBLE_DEVICES="
         )
 
 
 class Gpu(NamedTuple):
-    """A GPU as nvidia-smi lists it. total, free: bytes, or None where it shares the machine's memory."""
+    """A GPU as nvidia-smi lists it. total, free: bytes, or None where it shares the machine's memory.
+
+    part: whether it is a part of a GPU (MIG), whose memory is not known.
+    """
 
     name: str
     capability: tuple[int, int]
     total: int | None
     free: int | None
+    part: bool = False
 
 
 def glance() -> Hardware:
@@ -170,8 +182,8 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
     """The GPUs of a listing by nvidia-smi (with `GPU_COLUMNS`) that CUDA_VISIBLE_DEVICES leaves visible.
 
     The variable is read as CUDA does: numbers or beginnings of UUIDs, in the order given, up to the first one
-    that does not exist. A part of a GPU (``MIG-…``) has the name of the first GPU and no memory of its own,
-    because the listing does not show parts.
+    that does not exist. Of parts of a GPU (``MIG-…``) CUDA gives a process the first one only. The listing
+    does not show parts: one is named after the first GPU, and without the variable the whole GPU is listed.
     """
     present = []
     for line in listing.splitlines():
@@ -187,8 +199,8 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
     visible = []
     for name in (part.strip() for part in asked.split(",")):
         if name.startswith("MIG-"):
-            visible += [facts._replace(total=None, free=None) for _, facts in present[:1]]
-            continue
+            whole = [facts for _, facts in present[:1]]
+            return visible or [Gpu(f"{gpu.name} MIG", gpu.capability, None, None, True) for gpu in whole]
         found = [
             facts
             for index, (uuid, facts) in enumerate(present)
@@ -209,7 +221,8 @@ def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
     # Ampere (8.0) is the first generation with bf16 units.
     ampere = capability >= (8, 0)
     libraries = [is_installed(name) for name in ("bitsandbytes", "liger_kernel", "torchao")]
-    return Hardware("cuda", name, capability, _torch_version(), ampere, flash, _compiler(), *libraries)
+    compiler = capability >= COMPILER_CAPABILITY and _compiler()
+    return Hardware("cuda", name, capability, _torch_version(), ampere, flash, compiler, *libraries)
 
 
 def _cpu() -> Hardware:
@@ -228,12 +241,13 @@ def cpu_has_fast_bf16(facts: str) -> bool:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package is found. For a part of a package, the whole is imported."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ImportError:
-        # The package that `package` belongs to is not installed, or was built for another torch.
-        return False
+    """Whether a package, or a part of one (``flash_attn.cute``), is found. Nothing is imported."""
+    whole, _, part = package.partition(".")
+    found = importlib.util.find_spec(whole)
+    if found is None or not part:
+        return found is not None
+    # For a part, find_spec would import the whole: FlashAttention imports torch.
+    return any(Path(folder, part).is_dir() for folder in found.submodule_search_locations or ())
 
 
 def _torch_version() -> tuple[int, int]:
@@ -260,10 +274,7 @@ def choose(
     precision = _precision(hardware, values, where)
     attention = _attention(hardware, values, where, needs, precision)
     if values.get("torch_compile") and not hardware.compiler:
-        raise Refused(
-            f"{where}: torch_compile: true, but there is no g++, or no Python.h, on this machine. Install "
-            "them (apt-get install g++ python3-dev), or leave the key out"
-        )
+        raise Refused(f"{where}: torch_compile: true, but {_why_not_compile(hardware)}, or leave the key out")
     if values.get("tf32") and hardware.capability < (8, 0):
         raise Refused(
             f"{where}: tf32: true, but it needs an NVIDIA GPU of capability 8.0 or more; this is "
@@ -274,6 +285,13 @@ def choose(
     )
     _check_fp8(hardware, choice, where)
     return choice
+
+
+def _why_not_compile(hardware: Hardware) -> str:
+    """Why torch.compile does not work on hardware without a `compiler`, and what to do."""
+    if hardware.device == "cuda" and hardware.capability < COMPILER_CAPABILITY:
+        return f"it needs a GPU of capability 7.0 or more; this is {hardware.name}. Take another GPU"
+    return "there is no g++, or no Python.h, on this machine. Install them (apt-get install g++ python3-dev)"
 
 
 def choose_loss(device: str, logits: int, compiled: bool, tensor_parallel: int) -> str:
@@ -302,10 +320,18 @@ def _precision(hardware: Hardware, values: dict[str, Any], where: str) -> str:
                 "this CPU is chosen"
             )
         return "fp16"
-    if "bf16" in values or "fp16" in values:
-        # Both are false.
-        return "fp32"
-    return "bf16" if hardware.fast_bf16 else "fp16" if hardware.device == "cuda" else "fp32"
+    return precision_of(values, hardware.device, hardware.fast_bf16)
+
+
+def precision_of(values: Mapping[str, Any], device: str, fast_bf16: bool) -> str:
+    """The precision that a training file leads to: ``bf16``, ``fp16`` or ``fp32``.
+
+    It is what the file sets to true, or else the fastest that the device has. Where the file sets that to
+    false, it is fp32: ``"bf16": false`` changes nothing on a GPU without bf16 units, which computes in fp16.
+    """
+    best = "bf16" if fast_bf16 else "fp16" if device == "cuda" else "fp32"
+    chosen = next((name for name in ("bf16", "fp16") if values.get(name)), best)
+    return "fp32" if values.get(chosen) is False else chosen
 
 
 def _attention(
@@ -334,7 +360,7 @@ def _why_not(hardware: Hardware, needs: AttentionNeeds, precision: str) -> dict[
         "varlen": _why_not_varlen(hardware, needs, precision),
         "flex_attention": _why_not_flex(hardware, needs),
     } | {
-        f"flash_attention_{version}": _why_not_flash(hardware, version, precision)
+        f"flash_attention_{version}": _why_not_flash(hardware, version, needs, precision)
         for version in FLASH_ATTENTION
     }
 
@@ -367,6 +393,11 @@ def _why_not_varlen(hardware: Hardware, needs: AttentionNeeds, precision: str) -
             "computes neither dropout of attention (model.json: attention_dropout, attn_pdrop) nor padded "
             "preferences"
         )
+    return _why_not_heads(needs)
+
+
+def _why_not_heads(needs: AttentionNeeds) -> str:
+    """Why FlashAttention cannot be used for heads of this size; empty if it can."""
     if needs.head_size and (needs.head_size > 256 or needs.head_size % 8):
         return f"needs heads of a multiple of 8 numbers, at most 256; model.json makes it {needs.head_size}"
     return ""
@@ -377,13 +408,13 @@ def _why_not_flex(hardware: Hardware, needs: AttentionNeeds) -> str:
     if hardware.device != "cuda":
         return f"has no gradient on a CPU, and needs an NVIDIA GPU; this is {hardware.name}"
     if not hardware.compiler:
-        return "must be compiled, but there is no g++, or no Python.h, on this machine"
+        return f"must be compiled, but {_why_not_compile(hardware)}"
     if needs.dropout:
         return "computes no dropout of attention (model.json: attention_dropout, attn_pdrop)"
     return ""
 
 
-def _why_not_flash(hardware: Hardware, version: int, precision: str) -> str:
+def _why_not_flash(hardware: Hardware, version: int, needs: AttentionNeeds, precision: str) -> str:
     """Why a version of FlashAttention cannot be used here; empty if it can."""
     package, (major, minor) = FLASH_ATTENTION[version]
     if version not in hardware.flash_attention:
@@ -391,7 +422,12 @@ def _why_not_flash(hardware: Hardware, version: int, precision: str) -> str:
             f"needs an NVIDIA GPU of capability {major}.{minor} or more with {package} installed; this is "
             f"{hardware.name}"
         )
-    return "computes in bf16 or fp16 only, but fp32 is asked for" if precision == "fp32" else ""
+    if precision == "fp32":
+        return "computes in bf16 or fp16 only, but fp32 is asked for"
+    if needs.dropout and version > 2:
+        return "computes no dropout of attention (model.json: attention_dropout, attn_pdrop)"
+    # Version 2 pads its heads to a multiple of 8.
+    return "" if version == 2 and (needs.head_size or 0) <= 256 else _why_not_heads(needs)
 
 
 def _check_fp8(hardware: Hardware, choice: Choice, where: str) -> None:

@@ -180,10 +180,10 @@ def written_whole(path: Path, size: int | None = None, flush: bool = True) -> It
             handle.flush()
             if flush:
                 os.fsync(handle.fileno())
+        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    part.replace(path)
 
 
 def write_text(path: Path, text: str, flush: bool = True) -> None:
@@ -277,10 +277,13 @@ def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to disk.
 
     A rename after it then publishes complete files. A mounted drive may not be able to flush a folder; its
-    files are flushed.
+    files are flushed. A file that another process has removed meanwhile, such as a rank, is left out.
     """
     for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         try:
             with naming_full_disk(path):
                 os.fsync(descriptor)

@@ -51,7 +51,7 @@ def test_the_card_says_what_was_measured(project):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The four calls of an upload, answered as the hub does; the commit contains every file."""
+    """The five calls of an upload, answered as the hub does; the commit contains every file."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -68,7 +68,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return self.answer(200, {"url": url, "commitUrl": f"{url}/commit/abc", "commitOid": "abc"})
 
     def do_GET(self):
-        self.answer(404, {"error": "Entry not found"})
+        if self.path == "/api/models/me/model":
+            return self.answer(200, {"id": "me/model", "private": True})
+        return self.answer(404, {"error": "Entry not found"})
 
     def answer(self, status, value):
         content = json.dumps(value).encode()

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from recipe import hardware
@@ -34,6 +35,8 @@ A100_WITH_BITSANDBYTES = replace(A100, bitsandbytes=True)
 A100_WITH_LIGER = replace(A100, liger=True)
 ADA = replace(A100, name="RTX 4090", capability=(8, 9), torchao=True)
 T4 = Hardware("cuda", "T4", (7, 5), TORCH, False, (), True)
+P100 = Hardware("cuda", "P100", (6, 0), TORCH, False, (), False)
+HOPPER = replace(A100, name="H100", capability=(9, 0), flash_attention=(2, 3))
 ZEN4 = Hardware("cpu", "CPU", (0, 0), TORCH, True, (), True)
 OLD_CPU = Hardware("cpu", "CPU", (0, 0), TORCH, False, (), False)
 
@@ -47,6 +50,12 @@ OLD_CPU = Hardware("cpu", "CPU", (0, 0), TORCH, False, (), False)
         (ZEN4, {}, Choice("bf16", "documents", True)),
         (OLD_CPU, {}, Choice("fp32", "documents", False)),
         (A100, {"bf16": False}, Choice("fp32", "sdpa", True)),
+        (A100, {"fp16": False}, Choice("bf16", "varlen", True)),
+        (A100, {"bf16": False, "fp16": False}, Choice("fp32", "sdpa", True)),
+        (T4, {"bf16": False}, Choice("fp16", "sdpa", True)),
+        (T4, {"fp16": False}, Choice("fp32", "sdpa", True)),
+        (ZEN4, {"fp16": False}, Choice("bf16", "documents", True)),
+        (P100, {}, Choice("fp16", "sdpa", False)),
         (A100, {"fp16": True, "torch_compile": False}, Choice("fp16", "varlen", False)),
         (ZEN4, {"attn_implementation": "eager", "torch_compile": False}, Choice("bf16", "eager", False)),
         (ADA, {}, Choice("bf16", "varlen", True)),
@@ -121,18 +130,42 @@ def test_nf4_needs_a_gpu_and_bitsandbytes():
     "name", ["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 )
 def test_other_kernels_are_a_choice_by_name(name):
-    hopper = replace(A100, capability=(9, 0), flash_attention=(2, 3))
-    assert choose(hopper, {"attn_implementation": name}) == Choice("bf16", name, True)
+    assert choose(HOPPER, {"attn_implementation": name}) == Choice("bf16", name, True)
 
 
-def test_installed_versions_of_flash_attention_count_where_they_run(monkeypatch):
-    installed = {"flash_attn", "flash_attn_interface"}
-    monkeypatch.setattr(
-        hardware.importlib.util, "find_spec", lambda name: name if name in installed else None
-    )
+@pytest.mark.parametrize(
+    ("version", "needs", "reason"),
+    [
+        (2, AttentionNeeds(dropout=True), ""),
+        (3, AttentionNeeds(dropout=True), "computes no dropout"),
+        (3, AttentionNeeds(padded=True, window=True, head_size=256), ""),
+        (2, AttentionNeeds(head_size=36), ""),
+        (2, AttentionNeeds(head_size=288), "at most 256; model.json makes it 288"),
+        (3, AttentionNeeds(head_size=36), "a multiple of 8"),
+    ],
+)
+def test_flash_attention_is_refused_where_it_does_not_compute_what_is_needed(version, needs, reason):
+    name = f"flash_attention_{version}"
+    assert (name in usable_attention(HOPPER, needs, choose(HOPPER, {}, needs=needs))) == (not reason)
+    if reason:
+        with pytest.raises(Refused, match=f"{name} .*{reason}"):
+            choose(HOPPER, {"attn_implementation": name}, needs=needs)
+
+
+def test_installed_versions_of_flash_attention_count_where_they_run(monkeypatch, tmp_path):
+    package = SimpleNamespace(submodule_search_locations=[tmp_path])
+    installed = {"flash_attn": package, "flash_attn_interface": package}
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", installed.get)
     assert hardware._gpu("T4", (7, 5)).flash_attention == ()
     assert hardware._gpu("A100", (8, 0)).flash_attention == (2,)
     assert hardware._gpu("H100", (9, 0)).flash_attention == (2, 3)
+    (tmp_path / "cute").mkdir()
+    assert hardware._gpu("H100", (9, 0)).flash_attention == (2, 3, 4)
+
+
+def test_torch_compile_is_not_for_gpus_that_triton_refuses(monkeypatch):
+    monkeypatch.setattr(hardware, "_compiler", lambda: True)
+    assert [hardware._gpu("", version).compiler for version in ((6, 1), (7, 0))] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +179,8 @@ def test_installed_versions_of_flash_attention_count_where_they_run(monkeypatch)
         (A100, {"attn_implementation": "flash_attention_2", "bf16": False}, "fp32 is asked for"),
         (T4, {"attn_implementation": "documents"}, "documents is for CPUs; this is T4"),
         (OLD_CPU, {"torch_compile": True}, r"no g\+\+"),
+        (P100, {"torch_compile": True}, "capability 7.0 or more; this is P100"),
+        (P100, {"attn_implementation": "flex_attention"}, "capability 7.0 or more; this is P100"),
         (T4, {"tf32": True}, "capability 8.0 or more; this is T4"),
         (A100, {"attn_implementation": "flash_attention_3"}, "capability 9.0"),
         (A100, {"attn_implementation": "flash_attention_4"}, r"flash_attn\.cute installed"),
@@ -183,6 +218,7 @@ def test_gemm_peak_is_a_plausible_rate():
 LISTING = "GPU-aa11, NVIDIA A100-SXM4-40GB, 8.0, 40960, 40000\nGPU-aa22, NVIDIA GB10, 12.1, [N/A], [N/A]\n"
 BIG = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40 * 2**30, 40_000 * 2**20)
 SHARED = Gpu("NVIDIA GB10", (12, 1), None, None)
+PART = Gpu("NVIDIA A100-SXM4-40GB MIG", (8, 0), None, None, part=True)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +229,8 @@ SHARED = Gpu("NVIDIA GB10", (12, 1), None, None)
         ({"CUDA_VISIBLE_DEVICES": "1,0"}, [SHARED, BIG]),
         ({"CUDA_VISIBLE_DEVICES": "GPU-aa2"}, [SHARED]),
         ({"CUDA_VISIBLE_DEVICES": "0,7,1"}, [BIG]),
-        ({"CUDA_VISIBLE_DEVICES": "MIG-3c1f-aaaa"}, [BIG._replace(total=None, free=None)]),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-3c1f-aaaa,MIG-3c1f-bbbb"}, [PART]),
+        ({"CUDA_VISIBLE_DEVICES": "1,MIG-3c1f-aaaa"}, [SHARED]),
         ({"CUDA_VISIBLE_DEVICES": ""}, []),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
     ],
@@ -215,12 +252,13 @@ def test_an_nvidia_smi_that_fails_is_said(tmp_path, monkeypatch, capsys):
     assert f"nvidia-smi ends with exit code 18: {said}. So no GPU is used" in capsys.readouterr().err
 
 
-def test_a_package_that_cannot_be_imported_counts_as_absent(tmp_path, monkeypatch):
-    """As a FlashAttention that was built for another torch; to find a part of it imports the whole."""
-    (tmp_path / "flash_for_another").mkdir()
-    (tmp_path / "flash_for_another/__init__.py").write_text("raise ImportError('undefined symbol')")
+def test_a_part_of_a_package_is_found_without_an_import(tmp_path, monkeypatch):
+    """FlashAttention imports torch, which takes seconds."""
+    (tmp_path / "flash_that_imports/cute").mkdir(parents=True)
+    (tmp_path / "flash_that_imports/__init__.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert not is_installed("flash_for_another.cute")
+    assert is_installed("flash_that_imports.cute")
+    assert not is_installed("flash_that_imports.hopper") and not is_installed("no_such_package.cute")
 
 
 @pytest.mark.parametrize(
@@ -264,14 +302,19 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(tmp_path, monkeypatch):
     [
         ((6, 1), ["sm_75", "sm_80", "sm_90a", "compute_120"], False),
         ((7, 5), ["sm_75", "sm_80"], True),
-        ((12, 0), ["sm_75", "sm_90"], True),  # by PTX
+        ((8, 9), ["sm_80", "sm_90"], True),
+        ((8, 0), ["sm_75", "sm_86"], False),
+        ((12, 0), ["sm_75", "sm_90"], False),
+        ((12, 0), ["sm_75", "sm_90", "compute_90"], True),  # by PTX
+        ((12, 1), ["sm_90", "sm_120"], True),
         ((6, 1), [], True),  # unknown
     ],
 )
-def test_a_gpu_older_than_the_build_of_torch_is_refused(capability, built, works):
+def test_a_gpu_that_the_build_of_torch_has_no_kernels_for_is_refused(capability, built, works):
     if works:
         return check_build("GTX", capability, built)
-    with pytest.raises(Refused, match=r"GTX has compute capability 6.1, .* kernels from 7.5 on. Install"):
+    has = rf"capability {'.'.join(map(str, capability))}, .* kernels for {' '.join(built)}. Install"
+    with pytest.raises(Refused, match=f"GTX has compute {has}"):
         check_build("GTX", capability, built)
 
 

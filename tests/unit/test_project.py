@@ -81,6 +81,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert read_state(path) == {"new": 2}
 
 
+def test_a_file_that_cannot_be_renamed_leaves_no_part(tmp_path):
+    (tmp_path / "state.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json(tmp_path / "state.json", {"new": 2})
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
 def test_a_row_after_a_line_that_was_cut_short_is_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_json_line(path, {"a": 1})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.model import model_values
+from recipe.corpus.sources import licence
 from recipe.export.html_report import flat_figures
 from recipe.project import RECORD, RecipeError, markdown_table, read_record, require_space, share_blocks
 
@@ -69,7 +70,7 @@ def model_card(
 
     name: the title. repository: the name on the hub to load the model from; empty for the folder of the card.
     config: the recipe. folders: the finished stages by name: 02, 03, 05, 06 and 07, and for a tuned model
-    also 11, 12, 14 and 15. Raises Refused when a stage.json cannot be read.
+    also 11, 12 or 13 or both, 14 and 15. Raises Refused when a stage.json cannot be read.
     """
     records = {stage: read_record(folder, "figures", "headline") for stage, folder in folders.items()}
     tuned = "15_generate" in folders
@@ -79,12 +80,12 @@ def model_card(
         _summary(config, records),
         "## Use\n\n" + _use(repository, config, tuned),
         "## Limits\n\n" + _LIMITS,
-        "## Data\n\n" + _data(folders, records),
+        "## Data\n\n" + _data(config, folders, records),
         "## Tokenizer\n\n" + records["03_tokenizer"]["headline"],
         "## Training\n\n" + _training(config, records),
-        "## Evaluation\n\n" + _measured(folders, records, ("06_evaluate", "14_evaluate")),
+        "## Evaluation\n\n" + _measured(folders, ("06_evaluate", "14_evaluate")),
         "## Samples\n\nBefore and after, not selected: every prompt of the recipe, with one seed.\n\n"
-        + _measured(folders, records, ("07_generate", "15_generate")),
+        + _measured(folders, ("07_generate", "15_generate")),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -154,15 +155,16 @@ def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str
     return text
 
 
-def _data(folders: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
+def _data(
+    config: dict[str, dict[str, Any]], folders: dict[str, Path], records: dict[str, dict[str, Any]]
+) -> str:
     """The sources: licence, what was kept, why the rest was dropped. Also the instruction pairs."""
-    sources = records["01_download"]["figures"]["sources"] if "01_download" in records else {}
     rows = []
     for name, counts in records["02_dataset"]["figures"].items():
         documents = counts["documents"]
         dropped = ", ".join(f"{reason} {n:,}" for reason, n in documents["dropped"].items()) or "none"
         numbers = [f"{documents['in']:,}", f"{documents['out']:,}", f"{counts['bytes']['out'] / 1e6:,.2f}"]
-        rows.append([name, sources.get(name, {}).get("licence", "unknown"), *numbers, dropped])
+        rows.append([name, licence(config["dataset"]["sources"][name]), *numbers, dropped])
     lines = markdown_table(("source", "licence", "documents", "kept", "MB kept", "dropped"), rows, "llrrrl")
     if "11_dataset" in folders:
         lines += [
@@ -196,15 +198,12 @@ def _json_block(value: Any) -> str:
     return f"```json\n{json.dumps(value, ensure_ascii=False, indent=2)}\n```"
 
 
-def _measured(folders: dict[str, Path], records: dict[str, dict[str, Any]], stages: tuple[str, ...]) -> str:
-    """The texts that these stages wrote, or their figures if they wrote none."""
+def _measured(folders: dict[str, Path], stages: tuple[str, ...]) -> str:
+    """The texts that these stages wrote."""
     parts = []
     for stage in stages:
         if stage in folders:
             texts = [path.read_text("utf-8").strip() for path in sorted(folders[stage].glob("*.md"))]
-            if not texts:
-                rows = flat_figures(records[stage]["figures"])
-                texts = ["\n".join(markdown_table(("figure", "value"), rows, "l"))]
             parts += [f"### {stage}", *texts]
     return "\n\n".join(parts)
 
@@ -213,22 +212,29 @@ def push(folder: Path, repository: str, private: bool) -> str:
     """Upload a folder to a model repository of the hub; returns the address of the commit.
 
     The repository is created if it does not exist. The token is HF_TOKEN, or that of `hf auth login`. Raises
-    RecipeError when the hub refuses or cannot be reached.
+    RecipeError when the hub refuses or cannot be reached, and for a public repository where `private` is
+    asked for.
     """
-    import httpx
+    import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
+        # A repository that exists stays as it is.
+        if private and not api.repo_info(repository).private:
+            raise RecipeError(
+                f"push to {repository!r}: this repository is public, and the model would be, too. Make it "
+                'private, give another name (hub_model_id), or write "hub_private_repo": false'
+            )
         done = api.upload_folder(
             folder_path=folder,
             repo_id=repository,
             commit_message="Upload of a recipe's model",
             ignore_patterns=[".*", RECORD],
         )
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
         raise RecipeError(
             f"push to {repository!r} failed: {error}. Check the name, the network and the token "
             "(`hf auth login`, or HF_TOKEN)"

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from typing import Any
 from recipe.export.card import copy_model
 from recipe.host import free_port
 from recipe.project import RecipeError, Refused, read_json
+from recipe.signals import end_with_parent
 
 # Shares of the texts. With a share below its limit the file is not kept. They were fixed before measuring.
 LIMITS = {"identical_ids": 0.99, "same_next_token": 0.99, "identical_chat": 1.0}
@@ -49,6 +52,9 @@ def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
     empty folder. Raises Refused unless the kind is bpe or unigram and the converter knows how to read it for
     this type of model, RecipeError when the converter fails.
     """
+    from recipe.tokenization.encode_text import document_start
+    from recipe.tokenization.save import load_tokenizer
+
     if kind not in ("bpe", "unigram"):
         raise Refused(
             f"GGUF: tokenizer.json: kind: {kind!r} has no exact counterpart in llama.cpp. Use the kind bpe"
@@ -67,12 +73,15 @@ def write_gguf(model: Path, sentencepiece: Path, kind: str, work: Path) -> Path:
         )
     if result.returncode or not converted.exists():
         raise RecipeError(f"GGUF: llama.cpp's converter failed: {result.stderr.strip()[-400:]}")
-    _set_tokenizer(converted, work / "model.gguf", kind)
+    _set_tokenizer(converted, work / "model.gguf", kind, bool(document_start(load_tokenizer(model))))
     return work / "model.gguf"
 
 
-def _set_tokenizer(source: Path, target: Path, kind: str) -> None:
-    """Copy a GGUF file with other tokenizer settings: add no space, remove none; search as Unigram does."""
+def _set_tokenizer(source: Path, target: Path, kind: str, start: bool) -> None:
+    """Copy a GGUF file with other tokenizer settings: add no space, remove none; search as Unigram does.
+
+    start: whether a document-start token is before every text. There is no EOS after it.
+    """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
@@ -80,10 +89,16 @@ def _set_tokenizer(source: Path, target: Path, kind: str) -> None:
     writer = GGUFWriter(
         target, arch=reader.get_field("general.architecture").contents(), endianess=reader.endianess
     )
+    flags = dict.fromkeys(("add_space_prefix", "remove_extra_whitespaces", "add_eos_token"), False)
     new = {
-        f"tokenizer.ggml.{key}": MetadataDetails(GGUFValueType.BOOL, False)
-        for key in ("add_space_prefix", "remove_extra_whitespaces")
+        f"tokenizer.ggml.{key}": MetadataDetails(GGUFValueType.BOOL, value)
+        for key, value in (flags | {"add_bos_token": start}).items()
     }
+    template = reader.get_field("tokenizer.chat_template")
+    if template and not start:
+        # llama.cpp gives a template a document-start token in any case: without one, that of id 1.
+        text = "{%- set bos_token = '' -%}" + template.contents()
+        new["tokenizer.chat_template"] = MetadataDetails(GGUFValueType.STRING, text)
     if kind == "unigram":
         new["tokenizer.ggml.model"] = MetadataDetails(GGUFValueType.STRING, "t5")
     copy_with_new_metadata(reader, writer, new, [])
@@ -94,10 +109,10 @@ def compare_with_llama_cpp(
 ) -> dict[str, Any]:
     """Compare the ids and the next tokens of llama.cpp with those of the Hugging Face model.
 
-    texts: plain text. conversations: lists of messages with ``role`` and ``content``. Returns shares:
-    ``identical_ids``, of texts with the same ids; ``same_next_token``, of texts with the same likeliest next
-    token after the same ids; ``identical_chat``, of conversations with the same ids. Also ``texts``, their
-    number, and ``first_difference``, the first text with other ids or None.
+    texts: plain text, at least one. conversations: lists of messages with ``role`` and ``content``. Returns
+    shares: ``identical_ids``, of texts with the same ids, special ones included; ``same_next_token``, of
+    texts with the same likeliest next token after the same ids; ``identical_chat``, of conversations with the
+    same ids. Also ``texts``, their number, and ``first_difference``, the first text with other ids or None.
     """
     import torch
 
@@ -106,12 +121,11 @@ def compare_with_llama_cpp(
 
     ask, close = _serve(gguf)
     try:
-        ids = encode_texts(tokenizer, texts)
-        plain = {"add_special": False, "parse_special": False}
+        ids = [document_start(tokenizer) + row for row in encode_texts(tokenizer, texts)]
+        plain = {"add_special": True, "parse_special": False}
         theirs = [ask("/tokenize", {"content": text} | plain)["tokens"] for text in texts]
         agree = 0
-        for row in ids:
-            prompt = document_start(tokenizer) + row
+        for prompt in ids:
             with torch.inference_mode():
                 best = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
             request = {
@@ -144,11 +158,13 @@ def compare_with_llama_cpp(
 def _serve(gguf: Path) -> tuple[Callable[[str, dict], dict], Callable[[], None]]:
     """Start llama.cpp's server on a free loopback port; a function that asks it, and one that ends it.
 
-    The server is a process of its own, so that this one cannot hang with it.
+    The server is a process of its own, so that this one cannot hang with it. It ends with this one.
     """
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER, str(gguf), str(port)], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", _SERVER, str(gguf), str(port)],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(end_with_parent, signal.SIGKILL),
     )
 
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says

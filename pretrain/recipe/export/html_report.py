@@ -5,12 +5,12 @@ Run:  python -m recipe.export.html_report tiny
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
@@ -204,8 +204,11 @@ def flat_figures(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     """Write the page of the recipe that the command line names, and print its path."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    recipe = parser.parse_args().recipe
     with errors_in_one_line("report"):
-        print(f"report: {write_report(sys.argv[1]).relative_to(project.ROOT)}")
+        print(f"report: {write_report(recipe).relative_to(project.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -78,9 +78,13 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _intermediate_size(config: Any) -> int:
+    return (config.n_inner or 4 * config.n_embd) if config.model_type == "gpt2" else config.intermediate_size
+
+
 def _llama_arguments(config: Any) -> dict[str, Any]:
     arguments = {
-        "--ffn-hidden-size": config.intermediate_size,
+        "--ffn-hidden-size": _intermediate_size(config),
         "--group-query-attention": None,
         "--num-query-groups": config.num_key_value_heads,
         "--position-embedding-type": "rope",
@@ -97,7 +101,7 @@ def _llama_arguments(config: Any) -> dict[str, Any]:
 
 def _gpt2_arguments(config: Any) -> dict[str, Any]:
     return {
-        "--ffn-hidden-size": config.n_inner or 4 * config.n_embd,
+        "--ffn-hidden-size": _intermediate_size(config),
         "--position-embedding-type": "learned_absolute",
         "--normalization": "LayerNorm",
         "--norm-epsilon": config.layer_norm_epsilon,
@@ -156,15 +160,17 @@ def _check_supported(config: Any, seq_length: int, tensor: int, pipeline: int) -
 
 
 def check_parallelism(config: Any, tensor: int, pipeline: int) -> None:
-    """Raise Refused unless the ranks divide the model's layers and key-value heads."""
+    """Raise Refused unless the ranks divide the model's layers, key-value heads and intermediate size."""
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers = config.num_hidden_layers
+    layers, width = config.num_hidden_layers, _intermediate_size(config)
     if tensor < 1 or pipeline < 1:
         fault = f"--tensor-parallel {tensor}, --pipeline-parallel {pipeline}: expected 1 or more"
     elif layers % pipeline:
         fault = f"--pipeline-parallel {pipeline} does not divide {layers} layers"
     elif groups % tensor:
         fault = f"--tensor-parallel {tensor} does not divide {groups} key-value heads"
+    elif width % tensor:
+        fault = f"--tensor-parallel {tensor} does not divide the intermediate size {width}"
     else:
         return
     raise Refused(f"Megatron-LM cannot train this recipe: {fault}")

@@ -280,7 +280,9 @@ def read_checkpoint(checkpoint: Path, config: Any) -> Weights:
     tracker = checkpoint / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         raise Refused(f"{tracker}: missing. Give the folder of Megatron-LM's --save")
-    step = tracker.read_text().strip()
+    step = tracker.read_text(errors="replace").strip()
+    if not re.fullmatch(r"release|[0-9]+", step):
+        raise Refused(f"{tracker}: {step[:40]!r}, expected a number of steps or release. Save again")
     folder = checkpoint / (step if step == "release" else f"iter_{int(step):07d}")
     ranks = {}
     for path in sorted(folder.glob("mp_rank_*/model_optim_rng.pt")):

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from recipe.model.build import load_model
 from recipe.model.save import complete_configs
-from recipe.project import RecipeError, read_json, write_json
+from recipe.project import RecipeError, Refused, read_json, write_json
 
 ADAPTER = "adapter"
 BASE = "base.json"
@@ -26,15 +27,17 @@ def load_with_adapter(folder: Path, attention: str, lora: dict[str, Any], argume
     """A saved model with frozen weights and a new adapter over them.
 
     lora: LoraConfig's own keys, and ``quantization``: ``nf4`` holds the frozen weights in 4 bits (CUDA only).
-    arguments: the TrainingArguments, for seed, device and gradient checkpointing.
+    arguments: the TrainingArguments, for seed, device, precision and gradient checkpointing. Raises Refused
+    for an adapter over a matrix that embeddings and output share: its merge would change both.
     """
     lora = {"target_modules": "all-linear"} | lora
     if lora.pop("quantization", None):
+        precision = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float16,
+            bnb_4bit_compute_dtype=precision,
         )
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -51,7 +54,15 @@ def load_with_adapter(folder: Path, attention: str, lora: dict[str, Any], argume
             # Without it no gradient reaches a checkpointed layer, whose inputs are all frozen.
             model.enable_input_require_grads()
     torch.manual_seed(arguments.seed)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    # As `recipe.config.training.check_target_modules`, for a checkpoint that was fetched after that check.
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.config.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise Refused(
+            f"lora.target_modules: {lora['target_modules']} takes the embeddings or the output, which share "
+            "one matrix: merged, the adapter would change both. Leave them out"
+        )
+    return adapted
 
 
 def weights_digest(folder: Path) -> str:

@@ -217,7 +217,9 @@ def _active(model: PreTrainedModel, parameter: torch.nn.Parameter) -> int:
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's, where ZeRO-3 has partitioned it
+    """The numbers of a parameter, also where ZeRO-3 keeps a part of it here, or where it is in 4 bits."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def dimensions(parameter: torch.nn.Parameter) -> int:
@@ -229,8 +231,9 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
     """Floating point operations of one training token: 6 per weight of a matrix, and attention.
 
     A frozen weight counts 4. Of the experts those count that a token uses. After Kaplan et al. (2020),
-    appendix B, and Chowdhery et al. (2022), appendix B, with attention halved because it is causal. The input
-    embedding is a look-up and costs nothing; the output matrix counts even if it is tied.
+    appendix B, and Chowdhery et al. (2022), appendix B, with attention halved because it is causal; a sliding
+    window counts as if there were none. The input embedding is a look-up and costs nothing; the output matrix
+    counts even if it is tied.
     """
     config = model.config
     matrices = sum(

@@ -84,10 +84,10 @@ def seen_card(name: str, gigabytes: float) -> Card | None:
     """The entry for a GPU that nvidia-smi calls `name`, the one with the nearest memory; None if unknown.
 
     Every word of the entry's name must be a word of `name`, and a variant of another name (``RTX 4070 Ti``,
-    ``Laptop``) is another card.
+    ``Laptop``, ``H100 NVL``) is another card.
     """
     words = set(re.split(r"[\s-]+", name.lower()))
-    if words & {"ti", "super", "laptop", "max", "mobile"}:
+    if words & {"ti", "super", "laptop", "max", "mobile", "nvl", "mig"} or {"h100", "pcie"} <= words:
         return None
     known = [one for one in CARDS.values() if set(one.name.lower().replace(" sxm", "").split()) <= words]
     return min(known, key=lambda one: abs(one.gigabytes - gigabytes), default=None)

@@ -47,7 +47,8 @@ class Shape:
     layers. `matrices` to `active` are numbers of parameters. matrices: the weights of the layers, of two
     dimensions or three. vectors: norms and biases. embeddings: of tokens and of learned positions. output:
     the output matrix, 0 where it is tied to the embeddings. active: the part of `matrices` that a token uses.
-    experts_of_token: the experts that a token uses in a layer, 0 without experts.
+    experts_of_token: the experts that a token uses in a layer, 0 without experts. softcapping: whether the
+    logits are capped before the loss.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Shape:
     output: int
     active: int
     experts_of_token: float = 0
+    softcapping: bool = False
 
     @property
     def parameters(self) -> int:
@@ -154,6 +156,7 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
         0 if tied else vocabulary * hidden,
         active,
         experts.of_token * experts.layers / layers if experts else 0,
+        bool(values.get("final_logit_softcapping")),
     )
 
 
@@ -257,7 +260,7 @@ def logit_bytes(shape: Shape, setting: Setting) -> float:
     """Bytes of the logits of a micro-batch, and of all that is made from them, at the peak of the loss."""
     logits = setting.micro_batch * setting.block_size * shape.vocabulary
     chosen = choose_loss(setting.device, logits, setting.compiled, setting.tensor_parallel)
-    if chosen != CHUNKS or shape.experts_of_token:  # see `recipe.training.training`
+    if chosen != CHUNKS or shape.experts_of_token or shape.softcapping:  # see `recipe.training.training`
         return LOGIT_BYTES[setting.mode] * logits
     # The output matrix's gradient in float32, and its product with the gradient of the loss. Then the logits
     # of a chunk are gone, but their memory remains reserved.

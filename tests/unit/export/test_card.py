@@ -2,10 +2,11 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import SHAPE, sentences
-from recipe.export.card import copy_model, model_card
+from recipe.export.card import copy_model, model_card, push
 from recipe.model.build import build_model
 from recipe.project import RecipeError, write_json
 from recipe.tokenization.encode_text import prompt_ids
@@ -29,11 +30,12 @@ def finished(tmp_path):
         folder.mkdir()
         record = {"figures": FIGURES[stage], "headline": stage, "finished": "2026-01-01", "commit": None}
         write_json(folder / "stage.json", record | {"versions": {}})
+    (folders["06_evaluate"] / "metrics.md").write_text("loss 1.5")
     return folders
 
 
 CONFIG = {
-    "dataset": {},
+    "dataset": {"sources": {"web": {"source": "files", "licence": "CC0"}}},
     "tokenizer": {"kind": "unigram"},
     "model": {"model_type": "qwen3"},
     "pretrain": {"learning_rate": 0.5},
@@ -57,7 +59,8 @@ def test_the_code_of_the_card_runs_and_starts_as_documents_do(finished, capsys):
 def test_the_card_tells_what_was_measured(finished):
     card = model_card("mine", "", CONFIG, finished)
     assert "12,345 parameters" in card and "678 tokens" in card
-    assert "| web | unknown | 3 | 2 | 0.00 | short 1 |" in card
+    assert "| web | CC0 | 3 | 2 | 0.00 | short 1 |" in card
+    assert "### 06_evaluate\n\nloss 1.5\n\n## Samples" in card
     assert "With transformers 4.57 or 5, in the folder of this card:" in card
     assert "from_pretrained('.')" in card
     assert json.dumps(CONFIG["pretrain"], indent=2) in card
@@ -79,3 +82,29 @@ def test_an_edited_copy_of_a_model_changes_nothing_in_the_stage_it_comes_from(tm
     with (target / "config.json").open("a") as handle:
         handle.write("edited")
     assert (source / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("private", "found", "pushed"),
+    [(True, True, True), (True, False, False), (False, False, True), (False, True, True)],
+)
+def test_a_private_model_is_not_pushed_to_a_public_repository(monkeypatch, tmp_path, private, found, pushed):
+    """The hub ignores `private` for a repository that exists."""
+
+    class Hub:
+        create_repo = staticmethod(lambda *_, **__: None)
+        repo_info = staticmethod(lambda _: SimpleNamespace(private=found))
+        upload_folder = staticmethod(lambda **_: SimpleNamespace(commit_url="the address"))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    if pushed:
+        assert push(tmp_path, "me/model", private) == "the address"
+        return
+    with pytest.raises(RecipeError, match="'me/model': this repository is public.*hub_private_repo"):
+        push(tmp_path, "me/model", private)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(RecipeError, match="push to 'me/model' failed: .*Check the name, the network"):
+        push(tmp_path, "me/model", True)

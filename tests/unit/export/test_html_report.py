@@ -148,6 +148,13 @@ def test_a_recipe_without_stages_is_refused(run):
         html_report.write_report("none")
 
 
+def test_a_command_without_a_recipe_says_its_usage(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["html_report"])
+    with pytest.raises(SystemExit) as end:
+        html_report.main()
+    assert end.value.code == 2 and "required: recipe" in capsys.readouterr().err
+
+
 def test_long_figures_are_cut_and_counted(run):
     run("04_tokenize", {f"key{i}": i for i in range(html_report.MOST_FIGURES + 7)})
     assert "and 7 more" in page_of()[1]

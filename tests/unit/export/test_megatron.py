@@ -189,6 +189,14 @@ def test_bad_conversions_are_refused(tmp_path):
         megatron_weights.write_folder(tmp_path, tmp_path / "hf", tmp_path / "back")
 
 
+@pytest.mark.parametrize("content", ["", "iter\n", "-1", "\0\0\0"])
+def test_a_damaged_name_of_the_last_checkpoint_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(megatron_weights, "require_extra", lambda *_: None)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(content)
+    with pytest.raises(Refused, match="iteration.txt: '.*', expected a number of steps or release"):
+        megatron_weights.read_checkpoint(tmp_path, config_of("qwen3"))
+
+
 @pytest.mark.extra("megatron")
 def test_missing_ranks_and_other_shapes_are_refused(tmp_path):
     config = config_of("qwen3")
@@ -332,6 +340,7 @@ def test_a_training_that_megatron_has_not_is_refused(values, fault):
         ({}, {"tensor": 4}, "--tensor-parallel 4 does not divide 2 key-value heads"),
         ({}, {"tensor": 0}, "expected 1 or more"),
         ({}, {"pipeline": 3}, "--pipeline-parallel 3 does not divide 2 layers"),
+        ({"intermediate_size": 63}, {"tensor": 2}, "--tensor-parallel 2 does not divide .* size 63"),
     ],
 )
 def test_a_model_that_megatron_does_not_support_is_refused(values, sizes, fault):
@@ -359,12 +368,13 @@ def test_a_sliding_window_is_accepted_only_when_it_has_no_effect():
         ({"embd_pdrop": 0.0}, "embd_pdrop 0.0 and resid_pdrop 0.1"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"n_positions": 16}, "block_size: 32 tokens are more than n_positions, 16"),
+        ({"n_inner": 63}, "--tensor-parallel 2 does not divide the intermediate size 63"),
     ],
 )
 def test_a_gpt2_that_megatron_does_not_support_is_refused(values, fault):
     megatron.arguments_for(config_of("gpt2"), 32, 2, 2)
     with pytest.raises(Refused, match=fault):
-        megatron.arguments_for(config_of("gpt2", **values), 32)
+        megatron.arguments_for(config_of("gpt2", **values), 32, 2)
 
 
 @pytest.mark.extra("megatron")

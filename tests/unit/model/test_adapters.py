@@ -7,10 +7,10 @@ import torch
 from conftest import SHAPE, sentences
 from recipe.model import adapters
 from recipe.model.build import build_model, load_model
-from recipe.project import RecipeError, read_json
+from recipe.project import RecipeError, Refused, read_json
 from recipe.tokenization.train import train_tokenizer
 
-ARGUMENTS = SimpleNamespace(seed=1, activation_checkpointing=False)
+ARGUMENTS = SimpleNamespace(seed=1, activation_checkpointing=False, bf16=False, fp16=False)
 IDS = torch.arange(5, 37).reshape(1, -1)
 
 
@@ -19,7 +19,12 @@ def bases(tmp_path_factory):
     """Two models of one shape, and one of another."""
     fast = train_tokenizer(sentences(2000, 1), {"vocab_size": 400}).tokenizer
     folders = {}
-    for name, seed, shape in (("one", 1, {}), ("two", 2, {}), ("wide", 1, {"hidden_size": 64})):
+    for name, seed, shape in (
+        ("one", 1, {}),
+        ("two", 2, {}),
+        ("wide", 1, {"hidden_size": 64}),
+        ("tied", 1, {"tie_word_embeddings": True}),
+    ):
         folders[name] = tmp_path_factory.mktemp(name)
         build_model({"model_type": "qwen3", **SHAPE, **shape}, fast, "sdpa", seed).save_pretrained(
             folders[name]
@@ -73,3 +78,25 @@ def test_an_adapter_of_another_model_is_named(trained, bases):
         adapters.merge_adapter(bases["wide"], folder / adapters.ADAPTER)
     with pytest.raises(RecipeError, match="no adapter_config.json"):
         adapters.merge_adapter(bases["one"], folder)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_over_a_shared_matrix_is_refused(bases, target):
+    """Its merge would change the embeddings and the output."""
+    lora = {"r": 2, "target_modules": ["q_proj", target]}
+    adapters.load_with_adapter(bases["one"], "sdpa", lora, ARGUMENTS)
+    with pytest.raises(Refused, match="lora.target_modules: .* merged, the adapter would change both"):
+        adapters.load_with_adapter(bases["tied"], "sdpa", lora, ARGUMENTS)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
+def test_4_bit_weights_are_multiplied_in_the_precision_of_the_training(bases, monkeypatch, precision):
+    """bitsandbytes is not needed to see what it is asked for."""
+
+    def config(**values):
+        raise RecipeError(str(values["bnb_4bit_compute_dtype"]))
+
+    monkeypatch.setattr(adapters, "BitsAndBytesConfig", config)
+    arguments = SimpleNamespace(bf16=precision == "bfloat16", fp16=precision == "float16")
+    with pytest.raises(RecipeError, match=f"torch.{precision}"):
+        adapters.load_with_adapter(bases["one"], "sdpa", {"r": 2, "quantization": "nf4"}, arguments)

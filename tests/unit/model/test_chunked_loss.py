@@ -1,5 +1,6 @@
 """The loss in chunks is that of the whole logits, with the same gradients, and holds no logits."""
 
+import copy
 import types
 
 import pytest
@@ -10,6 +11,7 @@ from recipe.model.build import build_model
 from recipe.model.chunked_loss import return_loss_in_chunks
 from recipe.model.losses import return_loss_only
 from recipe.tokenization.packing import IGNORED
+from recipe.training import training
 from tiny_training import GPT2
 from torch._dynamo.utils import counters
 from transformers import AutoTokenizer
@@ -126,6 +128,21 @@ def test_an_adapter_trains_through_a_frozen_output_matrix(corpus, monkeypatch):
         assert chunked_loss.active_loss(model) == ("whole logits", "chunks")[len(losses) - 1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*gradients)
+
+
+def test_an_adapter_over_the_output_matrix_is_trained_over_whole_logits(corpus):
+    model = build_model(MODELS["mistral"], AutoTokenizer.from_pretrained(corpus), "sdpa", 0)
+    run = types.SimpleNamespace(
+        arguments=types.SimpleNamespace(use_liger_kernel=False, per_device_train_batch_size=2**12),
+        settings=types.SimpleNamespace(block_size=2**12),
+        hardware=types.SimpleNamespace(device="cuda"),
+        choice=types.SimpleNamespace(compile=False),
+        tensor_parallel=1,
+    )
+    assert training._loss_of(run, model) == "chunks"
+    for targets, expected in ((["q_proj"], "chunks"), (["lm_head"], "whole logits")):
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=targets))
+        assert training._loss_of(run, adapted) == expected
 
 
 def test_ligers_forward_is_recognised(corpus):

@@ -248,6 +248,8 @@ def test_a_gpu_holds_the_logits_of_a_chunk_only():
     assert many == 8 * 2**25 + 8 * 32_000 * shape.hidden < few / 3
     split = dataclasses.replace(PLAIN, ranks=2, micro_batch=16, tensor_parallel=2)
     assert memory(shape, split)["logits"] == 4 * few
+    capped = shape_of(SMALL | {"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, 32_000)
+    assert memory(capped, dataclasses.replace(PLAIN, micro_batch=16))["logits"] == 4 * few
 
 
 def test_every_second_layer_is_between_none_and_all():
