@@ -17,7 +17,7 @@
 # Exit codes: 0 done, 1 a stage failed, 2 refused (wrong option or configuration, stale output, folder in use),
 # 130 interrupted, 143 terminated. To continue after a stop, run the same command again.
 set -euo pipefail
-if ((BASH_VERSINFO[0] < 4)); then
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "run_all.sh: error: this is bash $BASH_VERSION, but 4.4 or newer is needed (macOS: brew install bash)" >&2
   exit 2
 fi

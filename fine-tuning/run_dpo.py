@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from recipe.config.preference import uses_rewards
+from recipe.config.preference import OWN, uses_rewards
 from recipe.training.prepare import check_steps, prepare, total_steps, whole_model
 from recipe.training.script import run_script
 from recipe.training.training import train_model
@@ -31,7 +31,8 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.corpus.characters import make_dialogue_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
-    from recipe.project import RecipeError, write_json, write_text
+    from recipe.project import RecipeError, write_text
+    from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.save import load_tokenizer
     from recipe.training.curves import write_curves
     from recipe.training.preference_trainer import PreferenceTrainer, in_order
@@ -39,8 +40,7 @@ def main(plan: dict[str, Any]) -> None:
 
     # The ids are ready and short enough. The lengths of batches differ, so nothing is compiled.
     fixed = {"max_length": None, "torch_compile": False}
-    own = {"method", "pairs", "valid_share"}
-    values = {key: value for key, value in plan["config"]["preference"].items() if key not in own}
+    values = {key: value for key, value in plan["config"]["preference"].items() if key not in OWN}
     fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
     tuning = plan | {"config": plan["config"] | {"preference": values}}
     run = prepare(tuning, "preference", DPOConfig, fixed)
@@ -94,7 +94,7 @@ def main(plan: dict[str, Any]) -> None:
         write_text(folder / "funnel.md", preferences_table(funnel))
         figures |= {"pairs": funnel, "left_out": left_out}
         headline = f"{figures['steps']:,} steps, valid preference loss {figures['eval_loss']:.4f}"
-        write_json(folder / "result.json", figures | {"headline": headline})
+        write_last(folder / RESULT, figures | {"headline": headline})
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ MEASURED = 256  # questions of the validation side, at most: the model writes an
 def main(plan: dict[str, Any]) -> None:
     """Encode the questions, let the model answer, train by the rewards, save; rank 0 writes result.json."""
     from datasets import Dataset
-    from recipe.config.preference import NUM_GENERATIONS
+    from recipe.config.preference import NUM_GENERATIONS, OWN
     from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import preferences_table
     from recipe.conversations.questions import encode_questions, load_questions
     from recipe.model.build import load_model
-    from recipe.project import RecipeError, read_json_lines, write_json, write_text
+    from recipe.project import RecipeError, read_json_lines, write_text
+    from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.save import load_tokenizer
     from recipe.training.callbacks import METRICS
     from recipe.training.curves import write_curves
@@ -29,8 +30,7 @@ def main(plan: dict[str, Any]) -> None:
 
     preference = plan["config"]["preference"]
     group, longest = preference.get("num_generations", NUM_GENERATIONS), preference["max_completion_length"]
-    own = {"method", "pairs", "valid_share", "rewards"}
-    values = {key: value for key, value in preference.items() if key not in own}
+    values = {key: value for key, value in preference.items() if key not in OWN}
     # The lengths of batches differ, so nothing is compiled. `encode_questions` shuffles.
     fixed = {"num_generations": group, "shuffle_dataset": False, "torch_compile": False, "spikes": None}
     fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
@@ -92,4 +92,4 @@ def main(plan: dict[str, Any]) -> None:
         figures |= {"pairs": funnel, "left_out": left_out, "tokens": measured[-1]["tokens"]}
         figures |= {"reward_before": before, "reward": after}
         headline = f"{figures['steps']:,} steps, valid reward {before:.3f} -> {after:.3f}"
-        write_json(folder / "result.json", figures | {"headline": headline})
+        write_last(folder / RESULT, figures | {"headline": headline})

@@ -20,11 +20,11 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.evaluation.generation import clean_question
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model
-    from recipe.project import write_json
+    from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.packing import PackedConversations
     from recipe.tokenization.save import load_tokenizer
     from recipe.training.curves import write_curves
-    from recipe.training.sample_prompts import Samples
+    from recipe.training.sample_prompts import SamplePrompts
     from torch.utils.data import Subset
 
     run = prepare(plan, "finetune")
@@ -62,7 +62,7 @@ def main(plan: dict[str, Any]) -> None:
     questions = {
         text: encode_conversation(tokenizer, [{"role": "user", "content": text}])[0] for text in texts
     }
-    sampling = Samples(settings.sample_steps, questions, generation, tokenizer, folder)
+    sampling = SamplePrompts(settings.sample_steps, questions, generation, tokenizer, folder)
     figures = train_model(run, model, tokenizer, samples, valid, sampling=sampling)
     if run.is_main:
         if settings.lora:
@@ -72,7 +72,7 @@ def main(plan: dict[str, Any]) -> None:
         write_curves(folder, f"tuning, recipe {plan['recipe']}")
         figures["left_out"] = {"train": counts, "valid": valid_counts}
         headline = f"{figures['steps']:,} steps, response loss {figures['eval_loss']:.4f}{speed_of(figures)}"
-        write_json(folder / "result.json", figures | {"headline": headline})
+        write_last(folder / RESULT, figures | {"headline": headline})
 
 
 if __name__ == "__main__":

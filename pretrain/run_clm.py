@@ -23,13 +23,14 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.evaluation.generation import clean_prompt
     from recipe.model.build import active_parameter_count, build_model, continued_model, parameter_count
     from recipe.project import read_record, write_json
+    from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.encode_text import prompt_ids
     from recipe.tokenization.packing import PackedBlocks, check_vocabulary, epoch_tokens, weighted_sources
     from recipe.tokenization.phased import phased_blocks
     from recipe.tokenization.save import check_auto_tokenizer, load_tokenizer
     from recipe.tokenization.token_files import TokenFile
     from recipe.training.curves import write_curves
-    from recipe.training.sample_prompts import Samples
+    from recipe.training.sample_prompts import SamplePrompts
     from torch.utils.data import Subset
     from transformers import AutoConfig
 
@@ -99,7 +100,7 @@ def main(plan: dict[str, Any]) -> None:
     generation = plan["config"]["generation"]
     texts = [clean_prompt(plan["config"], prompt) for prompt in generation["prompts"]]
     prompts = {text: prompt_ids(tokenizer, text) for text in texts}
-    sampling = Samples(settings.sample_steps, prompts, generation, tokenizer, folder)
+    sampling = SamplePrompts(settings.sample_steps, prompts, generation, tokenizer, folder)
     figures = train_model(
         run,
         model,
@@ -113,7 +114,7 @@ def main(plan: dict[str, Any]) -> None:
     if phases:
         figures["phases"] = [phase._asdict() for phase in phases]
     if run.probe and run.is_main:
-        write_json(folder / "result.json", figures)
+        write_json(folder / RESULT, figures)
     elif run.is_main:
         tokens_per_step = settings.global_batch_size * settings.block_size
         changes = [phase.begin * tokens_per_step for phase in phases[1:]]
@@ -123,7 +124,7 @@ def main(plan: dict[str, Any]) -> None:
             before, rows = AutoConfig.from_pretrained(initial).vocab_size, model.config.vocab_size
             origin = describe_initial(plan["config"], initial, new_tokens, before, rows)
             figures["initial_model"], headline = origin, f"{headline}, from {origin['name']}"
-        write_json(folder / "result.json", figures | {"headline": headline})
+        write_last(folder / RESULT, figures | {"headline": headline})
 
 
 if __name__ == "__main__":

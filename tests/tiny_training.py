@@ -21,7 +21,7 @@ from recipe.tokenization.token_files import TokenFile, write_token_file
 from recipe.tokenization.train import train_tokenizer
 from recipe.training import training
 from recipe.training.prepare import prepare
-from recipe.training.sample_prompts import Samples
+from recipe.training.sample_prompts import SamplePrompts
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
@@ -71,7 +71,8 @@ def corpus(tmp_path_factory):
 def plan_of(folder, config):
     """The plan of a training in this process alone, as the launcher writes it."""
     plan = {"recipe": "x", "config": config, "deepspeed": None, "folder": str(folder), "ranks": 1}
-    return plan | {"fsdp": False, "tensor_parallel": 1, "host": platform.node(), "parent": os.getpid()}
+    plan |= {"fsdp": False, "tensor_parallel": 1, "new_optimizer": False}
+    return plan | {"host": platform.node(), "parent": os.getpid()}
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def train(corpus, tmp_path, monkeypatch):
             samples = phased_blocks(file, phases, *layout, SOURCES, {name: {} for name in SOURCES})
         model = build_model(model, tokenizer, run.choice.attention, run.arguments.seed)
         prompts = {prompt: prompt_ids(tokenizer, prompt) for prompt in GENERATION["prompts"]}
-        sampling = Samples(run.settings.sample_steps, prompts, GENERATION, tokenizer, folder)
+        sampling = SamplePrompts(run.settings.sample_steps, prompts, GENERATION, tokenizer, folder)
         figures = training.train_model(
             run, model, tokenizer, samples, blocks, bytes_per_token=3.0, sampling=sampling, phases=phases
         )

@@ -85,7 +85,7 @@ def train(texts: list[str], steps: int, seed: int, folder: Path) -> Any:
         "eval_strategy": "no",
     }
     plan = {"recipe": "bench-normalizing", "config": {"pretrain": values, "model": MODEL}, "deepspeed": None}
-    plan |= {"folder": str(folder), "ranks": 1, "fsdp": False, "tensor_parallel": 1}
+    plan |= {"folder": str(folder), "ranks": 1, "fsdp": False, "tensor_parallel": 1, "new_optimizer": False}
     run = prepare(plan | {"host": platform.node(), "parent": os.getpid()}, "pretrain")
     batch, block = values["global_batch_size"], values["block_size"]
     tokens = TokenFile(folder / "train")

@@ -95,7 +95,7 @@ def train_ours(method: str, rows: list[dict[str, Any]], steps: int, folder: Path
         rewards = {"length": {"maximum": CHARACTERS}, "format": {"pattern": PATTERN, "weight": 0.5}}
         values |= {"rewards": rewards, "max_completion_length": LONGEST, "num_generations": GROUP}
     plan = {"recipe": "tiny", "config": load_recipe("tiny") | {"preference": values}, "deepspeed": None}
-    plan |= {"folder": str(folder), "ranks": 1, "fsdp": False, "tensor_parallel": 1}
+    plan |= {"folder": str(folder), "ranks": 1, "fsdp": False, "tensor_parallel": 1, "new_optimizer": False}
     plan |= {"host": platform.node(), "parent": os.getpid(), "inputs": {"12_finetune": str(MODEL)}}
     run_dpo.main(plan)
 

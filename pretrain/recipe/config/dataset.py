@@ -142,7 +142,7 @@ def _check_source(source: dict[str, Any], here: str) -> None:
     require(source, tuple(kind.required), here)
     if kind.download == "url" and ("paths" in source) == ("url" in source):
         raise Refused(f"{here}: expected either `paths` (your own files) or `url`")
-    for key in ("paths", "packages"):
+    for key in ("paths", "packages", "url"):
         entries = source.get(key, [""])
         if not entries or not all(isinstance(entry, str) for entry in entries):
             raise Refused(f"{here}: {key}: {show(entries)}, expected one or more strings")

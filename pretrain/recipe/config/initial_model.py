@@ -7,9 +7,11 @@ its commit). Only config.json and safetensors weights are read or fetched: pickl
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.corpus.source_files import file_facts
 from recipe.project import ROOT, RecipeError, Refused, read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -59,7 +61,7 @@ def find_initial(pretrain: dict[str, Any]) -> Path | None:
     name = pretrain.get("initial_model")
     if name is None:
         return None
-    folder = ROOT / Path(name).expanduser()
+    folder = ROOT / os.path.expanduser(name)
     if not folder.exists():
         folder = _fetch(name, pretrain.get("initial_revision"))
     _check_weights(folder, name)
@@ -101,7 +103,7 @@ def published_config(pretrain: dict[str, Any]) -> dict[str, Any]:
     name = pretrain.get("initial_model")
     if name is None:
         return {}
-    folder = ROOT / Path(name).expanduser()
+    folder = ROOT / os.path.expanduser(name)
     if folder.exists():
         _check_weights(folder, name)
         return read_config_of(folder)
@@ -185,16 +187,16 @@ def describe_initial(
 
 
 def initial_facts(pretrain: dict[str, Any]) -> dict[str, Any]:
-    """What else a training depends on: name, size and time of the files of an initial model in a folder.
+    """What else a training depends on: the files (`file_facts`) of an initial model in a folder.
 
     Empty without ``initial_model``, so that the records of trainings from scratch do not change.
     """
     name = pretrain.get("initial_model")
     if name is None:
         return {}
-    folder = ROOT / Path(name).expanduser()
+    folder = ROOT / os.path.expanduser(name)
     files = sorted({path for pattern in _FETCHED for path in folder.glob(pattern)})
-    return {"initial_model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
+    return {"initial_model": file_facts(files)}
 
 
 def check_rows(pretrain: dict[str, Any], pieces: NewPieces) -> None:

@@ -9,10 +9,17 @@ from recipe.config.keys import check_keys, known_keys, read_config, short, show
 from recipe.config.model import attention_heads, experts_of, with_defaults
 from recipe.config.optimizers import FSDP, OFFLOAD, TENSOR, ZERO, check_optimizer_sharding
 from recipe.config.phases import samples_of
+from recipe.config.ranges import Range, check_numbers, check_ranges
 from recipe.project import CONFIGS, Refused, nearest
 
 # Keys of zero_optimization that current versions of DeepSpeed no longer read, with their successors.
 REPLACED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+# Types and ranges of keys of zero_optimization that are read here and in the preflight.
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+ZERO_TYPES = {"stage": "int", **dict.fromkeys(("offload_optimizer", "offload_param"), "dict|null")}
+ZERO_TYPES |= dict.fromkeys(BUCKETS, "float|str")
+_SIZE = Range('a number above 0, or "auto"', lambda x: x == "auto" if isinstance(x, str) else x > 0)
+ZERO_RANGES = {"stage": Range("0, 1, 2 or 3", lambda x: 0 <= x <= 3), **dict.fromkeys(BUCKETS, _SIZE)}
 # Architectures whose products torchao cannot replace, and where their weights are instead.
 NO_FP8 = {"gpt2": "its matrices in Conv1D", "qwen3_moe": "its experts in tensors of three dimensions"}
 
@@ -20,8 +27,8 @@ NO_FP8 = {"gpt2": "its matrices in Conv1D", "qwen3_moe": "its experts in tensors
 def check_deepspeed(name: str) -> Path:
     """Check a DeepSpeed file by its short name (``zero2``), and return its path.
 
-    Raises Refused for unknown keys, for an optimizer or a scheduler (DeepSpeed would silently use it instead
-    of the Trainer's), and for a ZeRO-3 file whose training could not save the model.
+    Raises Refused for unknown keys and impossible values, for an optimizer or a scheduler (DeepSpeed would
+    silently use it instead of the Trainer's), and for a ZeRO-3 file whose training could not save the model.
     """
     path = CONFIGS / "deepspeed" / f"{name}.json"
     if not path.is_file():
@@ -45,7 +52,11 @@ def check_deepspeed(name: str) -> Path:
     check_keys(values, tables["top"], short(path))
     for section in ("zero_optimization", "bf16", "fp16"):
         check_keys(values.get(section, {}), tables[section], f"{short(path)}: {section}")
+    check_numbers(values, short(path))
     zero = values.get("zero_optimization", {})
+    here = f"{short(path)}: zero_optimization"
+    check_keys({key: value for key, value in zero.items() if key in ZERO_TYPES}, ZERO_TYPES, here)
+    check_ranges(zero, ZERO_RANGES, here)
     for old, new in REPLACED.items():
         if old in zero:
             instead = {"device": "cpu", "pin_memory": True}
@@ -81,8 +92,17 @@ def check_deepspeed_facts(path: Path, facts: dict[str, Any]) -> None:
 
 def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
     """Whether the values of a DeepSpeed file keep the optimizer's states outside the GPU."""
-    offload = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
-    return offload.get("device", "none") != "none"
+    return _offloads(deepspeed, "offload_optimizer")
+
+
+def offloads_parameters(deepspeed: dict[str, Any]) -> bool:
+    """Whether the values of a DeepSpeed file keep the weights outside the GPU."""
+    return _offloads(deepspeed, "offload_param")
+
+
+def _offloads(deepspeed: dict[str, Any], section: str) -> bool:
+    # An explicit null says the same as a missing section.
+    return (deepspeed.get("zero_optimization", {}).get(section) or {}).get("device", "none") != "none"
 
 
 def batch_layout(global_batch: int, most: int, ranks: int, where: str = "") -> tuple[int, int]:
@@ -233,7 +253,8 @@ def check_tensor_parallel(model: dict[str, Any], tensor_parallel: int) -> None:
     """
     if tensor_parallel > 1 and model.get("model_type") == "gpt2":
         raise Refused("--tensor-parallel: transformers has no plan for gpt2. Use --fsdp or --deepspeed zero3")
-    experts = experts_of(with_defaults(model))
+    model = with_defaults(model)
+    experts = experts_of(model)
     if experts and experts.width % tensor_parallel:
         raise Refused(
             f"--tensor-parallel {tensor_parallel}: the experts' moe_intermediate_size {experts.width} does "

@@ -80,6 +80,10 @@ RANGES = {
     "return_dict": only(True, _DECODER),
     "problem_type": only(None, _DECODER),
 }
+# Where the message of a check may name a value that is not in the file.
+DEFAULT_KEY = " (a key that is left out has the default of transformers)"
+# The architectures that do not read a rope_theta at the top level.
+NO_ROPE_THETA = ("gpt2", "gpt_neox")
 # The keys of rope_parameters in a config.json of transformers 4.
 OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 # The kinds of layers, which in Gemma 3 have rotary embeddings of their own: each is a key of rope_parameters.
@@ -89,7 +93,7 @@ ROPE = {
     "rope_type": "str",
     "rope_theta": "float",
     "factor": "float",
-    "partial_rotary_factor": "float",
+    "partial_rotary_factor": "float",  # of gpt_neox; elsewhere 1 alone works
     "original_max_position_embeddings": "int",
     "attention_factor": "float|null",
     "beta_fast": "float|null",
@@ -119,9 +123,9 @@ OWN_TOKENIZER = ("qwen2",)
 
 
 def check_model(values: dict[str, Any], where: str) -> None:
-    """Refuse an unknown architecture or key, a value out of range, and heads that do not divide.
+    """Refuse an unknown architecture or key, and a value out of range. where: the file, for the messages.
 
-    where: the file, for the messages.
+    `check_shape` checks the values against each other.
     """
     models = known_keys()["model"]
     require(values, ("model_type",), where)
@@ -133,17 +137,33 @@ def check_model(values: dict[str, Any], where: str) -> None:
         )
     check_keys(values, models[kind] | {k: v for k, v in TYPES.items() if k in models[kind]}, where)
     check_ranges(values, RANGES, where)
-    _check_rope(kind, values.get("rope_parameters"), f"{where}: rope_parameters")
+    rope = values.get("rope_parameters")
+    _check_rope(kind, rope, f"{where}: rope_parameters")
+    theta = values.get("rope_theta")
+    if theta is not None and (kind in NO_ROPE_THETA or (rope and rope.get("rope_theta") != theta)):
+        instead = "Leave it out" if kind == "gpt2" else "Write it into rope_parameters"
+        raise Refused(f"{where}: rope_theta: {show(theta)} would have no effect here. {instead}")
     if values.get("dtype") not in (None, "float32"):
         raise Refused(
             f"{where}: dtype: {show(values['dtype'])}, but weights are kept in float32; bf16 or fp16 in "
             "pretrain.json decides the precision of the computation. Leave it out"
         )
+
+
+def check_shape(values: dict[str, Any], where: str) -> None:
+    """Refuse heads, layers and experts that do not fit each other.
+
+    values: all that is known about the model, with `DEFAULTS`. where: the file, for the messages.
+    """
+    kind = values.get("model_type")
     hidden, heads = values.get("hidden_size") or values.get("n_embd"), attention_heads(values)
     # Gemma 3 and Llama ask for it even with a head_dim.
-    free = "head_dim" in values and kind not in ("gemma3_text", "llama")
+    free = values.get("head_dim") and kind not in ("gemma3_text", "llama")
     if hidden and heads and not free and hidden % heads:
-        raise Refused(f"{where}: hidden size {hidden} does not divide by {heads} attention heads. Change one")
+        raise Refused(
+            f"{where}: hidden size {hidden} does not divide by {heads} attention heads. "
+            f"Change one{DEFAULT_KEY}"
+        )
     width = values.get("head_dim") or (hidden and heads and hidden // heads)
     if kind != "gpt2" and width and width % 2:
         raise Refused(
@@ -156,12 +176,12 @@ def check_model(values: dict[str, Any], where: str) -> None:
             f"{where}: layer_types: {show(types)}, expected full_attention or sliding_attention for each of "
             "the num_hidden_layers layers"
         )
-    _check_experts(DEFAULTS[kind] | values, where)
+    _check_experts(values, where)
     groups = values.get("num_key_value_heads")
     if groups and heads and heads % groups:
         raise Refused(
             f"{where}: num_attention_heads: {heads} does not divide by num_key_value_heads {groups}. "
-            "Change one"
+            f"Change one{DEFAULT_KEY}"
         )
 
 
@@ -203,6 +223,9 @@ def _check_rope(kind: str, values: dict[str, Any] | None, where: str) -> None:
         return
     check_keys(values, ROPE, where)
     check_ranges(values, ROPE_RANGES, where)
+    if kind != "gpt_neox":
+        whole = only(1, "only gpt_neox turns a part of the numbers of a head")
+        check_ranges(values, {"partial_rotary_factor": whole}, where)
     require(values, ("rope_theta", *ROPE_TYPES[values.get("rope_type", "default")]), where)
     low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
     if low is not None and high is not None and low >= high:

@@ -20,7 +20,7 @@ from recipe.config.training import TUNING, check_training
 from recipe.project import Refused
 
 # The keys of preference.json in addition to TRAINING and TUNING: of both methods, and those of one alone. All
-# but the first three and `rewards` have the names of DPOConfig and GRPOConfig.
+# but `OWN` have the names of DPOConfig and GRPOConfig.
 BOTH = {"method": "str", "pairs": "dict", "valid_share": "float", "beta": "float", "loss_type": "str"}
 DPO = {"label_smoothing": "float"}
 GRPO = {
@@ -30,6 +30,8 @@ GRPO = {
     "temperature": "float",
 }
 PREFERENCE = BOTH | DPO | GRPO
+# The keys that trl does not know.
+OWN = ("method", "pairs", "valid_share", "rewards")
 
 # The losses of trl's DPOTrainer.
 LOSS_TYPES = (

@@ -17,7 +17,14 @@ from recipe.config.generation import check_generation
 from recipe.config.initial_model import changed_context, published_config
 from recipe.config.instruction import check_instruction, check_pair
 from recipe.config.keys import known_keys, parse_json, read_config, show
-from recipe.config.model import FROM_TOKENIZER, OWN_TOKENIZER, check_model, model_values
+from recipe.config.model import (
+    FROM_TOKENIZER,
+    OWN_TOKENIZER,
+    check_model,
+    check_shape,
+    model_values,
+    with_defaults,
+)
 from recipe.config.phases import check_phases
 from recipe.config.preference import check_preference, uses_rewards
 from recipe.config.ranges import check_numbers
@@ -213,6 +220,9 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
     """Refuse files that contradict each other."""
     _check_initial(config, where)
     model, initial = model_values(config), config["pretrain"].get("initial_model")
+    if not initial or published_config(config["pretrain"]):
+        # What model.json leaves out is in the checkpoint, or else a default.
+        check_shape(with_defaults(model), f"{where}/model.json")
     if model.get("model_type") in OWN_TOKENIZER and kind_of(config["tokenizer"]).trained:
         raise Refused(
             f"{where}/model.json: model_type: {show(model['model_type'])}, but tokenizer.json trains a "

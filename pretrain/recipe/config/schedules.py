@@ -37,8 +37,11 @@ class Schedule(NamedTuple):
 def same_rates_until(values: dict[str, Any], steps: int) -> int | None:
     """The last step of a run up to which a longer run has the same learning rates; None: it has others.
 
-    values: of a training file. steps: of the run.
+    values: of a training file; a warm-up that is a share of the steps is longer in a longer run. steps: of
+    the run.
     """
+    if 0 < (values.get("warmup_steps") or 0) < 1:
+        return None
     fixed = SCHEDULES[values.get("lr_scheduler_type", "linear")].fixed
     return fixed(values.get("lr_scheduler_kwargs") or {}, steps) if fixed else None
 

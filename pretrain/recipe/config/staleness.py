@@ -19,16 +19,37 @@ NOT_DECIDING = (
     "hub_*",
     "project",
     "sample_steps",
+    "compare",  # of tokenizer.json: rows of a report
+    "ddp_timeout",
 )
 # The same for a source in dataset.json. Its weight is a fact of the stages that draw documents by it
-# (recipe/run/freshness.py).
-NOT_DECIDING_OF_SOURCE = ("minimum_megabytes", "weight")
+# (recipe/run/freshness.py). Its licence is text of the model card.
+NOT_DECIDING_OF_SOURCE = ("minimum_megabytes", "weight", "licence")
+# The keys of generation.json that a stage does not read.
+NOT_READ = {
+    "07_generate": ("questions",),
+    "14_evaluate": ("prompts", "questions"),
+    "15_generate": ("prompts",),
+}
+
+
+def deciding_config(stage: str, config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`deciding_keys` of each of a recipe's files, for one stage. config: the values by file."""
+    return {
+        section: {
+            key: value
+            for key, value in deciding_keys(section, values).items()
+            if section != "generation" or key not in NOT_READ.get(stage, ())
+        }
+        for section, values in config.items()
+    }
 
 
 def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe's file that can change a result. A stage is stale when this part has changed.
 
-    section: the file's name, such as ``pretrain``.
+    section: the file's name, such as ``pretrain``. values: also this part as an earlier release recorded it,
+    which may hold keys that no longer decide.
     """
     if section == "dataset":
         sources = {
@@ -37,7 +58,7 @@ def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
         }
         kept = {key: value for key, value in values.items() if key not in ("engine", "disk_gigabytes")}
         # An earlier source has priority when duplicates are dropped.
-        return kept | {"sources": sources, "order": list(sources)}
+        return {"order": list(sources)} | kept | {"sources": sources}
 
     def decides(key: str) -> bool:
         return not any(

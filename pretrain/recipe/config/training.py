@@ -137,6 +137,8 @@ UNREACHED = {
     "logging_steps": "no loss is logged",
     "sample_steps": "no samples are written at those steps",
 }
+# How the paths of the embeddings and of the output matrix end.
+SHARED = ("embed_tokens", "embed_in", "wte", "lm_head")
 # Boards whose module has another name.
 BOARDS = {"azure_ml": "azureml", "flyte": "flytekit"}
 
@@ -298,7 +300,8 @@ def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where:
     """Refuse names in lora.target_modules that are no matrix of the model, by peft's way of matching.
 
     A list holds the ends of paths (``q_proj``, ``layers.0.mlp.up_proj``), a text is a regular expression over
-    whole paths, or ``all-linear``.
+    whole paths, or ``all-linear``. Where the output shares the embeddings' matrix, both are refused, too: the
+    adapter would be trained over one of them, and its merge would change both.
     """
     targets = (config[file].get("lora") or {}).get("target_modules", "all-linear")
     model = model_values(config)
@@ -311,9 +314,10 @@ def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where:
     here = f"{where}/{file}.json: lora.target_modules"
     names = sorted({path.rpartition(".")[2] for path in first})
     known = f'Known: {", ".join(names)}; "all-linear" takes all but lm_head'
+    shared = {path for path in paths if path.endswith(SHARED)} if model.get("tie_word_embeddings") else set()
     if isinstance(targets, str):
         try:
-            found = any(re.fullmatch(targets, path) for path in paths)
+            found = {path for path in paths if re.fullmatch(targets, path)}
         except re.error as error:
             raise Refused(f"{here}: {show(targets)}: not a regular expression ({error})") from error
         if not found:
@@ -321,13 +325,25 @@ def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where:
                 f"{here}: {show(targets)}, a regular expression that matches no path of a matrix, such as "
                 f"{first[2]}. Write a list of names. {known}"
             )
+        _refuse_shared(found & shared, f"{here}: {show(targets)}")
         return
     for target in targets or [None]:
-        if not isinstance(target, str) or not any(f".{path}".endswith(f".{target}") for path in paths):
+        found = {path for path in paths if f".{path}".endswith(f".{target}")}
+        if not isinstance(target, str) or not found:
             raise Refused(
                 f"{here}: {show(target)} is no matrix of {model['model_type']}."
                 f"{nearest(str(target), names)} {known}"
             )
+        _refuse_shared(found & shared, f"{here}: {show(target)}")
+
+
+def _refuse_shared(found: set[str], where: str) -> None:
+    """Raise Refused for matrices that embeddings and output share. where: with the targets."""
+    if found:
+        raise Refused(
+            f"{where} takes {' and '.join(sorted(found))}, but the output shares the embeddings' matrix: "
+            "merged, the adapter would change both. Leave them out"
+        )
 
 
 def attention_needs(config: Mapping[str, dict[str, Any]], file: str) -> AttentionNeeds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def is_own(spec: dict[str, Any]) -> bool:
 
 def local_data_set(spec: dict[str, Any]) -> Path | None:
     """The folder of a `dataset` that is on this machine; None for one of the hub, and for other entries."""
-    folder = ROOT / Path(spec["dataset"]).expanduser() if "dataset" in spec else None
+    folder = ROOT / os.path.expanduser(spec["dataset"]) if "dataset" in spec else None
     return folder if folder and folder.is_dir() else None
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.tasks import in_suite, metadata, tasks_of
 from recipe.config.training import training_files, unreached_steps
-from recipe.conversations.instructions import pair_facts
+from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.aozora import require_notation
 from recipe.corpus.download import source_facts
@@ -28,6 +28,7 @@ from recipe.project import (
     require_extra,
     stage_folder,
 )
+from recipe.run.freshness import hub
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
 
 
@@ -56,7 +57,8 @@ def fetched_later(recipe: str, config: dict[str, Any], first: int, last: int) ->
     for stage, file in (("11_dataset", "instruction"), ("13_preference", "preference")):
         for name, spec in config.get(file, {}).get("pairs", {}).items():
             rows.append((stage, f"{file}.json: pairs.{name}", spec.get("dataset")))
-    for stage in ("14_evaluate", "06_evaluate"):  # the first one that runs fetches the file of a task
+    tuned = () if no_pairs(config) else ("14_evaluate",)
+    for stage in (*tuned, "06_evaluate"):  # the first one that runs fetches the file of a task
         for name in tasks_of(config, stage):
             if "files" in metadata(name) and not in_suite(name, config["evaluation"]):
                 url = to_download(name, config["evaluation"]["tasks"][name])
@@ -66,7 +68,7 @@ def fetched_later(recipe: str, config: dict[str, Any], first: int, last: int) ->
         for stage, where, name in rows
         if name
         and first <= int(stage[:2]) <= last
-        and not (ROOT / Path(name).expanduser()).is_dir()
+        and not (ROOT / os.path.expanduser(name)).is_dir()
         and not is_finished(stage_folder(recipe, stage))
     }
 
@@ -117,9 +119,13 @@ def main() -> None:
             require_notation()
         if config["tokenizer"].get("segmenter") == "sudachi":
             require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
+        hub(config)
+        skipped = ("12_finetune", "14_evaluate") if no_pairs(config) else ()
         for stage in TRAINING_STAGES.values():
+            if stage.file not in config or stage.name in skipped:
+                continue
             # A stage outside this range may run on another machine, with other options.
-            if stage.file in config and arguments.first <= stage.number <= arguments.last:
+            if arguments.first <= stage.number <= arguments.last:
                 launch_of(arguments).check(config, stage.file, glance())
         for file in training_files(config):
             if (steps := config[file].get("max_steps", -1)) > 0:
@@ -127,9 +133,8 @@ def main() -> None:
                     print(line)
         for number, stage_name in ((6, "06_evaluate"), (14, "14_evaluate")):
             # A finished stage that asked the same tasks no longer needs their data.
-            if arguments.first <= number <= arguments.last and not asked(
-                arguments.recipe, stage_name, config
-            ):
+            runs = arguments.first <= number <= arguments.last and stage_name not in skipped
+            if runs and not asked(arguments.recipe, stage_name, config):
                 check_available(config)
         for line in check_reachable(fetched_later(arguments.recipe, config, arguments.first, arguments.last)):
             print(line)

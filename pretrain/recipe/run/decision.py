@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipe.config.recipe import load_recipe
-from recipe.config.staleness import deciding_keys
+from recipe.config.staleness import deciding_config
 from recipe.corpus.source_files import with_hashes
 from recipe.project import (
     OUTPUTS,
@@ -72,7 +72,7 @@ class Description:
         """The settings, inputs and facts that decide the result: ``wanted`` in ``stage.json``."""
         name, sections = self.definition.name, self.definition.sections
         expected: dict[str, Any] = {
-            "config": {section: deciding_keys(section, self.config[section]) for section in sections},
+            "config": deciding_config(name, {section: self.config[section] for section in sections}),
             "inputs": {stage: input_identity(folder) for stage, folder in self.folders.items()},
         }
         return expected | ({"facts": FACTS[name](self.config)} if name in FACTS else {})
@@ -84,7 +84,8 @@ class Description:
 
     def changes(self, recorded: dict[str, Any]) -> list[str]:
         """How `expected` differs from what an earlier run has recorded, as ``key: old -> new``."""
-        changed = differences(recorded["config"], self.expected["config"], "config")
+        before = deciding_config(self.definition.name, recorded["config"])
+        changed = differences(before, self.expected["config"], "config")
         changed += fact_changes(recorded.get("facts", {}), self.expected.get("facts", {}))
         return changed + input_changes(recorded["inputs"], self.folders)
 
@@ -131,7 +132,7 @@ def decide(description: Description) -> Decision:
         return Decision("skip", f"skipped: {description.skipped}")
     if missing:
         remedy = f"its input is missing: {', '.join(missing)} has not been run for recipe {recipe!r}. "
-        remedy += f"Run `bash run_all.sh --recipe {recipe} --from {missing[0][:2]}`"
+        remedy += f"Run `{rerun} --from {missing[0][:2]} --to {name[:2]}`"
         return Decision("refuse", f"waits for {', '.join(missing)}", remedy)
     for stage, changes in stale_inputs(recipe, description.folders, description.config):
         remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force"
@@ -190,6 +191,8 @@ def _decide_extension(description: Description, done: dict[str, Any], changes: l
     if not file:
         return None
     values, where = description.config[file], f"configs/{recipe}/{file}.json"
+    settings = deciding_config(description.definition.name, done["wanted"]["config"])
+    done = done | {"wanted": done["wanted"] | {"config": settings}}
     try:
         extension = find_extension(description.final, done, changes, values, where)
     except Refused as error:

@@ -84,10 +84,10 @@ def find_extension(
     if not rewarm and None in limits:
         kind = values.get("lr_scheduler_type", "linear")
         raise Refused(
-            f"{where}: {changes}: the schedule {kind} has come to its end, and its rates depend on the "
+            f"{where}: {changes}: the rates of the schedule {kind} with its warm-up depend on the "
             'length, so the training cannot simply go on. Add "extend": "rewarm", to warm up again and '
             f"follow the schedule over the added steps. {redo}. A run that shall be extended later needs "
-            "warmup_stable_decay, constant_with_warmup or constant"
+            "warmup_stable_decay, constant_with_warmup or constant, and warmup_steps that are not a share"
         )
     kept = {step_of(path): path for path in list_checkpoints(folder / "checkpoints")}
     # The newest first; a damaged one is passed over.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from recipe.config.initial_model import initial_facts
-from recipe.config.staleness import deciding_keys
+from recipe.config.staleness import deciding_config
 from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import data_identity, former_identity, source_facts
@@ -28,10 +30,10 @@ def weights(config: dict[str, Any]) -> dict[str, float]:
 
 def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Facts of stage 03: the weights, and the files of a published tokenizer in a local folder."""
-    path = ROOT / Path(config["tokenizer"].get("published", "no path")).expanduser()
+    path = ROOT / os.path.expanduser(config["tokenizer"].get("published", "no path"))
     files = sorted(path.glob("*token*")) + sorted(path.glob("*.model")) if path.is_dir() else [path]
-    own = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return {"weights": weights(config), "published": own}
+    own = [file for file in files if file.is_file()]
+    return {"weights": weights(config), "published": file_facts(own)}
 
 
 def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
 def task_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Facts of stages 06 and 14: sizes and times of the files of tasks that have a `path`."""
     tasks = config["evaluation"].get("tasks", {}).items()
-    folders = {name: ROOT / Path(task["path"]).expanduser() for name, task in tasks if "path" in task}
+    folders = {name: ROOT / os.path.expanduser(task["path"]) for name, task in tasks if "path" in task}
     patterns = ("*.json", "*.jsonl", "*.tar.gz")
     return {
         name: file_facts(sorted(path for pattern in patterns for path in folder.glob(pattern)))
@@ -51,14 +53,23 @@ def task_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def hub(config: dict) -> dict:
-    """Facts of stage 16: where the model is pushed to, ``repository`` (None: nowhere) and ``private``."""
+    """Facts of stage 16: where the model is pushed to, ``repository`` (None: nowhere) and ``private``.
+
+    Raises Refused for a missing or an impossible ``hub_model_id``.
+    """
     file = "pretrain" if no_pairs(config) else "finetune"
     values = config[file]
     if not values.get("push_to_hub"):
         return {"repository": None, "private": True}
-    if not values.get("hub_model_id"):
+    repository = values.get("hub_model_id")
+    if not repository:
         raise Refused(f"{file}.json: push_to_hub: it needs hub_model_id, too. Write it as OWNER/NAME")
-    return {"repository": values["hub_model_id"], "private": values.get("hub_private_repo") is not False}
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repository, re.ASCII):
+        raise Refused(
+            f"{file}.json: hub_model_id: {repository!r}, expected OWNER/NAME, or NAME for your own account, "
+            "of letters, digits, - _ and ."
+        )
+    return {"repository": repository, "private": values.get("hub_private_repo") is not False}
 
 
 # What a stage depends on besides its inputs and its files of the recipe.
@@ -112,17 +123,20 @@ def _digest(content: bytes) -> str:
 def stale_inputs(
     recipe: str, inputs: Iterable[str], config: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Earlier stages, also indirect ones, that were made from other settings than the recipe has now.
+    """Earlier stages, also indirect ones, that were made from other settings or inputs than there are now.
 
-    Yields each with its changed keys.
+    Yields each with its changed keys. An input that is no longer there is no change.
     """
     for stage in inputs:
         folder = stage_folder(recipe, stage)
         if is_finished(folder):
             recorded = read_record(folder, "wanted")["wanted"]
             yield from stale_inputs(recipe, sorted(recorded["inputs"]), config)
-            now = {section: deciding_keys(section, config[section]) for section in recorded["config"]}
-            changes = differences(recorded["config"], now)
+            now = {section: config[section] for section in recorded["config"]}
+            changes = differences(deciding_config(stage, recorded["config"]), deciding_config(stage, now))
+            folders = {name: stage_folder(recipe, name) for name in recorded["inputs"]}
+            there = {name: path for name, path in folders.items() if is_finished(path)}
+            changes += input_changes({name: recorded["inputs"][name] for name in there}, there)
             if stage in FACTS and "facts" in recorded:
                 changes += fact_changes(recorded["facts"], FACTS[stage](config))
             if changes:
@@ -142,12 +156,25 @@ def _settled(recorded: Any, now: Any) -> Any:
     for key, value in recorded.items():
         key = path_below_root(key)
         current = now.get(key)
-        if is_file_facts(value) and is_file_facts(current):
+        if _is_former(value, current):
+            settled[key] = current
+        elif is_file_facts(value) and is_file_facts(current):
             same = is_same_file(key, value, current)
             settled[key] = current if same else {name: value[name] for name in current}
         else:
             settled[key] = _settled(value, current)
     return settled
+
+
+def _is_former(recorded: Any, now: Any) -> bool:
+    """Whether `recorded` has the files of `now` as an earlier release recorded them: in a list.
+
+    Some are in it twice.
+    """
+    if not isinstance(recorded, list) or not isinstance(now, dict):
+        return False
+    rows = [[Path(path).name, file["bytes"], file["mtime_ns"]] for path, file in now.items()]
+    return all(row in rows for row in recorded) and all(row in recorded for row in rows)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -24,7 +24,7 @@ UNREAD = ("checkpoints", "tensorboard", "wandb")
 # Files of these kinds are found by their ending, so that one that was added would be read, too.
 FOUND_BY_ENDING = (".parquet", ".safetensors")
 # What a stage reads of an input that it does not read whole.
-PARTS = {
+READS = {
     ("11_dataset", "02_dataset"): ("valid-*",),
     ("16_export", "02_dataset"): (),
     ("16_export", "03_tokenizer"): (),
@@ -56,7 +56,7 @@ def _digests(paths: list[Path]) -> list[str]:
 
 def parts_read(stage: str, inputs: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The patterns (`fnmatch`) of the files that a stage reads, for each of its inputs."""
-    parts = {name: PARTS.get((stage, name), ("*",)) for name in inputs}
+    parts = {name: READS.get((stage, name), ("*",)) for name in inputs}
     if stage in ("06_evaluate", "14_evaluate") and "01_download" not in parts:
         # Only tasks that are made from a source read the training side.
         parts["02_dataset"] = ("valid-*",)

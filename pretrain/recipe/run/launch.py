@@ -55,7 +55,7 @@ from recipe.project import (
 from recipe.run import probe
 from recipe.run.extension import raised_length
 from recipe.run.launch_options import TRAINING_STAGES, TrainingStage, add_options, launch_of
-from recipe.run.preflight import check_room, report
+from recipe.run.preflight import check_resources, report
 from recipe.run.processes import (
     child_environment,
     command,
@@ -65,7 +65,7 @@ from recipe.run.processes import (
     training_plan,
     visible_devices,
 )
-from recipe.run.publication import WANTED
+from recipe.run.publication import RESULT, WANTED
 from recipe.run.restarts import pause_before, why_no_restart
 from recipe.run.stage import Stage, run_stage, stage_arguments
 from recipe.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
@@ -79,7 +79,7 @@ SKIP = {"12_finetune": no_pairs, "13_preference": no_preference}
 
 def run_training(stage: Stage, script: Path) -> None:
     """Run the training child to its end; its ``result.json`` becomes the stage's figures."""
-    result = stage.folder / "result.json"
+    result = stage.folder / RESULT
     # With a result, an earlier run has finished the training and was stopped before the publication.
     if not read_state(result, "headline"):
         if living := living_ranks(stage.folder):
@@ -116,7 +116,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
         check_recipe(stage.config, f"configs/{stage.recipe}")
     deepspeed = launch.check(stage.config, file, glance())
     if not launch.node_rank:
-        check_room(stage, launch, file)
+        check_resources(stage, launch, file)
     plan = training_plan(stage.recipe, stage.config, stage.inputs, launch, deepspeed, stage.folder)
     write_json(plans / "plan.json", plan)
     line = command(str(script), [str(plans / "plan.json")], launch, deepspeed, visible_devices())
@@ -209,9 +209,12 @@ def goes_on(final: Path, work: Path, training: TrainingStage, config: dict[str, 
     """Whether node 0 goes on with a finished training: a redo that was interrupted, or a longer one."""
     unfinished = read_state(work / WANTED, "config")
     redo = unfinished and all(
-        deciding_keys(file, config[file]) == values for file, values in unfinished["config"].items()
+        deciding_keys(file, config[file]) == deciding_keys(file, values)
+        for file, values in unfinished["config"].items()
     )
-    before = read_record(final, "wanted")["wanted"]["config"].get(training.file, {})
+    before = deciding_keys(
+        training.file, read_record(final, "wanted")["wanted"]["config"].get(training.file, {})
+    )
     return bool(redo or raised_length(before, deciding_keys(training.file, config[training.file])))
 
 

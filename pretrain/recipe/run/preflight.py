@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recipe import host
-from recipe.config.launch import batch_layout, offloads_optimizer
+from recipe.config.launch import batch_layout, offloads_optimizer, offloads_parameters
 from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name, without_muon
 from recipe.config.phases import longest_block, samples_of, sequences_of_longest
+from recipe.config.schedules import same_rates_until
 from recipe.config.tokenizer import vocabulary_size
-from recipe.hardware import glance, gpus
+from recipe.hardware import glance, gpus, precision_of
 from recipe.project import (
     CONFIGS,
     DATA,
@@ -97,10 +98,12 @@ def this_machine(launch: Launch) -> tuple[Device, float]:
     """The device a training here would use, and the free bytes for each rank, found without torch.
 
     Ranks on a CPU share the machine's memory, and so do GPUs without memory of their own. With several GPUs,
-    the first one represents all.
+    the first one represents all. The memory of a part of a GPU (MIG) is not known: infinite bytes are free.
     """
     here, seen = glance(), gpus()
-    if seen and seen[0].total and seen[0].free is not None:
+    if seen and seen[0].part:
+        total, free = 0, math.inf
+    elif seen and seen[0].total and seen[0].free is not None:
         total, free = seen[0].total, float(seen[0].free)
     else:
         total, available = host.memory()
@@ -116,17 +119,13 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
     ranks, split = launch.ranks, launch.tensor_parallel
     # The longest blocks of a run with phases need the most memory.
     micro, accumulation = batch_layout(*samples_of(values), ranks // split)
-    half = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
-    given = [name for name in ("bf16", "fp16") if name in values]
-    if given:
-        half = next((name for name in given if values[name]), "fp32")
     setting = Setting(
         device.kind,
         ranks,
         longest_block(values),
         micro,
         accumulation,
-        half,
+        precision_of(values, device.kind, device.bf16),
         bool(values.get("torch_compile", shutil.which("g++"))),
         _checkpointed(values),
         optimizer_name(values),
@@ -144,12 +143,13 @@ def _checkpointed(values: dict[str, Any]) -> int:
 
 def zero_of(name: str) -> dict[str, Any]:
     """The fields of a `Setting` that configs/deepspeed/NAME.json decides."""
-    values = read_json(CONFIGS / "deepspeed" / f"{name}.json").get("zero_optimization", {})
+    deepspeed = read_json(CONFIGS / "deepspeed" / f"{name}.json")
+    values = deepspeed.get("zero_optimization", {})
     bucket = values.get("reduce_bucket_size", 5e8)
     return {
         "zero": values.get("stage", 0),
-        "offload_optimizer": offloads_optimizer({"zero_optimization": values}),
-        "offload_parameters": values.get("offload_param", {}).get("device", "none") != "none",
+        "offload_optimizer": offloads_optimizer(deepspeed),
+        "offload_parameters": offloads_parameters(deepspeed),
         "bucket_elements": 0 if bucket == "auto" else int(bucket),
     }
 
@@ -254,8 +254,9 @@ def checkpoint_bytes(shape: Shape, setting: Setting) -> int:
 def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps: int | None) -> int | None:
     """Bytes of a training stage: the checkpoints that are kept, one more, and the model.
 
-    The oldest checkpoint is deleted only after the newest is written. None: the number of checkpoints is
-    unknown, because all are kept (no save_total_limit) and the steps are not known yet.
+    The oldest checkpoint is deleted only after the newest is written. Where a longer run could go on from
+    before the end of the schedule, the last checkpoint before is kept in addition. None: the number of
+    checkpoints is unknown, because all are kept (no save_total_limit) and the steps are not known yet.
     """
     saved = None
     if values.get("save_strategy") == "no":
@@ -264,7 +265,10 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
         every = values.get("save_steps", 500)
         saved = steps // max(1, math.ceil(every * steps) if every < 1 else int(every))
     limit = values.get("save_total_limit")
-    counts = [n for n in (saved, limit + 1 if limit else None) if n is not None]
+    end = steps or 0  # which schedules keep one more does not depend on the length
+    fixed = same_rates_until(values, end)
+    early = int(fixed is not None and fixed < end)
+    counts = [n for n in (saved, limit + 1 + early if limit else None) if n is not None]
     if not counts:
         return None
     return min(counts) * checkpoint_bytes(shape, setting) + 4 * shape.parameters
@@ -294,7 +298,7 @@ def on_this_machine(
     return shape, setting_of(config[file], here, launch), free
 
 
-def check_room(stage: Stage, launch: Launch, file: str) -> None:
+def check_resources(stage: Stage, launch: Launch, file: str) -> None:
     """Say what the training that starts now will need.
 
     file: ``pretrain``, ``finetune`` or ``preference``; the memory is computed for ``pretrain`` only. Raises
@@ -443,6 +447,9 @@ def _device_lines(
         yield f"  {name:38} has no bf16 units: leave bf16 out of pretrain.json"
         return
     peak = memory(shape, setting)["peak"]
+    if limit == math.inf:
+        yield f"  {name:38} {peak / GIB:.1f} GiB; how much memory a part of a GPU (MIG) has is not known"
+        return
     head = f"  {name:38} {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
     found = fit(shape, values, setting, limit)
     if found is None:

@@ -65,6 +65,8 @@ OUT_OF_MEMORY = re.compile(
 )
 # The column of checkpointing, by `Way.checkpointed`.
 CHECKPOINTED = {0: "no", 1: "yes", 2: "every second layer"}
+# With either of them, TrainingArguments compiles, whatever torch_compile says.
+NOT_COMPILED = {"torch_compile_backend": None, "torch_compile_mode": None}
 # How the name of the folder of one measurement begins; a killed probe leaves its own.
 TEMPORARY = ".probe-"
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
@@ -145,10 +147,12 @@ class Way:
         """The keys of pretrain.json that make it."""
         every = {"every_n_layers": self.checkpointed} if self.checkpointed > 1 else None
         attention = {"attn_implementation": self.attention} if self.attention else {}
+        not_compiled = {} if self.compiled else NOT_COMPILED
         return attention | {
             "activation_checkpointing": self.checkpointed > 0,
             "activation_checkpointing_kwargs": every,
             "torch_compile": self.compiled,
+            **not_compiled,
         }
 
 
@@ -380,6 +384,7 @@ def main(script: Path) -> None:
     if find_initial(config["pretrain"]):
         # Check again: the checkpoint's config.json has been fetched since.
         check_recipe(config, f"configs/{recipe}")
+    launch.check(config, "pretrain", glance())
     plan = {"recipe": recipe, "config": config, "inputs": inputs}
     folder = OUTPUTS / recipe
     # A stage of the recipe at the same time would distort what is measured.

@@ -21,10 +21,13 @@ from recipe.project import (
     require_space,
     share_blocks,
     warn,
+    write_json,
 )
 
 # Bookkeeping in a work folder: what the run is made from, and its working time in seconds so far.
 WANTED, SECONDS = ".wanted.json", ".seconds"
+# The figures of a training that has come to its end, in its folder.
+RESULT = "result.json"
 # What the phases of stages 02 and 04 leave for one another, with the markers of the tasks that are done. It
 # stays until the record is written: a kill before that must not cost the work of all phases.
 SCAFFOLD = ("logs", "raw", "clean", "parts")
@@ -71,6 +74,12 @@ def _lock(descriptor: int, folder: Path) -> None:
         )
 
 
+def write_last(path: Path, value: Any) -> None:
+    """Write a JSON file that says that its folder is complete: everything in it is on the disk before."""
+    fsync_tree(path.parent)
+    write_json(path, value)
+
+
 def publish(work: Path, final: Path) -> None:
     """Make a finished work folder the stage's output: without its scaffold, flushed to the disk, renamed."""
     for name in SCAFFOLD:
@@ -112,14 +121,25 @@ def clear(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def finish_publication(work: Path, final: Path, is_current: Callable[[dict[str, Any]], bool]) -> None:
+def finish_publication(
+    work: Path,
+    final: Path,
+    is_current: Callable[[dict[str, Any]], bool],
+    damage_of: Callable[[dict[str, Any]], str],
+) -> None:
     """Complete a `publish` that was killed.
 
     is_current: whether a finished work folder was made from today's settings and inputs (from the
-    ``wanted`` of its ``stage.json``); only then is it published.
+    ``wanted`` of its ``stage.json``); only then is it published. damage_of: how its files differ from its
+    ``stage.json``, empty if they agree. A damaged one counts as unfinished: a power cut has cost its files.
     """
     old = final.with_name(f".{final.name}.old")
     finished = known_record(work, "wanted")
+    if finished and (reason := damage_of(finished)):
+        warn(f"{reason}, so this result is not used")
+        for name in (RECORD, RESULT):
+            (work / name).unlink(missing_ok=True)
+        finished = None
     if finished and is_current(finished["wanted"]):
         publish(work, final)
     elif old.exists() and not final.exists():

@@ -40,7 +40,16 @@ from recipe.run.environment import commit, peak_memory, versions
 from recipe.run.extension import prepare_extension
 from recipe.run.freshness import differences
 from recipe.run.integrity import damage, describe_files, how_to_repair, parts_read, require_whole
-from recipe.run.publication import SECONDS, WANTED, clear, copy_stage, finish_publication, hold, publish
+from recipe.run.publication import (
+    SECONDS,
+    WANTED,
+    clear,
+    copy_stage,
+    finish_publication,
+    hold,
+    publish,
+    write_last,
+)
 from recipe.signals import end_with_parent, on_stop
 
 
@@ -144,7 +153,12 @@ def _run(definition: Definition, arguments: argparse.Namespace) -> None:
     if description.missing:
         raise Refused(decision.remedy)
     with hold(description.final.parent, definition.name) as lock:
-        finish_publication(description.work, description.final, lambda seen: not description.changes(seen))
+        finish_publication(
+            description.work,
+            description.final,
+            is_current=lambda seen: not description.changes(seen),
+            damage_of=lambda record: damage(description.work, record, hashes=False),
+        )
         act(decide(description), description, lock)
 
 
@@ -192,7 +206,7 @@ def act(decision: Decision, description: Description, lock: int) -> None:
             description.definition.work(stage)
     finally:
         seconds = _add_seconds(work, time.monotonic() - started)
-    write_json(work / RECORD, _record(stage, description, seconds))
+    write_last(work / RECORD, _record(stage, description, seconds))
     publish(work, final)
     stage.say(f"done in {seconds:.1f} s  {stage.headline}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -54,7 +55,7 @@ def find_published(name: str, revision: str | None = None, local_files_only: boo
     From the hub it fetches only tokenizer files, and no code. Raises RecipeError when the name is neither a
     path nor available from the hub.
     """
-    path = ROOT / Path(name).expanduser()
+    path = ROOT / os.path.expanduser(name)
     if path.exists():
         return path
     from huggingface_hub import snapshot_download

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class StopOnSignal(TrainerCallback):
 class Heartbeat(TrainerCallback):
     """Tell the launcher's watchdog that this rank is alive. It must be the last callback."""
 
-    def __init__(self, life: SignsOfLife) -> None:
-        self.life, self.compiled = life, False
+    def __init__(self, life: SignsOfLife, changes: Collection[int] = ()) -> None:
+        """changes: the steps after which a new phase begins, whose first step compiles the model, too."""
+        self.life, self.changes, self.compiled = life, changes, False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The first step compiles the model, which may take long."""
@@ -64,6 +66,9 @@ class Heartbeat(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock again after something whose time is not known."""
+        if self.compiled and state.global_step in self.changes:
+            self.compiled = False
+            self.life.unpaced(state.global_step)
         if self.compiled and self.life.started is None:
             self.life.step(state.global_step)
 
@@ -253,10 +258,11 @@ SHOWN = {
 def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the lines after a step from a file of JSON lines with ``step``; return the rows that are left.
 
-    Later lines come from a run that was interrupted; the last one may be incomplete.
+    Later lines come from a run that was interrupted; the last one may be incomplete. At step 0 none is left:
+    the training starts again from the beginning.
     """
     if not path.exists():
         return []
-    kept = [row for row in read_json_lines(path) if row["step"] <= step]
+    kept = [row for row in read_json_lines(path) if row["step"] <= step] if step else []
     write_json_lines(path, kept)
     return kept

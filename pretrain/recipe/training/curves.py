@@ -209,6 +209,17 @@ def overlay(runs: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
+def check_picture(picture: Path) -> None:
+    """Raise Refused for a picture whose folder does not exist, or of an unknown kind."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if not picture.parent.is_dir():
+        raise Refused(f"--output {picture}: the folder {picture.parent} does not exist")
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if picture.suffix[1:].lower() not in kinds:
+        raise Refused(f"--output {picture}: expected a name that ends in one of .{', .'.join(kinds)}")
+
+
 def main() -> None:
     """Compare the learning curves of several runs, at equal tokens and at equal time."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
@@ -216,6 +227,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), metavar="PICTURE")
     arguments = parser.parse_args()
     with errors_in_one_line("curves"):
+        check_picture(arguments.output)
         names = short_names(arguments.runs)
         runs = {name: read_run(run) for name, run in zip(names, arguments.runs, strict=True)}
         print(comparison(runs), end="")

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from recipe.config.launch import batch_layout
+from recipe.config.model import experts_of, model_values, with_defaults
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
 from recipe.config.phases import samples_of
 from recipe.config.schedules import check_schedule
@@ -26,6 +27,7 @@ from recipe.config.training import attention_needs, check_boards, unreached_step
 from recipe.hardware import Choice, Hardware, choose, detect, initialise_vector_math
 from recipe.model.sharding import shard
 from recipe.model.zero import load_without_code
+from recipe.training.extended import schedule_begin
 
 
 @dataclass
@@ -56,6 +58,11 @@ class Run:
     def sharded(self) -> bool:
         """Whether FSDP2 or tensor parallelism shards the weights."""
         return self.fsdp or self.tensor_parallel > 1
+
+    @property
+    def compiles_parts(self) -> bool:
+        """Whether `recipe.model.compiling.compile_parts` compiles the model, and not the Trainer."""
+        return self.choice.compile and not self.arguments.torch_compile
 
     @property
     def is_main(self) -> bool:
@@ -102,7 +109,7 @@ def prepare(
         # The training stops when its launcher has ended. Ranks on other machines cannot see the launcher.
         parent=plan["parent"] if plan["host"] == platform.node() else os.getpid(),
         probe=plan.get("probe", False),
-        new_optimizer=plan.get("new_optimizer", False),
+        new_optimizer=plan["new_optimizer"],
     )
 
 
@@ -146,7 +153,7 @@ def _trainer_values(
         "use_cpu": hardware.device == "cpu",
         "bf16": choice.precision == "bf16",
         "fp16": choice.precision == "fp16",
-        "torch_compile": choice.compile,
+        "torch_compile": choice.compile and not compiles_parts(plan, values),
         "deepspeed": plan["deepspeed"],
         "report_to": check_boards(values.get("report_to"), f"{file}.json"),
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
@@ -157,6 +164,18 @@ def _trainer_values(
         "dataloader_pin_memory": hardware.device == "cuda",
     }
     return defaults | values | fixed
+
+
+def compiles_parts(plan: dict[str, Any], values: dict[str, Any]) -> bool:
+    """Whether a model that is compiled is compiled in parts. Otherwise the Trainer compiles it as a whole.
+
+    DeepSpeed has a way of its own to compile, the experts' routing is outside of any graph, Liger replaces
+    parts of the model later, and a mode or backend is an option of the Trainer's. values: of the training
+    file.
+    """
+    whole = ("use_liger_kernel", "torch_compile_mode", "torch_compile_backend")
+    experts = experts_of(with_defaults(model_values(plan["config"])))
+    return not (plan["deepspeed"] or experts or any(values.get(key) for key in whole))
 
 
 def _start_deepspeed(hardware: Hardware) -> None:
@@ -176,19 +195,21 @@ def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -
     steps = (
         arguments.max_steps
         if arguments.max_steps > 0
-        else math.ceil(arguments.num_train_epochs * samples / global_batch)
+        # 1.1 * 100 / 10 is a little more than 11 in floating point.
+        else math.ceil(round(arguments.num_train_epochs * samples / global_batch, 9))
     )
     return steps, math.ceil(steps * global_batch / samples)
 
 
 def check_steps(run: Run, values: dict[str, Any], where: str) -> None:
-    """Check that the schedule fits into the steps of the run, which may follow from the number of epochs.
+    """Check that the schedule fits into its steps, which may follow from the number of epochs.
 
-    values: of the training file `where`. Raises Refused, for example for a warm-up that is longer than the
-    run. Prints a line about each key such as ``eval_steps`` that names a step after the last.
+    They are those of the run, or those that an extension with ``rewarm`` has added. values: of the training
+    file `where`. Raises Refused, for example for a warm-up that is longer. Prints a line about each key such
+    as ``eval_steps`` that names a step after the last.
     """
     steps = run.arguments.max_steps
-    check_schedule(values | {"max_steps": steps}, where)
+    check_schedule(values | {"max_steps": steps - schedule_begin(run.folder)}, where)
     if run.is_main and not run.probe:
         for line in unreached_steps(values, steps, where):
             print(line, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -18,7 +19,7 @@ from recipe.project import append_json_line, read_json_lines, write_text
 from recipe.training.callbacks import fork_rng, keep_rows
 
 
-class Samples(TrainerCallback):
+class SamplePrompts(TrainerCallback):
     """Continue prompts before training, at chosen steps and at the end: ``samples.jsonl``, ``samples.md``.
 
     A row of samples.jsonl holds step, prompt, text, stopped (see `Answer`) and, after step 0, eval_loss:
@@ -70,7 +71,8 @@ class Samples(TrainerCallback):
 
     def _write(self, model: PreTrainedModel, state: TrainerState, facts: dict[str, float]) -> None:
         was_training = model.training
-        with fork_rng(model.device):
+        # Not compiled: each new token is another length.
+        with fork_rng(model.device), torch.compiler.set_stance("force_eager"):
             answers = generate_all(model, self.tokenizer, list(self.prompts.values()), self.config, self.seed)
         model.train(was_training)
         if not state.is_world_process_zero:

@@ -47,6 +47,8 @@ class Guard(TrainerCallback, ExportableState):
         self.window: deque[Step] = deque(maxlen=rule.window if rule else 0)
         self.new: list[int] = []  # the new steps that were skipped one after the other
         self.known = read_skipped(folder)
+        # The sum of the losses since the last log, and its step.
+        self.pending, self.logged_at = 0.0, 0
 
     @property
     def skipped(self) -> set[int]:
@@ -54,15 +56,20 @@ class Guard(TrainerCallback, ExportableState):
         return self.known.steps
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a spike is judged equally on both sides of a resume."""
-        return {"args": {}, "attributes": {"window": list(self.window), "times_back": len(self.known.back)}}
+        """What a checkpoint keeps, so that a resume changes neither which steps are spikes nor the logs."""
+        kept = {"window": list(self.window), "times_back": len(self.known.back)}
+        return {"args": {}, "attributes": kept | {"pending": self.pending, "logged_at": self.logged_at}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Read which steps earlier runs have skipped, and the window of the checkpoint."""
+        """Read which steps earlier runs have skipped, and what the checkpoint has kept."""
+        assert self.trainer is not None
         self.known = read_skipped(self.folder)
         # A checkpoint of an earlier release has none.
         kept = state.stateful_callbacks.setdefault("Guard", self.state())["attributes"]
         self.window.extend((loss, norm) for loss, norm in kept["window"])
+        self.pending, self.logged_at = kept.get("pending", 0.0), kept.get("logged_at", state.global_step)
+        self.trainer._tr_loss += self.pending
+        self.trainer._globalstep_last_logged = self.logged_at
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Under DeepSpeed, train nothing in a listed step: its backward pass would change the weights."""
@@ -82,6 +89,7 @@ class Guard(TrainerCallback, ExportableState):
         listed = step in self.skipped
         losses = [loss for (loss,) in gather([own], args.device)]
         loss = sum(losses) / len(losses)
+        self.pending += loss
         # The loss scaler of fp16 checks the gradients itself, and skips some of the first steps.
         norm = None if args.fp16 or trainer.gradient_norm is None else float(trainer.gradient_norm)
         reason = "" if listed else self._reason(loss, norm)
@@ -116,6 +124,13 @@ class Guard(TrainerCallback, ExportableState):
                 "continues from the newest, and judges these steps afresh. If they are bad again, start over "
                 "with --force and a lower learning_rate, or with z_loss; or check the data of these steps"
             )
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Begin a new sum of losses."""
+        if "loss" in logs:
+            self.pending, self.logged_at = 0.0, state.global_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for the checkpoint that was due while steps were skipped."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.project import append_json_line, read_json_lines, read_state
-from recipe.training.checkpoints import list_checkpoints, step_of
+from recipe.training.checkpoints import damage, list_checkpoints, step_of
 
 SKIPPED = "skipped.jsonl"
 FEWEST = 20  # steps in the window before its deviation is known
@@ -33,17 +33,20 @@ def spike(window: Sequence[Step], loss: float, norm: float | None, deviations: f
 
     A value is a spike when it is more than `deviations` robust standard deviations (1.4826 times the median
     absolute deviation) above the median of the window. Gradient norms are compared by their logarithms. In
-    the first steps only a loss of `EARLY` times the highest is a spike.
+    the first steps only a loss of `EARLY` times the highest is a spike. No loss is one while the median is 0,
+    or in the first steps the highest: a hinge loss is 0 in most steps.
 
     OLMo-core's SkipStepOptimizer judges by mean and standard deviation; the median does not follow outliers.
     """
     losses = [before for before, _ in window]
     if len(window) < FEWEST:
         limit = EARLY * max(losses, default=math.inf)
-        return f"a loss of {loss:.4g}, more than {limit:.4g}, early in the training" if loss > limit else ""
+        return (
+            f"a loss of {loss:.4g}, more than {limit:.4g}, early in the training" if loss > limit > 0 else ""
+        )
     middle = statistics.median(losses)
     limit = middle + deviations * max(_deviation(losses, middle), LEAST_LOSS * abs(middle))
-    if loss > limit:
+    if middle and loss > limit:
         return f"a loss of {loss:.4g}, more than {limit:.4g}, the limit after a median of {middle:.4g}"
     norms = [math.log(before) for _, before in window if before]
     if norm and len(norms) >= FEWEST:
@@ -112,20 +115,32 @@ def window_to_skip(step: int, back_to: int, count: int) -> tuple[int, int]:
 def delete_given_up(folder: Path) -> None:
     """Delete the checkpoints that are newer than the one to which the training last went back.
 
-    folder: of the training. A checkpoint's state says how often the training had gone back when it was
-    saved, so that checkpoints of the new way are kept.
+    They are kept, with a warning, when no checkpoint up to that one is good. folder: of the training. A
+    checkpoint's state says how often the training had gone back when it was saved, so that checkpoints of
+    the new way are kept.
     """
     back = read_skipped(folder).back
     if not back:
         return
-    for checkpoint in list_checkpoints(folder / "checkpoints"):
-        step = step_of(checkpoint)
-        if step <= back[-1][0]:
-            continue
-        state = read_state(checkpoint / "trainer_state.json")
-        try:
-            times = state["stateful_callbacks"]["Guard"]["attributes"]["times_back"]
-        except (KeyError, TypeError):
-            times = 0
-        if times < len(back):
-            shutil.rmtree(checkpoint)
+    target, _ = back[-1]
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    newer = [path for path in checkpoints if step_of(path) > target and _times_back(path) < len(back)]
+    older = [path for path in checkpoints if step_of(path) <= target]
+    if newer and target and all(damage(path) for path in older):
+        print(
+            f"warning: the training cannot go back to step {target}, because no checkpoint up to it is good. "
+            f"It keeps the newer ones: {', '.join(path.name for path in newer)}",
+            flush=True,
+        )
+        return
+    for checkpoint in newer:
+        shutil.rmtree(checkpoint)
+
+
+def _times_back(checkpoint: Path) -> int:
+    """How often the training had gone back when it saved a checkpoint."""
+    state = read_state(checkpoint / "trainer_state.json")
+    try:
+        return state["stateful_callbacks"]["Guard"]["attributes"]["times_back"]
+    except (KeyError, TypeError):
+        return 0

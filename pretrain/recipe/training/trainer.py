@@ -51,7 +51,7 @@ class RecipeTrainer(ShardedTrainer):
         self.schedule_begin = 0  # the step at which the schedule begins, if not at 0
         self.rate: Callable[[int], float] = lambda step: 1.0  # factor of the schedule at a step
         self.save_postponed = False  # a checkpoint was due while steps were skipped
-        # Of an evaluation, for each batch [rows of all ranks, 2]: its loss, the trained tokens of each row.
+        # Of an evaluation, for each batch of this rank [2]: the sum of its losses, its trained tokens.
         self.measured: list[torch.Tensor] = []
         super().__init__(**keywords)
 
@@ -82,6 +82,12 @@ class RecipeTrainer(ShardedTrainer):
                 yield
         finally:
             del self.accelerator.backward  # the method of the class is there again
+
+    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
+        """The Trainer's; this run, not the checkpoint, decides how often to log, evaluate and save."""
+        trained = super()._init_training_state(max_steps, *rest)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's scheduler, from `schedule_begin` on, its rates multiplied by `rate`."""
@@ -114,7 +120,12 @@ class RecipeTrainer(ShardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's loss; what is added in it is also kept, on the device, for the log."""
+        """The Trainer's loss; what is added in it is also kept, on the device, for the log.
+
+        In an evaluation it is the mean over this rank's batch.
+        """
+        if not self.model.training:
+            num_items_in_batch = None
         if not self.settings.z_loss and not self.expert_load:
             # trl would make the outputs by an extra forward pass.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -151,30 +162,44 @@ class RecipeTrainer(ShardedTrainer):
             return super().evaluate(*arguments, **keywords)
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> EvalLoopOutput:
-        """The Trainer's, but the loss is the mean over all trained tokens.
+        """The Trainer's, but the loss is the mean over all trained tokens of all ranks.
 
         Its own is the mean of the batches' losses, in which the few tokens of a short answer count as much as
-        the many of a long one, so that the result depends on the micro-batch.
+        the many of a long one, so that the result depends on the micro-batch and on the number of ranks.
         """
         self.measured = []
         output = super().evaluation_loop(*arguments, **keywords)
         if self.measured:
-            loss, tokens = torch.cat(self.measured).double().cpu().T
-            mean = (loss * tokens)[tokens > 0].sum() / tokens.sum()
-            output.metrics[f"{keywords.get('metric_key_prefix', 'eval')}_loss"] = mean.item()
+            own = torch.stack(self.measured).double().sum(dim=0).tolist()
+            # Tensor parallel ranks count the same tokens, each as often as the others.
+            loss, tokens = torch.tensor(gather(own, self.args.device), dtype=torch.float64).sum(dim=0)
+            output.metrics[f"{keywords.get('metric_key_prefix', 'eval')}_loss"] = (loss / tokens).item()
         return output
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """The Trainer's; for each row of all ranks, the loss of its batch and its trained tokens are kept."""
+        """The Trainer's; the sum of this rank's losses and its trained tokens are kept."""
+        if "shift_labels" not in inputs:
+            return super().prediction_step(model, inputs, *rest, **keywords)
+        labels = self._without_repeated_rows(inputs["shift_labels"])
+        inputs = {**inputs, "labels": labels, "shift_labels": labels}
         found = super().prediction_step(model, inputs, *rest, **keywords)
-        if "shift_labels" in inputs:
-            loss = found[0]
-            tokens = (inputs["shift_labels"] != IGNORED).sum(dim=-1).to(loss.device, torch.float32)
-            # Without the rows that accelerate repeats so that all ranks have as many.
-            self.measured.append(
-                self.gather_function(torch.stack((loss.float().expand_as(tokens), tokens), dim=1))
-            )
+        tokens = (labels != IGNORED).sum().to(found[0].device, torch.float32)
+        # Without any token the mean is NaN.
+        self.measured.append(torch.stack((torch.where(tokens > 0, found[0].float() * tokens, 0.0), tokens)))
         return found
+
+    def _without_repeated_rows(self, labels: torch.Tensor) -> torch.Tensor:
+        """The labels [rows, positions] of an evaluation's batch, `IGNORED` in rows that were there before.
+
+        In the last batch accelerate repeats the first rows of the dataset, so that all ranks have as many.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        before = self.args.process_index // self.get_tp_size() * len(labels)  # rows of the ranks before
+        labels = labels.clone()
+        labels[max(0, state.remainder - before) :] = IGNORED
+        return labels
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build an optimizer of our own where one is chosen; the Trainer builds all others."""
@@ -241,5 +266,5 @@ class RecipeTrainer(ShardedTrainer):
     def _last_step_of_any_length(self) -> int | None:
         """The last step that a longer training would have reached in the same way."""
         schedule = {"lr_scheduler_type": self.args.lr_scheduler_type.value}
-        schedule["lr_scheduler_kwargs"] = self.args.lr_scheduler_kwargs
+        schedule |= {key: getattr(self.args, key) for key in ("lr_scheduler_kwargs", "warmup_steps")}
         return same_rates_until(schedule, self.state.max_steps)

@@ -23,6 +23,7 @@ from recipe.config.settings import SpikeRule
 from recipe.hardware import CHUNKS, LIGER, WHOLE, choose_loss, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
 from recipe.model.chunked_loss import return_loss_in_chunks
+from recipe.model.compiling import compile_parts
 from recipe.model.fp8 import use_fp8
 from recipe.model.losses import return_loss_only, router_loss_weight
 from recipe.model.save import complete_configs
@@ -37,7 +38,7 @@ from recipe.training.expert_load import ExpertLoad
 from recipe.training.extended import read_extended, schedule_begin
 from recipe.training.phase_change import PhaseChange
 from recipe.training.prepare import Run
-from recipe.training.sample_prompts import Samples
+from recipe.training.sample_prompts import SamplePrompts
 from recipe.training.skip_bad_steps import Guard
 from recipe.training.spikes import delete_given_up, read_skipped
 from recipe.training.trainer import RecipeTrainer
@@ -52,7 +53,7 @@ def train_model(
     valid: Dataset,
     *,
     bytes_per_token: float | None = None,
-    sampling: Samples | None = None,
+    sampling: SamplePrompts | None = None,
     trainer_class: type[RecipeTrainer] = RecipeTrainer,
     tokens_per_step: int | None = None,
     phases: Sequence[Phase] = (),
@@ -74,22 +75,23 @@ def train_model(
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     rule = None if settings.spikes is None else SpikeRule(**settings.spikes)
-    loss = _loss_of(run, model) if trainer_class is RecipeTrainer else WHOLE
-    # trl's trainer for preferences has no auxiliary loss.
-    balancing = router_loss_weight(model.config) if trainer_class is RecipeTrainer else 0.0
-    load = ExpertLoad(run.folder) if balancing else None
+    guard = Guard(run.folder, rule)
     fp8 = use_fp8(model) if run.choice.fp8 else None
-    check, guard = ActiveCheck(_asked(run, loss, balancing, fp8), tokens_per_step), Guard(run.folder, rule)
+    own = trainer_class is RecipeTrainer
+    # trl's trainers compute their loss themselves, without an auxiliary one.
+    loss, balancing = _set_up_loss(run, model) if own else (WHOLE, 0.0)
+    load = ExpertLoad(run.folder) if balancing else None
+    if run.compiles_parts:
+        compile_parts(model)
+    check = ActiveCheck(_asked(run, loss, balancing, fp8), tokens_per_step)
     life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
     communication = CommunicationShare() if run.probe and run.ranks > 1 else None
     if phases:
         # Compiled for any length, as PyTorch does from the second one on, a step would take longer.
         torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.recompile_limit = 2 * len(phases) + 8  # each also where the evaluation differs
+        torch._dynamo.config.recompile_limit = 4 * len(phases) + 8  # each also where the evaluation differs
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
-    if trainer_class is RecipeTrainer:
-        if loss != LIGER:  # the Trainer itself puts its kernels into the model
-            (return_loss_in_chunks if loss == CHUNKS else return_loss_only)(model, settings.z_loss)
+    if own:
         by_bounds = run.choice.attention.startswith(("varlen", "flash_attention"))
         trainer_keywords["data_collator"] = collate_with_bounds if by_bounds else collate
     trainer = trainer_class(
@@ -100,10 +102,7 @@ def train_model(
         args=run.arguments,
         train_dataset=samples,
         eval_dataset=valid,
-        callbacks=[
-            *(callback for callback in (load, communication) if callback),
-            *_callbacks(run, guard, check, sampling, meter, tokens_per_step, phases, life),
-        ],
+        callbacks=_callbacks(run, guard, check, sampling, meter, phases, life, load, communication),
         **trainer_keywords,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -134,14 +133,25 @@ def train_model(
     } | measured
 
 
+def _set_up_loss(run: Run, model: PreTrainedModel) -> tuple[str, float]:
+    """Let the model return its loss; (how it computes it, the coefficient of the routers' auxiliary loss)."""
+    loss = _loss_of(run, model)
+    if loss != LIGER:  # the Trainer itself puts its kernels into the model
+        (return_loss_in_chunks if loss == CHUNKS else return_loss_only)(model, run.settings.z_loss)
+    return loss, router_loss_weight(model.config)
+
+
 def _loss_of(run: Run, model: PreTrainedModel) -> str:
     if run.arguments.use_liger_kernel:
         return LIGER
     # A micro-batch has as many positions in all phases.
     positions = run.arguments.per_device_train_batch_size * longest_block(vars(run.settings))
     logits = positions * model.config.vocab_size
-    # In chunks there are no routers' logits, and nothing comes between the output matrix and the loss.
-    if any(getattr(model.config, key, None) for key in ("num_experts_per_tok", "final_logit_softcapping")):
+    # In chunks there are no routers' logits, nothing comes between the output matrix and the loss, and an
+    # adapter over that matrix would not be trained.
+    plain = isinstance(model.get_output_embeddings(), torch.nn.Linear)
+    more = ("num_experts_per_tok", "final_logit_softcapping")
+    if not plain or any(getattr(model.config, key, None) for key in more):
         return WHOLE
     return choose_loss(run.hardware.device, logits, run.choice.compile, run.tensor_parallel)
 
@@ -163,30 +173,34 @@ def _callbacks(
     run: Run,
     guard: Guard,
     check: ActiveCheck,
-    sampling: Samples | None,
+    sampling: SamplePrompts | None,
     meter: Meter,
-    tokens_per_step: int,
     phases: Sequence[Phase],
     life: SignsOfLife,
+    load: ExpertLoad | None,
+    communication: CommunicationShare | None,
 ) -> list[TrainerCallback]:
     """The callbacks, in the order in which the Trainer calls them."""
-    callbacks: list[TrainerCallback] = [StopOnSignal(run.folder / "stop", run.parent), guard, check]
+    callbacks: list[TrainerCallback] = [callback for callback in (load, communication) if callback]
+    callbacks += [StopOnSignal(run.folder / "stop", run.parent), guard, check]
     if phases:
         callbacks.append(PhaseChange(phases))
     if sampling:
         callbacks.append(sampling)
     callbacks.append(meter)  # after the sampling, whose time does not count as training
     if run.is_main:
-        callbacks.append(Progress(run.folder, tokens_per_step))
-    callbacks.append(Heartbeat(life))
+        callbacks.append(Progress(run.folder, meter.tokens_per_step))
+    callbacks.append(Heartbeat(life, [phase.begin for phase in phases]))
     return callbacks
 
 
 def _train_to_the_end(run: Run, trainer: RecipeTrainer, life: SignsOfLife) -> None:
     """Train, from the newest good checkpoint if there is one. Raises SystemExit if stopped before."""
     checkpoint = _find_checkpoint(run)
-    if checkpoint and run.is_main:
-        print(f"continues from {checkpoint.name}", flush=True)
+    if checkpoint:
+        run.arguments.eval_on_start = False  # the first run has done it
+        if run.is_main:
+            print(f"continues from {checkpoint.name}", flush=True)
     if dist.is_initialized():
         dist.barrier()
     try:

@@ -84,6 +84,10 @@ def templates(config, table):
             ["sources.manpages: packages: []", "one or more strings"],
         ),
         (
+            lambda c: c["dataset"]["sources"].update(x={"source": "files", "url": []}),
+            ["sources.x: url: []", "one or more strings"],
+        ),
+        (
             lambda c: c["dataset"]["sources"]["tatoeba"].update(minimum_megabytes=2, maximum_megabytes=1),
             ["minimum_megabytes: 2", "at most maximum_megabytes, 1"],
         ),

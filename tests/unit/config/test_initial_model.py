@@ -148,8 +148,9 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused(monkeypatch, tm
     assert (
         initial_model.published_config({"initial_model": "nobody/nothing"}) == {}
     )  # known once it was fetched
-    with pytest.raises(Refused, match="no such folder, and not a name on the hub"):
-        initial_model.published_config({"initial_model": str(tmp_path / "gone/away")})
+    for name in (str(tmp_path / "gone/away"), "~nosuch/model"):
+        with pytest.raises(Refused, match="no such folder, and not a name on the hub"):
+            initial_model.published_config({"initial_model": name})
 
 
 def test_more_ids_than_rows_are_refused(tmp_path):

@@ -64,6 +64,14 @@ def test_a_deepspeed_file_without_zero_shards_nothing_of_an_adapter(tmp_path, mo
             {"zero_optimization": {"stage": 2, "cpu_offload": True}},
             'zero_optimization: cpu_offload: true: DeepSpeed no longer reads it. Write "offload_optimizer"',
         ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": None, "offload_param": None}}, ""),
+        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization: stage: "3" is str, expected int'),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization: stage: 4, expected 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "200MB"}},
+            'zero_optimization: reduce_bucket_size: "200MB", expected a number above 0, or "auto"',
+        ),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping: nan, expected a finite number"),
         ({"optimizer": {"type": "Adam"}}, "optimizer: it would silently replace"),
     ],
 )
@@ -100,6 +108,12 @@ def test_what_the_hardware_lacks_is_refused_before_torch_is_imported():
         )
         assert result.returncode == 2 and result.stdout == "False\n", result.stderr
         assert result.stderr.startswith(f"error: pretrain.json: {key}: ") and words in result.stderr
+
+
+def test_heads_that_the_model_file_leaves_out_are_split_too():
+    launch.check_tensor_parallel({"model_type": "qwen3", "num_attention_heads": 12}, 32)
+    with pytest.raises(Refused, match="the 8 key-value heads of model.json"):
+        launch.check_tensor_parallel({"model_type": "mistral"}, 3)
 
 
 MISTRAL = {"model_type": "mistral", "hidden_size": 64}

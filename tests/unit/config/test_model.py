@@ -3,9 +3,11 @@
 import functools
 
 import pytest
-from refusal import refusal
+from recipe.config.recipe import check_recipe
+from refusal import refusal, tiny
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+SIZES += ("num_key_value_heads",)
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -29,7 +31,7 @@ experts = functools.partial(other, "qwen3_moe", num_experts=8, num_experts_per_t
         (lambda c: c["model"].update(num_key_value_heads=2), ["does not divide by num_key_value_heads 2"]),
         (lambda c: c["model"].update(model_type="mistrall"), ["model_type", "'mistral'"]),
         (
-            lambda c: (c["model"].pop("head_dim"), c["model"].update(hidden_size=260)),
+            lambda c: (c["model"].pop("head_dim"), c["model"].update(model_type="mistral", hidden_size=260)),
             ["model.json: hidden size 260 does not divide by 3"],
         ),
         (lambda c: c["model"].update(hidden_size=10**11), ["hidden_size: 100000000000", "1,000,000"]),
@@ -45,6 +47,26 @@ experts = functools.partial(other, "qwen3_moe", num_experts=8, num_experts_per_t
         (
             gemma(rope_parameters=ROPE),
             ["rope_parameters: {", "both kinds of layers", "full_attention and sliding"],
+        ),
+        (
+            lambda c: c.update(model={"model_type": "qwen3", "num_attention_heads": 12}),
+            ["num_attention_heads: 12 does not divide by num_key_value_heads 32", "the default of"],
+        ),
+        (
+            lambda c: c.update(model={"model_type": "gpt2", "n_embd": 500}),
+            ["hidden size 500 does not divide by 12 attention heads"],
+        ),
+        (
+            lambda c: c["model"].update(rope_theta=2e4, rope_parameters=ROPE),
+            ["rope_theta: 20000.0 would have no effect here. Write it into rope_parameters"],
+        ),
+        (
+            lambda c: c.update(model={"model_type": "gpt_neox", "rope_theta": 2e4}),
+            ["rope_theta: 20000.0 would have no effect here. Write it into rope_parameters"],
+        ),
+        (
+            lambda c: c["model"].update(rope_parameters=ROPE | {"partial_rotary_factor": 0.5}),
+            ["rope_parameters: partial_rotary_factor: 0.5, expected 1, or leave the key out: only gpt_neox"],
         ),
         (experts(num_experts_per_tok=9), ["num_experts_per_tok: 9, more than the 8 of num_experts"]),
         (experts(num_experts=0), ["num_experts: 0, expected a whole number from 1"]),
@@ -69,3 +91,10 @@ experts = functools.partial(other, "qwen3_moe", num_experts=8, num_experts_per_t
 def test_a_fault_is_named_with_the_way_out(change, words):
     message = refusal(change)
     assert all(word in message for word in words), message
+
+
+def test_null_means_as_many_key_value_heads_and_equal_thetas_are_no_fault():
+    recipe = tiny()
+    heads = {"num_attention_heads": 12, "num_key_value_heads": None}
+    recipe["model"] = {"model_type": "qwen3", **heads, "rope_theta": 1e4, "rope_parameters": ROPE}
+    check_recipe(recipe, "configs/x")

@@ -138,7 +138,7 @@ def test_training_arguments_accept_what_the_loader_accepts(tmp_path, monkeypatch
     hardware |= {"report_to"}  # libraries that may be missing
     hardware |= {"global_batch_size", "per_device_train_batch_size"}  # the dry run divides one by the other
     plan = {"recipe": "x", "deepspeed": None, "ranks": 1, "folder": str(tmp_path), "host": "", "parent": 0}
-    plan |= {"fsdp": False, "tensor_parallel": 1}
+    plan |= {"fsdp": False, "tensor_parallel": 1, "new_optimizer": False}
     tried = set()
     for key, value, new in accepted_values(tiny(), "pretrain", [*native, *training.TRAINING]):
         if key in hardware:
@@ -221,6 +221,27 @@ def test_an_adapter_over_no_matrix_is_refused(targets, words):
             changed(load_recipe("mistral-300m-qlora"), ("finetune", "lora", "target_modules"), targets), "c/x"
         )
     assert "c/x/finetune.json: lora.target_modules: " in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "taken"),
+    [
+        (["q_proj", "lm_head"], '"lm_head" takes lm_head'),
+        (["embed_tokens"], '"embed_tokens" takes model.embed_tokens'),
+        (".*", '".*" takes lm_head and model.embed_tokens'),
+        (".*_proj", ""),
+    ],
+)
+def test_an_adapter_over_a_matrix_that_is_shared_is_refused(targets, taken):
+    config = changed(load_recipe("mistral-300m-qlora"), ("finetune", "lora", "target_modules"), targets)
+    for shared in (False, True):
+        config = changed(config, ("model", "tie_word_embeddings"), shared)
+        if not (shared and taken):
+            assert accepted(config)
+            continue
+        with pytest.raises(Refused) as caught:
+            check_recipe(config, "c/x")
+        assert f"c/x/finetune.json: lora.target_modules: {taken}, but the output shares" in str(caught.value)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "0.mlp.up_proj"], r".*layers\.3\..*_proj"])

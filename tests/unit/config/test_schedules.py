@@ -2,7 +2,7 @@
 
 import pytest
 from recipe.config.keys import known_keys
-from recipe.config.schedules import SCHEDULES, check_schedule
+from recipe.config.schedules import SCHEDULES, check_schedule, same_rates_until
 from recipe.project import Refused
 
 
@@ -29,6 +29,13 @@ def test_a_warm_up_longer_than_the_run_is_refused(kind):
     for warmup in (9, 0.5, 0):
         check_schedule(values | {"warmup_steps": warmup}, "x.json")
     check_schedule(values | {"warmup_steps": 11, "max_steps": -1}, "x.json")
+
+
+@pytest.mark.parametrize("kind", [kind for kind, schedule in SCHEDULES.items() if schedule.fixed])
+def test_a_warm_up_that_is_a_share_is_another_one_in_a_longer_run(kind):
+    values = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": NEEDED.get(kind)}
+    limits = [same_rates_until(values | {"warmup_steps": warmup}, 100) for warmup in (0, 1, 10, 0.1)]
+    assert limits[0] >= 99 and limits == [limits[0]] * 3 + [None]
 
 
 @pytest.mark.parametrize(

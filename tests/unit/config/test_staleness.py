@@ -16,3 +16,20 @@ def test_a_source_may_have_any_name_and_the_order_of_sources_decides():
     assert kept["sources"] == {"project": {"source": "files", "rules": "web"}, "log_a": {}}
     turned = {"sources": dict(reversed(values["sources"].items()))}
     assert kept != staleness.deciding_keys("dataset", turned)
+
+
+def test_a_stage_ignores_what_it_does_not_read_also_in_the_record_of_an_earlier_release():
+    generation = {"prompts": ["a"], "questions": ["b"], "max_new_tokens": 8}
+    kept = {
+        stage: list(staleness.deciding_config(stage, {"generation": generation})["generation"])
+        for stage in ("07_generate", "14_evaluate", "15_generate")
+    }
+    assert kept == {
+        "07_generate": ["prompts", "max_new_tokens"],
+        "14_evaluate": ["max_new_tokens"],
+        "15_generate": ["questions", "max_new_tokens"],
+    }
+    assert staleness.deciding_keys("tokenizer", {"vocab_size": 400, "compare": []}) == {"vocab_size": 400}
+    recorded = {"sources": {"b": {"licence": "MIT"}, "a": {}}, "order": ["b", "a"]}
+    now = staleness.deciding_keys("dataset", {"sources": {"b": {"licence": "CC0"}, "a": {}}})
+    assert staleness.deciding_keys("dataset", recorded) == now

@@ -88,3 +88,29 @@ def test_servers_that_do_not_answer_are_noted(hub, monkeypatch):
     assert lines[-1].startswith("note: evaluation.json: tasks.jsquad: stage 06 will read https://raw")
     assert all(line.endswith("but the environment says offline") for line in lines)
     assert list(check.check_reachable({})) == []
+
+
+def check_of(monkeypatch, *options):
+    """The exit code of the check of tiny; 0 where it accepts the recipe."""
+    monkeypatch.setattr("sys.argv", ["check", *options])
+    try:
+        check.main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+NO_PAIRS = ("--set", "instruction.pairs={}")
+
+
+def test_stages_that_the_recipe_skips_are_not_checked(hub, monkeypatch, capsys):
+    sharded = ("--from", "12", "--deepspeed", "zero4")
+    assert check_of(monkeypatch, *sharded) == 2 and "zero4: no such file" in capsys.readouterr().err
+    monkeypatch.setattr(check, "check_available", lambda config: pytest.fail("stage 14 asks no task"))
+    assert check_of(monkeypatch, *sharded, *NO_PAIRS) == 0, capsys.readouterr().err
+    assert needed(load_recipe("small", NO_PAIRS[1:]), first=7) == {}
+
+
+def test_a_push_without_a_name_is_refused_before_the_first_stage(hub, monkeypatch, capsys):
+    assert check_of(monkeypatch, "--to", "01", "--set", "finetune.push_to_hub=true") == 2
+    assert "finetune.json: push_to_hub: it needs hub_model_id" in capsys.readouterr().err

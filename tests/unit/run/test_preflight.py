@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from recipe import project
 from recipe.config.launch import check_launch
 from recipe.config.recipe import load_recipe
+from recipe.hardware import Hardware, choose
 from recipe.project import Refused
 from recipe.run import preflight
 from recipe.run.launch_options import Launch
@@ -129,15 +131,15 @@ def test_training_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(project, "OUTPUTS", tmp_path)
     monkeypatch.setattr(project, "free_bytes", lambda folder: (3 * 12 + 4) * parameters - 1)
     with pytest.raises(Refused, match=f"{file}.json: save_total_limit.*needs {40 * parameters:,} bytes"):
-        preflight.check_room(stage, Launch(), file)
+        preflight.check_resources(stage, Launch(), file)
     monkeypatch.setattr(project, "free_bytes", lambda folder: 40 * parameters)
-    preflight.check_room(stage, Launch(), file)
+    preflight.check_resources(stage, Launch(), file)
     config[file]["lora"] = {"r": 8}
     monkeypatch.setattr(project, "free_bytes", lambda folder: 4 * parameters)
-    preflight.check_room(stage, Launch(), file)
+    preflight.check_resources(stage, Launch(), file)
     monkeypatch.setattr(project, "free_bytes", lambda folder: 4 * parameters - 1)
     with pytest.raises(Refused, match=f"needs {4 * parameters:,} bytes"):
-        preflight.check_room(stage, Launch(), file)
+        preflight.check_resources(stage, Launch(), file)
 
 
 def test_a_tuning_of_a_published_model_that_is_no_longer_in_the_cache_starts(tmp_path):
@@ -145,7 +147,7 @@ def test_a_tuning_of_a_published_model_that_is_no_longer_in_the_cache_starts(tmp
     config = {"dataset": {}, "model": {}, "tokenizer": {}, "finetune": read("tiny", "finetune")}
     config["pretrain"] = {"initial_model": "nobody/nothing"}
     stage = SimpleNamespace(recipe="mine", config=config, folder=tmp_path, say=print)
-    preflight.check_room(stage, Launch(), "finetune")
+    preflight.check_resources(stage, Launch(), "finetune")
 
 
 def test_disk_holds_the_checkpoints_kept_and_one_more():
@@ -156,6 +158,9 @@ def test_disk_holds_the_checkpoints_kept_and_one_more():
         return preflight.training_disk(shape, dataclasses.replace(PLAIN, **changes), values, steps)
 
     assert disk({"save_steps": 10, "save_total_limit": 2}) == 3 * checkpoint + model
+    decay = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 10}}
+    for steps in (100, None):  # the checkpoint before the decay stays
+        assert disk({"save_steps": 10, "save_total_limit": 2} | decay, steps) == 4 * checkpoint + model
     assert disk({"save_steps": 60, "save_total_limit": 2}) == checkpoint + model
     assert disk({"save_steps": 0.1}) == 10 * checkpoint + model
     assert disk({"save_strategy": "no"}) == model
@@ -303,8 +308,22 @@ def test_the_gpu_is_the_one_that_is_visible(tmp_path, monkeypatch):
     assert preflight.this_machine(Launch()) == (Device("Tesla T4", 15, 0.0, False), 10 * preflight.GIB)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     assert preflight.this_machine(Launch())[0].name == "NVIDIA GB10"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    part, free = preflight.this_machine(Launch())
+    assert part.name == "NVIDIA A100 MIG" and free == math.inf  # not known
+    values, shape = read("tiny", "pretrain"), shape_of(read("tiny", "model"), 8000)
+    (line,) = preflight._device_lines(part, free, values, shape, Launch(), 1e9, None, "")
+    assert "fits" not in line and "a part of a GPU (MIG) has is not known" in line
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert preflight.this_machine(Launch())[0].kind == "cpu"
+
+
+@pytest.mark.parametrize("device", [*PROFILES[2:4], Device("CPU", 8, 0.0, True, "cpu")])
+@pytest.mark.parametrize("values", [{}, {"bf16": False}, {"fp16": False}, {"bf16": False, "fp16": False}])
+def test_the_precision_is_the_one_that_a_training_chooses(device, values):
+    seen = Hardware(device.kind, device.name, (8, 0), (2, 13), device.bf16, (), True)
+    setting = setting_of(read("tiny", "pretrain") | values, device, Launch())
+    assert setting.precision == choose(seen, values).precision
 
 
 def test_a_preflight_does_not_import_torch():
@@ -318,3 +337,12 @@ def test_a_preflight_does_not_import_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and "parameters   2,490,560" in result.stdout, result.stderr
+
+
+def test_null_in_a_deepspeed_file_offloads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "CONFIGS", tmp_path)
+    zero = {"stage": 2, "offload_optimizer": None, "offload_param": None}
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed/mine.json").write_text(json.dumps({"zero_optimization": zero}))
+    fields = preflight.zero_of("mine")
+    assert not fields["offload_optimizer"] and not fields["offload_parameters"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MINI
-from recipe.project import ROOT
+from recipe.project import ROOT, Refused
 from recipe.run import preflight, probe
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import shape_of
@@ -72,6 +72,21 @@ def test_a_crash_gives_its_last_line(tmp_path):
     assert end_of(tmp_path, code) == {"outcome": "failed", "reason": "model.json: no such layer"}
     # Exit code 0 without figures is no success.
     assert end_of(tmp_path, "print('bye')") == {"outcome": "failed", "reason": "bye"}
+
+
+def test_options_that_cannot_be_split_are_refused_before_the_search(monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "is_finished", lambda folder: True)
+    for number in ("0", "2"):
+        monkeypatch.setattr(sys, "argv", ["probe", "--nproc", "1", "--tensor-parallel", number])
+        with pytest.raises(Refused, match=f"--tensor-parallel {number}: expected a number that divides"):
+            probe.main(SCRIPT)
+
+
+def test_what_is_not_compiled_has_no_mode_of_torch_compile():
+    """With one, TrainingArguments would compile."""
+    plain, compiled = (Way(Launch(), 0, compiled).values for compiled in (False, True))
+    assert plain["torch_compile_mode"] is plain["torch_compile_backend"] is None
+    assert "torch_compile_mode" not in compiled
 
 
 HANGING = "import os, time\nopen(f'pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
@@ -203,7 +218,7 @@ def test_the_climb_ends_at_a_failure_or_a_loss(speeds, measured):
 def row_of(way, **more):
     return {
         "micro_batch": 8,
-        "values": way.values,
+        "values": {key: value for key, value in way.values.items() if value is not None},
         "ranks": way.launch.ranks,
         "launch": launch_words(way.launch),
         "checkpointing": probe.CHECKPOINTED[way.checkpointed],

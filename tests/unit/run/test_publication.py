@@ -7,10 +7,10 @@ import stat
 import pytest
 from recipe import project
 from recipe.endings import errors_in_one_line
-from recipe.project import RecipeError, Refused
+from recipe.project import RECORD, RecipeError, Refused, write_json
 from recipe.run import publication
-from recipe.run.integrity import describe_files
-from recipe.run.publication import hold, publish
+from recipe.run.integrity import damage, describe_files
+from recipe.run.publication import RESULT, finish_publication, hold, publish, write_last
 
 
 def test_a_drive_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -42,6 +42,28 @@ def test_the_scaffold_of_phases_is_no_output_and_goes_when_the_stage_is_publishe
     assert list(describe_files(tmp_path / "work")) == ["train.bin"]
     publish(tmp_path / "work", tmp_path / "final")
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["train.bin"]
+
+
+def test_what_says_that_a_folder_is_complete_comes_after_its_files(tmp_path, monkeypatch):
+    """Also on the disk: after a power cut there is no result without the weights."""
+    monkeypatch.setattr(publication, "fsync_tree", lambda folder: flushed.extend(folder.iterdir()))
+    flushed = []
+    (tmp_path / "model.safetensors").write_text("weights")
+    write_last(tmp_path / RESULT, {"steps": 1})
+    assert flushed == [tmp_path / "model.safetensors"] and (tmp_path / RESULT).exists()
+
+
+def test_a_killed_publication_whose_files_were_lost_is_not_completed(tmp_path, capsys):
+    work, final = tmp_path / ".05_pretrain.work", tmp_path / "05_pretrain"
+    work.mkdir()
+    write_json(work / RESULT, {})
+    (work / "model.safetensors").write_text("weights")
+    wanted = {"config": {}, "inputs": {}}
+    write_json(work / RECORD, {"wanted": wanted, "files": describe_files(work)})
+    (work / "model.safetensors").write_text("")
+    finish_publication(work, final, lambda seen: True, lambda record: damage(work, record, hashes=False))
+    assert [path.name for path in work.iterdir()] == ["model.safetensors"] and not final.exists()
+    assert "0 bytes, expected 7, so this result is not used" in capsys.readouterr().err
 
 
 def test_a_drive_that_cannot_flush_a_folder_still_gets_the_output(tmp_path, monkeypatch):

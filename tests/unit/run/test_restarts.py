@@ -43,7 +43,7 @@ from recipe.run.stage import Stage
 
 folder, script = Path(sys.argv[1]), Path(sys.argv[2])
 restarts.FIRST_PAUSE = 0.01
-launch.check_room = lambda *_: None
+launch.check_resources = lambda *_: None
 parser = argparse.ArgumentParser()
 add_options(parser)
 arguments = parser.parse_args(sys.argv[3:])

@@ -95,7 +95,9 @@ def test_missing_input_is_named(project):
     assert "waits for 02_dataset" in run(project, "--dry-run", INPUTS="02_dataset").stdout
     result = run(project, check=False, INPUTS="02_dataset")
     assert result.returncode == 2 and "02_dataset has not been run for recipe 'mini'" in result.stderr
-    assert "--recipe mini --from 02" in result.stderr
+    assert "--recipe mini --from 02 --to 90`" in result.stderr
+    result = run(project, "--set", "tokenizer.vocab_size=500", check=False, INPUTS="02_dataset")
+    assert "--recipe mini --set tokenizer.vocab_size=500 --from 02 --to 90`" in result.stderr
 
 
 def test_new_output_replaces_the_old_one_whole(project):

@@ -66,6 +66,43 @@ def test_trackio_holds_the_figures(train, monkeypatch, tmp_path):
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 5}\n{"st')
-    assert callbacks.keep_rows(path, 3) == [{"step": 1}, {"step": 3}] == rows_of(path)
+    path.write_text('{"step": 0}\n{"step": 3}\n{"step": 5}\n{"st')
+    assert callbacks.keep_rows(path, 3) == [{"step": 0}, {"step": 3}] == rows_of(path)
+    assert callbacks.keep_rows(path, 0) == [] == rows_of(path)
     assert callbacks.keep_rows(tmp_path / "none", 3) == []
+
+
+def test_this_run_decides_how_often_it_logs_and_a_continued_one_does_not_evaluate_first(train):
+    evaluation = {"eval_on_start": True, "save_strategy": "steps", "save_steps": 2}
+    train(**evaluation, max_steps=3)
+    _, rows, _ = train(**evaluation, logging_steps=2)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 6]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 6]
+
+
+def test_the_first_step_of_a_phase_may_take_as_long_as_the_first_of_the_run():
+    """It compiles the model. The watchdog knows the time of the others."""
+    calls = []
+    life = SimpleNamespace(started=None)
+
+    def step(number):
+        life.started = 1.0
+        calls.append("step")
+
+    def unpaced(number):
+        life.started = None
+        calls.append("unpaced")
+
+    life.step, life.unpaced = step, unpaced
+    heartbeat, state = callbacks.Heartbeat(life, [0, 2]), TrainerState()
+    control = SimpleNamespace(should_evaluate=False, should_save=False)
+    heartbeat.on_train_begin(None, state, control)
+    found = []
+    for number in range(4):
+        calls.clear()
+        state.global_step = number
+        heartbeat.on_step_begin(None, state, control)
+        state.global_step = number + 1
+        heartbeat.on_step_end(None, state, control)
+        found.append(" ".join(calls))
+    assert found == ["step unpaced", "step step", "unpaced step unpaced", "step step"]

@@ -73,6 +73,21 @@ def test_command_refuses_what_is_no_run(tmp_path):
     assert result.returncode == 2 and "nosuch: no run" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none/a.png", "none does not exist"), ("a.xyz", "ends in one of"), ("a", "ends in one of")],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_table(
+    tmp_path, monkeypatch, capsys, name, words
+):
+    folder = run(tmp_path, "run", rows(1, 0.1))
+    monkeypatch.setattr(sys, "argv", ["curves", str(folder), "--output", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as refused:
+        curves.main()
+    shown = capsys.readouterr()
+    assert refused.value.code == 2 and not shown.out and words in shown.err
+
+
 def test_runs_are_called_by_what_tells_them_apart():
     paths = ["/x/outputs/tiny/05_pretrain", "/x/outputs/large/05_pretrain"]
     assert curves.short_names(paths) == ["tiny", "large"]

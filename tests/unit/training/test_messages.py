@@ -76,7 +76,7 @@ def test_a_webhook_that_does_not_answer_delays_nothing():
     assert (result.returncode, result.stdout) == (0, "goes on\n")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9/hook", "no address"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/hook", "http://127.0.0.1:abc/", "no address"])
 def test_a_webhook_that_cannot_be_called_is_a_warning(address):
     result = send(30, address)
     assert result.returncode == 0 and "warning: RECIPE_WEBHOOK could not be called" in result.stderr

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from recipe.project import Refused
+from recipe.training.extended import EXTENDED
 from recipe.training.prepare import check_steps, place, prepare, total_steps
 from tiny_training import plan_of
 from transformers import TrainingArguments
@@ -11,9 +12,10 @@ from transformers import TrainingArguments
 
 @pytest.mark.parametrize(
     ("steps", "epochs", "expected"),
-    [(-1, 1.0, (13, 2)), (-1, 3.0, (38, 4)), (5, 1.0, (5, 1)), (30, 1.0, (30, 3))],
+    [(-1, 1.0, (13, 2)), (-1, 3.0, (38, 4)), (5, 1.0, (5, 1)), (30, 1.0, (30, 3)), (-1, 1.12, (14, 2))],
 )
 def test_total_steps(tmp_path, steps, epochs, expected):
+    """1.12 * 100 is a little more than 112 in floating point, and 112 are 14 steps."""
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=steps, num_train_epochs=epochs, use_cpu=True
     )
@@ -37,6 +39,9 @@ def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monk
     with pytest.raises(Refused, match="pretrain.json: warmup_steps: 14, more than the 13 steps of the run"):
         check_steps(run, values, "pretrain.json")
     check_steps(run, values | {"warmup_steps": 13}, "pretrain.json")
+    (tmp_path / EXTENDED).write_text('{"from": 8, "steps": 8, "rewarm": true}')
+    with pytest.raises(Refused, match="warmup_steps: 6, more than the 5 steps"):
+        check_steps(run, values | {"warmup_steps": 6}, "pretrain.json")
     assert "eval_steps: 20, but the run has 13 steps" in capsys.readouterr().out
 
 

@@ -195,6 +195,21 @@ def test_a_spike_is_judged_equally_on_both_sides_of_a_resume(train, inject, monk
     assert_equal(final_weights(straight), final_weights(stopped))
 
 
+def test_a_log_after_a_resume_counts_the_steps_before_the_checkpoint(train, monkeypatch):
+    settings = STEPS | {"logging_steps": 4, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+    straight = losses_of(train("straight", **settings)[1])
+    with monkeypatch.context() as patch:
+
+        def kill(guard, args, state, control, **objects):
+            if state.global_step == 7:  # the last checkpoint is that of step 6
+                raise Killed
+
+        patch.setattr(Guard, "on_step_end", kill)
+        with pytest.raises(Killed):
+            train("stopped", **settings)
+    assert losses_of(train("stopped", **settings)[1]) == pytest.approx(straight, rel=1e-6)
+
+
 def test_without_a_rule_only_nan_and_infinity_are_skipped(train, inject):
     inject(2.0, 23)
     assert train(**SLOW | {"spikes": None})[0]["skipped_steps"] == []

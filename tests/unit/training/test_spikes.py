@@ -6,7 +6,10 @@ import random
 
 import pytest
 from recipe.config.settings import SpikeRule
-from recipe.training.spikes import read_skipped, spike, window_to_skip
+from recipe.training.checkpoints import write_manifest
+from recipe.training.spikes import delete_given_up, read_skipped, spike, window_to_skip
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 def healthy(steps, seed=0, level=2.0, noise=0.05):
@@ -58,6 +61,11 @@ def test_early_only_a_loss_of_several_times_the_highest_is_a_spike():
     assert found([(900.0, 1.0)]) == []
 
 
+def test_a_loss_that_is_mostly_0_has_no_spikes():
+    """As the hinge loss of preferences has; a loss that falls to 0 from the first step on, too."""
+    assert found([(0.0, 1.0)] * 10 + [(0.1, 1.0)] + [(0.0, 1.0)] * 30 + [(0.1, 1.0), (5.0, 1.0)]) == []
+
+
 def test_a_training_without_gradient_norms_is_judged_by_its_loss():
     steps = [(loss, None) for loss, _ in healthy(300)]
     assert found([*steps, (8.0, None)]) == [300]
@@ -72,6 +80,22 @@ def test_the_list_says_what_is_skipped_and_how_often_the_training_went_back(tmp_
     assert skipped.steps == {3, 8, 18, 19, 20, 21, 30} and skipped.doubted == {7, 8}
     assert [skipped.rate(step) for step in (0, 9, 10, 19, 20, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert read_skipped(tmp_path / "none").steps == set()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_newer_checkpoints_are_deleted_only_if_an_older_one_is_good(tmp_path, capsys, damaged):
+    for step in (10, 20):
+        checkpoint = tmp_path / f"checkpoints/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name in FILES:
+            (checkpoint / name).write_text("{}")
+        write_manifest(checkpoint)
+    (tmp_path / "skipped.jsonl").write_text('{"step": 25, "back_to": 10, "skip": [25, 25], "rate": 1.0}\n')
+    if damaged:
+        (tmp_path / "checkpoints/checkpoint-10/optimizer.pt").write_text("damaged")
+    delete_given_up(tmp_path)
+    assert (tmp_path / "checkpoints/checkpoint-20").exists() == damaged
+    assert ("cannot go back to step 10" in capsys.readouterr().out) == damaged
 
 
 @pytest.mark.parametrize(
