@@ -207,11 +207,12 @@ ONE_BAD_RANK = """
 import math, sys, types
 from pathlib import Path
 import torch, torch.distributed as dist
+from recipe.config.settings import SpikeRule
 from recipe.training.skip_bad_steps import Guard
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-guard, weight = Guard(Path(sys.argv[1])), torch.nn.Parameter(torch.zeros(2))
+guard, weight = Guard(Path(sys.argv[1]), SpikeRule()), torch.nn.Parameter(torch.zeros(2))
 guard.trainer = types.SimpleNamespace(step_loss=0.0, gradient_norm=1.0, is_deepspeed_enabled=False)
 arguments = types.SimpleNamespace(device=torch.device("cpu"), fp16=False, bf16=False)
 for step, bad in enumerate((1.0, 1.0, float(sys.argv[2]), 1.0)):
@@ -243,6 +244,7 @@ def test_all_ranks_skip_a_step_that_is_bad_on_one(tmp_path, loss):
 
 POISON_RANK_1 = """
 import torch.distributed as dist
+from recipe.config.settings import SpikeRule
 from recipe.training.skip_bad_steps import Guard
 
 stock = Guard.on_step_end
