@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from recipe.config.tasks import reads_sources, tasks_of
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import messages_of, no_pairs
-from recipe.evaluation.tasks.available import check_available, skipped_list
+from recipe.evaluation.tasks.available import check_available, left_out_line, skipped_list
 from recipe.project import RecipeError, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
@@ -50,14 +50,14 @@ def main(stage: Stage) -> None:
         model = for_inference(load_model(folder))
         total, count = total_loss(model, samples, batch_size, name, bf16)
         loss = total / count
-        figures[name] = {"response_loss": loss, "perplexity": perplexity(loss), "tokens": count}
+        figures[name] = {"response_loss": loss, "perplexity": perplexity(loss, name), "tokens": count}
         figures[name] |= answer(stage, model, tokenizer, rows)
         figures[name] |= score(stage, model, tokenizer, held_out, tasks, bf16)
     shutil.rmtree(stage.folder / "tasks" / ".cache", ignore_errors=True)
 
     before, after = figures["before"], figures["after"]
     tables = (comparison(before, after), scores_table({"before": before["tasks"], "after": after["tasks"]}))
-    tables += (skipped_list(skipped),) if skipped else ()
+    tables += tuple(filter(None, (skipped_list(skipped), left_out_line(not_asked))))
     write_text(stage.folder / "metrics.md", "\n".join(tables))
     write_json(stage.folder / "metrics.json", figures)
     stage.figures = figures
@@ -70,13 +70,14 @@ def main(stage: Stage) -> None:
 def held_out_task(stage: Stage, rows: list[dict[str, Any]], not_asked: Counter[str]) -> list[dict[str, Any]]:
     """Write the questions about held-out instructions, and return what `load_tasks` needs of them.
 
-    rows: the pairs of the validation side. not_asked: gets the number of questions that are left out, by
-    reason. The list is empty where they make no question.
+    rows: the pairs of the validation side. not_asked: see `write_tasks`. The list is empty where they make no
+    question.
     """
     from recipe.evaluation.tasks.harness import as_context
     from recipe.evaluation.tasks.items import held_out_items, write_items
 
-    items = held_out_items(rows, as_context, stage.config["evaluation"].get("items_per_task"), not_asked)
+    most = stage.config["evaluation"].get("items_per_task")
+    items, not_asked["held-out"] = held_out_items(rows, as_context, most)
     if not items:
         return []
     return [{"task": "held-out"} | write_items(stage.folder / "tasks", "held-out", {"test": items})]
@@ -85,7 +86,7 @@ def held_out_task(stage: Stage, rows: list[dict[str, Any]], not_asked: Counter[s
 def written_tasks(stage: Stage, skipped: dict[str, str], not_asked: Counter[str]) -> list[dict[str, Any]]:
     """Write what the tasks of evaluation.json ask, and return what `load_tasks` needs of each.
 
-    skipped: the tasks to leave out. not_asked: gets the number of questions that are left out, by reason.
+    skipped: the tasks to leave out. not_asked: see `write_tasks`.
     """
     from recipe.evaluation.tasks.items import write_tasks
 

@@ -111,7 +111,8 @@ def talk(talker: Talker, recipe: str, overrides: list[str]) -> None:
             elif line:
                 question = [*messages, {"role": "user", "content": line}]
                 answer = say("Assistant: ", talker.answer(question))
-                messages = [*question, {"role": "assistant", "content": answer}]
+                if answer:  # empty when it was stopped before its first part
+                    messages = [*question, {"role": "assistant", "content": answer}]
         except RecipeError as error:
             print(f"({error})")
 

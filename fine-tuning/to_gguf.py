@@ -71,6 +71,8 @@ def lines(recipe: str) -> list[str]:
     from recipe.evaluation.generation import evenly
 
     folder = stage_folder(recipe, "02_dataset")
+    if not is_finished(folder):
+        raise Refused(f"{folder}: missing. Run `bash run_all.sh --recipe {recipe}`")
     found = [
         line[:LONGEST]
         for shard in sorted(folder.glob("valid-*.parquet"))

@@ -11,7 +11,7 @@ from typing import Any
 from recipe.config.dataset import held_out_sources
 from recipe.config.tasks import reads_sources, tasks_of
 from recipe.corpus.shards import read_texts, side_sources
-from recipe.evaluation.tasks.available import check_available, skipped_list
+from recipe.evaluation.tasks.available import check_available, left_out_line, skipped_list
 from recipe.project import read_record, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
@@ -51,7 +51,7 @@ def main(stage: Stage) -> None:
     if tasks:
         stage.figures["tasks"], table = score_tasks(stage, model, tokenizer, tasks, bf16)
         stage.figures |= {"skipped_tasks": skipped, "not_asked": dict(not_asked)}
-        text += f"\n{table}\n{skipped_list(skipped)}"
+        text += f"\n{table}\n{skipped_list(skipped)}{left_out_line(not_asked)}"
 
     write_json(stage.folder / "metrics.json", stage.figures)
     write_text(stage.folder / "metrics.md", text)
@@ -63,7 +63,7 @@ def loaded_tasks(stage: Stage, skipped: dict[str, str], not_asked: Counter[str])
     """Write what the tasks of evaluation.json ask, and load them before the texts are evaluated.
 
     skipped: the tasks to leave out, with the reasons; those that cannot be loaded join them if they may.
-    not_asked: gets the number of questions that are left out, by reason.
+    not_asked: see `write_tasks`.
     """
     from recipe.evaluation.tasks.harness import load_tasks
     from recipe.evaluation.tasks.items import write_tasks

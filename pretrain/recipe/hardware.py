@@ -182,7 +182,7 @@ def visible_gpus(environment: Mapping[str, str], listing: str) -> list[Gpu]:
     """The GPUs of a listing by nvidia-smi (with `GPU_COLUMNS`) that CUDA_VISIBLE_DEVICES leaves visible.
 
     The variable is read as CUDA does: numbers or beginnings of UUIDs, in the order given, up to the first one
-    that does not exist. Of parts of a GPU (``MIG-…``) CUDA gives a process the first one only. The listing
+    that does not exist. A process gets only the first part of a GPU (``MIG-…``) that is named. The listing
     does not show parts: one is named after the first GPU, and without the variable the whole GPU is listed.
     """
     present = []
@@ -426,8 +426,9 @@ def _why_not_flash(hardware: Hardware, version: int, needs: AttentionNeeds, prec
         return "computes in bf16 or fp16 only, but fp32 is asked for"
     if needs.dropout and version > 2:
         return "computes no dropout of attention (model.json: attention_dropout, attn_pdrop)"
-    # Version 2 pads its heads to a multiple of 8.
-    return "" if version == 2 and (needs.head_size or 0) <= 256 else _why_not_heads(needs)
+    if version == 2 and (needs.head_size or 0) <= 256:
+        return ""  # it pads its heads to a multiple of 8
+    return _why_not_heads(needs)
 
 
 def _check_fp8(hardware: Hardware, choice: Choice, where: str) -> None:

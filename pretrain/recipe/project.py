@@ -277,7 +277,7 @@ def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to disk.
 
     A rename after it then publishes complete files. A mounted drive may not be able to flush a folder; its
-    files are flushed. A file that another process has removed meanwhile, such as a rank, is left out.
+    files are flushed. A file that another process, such as another rank, has removed meanwhile is left out.
     """
     for path in [folder, *folder.rglob("*")]:
         try:

@@ -14,12 +14,11 @@ from recipe.project import CONFIGS, Refused, nearest
 
 # Keys of zero_optimization that current versions of DeepSpeed no longer read, with their successors.
 REPLACED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
-# Types and ranges of keys of zero_optimization that are read here and in the preflight.
-BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+# Types and ranges of the keys of zero_optimization that are read here and in the preflight.
 ZERO_TYPES = {"stage": "int", **dict.fromkeys(("offload_optimizer", "offload_param"), "dict|null")}
-ZERO_TYPES |= dict.fromkeys(BUCKETS, "float|str")
+ZERO_TYPES |= {"reduce_bucket_size": "float|str"}
 _SIZE = Range('a number above 0, or "auto"', lambda x: x == "auto" if isinstance(x, str) else x > 0)
-ZERO_RANGES = {"stage": Range("0, 1, 2 or 3", lambda x: 0 <= x <= 3), **dict.fromkeys(BUCKETS, _SIZE)}
+ZERO_RANGES = {"stage": Range("0, 1, 2 or 3", lambda x: 0 <= x <= 3), "reduce_bucket_size": _SIZE}
 # Architectures whose products torchao cannot replace, and where their weights are instead.
 NO_FP8 = {"gpt2": "its matrices in Conv1D", "qwen3_moe": "its experts in tensors of three dimensions"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import math
 import re
 import threading
 import time
@@ -23,7 +24,7 @@ from recipe.tokenization.encode_text import encode_text
 
 Conversation = tuple[list[int], list[bool]]  # ids, and for each id whether it is trained
 
-SECONDS = 10  # for each 100 messages begun; the templates of the project need about 0.1
+SECONDS = 10  # for each 100 messages begun; the templates of the project need about 0.1 for the first 100
 _SOLUTION = (
     "Use a template of recipe/config/chat_templates.py (`template` in instruction.json), and redo stage 12 "
     "with --force"
@@ -110,7 +111,7 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> lis
 
 def _parts(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[tuple[str, bool]]:
     """The list of `_rendered`. Raises RecipeError for every exception of a template, and for a slow one."""
-    seconds = SECONDS * (1 + len(messages) // 100)
+    seconds = SECONDS * math.ceil(len(messages) / 100)
     try:
         with time_limit(seconds):
             return list(_rendered(tokenizer, messages))

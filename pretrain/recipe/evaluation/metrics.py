@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from recipe.hardware import detect
+from recipe.hardware import detect, precision_of
 from recipe.progress import progress
 from recipe.project import RecipeError, markdown_table
 from recipe.tokenization.packing import IGNORED, PackedBlocks
@@ -76,8 +76,8 @@ def computes_in_bf16(training: dict[str, Any]) -> bool:
     training: pretrain.json or finetune.json. tests/bench/evaluation.py measures how far the loss is from that
     in float32.
     """
-    asked = training.get("bf16", "fp16" not in training)  # as `recipe.hardware.choose`
-    return bool(asked) and detect().fast_bf16
+    here = detect()
+    return here.fast_bf16 and precision_of(training, here.device, here.fast_bf16) == "bf16"
 
 
 def evaluate_texts(
@@ -127,20 +127,23 @@ def combine(parts: list[dict[str, float]]) -> dict[str, float]:
     bits = total["loss_sum"] / math.log(2)
     return total | {
         "loss": loss,
-        "perplexity": perplexity(loss),
+        "perplexity": perplexity(loss, "the texts"),
         "bits_per_byte": bits / total["bytes"],
         "bits_per_character": bits / total["characters"],
     }
 
 
-def perplexity(loss: float) -> float:
-    """The perplexity of a mean loss in nats. Raises RecipeError where it is beyond the range of numbers."""
+def perplexity(loss: float, where: str) -> float:
+    """The perplexity of a mean loss in nats. Raises RecipeError where it is beyond the range of numbers.
+
+    where: what was measured, for the message.
+    """
     try:
         return math.exp(loss)
     except OverflowError as error:
         raise RecipeError(
-            f"a mean loss of {loss:.4g} nats per token: its perplexity is beyond the range of numbers. The "
-            "weights of the model are damaged: train it again with --force"
+            f"{where}: a mean loss of {loss:.4g} nats per token, whose perplexity is beyond the range of "
+            "numbers. The weights of the model are damaged: train it again with --force"
         ) from error
 
 

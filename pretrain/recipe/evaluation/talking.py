@@ -196,7 +196,7 @@ def _growing(
 
 
 def _sliders(talker: Talker) -> list[Any]:
-    """The sampling options, set as in generation.json, whose values are within the ranges."""
+    """The sampling options, set as in generation.json; of max_new_tokens, at most half of the positions."""
     import gradio
 
     values = talker.config["generation"]

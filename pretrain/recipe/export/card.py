@@ -221,7 +221,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
     api = HfApi()
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id  # with its owner
         # A repository that exists stays as it is.
         if private and not api.repo_info(repository).private:
             raise RecipeError(

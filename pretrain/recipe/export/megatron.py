@@ -445,7 +445,7 @@ def _differences(values: Mapping[str, Any], model: Any) -> list[str]:
             "Megatron-LM divides --init-method-std by the square root of twice the layers for the matrices "
             "that write to the residual stream: to begin with the weights of stage 05's seed, convert a model"
         )
-    if values.get("fp16") is None and values.get("bf16") is None:
+    if not values.get("fp16") and values.get("bf16") is None:
         notes.append("pretrain.json leaves the precision open: the arguments say --bf16")
     if values.get("spikes") is not None:
         notes.append("Megatron-LM has no rule for spikes")

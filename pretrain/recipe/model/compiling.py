@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer_utils import unwrap_peft_model
 
-# Parts whose only operation is a kernel already.
+# Parts that are hardly more than one kernel.
 _ONE_KERNEL = (torch.nn.Embedding, torch.nn.Dropout)
 
 
@@ -18,6 +18,9 @@ def compile_parts(model: PreTrainedModel) -> None:
     As one graph, a model takes longer to compile the more layers it has. Here all layers of one kind share a
     graph, as in torchtitan. Call it after `recipe.model.losses.return_loss_only`, which may replace the loss.
     """
+    # The layers share their code, whose cache has an entry for each kind of layer, shape and mode.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False  # it would split each layer as if it were a whole model
     model = unwrap_peft_model(model)
     for part in _parts(model.base_model):
         part.forward = torch.compile(part.forward)

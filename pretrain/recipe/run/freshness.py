@@ -52,8 +52,8 @@ def task_facts(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def hub(config: dict) -> dict:
-    """Facts of stage 16: where the model is pushed to, ``repository`` (None: nowhere) and ``private``.
+def hub(config: dict[str, Any]) -> dict[str, Any]:
+    """Where the model is pushed to, ``repository`` (None: nowhere) and ``private``.
 
     Raises Refused for a missing or an impossible ``hub_model_id``.
     """
@@ -72,6 +72,13 @@ def hub(config: dict) -> dict:
     return {"repository": repository, "private": values.get("hub_private_repo") is not False}
 
 
+def export_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Facts of stage 16: `hub`, and the licences that dataset.json gives, which the card shows."""
+    sources = config["dataset"]["sources"].items()
+    licences = {name: spec["licence"] for name, spec in sources if "licence" in spec}
+    return hub(config) | ({"licences": licences} if licences else {})
+
+
 # What a stage depends on besides its inputs and its files of the recipe.
 FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "01_download": source_facts,
@@ -81,7 +88,7 @@ FACTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "11_dataset": pair_facts,
     "13_preference": preference_facts,
     "14_evaluate": task_facts,
-    "16_export": hub,
+    "16_export": export_facts,
 }
 
 

@@ -153,6 +153,10 @@ def machine_of(gpu: str | None, gpus: int | None) -> Machine:
     device, free = preflight.this_machine(launch)
     if device.kind == "cpu" and gpus is not None:
         raise Refused(f"--gpus {gpus}: this machine has no GPU. Name a card, such as --gpu rtx4090")
+    if math.isinf(free):
+        raise Refused(
+            f"{device.name}: how much memory a part of a GPU has is not known. Name a card: --gpu NAME"
+        )
     if measured := preflight.measured_rate("", device, launch.ranks):
         return Machine(device, launch, free, *measured)
     if device.kind == "cpu":

@@ -156,7 +156,7 @@ def expected_parallelism(ranks: int, deepspeed: str | None, fsdp: bool, tensor_p
     """
     if deepspeed:
         zero = json.loads(Path(deepspeed).read_text("utf-8")).get("zero_optimization", {})
-        devices = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
+        devices = [(zero.get(part) or {}).get("device") for part in ("offload_optimizer", "offload_param")]
         return _zero(zero.get("stage", 0), *devices)
     if fsdp or tensor_parallel > 1:
         return _sharded({"fsdp": ranks // tensor_parallel, "tp": tensor_parallel})

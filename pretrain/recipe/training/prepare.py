@@ -153,7 +153,7 @@ def _trainer_values(
         "use_cpu": hardware.device == "cpu",
         "bf16": choice.precision == "bf16",
         "fp16": choice.precision == "fp16",
-        "torch_compile": choice.compile and not compiles_parts(plan, values),
+        "torch_compile": choice.compile and not may_compile_parts(plan, values, hardware),
         "deepspeed": plan["deepspeed"],
         "report_to": check_boards(values.get("report_to"), f"{file}.json"),
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
@@ -166,16 +166,16 @@ def _trainer_values(
     return defaults | values | fixed
 
 
-def compiles_parts(plan: dict[str, Any], values: dict[str, Any]) -> bool:
+def may_compile_parts(plan: dict[str, Any], values: dict[str, Any], hardware: Hardware) -> bool:
     """Whether a model that is compiled is compiled in parts. Otherwise the Trainer compiles it as a whole.
 
-    DeepSpeed has a way of its own to compile, the experts' routing is outside of any graph, Liger replaces
-    parts of the model later, and a mode or backend is an option of the Trainer's. values: of the training
-    file.
+    On a GPU, what is between the parts would wait for the GPU: transformers looks at the positions to know
+    whether documents are packed. DeepSpeed has a way of its own to compile, the experts' routing is outside
+    of any graph, and a mode or backend is an option of the Trainer's. values: of the training file.
     """
-    whole = ("use_liger_kernel", "torch_compile_mode", "torch_compile_backend")
+    asked = any(values.get(key) for key in ("torch_compile_mode", "torch_compile_backend"))
     experts = experts_of(with_defaults(model_values(plan["config"])))
-    return not (plan["deepspeed"] or experts or any(values.get(key) for key in whole))
+    return hardware.device == "cpu" and not (plan["deepspeed"] or experts or asked)
 
 
 def _start_deepspeed(hardware: Hardware) -> None:

@@ -65,9 +65,10 @@ class Guard(TrainerCallback, ExportableState):
         assert self.trainer is not None
         self.known = read_skipped(self.folder)
         # A checkpoint of an earlier release has none.
+        self.logged_at = state.global_step
         kept = state.stateful_callbacks.setdefault("Guard", self.state())["attributes"]
         self.window.extend((loss, norm) for loss, norm in kept["window"])
-        self.pending, self.logged_at = kept.get("pending", 0.0), kept.get("logged_at", state.global_step)
+        self.pending, self.logged_at = kept.get("pending", 0.0), kept.get("logged_at", self.logged_at)
         self.trainer._tr_loss += self.pending
         self.trainer._globalstep_last_logged = self.logged_at
 

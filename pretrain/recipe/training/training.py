@@ -89,7 +89,8 @@ def train_model(
     if phases:
         # Compiled for any length, as PyTorch does from the second one on, a step would take longer.
         torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.recompile_limit = 4 * len(phases) + 8  # each also where the evaluation differs
+        limit = 2 * len(phases) + 8  # graphs: each also where the evaluation differs
+        torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if own:
         by_bounds = run.choice.attention.startswith(("varlen", "flash_attention"))

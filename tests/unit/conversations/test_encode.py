@@ -65,7 +65,8 @@ def test_the_time_limit_grows_with_the_messages(fast, monkeypatch):
     monkeypatch.setattr(encode, "time_limit", lambda seconds: limits.append(seconds) or nullcontext())
     encode_conversation(fast, BEFORE)
     encode_conversation(fast, BEFORE * 50)
-    assert limits == [encode.SECONDS, 2 * encode.SECONDS]
+    encode_conversation(fast, BEFORE * 51)
+    assert limits == [encode.SECONDS, encode.SECONDS, 2 * encode.SECONDS]
 
 
 def test_private_use_characters_stay_text(fast):

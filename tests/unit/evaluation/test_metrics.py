@@ -122,13 +122,13 @@ def test_bf16_is_near_and_is_really_used(trained, tmp_path):
         ({"bf16": True}, False, False),
         ({"bf16": False}, True, False),
         ({"fp16": True}, True, False),
-        ({"fp16": False}, True, False),
+        ({"fp16": False}, True, True),
     ],
 )
 def test_bf16_where_training_computes_in_it(monkeypatch, training, units, expected):
     from types import SimpleNamespace
 
-    monkeypatch.setattr(metrics, "detect", lambda: SimpleNamespace(fast_bf16=units))
+    monkeypatch.setattr(metrics, "detect", lambda: SimpleNamespace(device="cpu", fast_bf16=units))
     assert metrics.computes_in_bf16(training) is expected
 
 

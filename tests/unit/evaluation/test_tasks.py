@@ -97,8 +97,7 @@ def packaged(tmp_path, monkeypatch):
     dataset = tmp_path / "02_dataset"
     for side, first in (("valid", 0), ("train", 100)):
         numbers = range(first, first + 12)
-        man = [f"名前\ncommand{i} -{i}番の仕事をする\n書式\ncommand{i}" for i in numbers]
-        man = [text.replace("command", "make-command") for text in man]
+        man = [f"名前\nmake-command{i} -{i}番の仕事をする\n書式" for i in numbers]
         write_shard(dataset, side, "man", man + ["名前だけの文書"])
         write_shard(
             dataset, side, "packages", [f"lib-{i} -{i}番の部品\n本文{i}です。\n続き" for i in numbers]
@@ -136,6 +135,24 @@ def test_packaged_questions_are_of_the_validation_side(packaged, tmp_path):
     assert "両側にある文です。" not in everything and not any("10" in c and "100" in c for c in everything)
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "answer"),
+    [
+        ("grub-glue-efi - EFI用のバイナリを作る", "grub-glue-efi", "EFI用のバイナリを作る"),
+        ("make-command1 -1番の仕事をする", "make-command1", "1番の仕事をする"),
+        ("ls -一覧を表示する", "ls", "一覧を表示する"),
+        (
+            "ld.so, ld-linux.so*-動的なリンカー",
+            "ld.so, ld-linux.so*",
+            "動的なリンカー",
+        ),  # after the normaliser
+    ],
+)
+def test_a_command_is_known_by_its_whole_name(line, name, answer):
+    ((item, found),) = items._commands([f"名前\n{line}\n書式"])
+    assert (item["name"], found) == (name, answer)
+
+
 def test_readings_are_of_common_words_with_one_reading(packaged, tmp_path):
     config, dataset = packaged
     items.write_tasks(config, dataset, tmp_path / "tasks", ["reading"], Counter())
@@ -148,22 +165,22 @@ def test_readings_are_of_common_words_with_one_reading(packaged, tmp_path):
 def test_four_choices_differ_and_the_right_one_is_at_any_position():
     rows = [({"question": str(i)}, f"答え{i:03}" * (1 + i % 3)) for i in range(300)]
     rows += [({"question": "同じ"}, rows[7][1])]  # an answer that two questions share
-    found = items.four_choice(rows, None, Counter())
+    found, _ = items.four_choice(rows, None)
     assert len(found) == 301 and all(len(set(item["choices"])) == 4 for item in found)
     answers = dict((item["question"], answer) for item, answer in rows)
     assert all(item["choices"][item["answer"]] == answers[item["question"]] for item in found)
     assert min(Counter(item["answer"] for item in found).values()) > 50
     same_length = sum(len(set(map(len, item["choices"]))) == 1 for item in found)
     assert same_length > 290  # there are always enough of each of the three lengths; by chance 1 in 27
-    assert items.four_choice(reversed(rows), None, Counter()) == found
-    assert items.four_choice(rows, 5, Counter()) == found[:5]
+    assert items.four_choice(reversed(rows), None) == (found, 0)
+    assert items.four_choice(rows, 5) == (found[:5], 0)
 
 
 def test_another_right_answer_is_not_a_wrong_choice():
     rows = [({"english": "Hi."}, f"やあ{i}") for i in range(9)] + [
         ({"english": "No."}, f"いや{i}") for i in range(9)
     ]
-    (first, second) = items.four_choice(rows, None, Counter())
+    (first, second), _ = items.four_choice(rows, None)
     for item in (first, second):
         same = {"Hi.": "やあ", "No.": "いや"}[item["english"]]
         assert [choice[:2] == same for choice in item["choices"]].count(True) == 1
@@ -172,17 +189,14 @@ def test_another_right_answer_is_not_a_wrong_choice():
 def test_every_question_has_three_wrong_choices():
     """Also where nearly all answers are right for it."""
     rows = [({"q": "多い"}, f"右{i:02}") for i in range(40)] + [({"q": "別"}, f"左{i}") for i in range(3)]
-    not_asked = Counter()
-    asked = items.four_choice(rows, None, not_asked)
-    assert [len(item["choices"]) for item in asked] == [4, 4] and not not_asked
-    assert items.four_choice(rows[:-1], None, not_asked)[0]["q"] == "別"
-    assert not_asked == {"fewer than three wrong answers": 1}
+    asked, left_out = items.four_choice(rows, None)
+    assert [len(item["choices"]) for item in asked] == [4, 4] and left_out == 0
+    (other,), left_out = items.four_choice(rows[:-1], None)
+    assert other["q"] == "別" and left_out == 1
 
 
 def test_too_few_answers_make_no_question(packaged, tmp_path):
-    not_asked = Counter()
-    assert items.four_choice([({"q": str(i)}, "はい") for i in range(9)], None, not_asked) == []
-    assert not_asked == {"fewer than three wrong answers": 9}
+    assert items.four_choice([({"q": str(i)}, "はい") for i in range(9)], None) == ([], 9)
     config, dataset = packaged
     write_shard(dataset, "valid", "man", ["名前\nls -一覧を表示する"])
     with pytest.raises(RecipeError, match="tasks.command-summary.* 1 different answers"):
@@ -217,9 +231,7 @@ def test_likelihoods_are_those_of_training_ids(packaged, trained, tmp_path):
     from recipe.tokenization.encode_text import encode_text
 
     tokenizer, _ = trained
-    asked = items.four_choice(
-        [({"name": f"</s>{i}"}, "本を" * i + "\n") for i in range(1, 9)], None, Counter()
-    )
+    asked, _ = items.four_choice([({"name": f"</s>{i}"}, "本を" * i + "\n") for i in range(1, 9)], None)
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
     samples = results_of(harness_of(trained), [task])["samples"]["command-summary"]
     for sample, item in zip(samples, asked, strict=True):
@@ -253,7 +265,7 @@ def test_held_out_pairs_are_asked_in_the_form_of_training(trained, tmp_path):
         }
         for i in range(6)
     ]
-    asked = items.held_out_items(rows, as_context, 4, Counter())
+    asked, _ = items.held_out_items(rows, as_context, 4)
     assert len(asked) == 4
     task = {"task": "held-out"} | items.write_items(tmp_path / "t", "held-out", {"test": asked})
     for sample in results_of(harness_of(trained), [task])["samples"]["held-out"]:
@@ -272,21 +284,21 @@ def test_wrong_choices_answer_the_same_instruction():
         for way in ("英語に", "日本語に")
         for i in range(9)
     ]
-    found = items.held_out_items(rows, lambda messages: messages[-1]["content"], None, Counter())
+    found, _ = items.held_out_items(rows, lambda messages: messages[-1]["content"], None)
     assert len(found) == 18
     assert all(len({choice[:-1] for choice in item["choices"]}) == 1 for item in found)
 
 
-def test_instructions_with_few_answers_are_asked_with_others_of_their_source():
+def test_instructions_that_occur_once_are_asked_with_others_of_their_source():
     rows = [
         {"instruction": f"{i}?", "input": f"文{i}", "output": f"答え{i}", "source": source, "history": []}
         for source, count in (("mine", 9), ("few", 3))
         for i in range(count)
     ]
-    not_asked = Counter()
-    found = items.held_out_items(rows, lambda messages: messages[-1]["content"], None, not_asked)
-    assert [item["source"] for item in found] == ["mine"] * 9
-    assert not_asked == {"fewer than three wrong answers": 3}
+    # The labels of an instruction that occurs often are no wrong choices elsewhere.
+    rows += [row | {"instruction": "分類", "input": f"別{i}"} for i, row in enumerate(rows[:2])]
+    found, left_out = items.held_out_items(rows, lambda messages: messages[-1]["content"], None)
+    assert [item["source"] for item in found] == ["mine"] * 9 and left_out == 3 + 2
 
 
 JGLUE = {
@@ -486,8 +498,8 @@ def test_answers_of_squad(found, exact, f1):
 
 
 def test_a_prompt_that_is_cut_is_counted(trained, tmp_path):
-    asked = items.four_choice(
-        [({"name": "本" * (300 if i == 0 else i)}, f"{i}回") for i in range(4)], None, Counter()
+    asked, _ = items.four_choice(
+        [({"name": "本" * (300 if i == 0 else i)}, f"{i}回") for i in range(4)], None
     )
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
     model = harness_of(trained)
@@ -501,13 +513,15 @@ def test_an_answer_that_is_longer_than_the_positions_is_limited_and_counted(trai
     tokenizer, _ = trained
     long = "本を読みました。" * 200
     texts = [long, *(f"{i}回" for i in range(3))]
-    asked = items.four_choice([({"name": str(i)}, text) for i, text in enumerate(texts)], 1, Counter())
+    asked, _ = items.four_choice([({"name": str(i)}, text) for i, text in enumerate(texts)], 1)
     task = {"task": "command-summary"} | items.write_items(tmp_path / "t", "command-summary", {"test": asked})
     model = harness_of(trained)
     (sample,) = results_of(model, [task])["samples"]["command-summary"]
     found = [value for ((value, _),) in sample["resps"]]
-    start, kept = [tokenizer.bos_token_id], encode_text(tokenizer, long)[: model.max_length // 2]
+    start, whole = [tokenizer.bos_token_id], encode_text(tokenizer, long)
+    kept = whole[: model.max_length // 2]
     question = [*start, *encode_text(tokenizer, f"名前\n{sample['doc']['name']} -")]
     for value, ids in zip(found[asked[0]["choices"].index(long) :: 4], (question, start), strict=True):
-        assert value == pytest.approx(log_likelihood(trained, ids, kept), rel=1e-5)
+        expected = log_likelihood(trained, ids, kept) * len(whole) / len(kept)
+        assert value == pytest.approx(expected, rel=1e-5)
     assert model.shortened == 2 and model.cut == 0  # after the question, and without it

@@ -89,19 +89,24 @@ def test_an_edited_copy_of_a_model_changes_nothing_in_the_stage_it_comes_from(tm
     [(True, True, True), (True, False, False), (False, False, True), (False, True, True)],
 )
 def test_a_private_model_is_not_pushed_to_a_public_repository(monkeypatch, tmp_path, private, found, pushed):
-    """The hub ignores `private` for a repository that exists."""
+    """The hub ignores `private` for a repository that exists, and it knows the owner of a bare name."""
 
     class Hub:
-        create_repo = staticmethod(lambda *_, **__: None)
-        repo_info = staticmethod(lambda _: SimpleNamespace(private=found))
+        create_repo = staticmethod(lambda *_, **__: SimpleNamespace(repo_id="me/model"))
+
+        @staticmethod
+        def repo_info(repository):
+            assert repository == "me/model"
+            return SimpleNamespace(private=found)
+
         upload_folder = staticmethod(lambda **_: SimpleNamespace(commit_url="the address"))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     if pushed:
-        assert push(tmp_path, "me/model", private) == "the address"
+        assert push(tmp_path, "model", private) == "the address"
         return
     with pytest.raises(RecipeError, match="'me/model': this repository is public.*hub_private_repo"):
-        push(tmp_path, "me/model", private)
+        push(tmp_path, "model", private)
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):

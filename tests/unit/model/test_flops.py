@@ -13,7 +13,7 @@ def test_flops_count_matrices_and_output():
     assert flops_per_token(model, 10) == 6 * (matrices + 40 * 16) + 6 * 1 * 2 * 8 * 10
 
 
-def test_4_bit_weights_count_as_the_numbers_they_stand_for():
+def test_4_bit_weights_count_as_the_weights_that_they_encode():
     """bitsandbytes packs two of them into a byte of one column."""
     model, packed = tiny_qwen3(), tiny_qwen3()
     layer = packed.model.layers[0].mlp.up_proj

@@ -7,7 +7,15 @@ from recipe import project
 from recipe.config.initial_model import initial_facts
 from recipe.corpus.source_files import local_data_set, with_hashes
 from recipe.project import RECORD, Refused, write_json
-from recipe.run.freshness import fact_changes, hub, input_identity, stale_inputs, tokenizer_facts, weights
+from recipe.run.freshness import (
+    export_facts,
+    fact_changes,
+    hub,
+    input_identity,
+    stale_inputs,
+    tokenizer_facts,
+    weights,
+)
 
 
 def test_only_weights_other_than_one_are_facts():
@@ -62,3 +70,10 @@ def test_a_push_needs_a_name_that_the_hub_can_have(repository):
     pushed = {"push_to_hub": True, "hub_model_id": repository}
     with pytest.raises(Refused, match=r"finetune\.json: .*hub_model_id.* OWNER/NAME"):
         hub({"instruction": {"pairs": {"mine": {}}}, "finetune": pushed})
+
+
+def test_the_card_depends_on_the_licences_of_dataset_json():
+    recipe = {"instruction": {"pairs": {}}, "pretrain": {}}
+    given, plain = ({"a": {"licence": "CC0"}, "b": {}}, {"a": {}, "b": {}})
+    with_licence, without = (export_facts(recipe | {"dataset": {"sources": s}}) for s in (given, plain))
+    assert with_licence == without | {"licences": {"a": "CC0"}}

@@ -68,7 +68,8 @@ def test_parallelism_has_one_name_in_options_and_in_use(tmp_path):
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     assert expected_parallelism(4, str(path), False, 1) == "ZeRO-2, optimizer on cpu"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}))
+    zero = {"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": None}
+    path.write_text(json.dumps({"zero_optimization": zero}))
     assert expected_parallelism(4, str(path), False, 1) == "ZeRO-3"
     assert expected_parallelism(4, None, True, 1) == "FSDP2 4"
     assert expected_parallelism(4, None, False, 4) == "TP 4"

@@ -14,7 +14,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -280,6 +280,13 @@ def _how_to_fetch(sets: list[DataSet]) -> Lack:
         f'Run `.venv/bin/python -c "import datasets; {calls.rstrip(";")}"` on a machine with a network, and '
         f"copy {folders} from its cache to {cache_folder()}",
     )
+
+
+def left_out_line(not_asked: Mapping[str, int]) -> str:
+    """A line about the questions of four choices that were left out, by task; empty when there are none."""
+    counts = [f"{name} {count:,}" for name, count in not_asked.items() if count]
+    why = "Questions left out, because fewer than three other answers are wrong"
+    return f"{why}: {', '.join(counts)}.\n" if counts else ""
 
 
 def skipped_list(skipped: dict[str, str]) -> str:

@@ -56,8 +56,8 @@ class Harness(HFLM):
     itself, as stage 12 trains it.
 
     ``cut`` counts the requests whose beginning was left out because they were longer than the model's
-    positions. ``shortened`` counts the answers that were limited to half of the positions: those that the
-    model may write, and those to judge that are longer than all positions.
+    positions. ``shortened`` counts the requests whose answer was limited to half of the positions: the model
+    may write no longer one, and judges none that is longer than all positions.
     """
 
     def __init__(
@@ -115,15 +115,21 @@ class Harness(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *options: Any, **named: Any
     ) -> list[tuple[float, bool]]:
-        """Log likelihoods of answers, of which the harness accepts none that is longer than the positions."""
-        fitting = []
+        """Log likelihoods of answers.
+
+        The harness accepts no answer that is longer than the positions. Such a one is limited to half of
+        them, and its value is multiplied by its tokens / the tokens that are left, so that scores by length
+        stay comparable.
+        """
+        fitting, scales = [], []
         for texts, ids, answer in requests:
-            if len(answer) > self.max_length:
-                answer = answer[: self.max_length // 2]
-                self.shortened += 1
-            self.cut += len(ids) + len(answer) > self.max_length + 1
-            fitting.append((texts, ids, answer))
-        return super()._loglikelihood_tokens(fitting, *options, **named)
+            kept = answer if len(answer) <= self.max_length else answer[: self.max_length // 2]
+            self.shortened += len(kept) < len(answer)
+            self.cut += len(ids) + len(kept) > self.max_length + 1
+            fitting.append((texts, ids, kept))
+            scales.append(len(answer) / len(kept))
+        found = super()._loglikelihood_tokens(fitting, *options, **named)
+        return [(value * scale, greedy) for (value, greedy), scale in zip(found, scales, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers of at most half of the model's positions, however long the task lets them be."""

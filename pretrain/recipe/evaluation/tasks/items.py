@@ -42,7 +42,8 @@ MMLU_SHOTS = 5  # of the same subject, as MMLU (Hendrycks et al., 2021) asks
 
 _PRONOUN = re.compile(r"\[([^]]*)\]\([^)]*\)")
 _SUBJECT = re.compile(r"^[^/]+/JMMLU(?:_NC_ND)?/\w+\.csv$")
-_COMMAND = re.compile(r"名前\n(\S.*?) [-–—] ?(\S.*)")
+# The normaliser may have removed the space before the dash. After the hyphen of a name is a letter or digit.
+_COMMAND = re.compile(r"名前\n(\S.*?)(?: [-–—]|[-–—](?![A-Za-z0-9])) ?(\S.*)")
 _PACKAGE = re.compile(r"(\S+) - ?(\S[^\n]*)\n(.+)", re.DOTALL)
 
 
@@ -53,8 +54,8 @@ def write_tasks(
 
     config: a whole recipe. dataset: the folder of stage 02. folder: where ``<task>.test.jsonl`` goes, and
     ``<task>.train.jsonl`` for the shots. Nothing is written for a task that brings its own data. not_asked:
-    gets the number of questions that are left out, by reason. Raises RecipeError for a task without enough
-    items.
+    gets the number of questions of each task that `four_choice` has left out. Raises RecipeError for a task
+    without enough items.
     """
     normalize = make_normalizer(config["dataset"])
     most = config["evaluation"].get("items_per_task")
@@ -65,7 +66,8 @@ def write_tasks(
             tasks.append({"task": name} | spec)
             continue
         if "source" in spec:
-            sides = {"test": packaged_items(name, spec["source"], dataset, normalize, most, not_asked)}
+            items, not_asked[name] = packaged_items(name, spec["source"], dataset, normalize, most)
+            sides = {"test": items}
         else:
             read = _READERS_OF_FILES.get(name, read_jglue)
             sides = {s: list(read(name, path, normalize)) for s, path in files_of(name, spec).items()}
@@ -105,11 +107,11 @@ def packaged_items(
     dataset: Path,
     normalize: Callable[[str], str],
     most: int | None,
-    not_asked: Counter[str],
-) -> list[Item]:
-    """The four-choice questions of a packaged task. dataset: the folder of stage 02; source: in dataset.json.
+) -> tuple[list[Item], int]:
+    """The four-choice questions of a packaged task, and how many are left out.
 
-    not_asked: see `write_tasks`. Raises RecipeError when the answers that were held out make no question.
+    dataset: the folder of stage 02; source: in dataset.json. Raises RecipeError when the answers that were
+    held out make no question.
     """
     if name == "reading":
         rows = [row for row in read_readings(DATA / source) if is_valid_side(text_hash(row[1]), 0.05)]
@@ -121,33 +123,33 @@ def packaged_items(
             held_out = _translations(held_out, DATA / source, normalize)
         read = {answer for _, answer in seen}
         rows = [row for row in held_out if row[1] not in read]
-    items = four_choice(rows, most, not_asked)
+    items, left_out = four_choice(rows, most)
     if not items:
         raise RecipeError(
             f"evaluation.json: tasks.{name}: {source!r} has {len({answer for _, answer in rows})} different "
             f"answers that were held out, expected {WRONG + 1} or more to different questions. Remove the "
             "task, or raise dataset.valid_share"
         )
-    return items
+    return items, left_out
 
 
-def four_choice(rows: Iterable[Row], most: int | None, not_asked: Counter[str]) -> list[Item]:
-    """Four-choice questions: the answer and three answers of other questions.
+def four_choice(rows: Iterable[Row], most: int | None) -> tuple[list[Item], int]:
+    """Four-choice questions, the answer and three answers of other questions; and how many are left out.
 
     A question with several answers is asked once, and none of its answers is a wrong choice. Of `DRAWN`
     random answers of other questions, the three nearest in length to the right one become the wrong choices,
-    so that the length does not give the answer away; of all of them, where fewer than three of the drawn ones
-    are wrong. The random choice depends only on the question and the answers.
+    so that the length does not give the answer away. Where fewer than three of the drawn ones are wrong, all
+    answers count as drawn. The random choice depends only on the question and the answers.
 
     Each item has the keys of its row, ``choices``, and ``answer``, the index of the right choice. most: the
-    number of questions to make, the first by their hash. not_asked: see `write_tasks`. A question is left out
-    when fewer than three answers are wrong.
+    number of questions to make, the first by their hash. A question is left out when fewer than three
+    answers are wrong.
     """
     right: dict[str, set[str]] = defaultdict(set)
     for item, answer in rows:
         right[json.dumps(item, ensure_ascii=False)].add(answer)
     answers = sorted(set().union(*right.values()))
-    items = []
+    items, left_out = [], 0
     for key in sorted(right, key=text_hash)[:most]:
         draw = random.Random(text_hash(key))
         answer = min(right[key])
@@ -156,13 +158,13 @@ def four_choice(rows: Iterable[Row], most: int | None, not_asked: Counter[str]) 
         if len(others) < WRONG:
             others = [other for other in answers if other not in right[key]]
         if len(others) < WRONG:
-            not_asked["fewer than three wrong answers"] += 1
+            left_out += 1
             continue
         wrong = sorted(others, key=lambda other: abs(len(other) - len(answer)))[:WRONG]
         choices = [answer, *wrong]
         draw.shuffle(choices)
         items.append(json.loads(key) | {"choices": choices, "answer": choices.index(answer)})
-    return items
+    return items, left_out
 
 
 def _commands(texts: Iterable[str]) -> Iterator[Row]:
@@ -231,14 +233,14 @@ def held_out_items(
     rows: Iterable[dict[str, Any]],
     context: Callable[[list[dict[str, str]]], str],
     most: int | None,
-    not_asked: Counter[str],
-) -> list[Item]:
+) -> tuple[list[Item], int]:
     """The pairs of stage 11's validation side as four-choice questions, up to `most` of each source.
 
+    Also returns how many questions are left out.
+
     rows: the pairs as stage 11 wrote them; the turns before a pair belong to its question. context: turns
-    a conversation into a context of the harness. not_asked: see `write_tasks`. Where pairs have an input, the
-    wrong choices are answers to the same instruction; to others of its source, where an instruction has fewer
-    than four different answers.
+    a conversation into a context of the harness. Where pairs have an input, the wrong choices
+    are answers to the same instruction; to others of the source, where an instruction occurs only once.
     """
     kinds: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -246,17 +248,16 @@ def held_out_items(
         item = {"conversation": context(messages_of(row)[:-1]), "source": row["source"]}
         kinds[kind].append((item, row["output"]))
     for source, instruction in list(kinds):
-        answers = {answer for _, answer in kinds[source, instruction]}
-        if instruction and len(answers) <= WRONG:
+        if instruction and len(kinds[source, instruction]) == 1:
             kinds[source, ""] += kinds.pop((source, instruction))
     asked: Counter[str] = Counter()
-    items = []
+    items, left_out = [], 0
     for (source, _), found in sorted(kinds.items()):
-        left = None if most is None else max(0, most - asked[source])
-        new = four_choice(found, left, not_asked)
+        new, without = four_choice(found, None if most is None else max(0, most - asked[source]))
         asked[source] += len(new)
         items += new
-    return items
+        left_out += without
+    return items, left_out
 
 
 # ------------------------------------------------------------------------------------------------------ JGLUE
