@@ -18,7 +18,6 @@ from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from recipe.config.launch import batch_layout
-from recipe.config.model import experts_of, model_values, with_defaults
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
 from recipe.config.phases import samples_of
 from recipe.config.schedules import check_schedule
@@ -58,11 +57,6 @@ class Run:
     def sharded(self) -> bool:
         """Whether FSDP2 or tensor parallelism shards the weights."""
         return self.fsdp or self.tensor_parallel > 1
-
-    @property
-    def compiles_parts(self) -> bool:
-        """Whether `recipe.model.compiling.compile_parts` compiles the model, and not the Trainer."""
-        return self.choice.compile and not self.arguments.torch_compile
 
     @property
     def is_main(self) -> bool:
@@ -153,7 +147,7 @@ def _trainer_values(
         "use_cpu": hardware.device == "cpu",
         "bf16": choice.precision == "bf16",
         "fp16": choice.precision == "fp16",
-        "torch_compile": choice.compile and not may_compile_parts(plan, values, hardware),
+        "torch_compile": choice.compile,
         "deepspeed": plan["deepspeed"],
         "report_to": check_boards(values.get("report_to"), f"{file}.json"),
         "train_sampling_strategy": "sequential",  # the dataset itself is shuffled
@@ -164,18 +158,6 @@ def _trainer_values(
         "dataloader_pin_memory": hardware.device == "cuda",
     }
     return defaults | values | fixed
-
-
-def may_compile_parts(plan: dict[str, Any], values: dict[str, Any], hardware: Hardware) -> bool:
-    """Whether a model that is compiled is compiled in parts. Otherwise the Trainer compiles it as a whole.
-
-    On a GPU, what is between the parts would wait for the GPU: transformers looks at the positions to know
-    whether documents are packed. DeepSpeed has a way of its own to compile, the experts' routing is outside
-    of any graph, and a mode or backend is an option of the Trainer's. values: of the training file.
-    """
-    asked = any(values.get(key) for key in ("torch_compile_mode", "torch_compile_backend"))
-    experts = experts_of(with_defaults(model_values(plan["config"])))
-    return hardware.device == "cpu" and not (plan["deepspeed"] or experts or asked)
 
 
 def _start_deepspeed(hardware: Hardware) -> None:

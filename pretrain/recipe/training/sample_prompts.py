@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -71,8 +70,7 @@ class SamplePrompts(TrainerCallback):
 
     def _write(self, model: PreTrainedModel, state: TrainerState, facts: dict[str, float]) -> None:
         was_training = model.training
-        # Not compiled: each new token is another length.
-        with fork_rng(model.device), torch.compiler.set_stance("force_eager"):
+        with fork_rng(model.device):
             answers = generate_all(model, self.tokenizer, list(self.prompts.values()), self.config, self.seed)
         model.train(was_training)
         if not state.is_world_process_zero:

@@ -23,7 +23,6 @@ from recipe.config.settings import SpikeRule
 from recipe.hardware import CHUNKS, LIGER, WHOLE, choose_loss, gemm_peak, peak_memory
 from recipe.model.build import flops_per_token
 from recipe.model.chunked_loss import return_loss_in_chunks
-from recipe.model.compiling import compile_parts
 from recipe.model.fp8 import use_fp8
 from recipe.model.losses import return_loss_only, router_loss_weight
 from recipe.model.save import complete_configs
@@ -81,16 +80,13 @@ def train_model(
     # trl's trainers compute their loss themselves, without an auxiliary one.
     loss, balancing = _set_up_loss(run, model) if own else (WHOLE, 0.0)
     load = ExpertLoad(run.folder) if balancing else None
-    if run.compiles_parts:
-        compile_parts(model)
     check = ActiveCheck(_asked(run, loss, balancing, fp8), tokens_per_step)
     life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
     communication = CommunicationShare() if run.probe and run.ranks > 1 else None
     if phases:
         # Compiled for any length, as PyTorch does from the second one on, a step would take longer.
         torch._dynamo.config.automatic_dynamic_shapes = False
-        limit = 2 * len(phases) + 8  # graphs: each also where the evaluation differs
-        torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.recompile_limit = 2 * len(phases) + 8  # each also where the evaluation differs
     model.config.use_cache = False  # a cache would also switch off the separation of packed documents
     if own:
         by_bounds = run.choice.attention.startswith(("varlen", "flash_attention"))

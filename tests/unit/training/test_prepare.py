@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from recipe.project import Refused
 from recipe.training.extended import EXTENDED
-from recipe.training.prepare import check_steps, may_compile_parts, place, prepare, total_steps
+from recipe.training.prepare import check_steps, place, prepare, total_steps
 from tiny_training import plan_of
 from transformers import TrainingArguments
 
@@ -21,22 +21,6 @@ def test_total_steps(tmp_path, steps, epochs, expected):
     )
     assert total_steps(arguments, 100, 8) == expected
     assert expected[1] * 100 >= expected[0] * 8
-
-
-@pytest.mark.parametrize(
-    ("device", "model_type", "deepspeed", "values", "parts"),
-    [
-        ("cpu", "qwen3", None, {}, True),
-        ("cuda", "qwen3", None, {}, False),
-        ("cpu", "qwen3_moe", None, {}, False),
-        ("cpu", "qwen3", "zero2.json", {}, False),
-        ("cpu", "qwen3", None, {"torch_compile_mode": "max-autotune"}, False),
-        ("cpu", "qwen3", None, {"torch_compile_backend": "inductor"}, False),
-    ],
-)
-def test_what_is_compiled_in_parts(device, model_type, deepspeed, values, parts):
-    plan = {"config": {"model": {"model_type": model_type}, "pretrain": values}, "deepspeed": deepspeed}
-    assert may_compile_parts(plan, values, SimpleNamespace(device=device)) is parts
 
 
 def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monkeypatch, capsys):
