@@ -245,7 +245,8 @@ BAD_TEMPLATES = [
 @pytest.mark.parametrize(("template", "reason"), BAD_TEMPLATES)
 def test_a_template_that_hangs_or_fails_is_named(fast, template, reason, monkeypatch):
     """In a thread of the page, too: a signal would work in the main thread only."""
-    monkeypatch.setattr(encode, "SECONDS", 0.3)
+    if "0.3 seconds" in reason:  # on a busy machine the others may need as long
+        monkeypatch.setattr(encode, "SECONDS", 0.3)
     bad = with_template(fast, template)
     with pytest.raises(RecipeError, match="the chat template") as caught:
         encode.check_template(bad)
