@@ -305,12 +305,17 @@ def share_blocks(source: Path, target: Path) -> bool:
     return True
 
 
+def user_path(name: str) -> Path:
+    """A path that a user has written: ``~`` works, and a relative one is below the project's folder."""
+    return ROOT / os.path.expanduser(name)  # unlike Path.expanduser, for a user who does not exist, too
+
+
 def glob_files(pattern: str) -> list[Path]:
     """Paths that a shell-like pattern matches; ``~`` and ``**`` work.
 
     A relative pattern is searched from the project's folder.
     """
-    return [Path(match) for match in glob.glob(str(ROOT / os.path.expanduser(pattern)), recursive=True)]
+    return [Path(match) for match in glob.glob(str(user_path(pattern)), recursive=True)]
 
 
 def stage_folder(recipe: str, stage: str) -> Path:

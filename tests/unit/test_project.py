@@ -3,10 +3,12 @@
 import html
 import random
 import re
+from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 from recipe.project import (
+    ROOT,
     RecipeError,
     Refused,
     append_json_line,
@@ -18,6 +20,7 @@ from recipe.project import (
     read_json_lines,
     read_record,
     read_state,
+    user_path,
     write_json,
 )
 
@@ -153,3 +156,9 @@ def test_a_record_of_a_stage_must_have_what_is_read(tmp_path, capsys):
             read_record(folder, *keys)
         assert known_record(folder, *keys) is None
     assert capsys.readouterr().err.count("this stage is passed over") == 1
+
+
+def test_paths_of_users_begin_at_home_or_in_the_project():
+    assert user_path("~/a") == Path.home() / "a" and user_path("/a") == Path("/a")
+    assert user_path("a") == ROOT / "a"
+    assert not user_path("~nosuch/x").exists()

@@ -7,12 +7,11 @@ its commit). Only config.json and safetensors weights are read or fetched: pickl
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.corpus.source_files import file_facts
-from recipe.project import ROOT, RecipeError, Refused, read_json
+from recipe.project import RecipeError, Refused, read_json, user_path
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _FETCHED = ("config.json", *WEIGHTS, "model-*.safetensors")
@@ -61,7 +60,7 @@ def find_initial(pretrain: dict[str, Any]) -> Path | None:
     name = pretrain.get("initial_model")
     if name is None:
         return None
-    folder = ROOT / os.path.expanduser(name)
+    folder = user_path(name)
     if not folder.exists():
         folder = _fetch(name, pretrain.get("initial_revision"))
     _check_weights(folder, name)
@@ -103,7 +102,7 @@ def published_config(pretrain: dict[str, Any]) -> dict[str, Any]:
     name = pretrain.get("initial_model")
     if name is None:
         return {}
-    folder = ROOT / os.path.expanduser(name)
+    folder = user_path(name)
     if folder.exists():
         _check_weights(folder, name)
         return read_config_of(folder)
@@ -194,7 +193,7 @@ def initial_facts(pretrain: dict[str, Any]) -> dict[str, Any]:
     name = pretrain.get("initial_model")
     if name is None:
         return {}
-    folder = ROOT / os.path.expanduser(name)
+    folder = user_path(name)
     files = sorted({path for pattern in _FETCHED for path in folder.glob(pattern)})
     return {"initial_model": file_facts(files)}
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from recipe.corpus.fetch import HASHES, url_name
-from recipe.project import ROOT, RecipeError, Refused, digest_of, glob_files
+from recipe.project import ROOT, RecipeError, Refused, digest_of, glob_files, user_path
 
 
 def is_own(spec: dict[str, Any]) -> bool:
@@ -19,7 +18,7 @@ def is_own(spec: dict[str, Any]) -> bool:
 
 def local_data_set(spec: dict[str, Any]) -> Path | None:
     """The folder of a `dataset` that is on this machine; None for one of the hub, and for other entries."""
-    folder = ROOT / os.path.expanduser(spec["dataset"]) if "dataset" in spec else None
+    folder = user_path(spec["dataset"]) if "dataset" in spec else None
     return folder if folder and folder.is_dir() else None
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from recipe.corpus import aozora, packaged, wikipedia, wikitext
 from recipe.corpus.readers import Document, read_file, read_folder, read_hub
 from recipe.corpus.source_files import source_paths
-from recipe.project import ROOT, Refused, markdown_table, nearest
+from recipe.project import Refused, markdown_table, nearest, user_path
 
 # (name of the source, its entry in dataset.json, the folder data/) -> its documents
 Reader = Callable[[str, dict[str, Any], Path], Iterator[Document]]
@@ -109,7 +109,7 @@ def _read_aozora(name: str, spec: dict[str, Any], data: Path) -> Iterator[Docume
 
 
 def _read_datasets_folder(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
-    return read_folder(ROOT / Path(spec["path"]).expanduser(), spec.get("column", "text"), _tolerant(spec))
+    return read_folder(user_path(spec["path"]), spec.get("column", "text"), _tolerant(spec))
 
 
 def _read_hub(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,13 @@ from recipe.evaluation.tasks.files import to_download
 from recipe.hardware import glance
 from recipe.project import (
     EXIT_REFUSED,
-    ROOT,
     RecipeError,
     Refused,
     is_finished,
     known_record,
     require_extra,
     stage_folder,
+    user_path,
 )
 from recipe.run.freshness import hub
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
@@ -68,7 +67,7 @@ def fetched_later(recipe: str, config: dict[str, Any], first: int, last: int) ->
         for stage, where, name in rows
         if name
         and first <= int(stage[:2]) <= last
-        and not (ROOT / os.path.expanduser(name)).is_dir()
+        and not user_path(name).is_dir()
         and not is_finished(stage_folder(recipe, stage))
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import data_identity, former_identity, source_facts
 from recipe.corpus.source_files import file_facts, is_file_facts, is_same_file, path_below_root
-from recipe.project import RECORD, ROOT, Refused, is_finished, read_record, stage_folder
+from recipe.project import RECORD, Refused, is_finished, read_record, stage_folder, user_path
 
 
 def weights(config: dict[str, Any]) -> dict[str, float]:
@@ -30,7 +29,7 @@ def weights(config: dict[str, Any]) -> dict[str, float]:
 
 def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Facts of stage 03: the weights, and the files of a published tokenizer in a local folder."""
-    path = ROOT / os.path.expanduser(config["tokenizer"].get("published", "no path"))
+    path = user_path(config["tokenizer"].get("published", "no path"))
     files = sorted(path.glob("*token*")) + sorted(path.glob("*.model")) if path.is_dir() else [path]
     own = [file for file in files if file.is_file()]
     return {"weights": weights(config), "published": file_facts(own)}
@@ -44,7 +43,7 @@ def pretraining_facts(config: dict[str, Any]) -> dict[str, Any]:
 def task_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Facts of stages 06 and 14: sizes and times of the files of tasks that have a `path`."""
     tasks = config["evaluation"].get("tasks", {}).items()
-    folders = {name: ROOT / os.path.expanduser(task["path"]) for name, task in tasks if "path" in task}
+    folders = {name: user_path(task["path"]) for name, task in tasks if "path" in task}
     patterns = ("*.json", "*.jsonl", "*.tar.gz")
     return {
         name: file_facts(sorted(path for pattern in patterns for path in folder.glob(pattern)))

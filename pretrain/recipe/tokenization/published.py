@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recipe.config.tokenizer import SPECIAL_TOKENS, round_up, special_tokens
-from recipe.project import ROOT, RecipeError
+from recipe.project import RecipeError, user_path
 from recipe.tokenization.convert import (
     NEVER,
     as_fast,
@@ -55,7 +54,7 @@ def find_published(name: str, revision: str | None = None, local_files_only: boo
     From the hub it fetches only tokenizer files, and no code. Raises RecipeError when the name is neither a
     path nor available from the hub.
     """
-    path = ROOT / os.path.expanduser(name)
+    path = user_path(name)
     if path.exists():
         return path
     from huggingface_hub import snapshot_download

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from recipe.config.tasks import metadata
 from recipe.corpus.fetch import fetch
-from recipe.project import DATA, ROOT, RecipeError
+from recipe.project import DATA, RecipeError, user_path
 
 _RAW = "https://raw.githubusercontent.com"
 _JGLUE = f"{_RAW}/yahoojapan/JGLUE/6f071c09316baae89c3d083a90985b4b1cb9968c/datasets"  # release 1.3.0
@@ -53,7 +53,7 @@ def files_of(name: str, spec: dict[str, str]) -> dict[str, Path]:
     folder without the files.
     """
     if "path" in spec:
-        return _in_folder(name, ROOT / Path(spec["path"]).expanduser())
+        return _in_folder(name, user_path(spec["path"]))
     found = _downloaded(name)
     for side, path in found.items():
         if not path.exists():
