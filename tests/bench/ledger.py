@@ -63,7 +63,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "the same, its rate x 1.5": {"even_rows": False, "muon_learning_rate": 1.5 * MUON_RATE},
     "Muon's rate x 0.67": {"muon_learning_rate": 0.67 * MUON_RATE},
     "Muon's rate x 1.5": {"muon_learning_rate": 1.5 * MUON_RATE},
+    "Muon's momentum 0.95": {"momentum": 0.95},
     "Muon's momentum 0.9": {"momentum": 0.9},
+    "Muon's momentum 0.85": {"momentum": 0.85},
+    "Muon's momentum 0.8": {"momentum": 0.8},
+    "Muon's momentum 0.7": {"momentum": 0.7},
     "Muon by five iterations of Jordan et al.": {"jordan": True},
     "AdamW's rate x 0.5": {"learning_rate": 0.5 * RATE},
     "AdamW's rate x 2": {"learning_rate": 2.0 * RATE},
@@ -86,6 +90,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "the same, embeddings at 0.1": UNTIED | {"embedding_learning_rate": 0.1},
     "the same, embeddings at 0.3": EMBEDDINGS,
     "the same, embeddings at 1": UNTIED | {"embedding_learning_rate": 1.0},
+    "embeddings at 0.3, Muon's momentum 0.95": EMBEDDINGS | {"momentum": 0.95},
     "embeddings at 0.3, layers start as the identity": EMBEDDINGS | {"zero_projections": True},
     "embeddings at 0.3, initial weights by width": EMBEDDINGS | {"by_width": True},
     "initial weights 0.01": {"initializer_range": 0.01},
@@ -203,9 +208,7 @@ class Run:
             return torch.optim.AdamW(groups, lr=values["learning_rate"], betas=betas, eps=epsilon, fused=True)
         muon_rate, rate = values["muon_learning_rate"], values["learning_rate"]
         embedding_rate = values.get("embedding_learning_rate")
-        optimizer = MuonAdamW(self.model, muon_rate, rate, betas, epsilon, decay, embedding_rate)
-        optimizer.param_groups[0]["momentum"] = self.changes.get("momentum", 0.95)
-        return optimizer
+        return MuonAdamW(self.model, muon_rate, rate, betas, epsilon, decay, embedding_rate)
 
     def factor(self, step: int) -> float:
         """The share of the peak rate at a step, by the formula that stage 05 checks."""
@@ -239,6 +242,8 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.values["max_grad_norm"])
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(number)
+        if momentum := self.changes.get("momentum"):  # in place of one that rises
+            self.optimizer.param_groups[0]["momentum"] = momentum
         with patch.multiple("recipe.model.muon", **self.muon):
             self.optimizer.step()
         self.model.zero_grad()

@@ -111,17 +111,32 @@ def test_muons_steps_are_those_of_pytorch_around_the_orthogonalisation(monkeypat
     moved = []
     for build in (
         optimizer_of,
-        lambda model: torch.optim.Muon([model.inner], 0.02, 0.1, 0.95, adjust_lr_fn="match_rms_adamw"),
+        lambda model: torch.optim.Muon([model.inner], 0.02, 0.1, 0.85, adjust_lr_fn="match_rms_adamw"),
     ):
         model = torch.nn.LayerNorm(2)  # AdamW must have something, too
         model.inner = torch.nn.Parameter(start.clone())
         optimizer = build(model)
         gradients = torch.Generator().manual_seed(1)
+        momentum = 0.85
         for _ in range(3):
+            assert optimizer.param_groups[0]["momentum"] == momentum
             model.inner.grad = torch.randn(start.shape, generator=gradients)
             optimizer.step()
+            momentum += (0.95 - 0.85) / 300
+            if isinstance(optimizer, torch.optim.Muon):
+                optimizer.param_groups[0]["momentum"] = momentum
         moved.append(model.inner.detach())
     assert torch.equal(*moved)
+
+
+def test_muons_momentum_rises_over_300_steps_and_stays():
+    optimizer = optimizer_of(tiny_qwen3())
+    seen = []
+    for _ in range(310):
+        seen.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+    assert seen[0] == 0.85 and seen[150] == pytest.approx(0.9) and seen[299] < 0.95
+    assert seen[301:] == [0.95] * 9
 
 
 def matrix(shape, least):
@@ -201,6 +216,7 @@ def test_a_checkpoint_of_an_earlier_release_is_loaded():
     for parameter, state in saved.items():
         assert state.keys() == after.state[parameter].keys()
         assert all(torch.equal(state[key], after.state[parameter][key]) for key in state)
+    assert after.param_groups[0]["momentum"] == 0.95
     steps(model, after, range(3, 4))
     assert all(after.state[p]["step"] == 4 for group in after.param_groups[1:] for p in group["params"])
 
