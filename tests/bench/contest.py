@@ -399,7 +399,8 @@ def table(results: Path) -> None:
         print(f"\n{size}, {budget:g} seconds, {cores} core{'s' * (cores > 1)}:\n")
         print("| contestant | seeds | parameters | tokens read | seconds of steps | seconds in all ", end="")
         print("| bits/byte | difference to ours |\n|---" + "|---:" * 7 + "|")
-        ours = mean([row["bits_per_byte"] for row in group.get("ours", [])] or [math.nan])
+        own = group.get("ours") or group.get("untied") or []
+        ours = mean([row["bits_per_byte"] for row in own] or [math.nan])
         for name in sorted(group, key=list(KINDS).index):
             rows, bits = group[name], [row["bits_per_byte"] for row in group[name]]
             cells = [name, str(len(rows))]
