@@ -17,7 +17,7 @@ from recipe.project import Refused
 # Muon's momentum rises from the first value to the second, evenly over so many steps, as in modded-nanogpt
 # (Jordan et al., 2024): an average over more steps than there were yet would lag behind.
 # tests/bench/ledger.md has what that is worth.
-MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95), 300
+FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300
 
 
 def decayed(model: torch.nn.Module) -> list[str]:
@@ -71,10 +71,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon (Jordan et al., 2024) orthogonalises a matrix's momentum, here with rows of equal length; its step is
     scaled to the size of AdamW's (Liu et al., 2025): 0.2 x the root of the longer side. Its momentum rises in
-    the first `MOMENTUM_STEPS` steps. It is one object,
-    because the Trainer, its scheduler and its checkpoints accept only one optimizer: the first group is
-    Muon's, the others AdamW's. Matrices may be sharded, by FSDP2 or tensor parallelism (see
-    `recipe.model.muon`).
+    the first `MOMENTUM_STEPS` steps. It is one object, because the Trainer, its scheduler and its checkpoints
+    accept only one optimizer: the first group is Muon's, the others AdamW's. Matrices may be sharded, by
+    FSDP2 or tensor parallelism (see `recipe.model.muon`).
 
     Embeddings that the output does not share may have a rate of their own, embedding_learning_rate
     (tests/bench/ledger.md has what that is worth).
@@ -112,8 +111,12 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=epsilon,
             fused=True,
         )
-        muon = {"params": matrices, "lr": muon_learning_rate, "weight_decay": weight_decay}
-        muon["momentum"] = MOMENTUM[0]
+        muon = {
+            "params": matrices,
+            "lr": muon_learning_rate,
+            "weight_decay": weight_decay,
+            "momentum": FIRST_MOMENTUM,
+        }
         # A scheduler with min_lr reads the peak from the defaults.
         super().__init__([muon, *self.adamw.param_groups], {"lr": learning_rate})
         self._share_states()
@@ -136,7 +139,7 @@ class MuonAdamW(torch.optim.Optimizer):
             momentum.lerp_(parameter.grad, 1 - group["momentum"])
             updates.append(parameter.grad.lerp(momentum, group["momentum"]))
         # The group is saved with a checkpoint, and one of an earlier release has the last value.
-        group["momentum"] = min(MOMENTUM[1], group["momentum"] + (MOMENTUM[1] - MOMENTUM[0]) / MOMENTUM_STEPS)
+        group["momentum"] = min(MOMENTUM, group["momentum"] + (MOMENTUM - FIRST_MOMENTUM) / MOMENTUM_STEPS)
         for parameter, update in zip(matrices, orthogonalised(updates), strict=True):
             rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:]))
             own = own_part(parameter)
