@@ -30,7 +30,7 @@ def main(plan: dict[str, Any]) -> None:
     )
     from recipe.corpus.characters import make_dialogue_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter
-    from recipe.model.build import load_model
+    from recipe.model.build import load_model, trained_parameter_count
     from recipe.project import RecipeError, write_text
     from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.save import load_tokenizer
@@ -89,7 +89,7 @@ def main(plan: dict[str, Any]) -> None:
         if settings.lora:
             with whole_model(arguments):
                 finish_adapter(base, folder)
-            figures["trained_parameters"] = model.num_parameters(only_trainable=True)
+            figures["trained_parameters"] = trained_parameter_count(model)
         write_curves(folder, f"preferences, recipe {plan['recipe']}", with_perplexity=False)
         write_text(folder / "funnel.md", preferences_table(funnel))
         figures |= {"pairs": funnel, "left_out": left_out}

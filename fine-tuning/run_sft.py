@@ -19,7 +19,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.conversations.encode import encode_conversation, load_conversations, preview
     from recipe.evaluation.generation import clean_question
     from recipe.model.adapters import finish_adapter, load_with_adapter
-    from recipe.model.build import load_model
+    from recipe.model.build import load_model, trained_parameter_count
     from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.packing import PackedConversations
     from recipe.tokenization.save import load_tokenizer
@@ -68,7 +68,7 @@ def main(plan: dict[str, Any]) -> None:
         if settings.lora:
             with whole_model(arguments):
                 finish_adapter(base, folder)
-            figures["trained_parameters"] = model.num_parameters(only_trainable=True)
+            figures["trained_parameters"] = trained_parameter_count(model)
         write_curves(folder, f"tuning, recipe {plan['recipe']}")
         figures["left_out"] = {"train": counts, "valid": valid_counts}
         headline = f"{figures['steps']:,} steps, response loss {figures['eval_loss']:.4f}{speed_of(figures)}"

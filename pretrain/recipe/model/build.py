@@ -203,6 +203,11 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(map(_numel, model.parameters()))
 
 
+def trained_parameter_count(model: PreTrainedModel) -> int:
+    """The number of parameters that are trained, as `parameter_count`."""
+    return sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
 def active_parameter_count(model: PreTrainedModel) -> int:
     """The number of parameters that a token uses: of the experts only those that its router chooses."""
     return sum(_active(model, p) for p in model.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,12 @@ class Guard(TrainerCallback, ExportableState):
     the optimizer's step is part of the backward pass. NaN and infinity in bf16 and fp16 are skipped by
     DeepSpeed itself, and are only recorded here.
 
-    rule: None judges no spikes.
+    rule: None judges no spikes. begins: the numbers of steps after which a phase begins: with other text, a
+    loss far above that of the steps before is no spike, so the window begins there, too.
     """
 
-    def __init__(self, folder: Path, rule: SpikeRule | None) -> None:
-        self.folder, self.rule = folder, rule
+    def __init__(self, folder: Path, rule: SpikeRule | None, begins: Collection[int] = ()) -> None:
+        self.folder, self.rule, self.begins = folder, rule, begins
         self.trainer: RecipeTrainer | None = None
         self.window: deque[Step] = deque(maxlen=rule.window if rule else 0)
         self.new: list[int] = []  # the new steps that were skipped one after the other
@@ -56,7 +58,10 @@ class Guard(TrainerCallback, ExportableState):
         return self.known.steps
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resume changes neither which steps are spikes nor the logs."""
+        """What a checkpoint keeps, so that a resume changes neither which steps are spikes nor the loss.
+
+        In the first row after a resume, a z-loss and the load of experts are those of the steps since then.
+        """
         kept = {"window": list(self.window), "times_back": len(self.known.back)}
         return {"args": {}, "attributes": kept | {"pending": self.pending, "logged_at": self.logged_at}}
 
@@ -73,8 +78,13 @@ class Guard(TrainerCallback, ExportableState):
         self.trainer._globalstep_last_logged = self.logged_at
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Under DeepSpeed, train nothing in a listed step: its backward pass would change the weights."""
+        """Forget the losses of the phase before. Under DeepSpeed, train nothing in a listed step.
+
+        Its backward pass would change the weights.
+        """
         assert self.trainer is not None
+        if state.global_step in self.begins:
+            self.window.clear()
         listed = state.global_step + 1 in self.skipped
         self.trainer.forward_only = listed and self.trainer.is_deepspeed_enabled
 

@@ -98,6 +98,7 @@ class RecipeTrainer(ShardedTrainer):
                 lambda step, shape=shape: shape(max(0, step - begin)) * self.rate(step)
                 for shape in scheduler.lr_lambdas
             ]
+            set_rates(self)  # the scheduler has set the first step's rate already, by its own function alone
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

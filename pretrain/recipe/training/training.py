@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 from recipe.config.phases import Phase, longest_block, phase_at
 from recipe.config.settings import SpikeRule
 from recipe.hardware import CHUNKS, LIGER, WHOLE, choose_loss, gemm_peak, peak_memory
-from recipe.model.build import flops_per_token
+from recipe.model.build import flops_per_token, trained_parameter_count
 from recipe.model.chunked_loss import return_loss_in_chunks
 from recipe.model.fp8 import use_fp8
 from recipe.model.losses import return_loss_only, router_loss_weight
@@ -74,7 +74,7 @@ def train_model(
     peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
     meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
     rule = None if settings.spikes is None else SpikeRule(**settings.spikes)
-    guard = Guard(run.folder, rule)
+    guard = Guard(run.folder, rule, {phase.begin for phase in phases})
     fp8 = use_fp8(model) if run.choice.fp8 else None
     own = trainer_class is RecipeTrainer
     # trl's trainers compute their loss themselves, without an auxiliary one.
@@ -265,7 +265,7 @@ def _require_finite(trainer: RecipeTrainer, eval_loss: float) -> None:
 def _save(run: Run, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
     trainer.model.config.use_cache = True
     target = run.folder / "adapter" if run.settings.lora else run.folder
-    with naming_full_disk(target, 4 * trainer.model.num_parameters(only_trainable=bool(run.settings.lora))):
+    with naming_full_disk(target, 4 * trained_parameter_count(trainer.model)):
         trainer.save_model(str(target))
     if run.is_main:
         save_tokenizer(tokenizer, run.folder)

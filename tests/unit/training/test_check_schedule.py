@@ -41,6 +41,12 @@ def test_schedule_is_active(train, kind, options, warmup, expected, muon):
     assert active["optimizer"] == ("MuonAdamW" if muon else "AdamW") and active["fused"] == (not muon)
 
 
+def test_the_rate_of_a_phase_holds_from_its_first_step_on(train):
+    rows = train(lr_scheduler_type="constant", phases=[{"until_step": 3, "rate": 0.5}, {}])[1]
+    rates = [row["learning_rate"] for row in rows if "loss" in row]
+    assert rates == pytest.approx([0.5e-2] * 3 + [1e-2] * 3, rel=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
 @pytest.mark.parametrize(("steps", "warmup"), [(2, 2), (1, 0.1)])
 def test_a_warm_up_as_long_as_the_run_is_no_fault(train, kind, steps, warmup):
