@@ -25,4 +25,4 @@ def pair(config, **values):
 def preference(config, **values):
     """Add a preference.json."""
     batches = {"global_batch_size": 4, "per_device_train_batch_size": 4, "block_size": 256}
-    config["preference"] = {"pairs": {"mine": {"path": "p.jsonl"}}} | batches | values
+    config["preference"] = {"pairs": {"mine": {"path": "p.jsonl"}}, "learning_rate": 1e-6} | batches | values

@@ -115,6 +115,11 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
         _check_kept_layout(values, where)
     for kind, changes in values.get("rules", {}).items():
         rules.check_rules(kind, changes, f"{where}: rules.{kind}")
+        if not any(source.get("rules") == kind for source in values["sources"].values()):
+            raise Refused(
+                f'{where}: rules.{kind}: no source has this set of rules. Add "rules": {show(kind)} to a '
+                "source, or remove it"
+            )
     check_keys(values.get("minhash") or {}, MINHASH, f"{where}: minhash")
     check_ranges(values.get("minhash") or {}, MINHASH_RANGES, f"{where}: minhash")
     _check_engine(values.get("engine", {}), f"{where}: engine")

@@ -25,6 +25,13 @@ INSTRUCTION = {
 # The keys of a user's own pairs: files (path), or a data set on the hub or in a folder (dataset).
 OWN_PAIRS = {"path": "str", "dataset": "str", "configuration": "str", "split": "str", "revision": "str"}
 
+# The origins of pairs, and the keys that are read beside each.
+ORIGINS = {
+    "path": (),
+    "dataset": ("configuration", "split", "revision"),
+    "source": ("directions",),
+}
+
 # In instruction.json, pairs can also be made from packaged text (source).
 PAIRS = OWN_PAIRS | {"source": "str", "directions": "list"}
 
@@ -51,8 +58,12 @@ def check_pairs(values: dict[str, Any], known: dict[str, str], origins: str, whe
         if not isinstance(pair, dict):
             raise Refused(f"{where}: pairs.{name}: {show(pair)} is {type_name(pair)}, expected an object")
         check_keys(pair, known, f"{where}: pairs.{name}")
-        if len({"source", "path", "dataset"} & pair.keys()) != 1:
+        given = ORIGINS.keys() & pair.keys()
+        if len(given) != 1:
             raise Refused(f"{where}: pairs.{name}: {show(pair)}, expected exactly one of {origins}")
+        (origin,) = given
+        for key in pair.keys() - {origin, *ORIGINS[origin]}:
+            raise Refused(f"{where}: pairs.{name}: {key}: nothing reads it beside `{origin}`. Leave it out")
 
 
 def check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: str) -> None:
@@ -65,6 +76,8 @@ def check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: s
         raise Refused(f"{here}.directions: {show(unknown)}, expected {' or '.join(TRANSLATIONS)}")
     if "source" not in pair:
         return
+    if "directions" in pair and name != "translation":
+        raise Refused(f"{here}.directions: only the pairs `translation` read it. Leave it out")
     if name not in PACKAGED_PAIRS:
         raise Refused(
             f"{here}: there are no packaged pairs of this name.{nearest(name, PACKAGED_PAIRS)} Known: "

@@ -38,6 +38,8 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
     *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+# Those that read label_smoothing; in the others it would change nothing.
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 # The losses of trl's GRPOTrainer that differ while every answer is trained on once.
 GRPO_LOSS_TYPES = ("dapo", "dr_grpo", "bnpo", "grpo")
 NUM_GENERATIONS = 8  # trl's default
@@ -63,6 +65,8 @@ def check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
     """Check preference.json of a whole recipe. Raises Refused at the first error."""
     values = config["preference"]
     check_training(values, TUNING | PREFERENCE, where)
+    # Of trl's trainers the default is 1e-6, and not that of the other stages.
+    require(values, ("learning_rate",), where)
     check_ranges(values, {"method": one_of("dpo", "grpo")}, where)
     other = DPO if uses_rewards(config) else GRPO
     for key in other:
@@ -95,15 +99,35 @@ def check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
     if uses_rewards(config):
         _check_grpo(values, where)
         return
-    check_ranges(values, DPO_RANGES, where)
-    loss, smoothing = values.get("loss_type", "sigmoid"), values.get("label_smoothing", 0.0)
-    if loss == "exo_pair" and not smoothing:
-        raise Refused(f"{where}: label_smoothing: 0, but loss_type exo_pair needs a number above 0")
+    _check_dpo(values, where)
 
 
 def uses_rewards(config: dict[str, dict[str, Any]]) -> bool:
     """Whether stage 13 of a recipe trains by rewards (GRPO), not by preferences (DPO)."""
     return config.get("preference", {}).get("method", "dpo") == "grpo"
+
+
+def _check_dpo(values: dict[str, Any], where: str) -> None:
+    """Check what only the method dpo needs. Raises Refused at the first error."""
+    check_ranges(values, DPO_RANGES, where)
+    loss, smoothing = values.get("loss_type", "sigmoid"), values.get("label_smoothing", 0.0)
+    if loss == "exo_pair" and not smoothing:
+        raise Refused(f"{where}: label_smoothing: 0, but loss_type exo_pair needs a number above 0")
+    if smoothing and loss not in SMOOTHED:
+        raise Refused(
+            f"{where}: label_smoothing: {smoothing}: loss_type {loss} does not read it. Remove the key, or "
+            f'write "loss_type": "robust" (or {", ".join(name for name in SMOOTHED if name != "robust")})'
+        )
+    if loss == "sft" and "beta" in values:
+        raise Refused(
+            f"{where}: beta: {show(values['beta'])}: loss_type sft does not read it. Remove the key"
+        )
+    dropout = (values.get("lora") or {}).get("lora_dropout")
+    if dropout:
+        raise Refused(
+            f"{where}: lora: lora_dropout: {dropout}: dpo trains without any dropout, because it compares "
+            "the model with its reference. Remove the key"
+        )
 
 
 def _check_grpo(values: dict[str, Any], where: str) -> None:

@@ -16,6 +16,7 @@ from recipe.config.phases import longest_block
 from recipe.config.ranges import (
     ABOVE_0,
     ABOVE_0_TO_1,
+    ABOVE_0_TO_100,
     BELOW_1,
     FROM_0,
     FROM_0_TO_1,
@@ -48,6 +49,14 @@ LORA = {
     "target_modules": "str|list",
     "use_rslora": "bool",
     "quantization": "str|null",
+}
+# The keys of `activation_checkpointing_kwargs`: two of transformers' activation_checkpointing_enable, and two
+# of torch.utils.checkpoint.
+CHECKPOINTING = {
+    "every_n_layers": "int",
+    "offload": "bool",
+    "use_reentrant": "bool",
+    "preserve_rng_state": "bool",
 }
 # Native keys that would change what a recipe says, or that nothing here reads, and why.
 UNFIT = {
@@ -84,7 +93,9 @@ ATTENTION = (
 _LEVELS = one_of("debug", "info", "warning", "error", "critical", "passive", "detail")
 _BETA = Range("at least 0 and at most 0.99999", lambda x: 0 <= x <= 0.99999)
 RANGES = {
-    **dict.fromkeys(("learning_rate", "muon_learning_rate", "embedding_learning_rate"), FROM_0_TO_100),
+    "learning_rate": FROM_0_TO_100,
+    # null, not 0, leaves Muon out, or gives the embeddings the rate of the rest.
+    **dict.fromkeys(("muon_learning_rate", "embedding_learning_rate"), ABOVE_0_TO_100),
     "weight_decay": FROM_0_TO_100,
     "adam_epsilon": FROM_0_TO_1,
     **dict.fromkeys(("max_grad_norm", "eval_delay", "neftune_noise_alpha"), FROM_0),
@@ -185,6 +196,8 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
         raise Refused(
             f"{where}: activation_checkpointing_kwargs does nothing without activation_checkpointing: true"
         )
+    if values.get("activation_checkpointing_kwargs"):
+        _check_checkpointing(values["activation_checkpointing_kwargs"], where)
     _check_optimizer(values, where)
     check_schedule(values, where)
     _check_watching(values, where)
@@ -192,6 +205,14 @@ def check_training(values: dict[str, Any], more: dict[str, str], where: str) -> 
         _check_spikes(values, where)
     if values.get("lora") is not None:
         _check_lora(values, where)
+
+
+def _check_checkpointing(options: Any, where: str) -> None:
+    here = f"{where}: activation_checkpointing_kwargs"
+    if not isinstance(options, dict):
+        raise Refused(f'{here}: {show(options)}, expected an object, such as {{"every_n_layers": 2}}')
+    check_keys(options, CHECKPOINTING, here)
+    check_ranges(options, {"every_n_layers": FROM_1}, here)
 
 
 def _check_optimizer(values: dict[str, Any], where: str) -> None:
@@ -314,7 +335,9 @@ def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where:
     here = f"{where}/{file}.json: lora.target_modules"
     names = sorted({path.rpartition(".")[2] for path in first})
     known = f'Known: {", ".join(names)}; "all-linear" takes all but lm_head'
-    shared = {path for path in paths if path.endswith(SHARED)} if model.get("tie_word_embeddings") else set()
+    tied = model.get("tie_word_embeddings")
+    shared = {path for path in paths if path.endswith(SHARED)} if tied else set()
+    unfit = {path for path in paths if path.endswith("lm_head")} if file == "preference" else set()
     if isinstance(targets, str):
         try:
             found = {path for path in paths if re.fullmatch(targets, path)}
@@ -325,7 +348,7 @@ def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where:
                 f"{here}: {show(targets)}, a regular expression that matches no path of a matrix, such as "
                 f"{first[2]}. Write a list of names. {known}"
             )
-        _refuse_shared(found & shared, f"{here}: {show(targets)}")
+        _refuse_unfit(found & unfit, found & shared, f"{here}: {show(targets)}")
         return
     for target in targets or [None]:
         found = {path for path in paths if f".{path}".endswith(f".{target}")}
@@ -334,15 +357,23 @@ def check_target_modules(config: Mapping[str, dict[str, Any]], file: str, where:
                 f"{here}: {show(target)} is no matrix of {model['model_type']}."
                 f"{nearest(str(target), names)} {known}"
             )
-        _refuse_shared(found & shared, f"{here}: {show(target)}")
+        _refuse_unfit(found & unfit, found & shared, f"{here}: {show(target)}")
 
 
-def _refuse_shared(found: set[str], where: str) -> None:
-    """Raise Refused for matrices that embeddings and output share. where: with the targets."""
-    if found:
+def _refuse_unfit(unfit: set[str], shared: set[str], where: str) -> None:
+    """Raise Refused for matrices that cannot have an adapter. where: with the targets.
+
+    unfit: those of the output, in stage 13. shared: those that embeddings and output share.
+    """
+    if shared:
         raise Refused(
-            f"{where} takes {' and '.join(sorted(found))}, but the output shares the embeddings' matrix: "
+            f"{where} takes {' and '.join(sorted(shared))}, but the output shares the embeddings' matrix: "
             "merged, the adapter would change both. Leave them out"
+        )
+    if unfit:
+        raise Refused(
+            f"{where} takes {' and '.join(sorted(unfit))}: trl's trainer computes the loss from this matrix "
+            "without an adapter. Leave it out"
         )
 
 

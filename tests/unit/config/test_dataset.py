@@ -100,6 +100,10 @@ def templates(config, table):
             ["engine: partition: missing"],
         ),
         (
+            lambda c: c["dataset"].update(rules={"web": {"minimum_characters": 50}}),
+            ["rules.web: no source has this set of rules", '"rules": "web"'],
+        ),
+        (
             lambda c: c["dataset"]["sources"]["tatoeba"].update(maximum_bad_share=1.5),
             ["maximum_bad_share: 1.5", "below 1"],
         ),

@@ -113,6 +113,29 @@ def lora(config, **values):
             ["activation_checkpointing_kwargs does nothing without"],
         ),
         (
+            lambda c: c["pretrain"].update(
+                activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layer": 2}
+            ),
+            ["activation_checkpointing_kwargs: every_n_layer", "Did you mean 'every_n_layers'"],
+        ),
+        (
+            lambda c: c["pretrain"].update(
+                activation_checkpointing=True, activation_checkpointing_kwargs='{"every_n_layers": 2}'
+            ),
+            ["activation_checkpointing_kwargs: ", "expected an object"],
+        ),
+        (
+            lambda c: c["pretrain"].update(
+                activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 0}
+            ),
+            ["activation_checkpointing_kwargs: every_n_layers: 0", "1 or more"],
+        ),
+        (lambda c: c["pretrain"].update(muon_learning_rate=0), ["muon_learning_rate: 0", "more than 0"]),
+        (
+            lambda c: c["pretrain"].update(embedding_learning_rate=0),
+            ["embedding_learning_rate: 0", "more than 0"],
+        ),
+        (
             lambda c: (c["pretrain"].pop("muon_learning_rate"), c["pretrain"].update(optim="galore_adamw")),
             ["optim: galore_adamw", "adamw_torch_fused"],
         ),
