@@ -315,7 +315,9 @@ def glob_files(pattern: str) -> list[Path]:
 
     A relative pattern is searched from the project's folder.
     """
-    return [Path(match) for match in glob.glob(str(user_path(pattern)), recursive=True)]
+    # The project's own path may hold characters that are special in a pattern.
+    matches = glob.glob(os.path.expanduser(pattern), root_dir=ROOT, recursive=True)
+    return [ROOT / match for match in matches]
 
 
 def stage_folder(recipe: str, stage: str) -> Path:

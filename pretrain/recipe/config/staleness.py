@@ -25,6 +25,9 @@ NOT_DECIDING = (
 # The same for a source in dataset.json. Its weight is a fact of the stages that draw documents by it
 # (recipe/run/freshness.py). Its licence is text of the model card.
 NOT_DECIDING_OF_SOURCE = ("minimum_megabytes", "weight", "licence")
+# The files in which null means the same as no key, except for `NULL_DECIDES`.
+TRAINING_FILES = ("pretrain", "finetune", "preference")
+NULL_DECIDES = ("spikes",)  # null: no step is a spike
 # The keys of generation.json that a stage does not read.
 NOT_READ = {
     "07_generate": ("questions",),
@@ -61,6 +64,8 @@ def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:
         return {"order": list(sources)} | kept | {"sources": sources}
 
     def decides(key: str) -> bool:
+        if section in TRAINING_FILES and values[key] is None and key not in NULL_DECIDES:
+            return False
         return not any(
             key == name or (name[-1] == "*" and key.startswith(name[:-1])) for name in NOT_DECIDING
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,9 @@ class ShardWriter:
         if self.writer is not None:
             with naming_full_disk(self.path):
                 self.writer.close()
+                # A power cut after the rename would otherwise leave an empty file under the final name.
+                with self.part.open("rb") as file:
+                    os.fsync(file.fileno())
             self.part.replace(self.path)
 
 

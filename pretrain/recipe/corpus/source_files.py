@@ -28,7 +28,13 @@ def own_files(name: str, spec: dict[str, Any]) -> list[Path]:
         return files_below(folder)
     if "paths" in spec:
         return expand_paths(name, spec["paths"])
-    return expand_paths(name, [f"{spec['path']}/**/*"])
+    folder = user_path(spec["path"])
+    if not (found := files_below(folder)):
+        raise RecipeError(
+            f"dataset.json: sources.{name}.path: {folder} is no folder with files. Give a folder that "
+            "save_to_disk of `datasets` wrote"
+        )
+    return found
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -28,10 +28,14 @@ def weights(config: dict[str, Any]) -> dict[str, float]:
 
 
 def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """Facts of stage 03: the weights, and the files of a published tokenizer in a local folder."""
+    """Facts of stage 03: the weights, and the files that a local published tokenizer is read from."""
     path = user_path(config["tokenizer"].get("published", "no path"))
-    files = sorted(path.glob("*token*")) + sorted(path.glob("*.model")) if path.is_dir() else [path]
-    own = [file for file in files if file.is_file()]
+    files = [path, *(path.parent / name for name in ("special_tokens_map.json", "tokenizer_config.json"))]
+    if path.is_dir():
+        # With tokenizer.json, nothing reads the other forms of a vocabulary.
+        others = () if (path / "tokenizer.json").exists() else ("vocab.*", "merges.txt")
+        files = [file for pattern in ("*token*", "*.model", *others) for file in sorted(path.glob(pattern))]
+    own = [file for file in files if file.is_file()] if path.exists() else []
     return {"weights": weights(config), "published": file_facts(own)}
 
 
@@ -183,14 +187,18 @@ def _is_former(recorded: Any, now: Any) -> bool:
     return all(row in rows for row in recorded) and all(row in recorded for row in rows)
 
 
+ABSENT = object()  # in place of a key's value: null is another value, such as "no near duplicates" in minhash
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """The keys in which two JSON values differ, each as ``path: old -> new``."""
     if isinstance(old, dict) and isinstance(new, dict):
         found: list[str] = []
         for key in sorted(old.keys() | new.keys()):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            both = old.get(key, ABSENT), new.get(key, ABSENT)
+            found += differences(*both, f"{path}.{key}" if path else key)
         return found
     if old == new:
         return []
-    shown = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    shown = ["absent" if value is ABSENT else json.dumps(value, ensure_ascii=False) for value in (old, new)]
     return [f"{path}: {shown[0][:60]} -> {shown[1][:60]}"]

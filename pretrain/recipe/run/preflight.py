@@ -33,6 +33,7 @@ from recipe.project import (
     read_state,
     require_space,
     stage_folder,
+    work_folder,
 )
 from recipe.run.cards import ASSUMED_MFU, CARDS
 from recipe.run.launch_options import Launch
@@ -277,10 +278,14 @@ def training_disk(shape: Shape, setting: Setting, values: dict[str, Any], steps:
 def require_data_space(recipe: str, dataset: dict[str, Any]) -> None:
     """Raise Refused, before the download, unless the disk has room for stages 01 to 04.
 
-    The need is the estimate of the recipe's author, `disk_gigabytes` in dataset.json, minus what this
-    recipe's sources and outputs already occupy. Without the key only the download itself is checked.
+    The need is the estimate of the recipe's author, `disk_gigabytes` in dataset.json, minus what is there of
+    this recipe's sources and of its unfinished stages 02 to 04: finished ones stay until new ones replace
+    them. Without the key only the download itself is checked.
     """
-    folders = [*(DATA / name for name in dataset["sources"]), OUTPUTS / recipe]
+    folders = [DATA / name for name in dataset["sources"]]
+    folders += [
+        work_folder(stage_folder(recipe, name)) for name in ("02_dataset", "03_tokenizer", "04_tokenize")
+    ]
     there = sum(folder_bytes(folder) for folder in folders)
     needed = int(dataset.get("disk_gigabytes", 0) * 1e9) - there
     require_space(OUTPUTS, needed, "the data of stages 01 to 04 (dataset.json: disk_gigabytes)")

@@ -107,8 +107,11 @@ def set_aside(work: Path) -> Path:
 
 
 def clear(work: Path) -> None:
-    """Remove a work folder. One with checkpoints is set aside instead, which one line says."""
-    if has_checkpoints(work):
+    """Remove a work folder. That of an unfinished training is set aside instead, which one line says.
+
+    An interrupted `copy_stage` leaves checkpoints without `WANTED`; they are copies.
+    """
+    if has_checkpoints(work) and (work / WANTED).exists():
         aside = set_aside(work)
         earlier = ", in place of those of an earlier one" if aside.exists() else ""
         shutil.rmtree(aside, ignore_errors=True)

@@ -141,7 +141,7 @@ def _load_other(folder: Path) -> Tokenizer:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # converters raise any kind: ImportError without a library for words
         raise RecipeError(
             f"{folder}: has neither tokenizer.json nor a SentencePiece file, and transformers cannot read it "
             f"({_first_line(error)}). Give a folder that has one of them"
@@ -149,7 +149,7 @@ def _load_other(folder: Path) -> Tokenizer:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _config(folder: Path) -> dict[str, Any]:

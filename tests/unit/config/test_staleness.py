@@ -6,6 +6,11 @@ from recipe.config import staleness
 def test_keys_that_decide_nothing_are_left_out():
     kept = staleness.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
     assert kept == {"learning_rate": 1}
+    # In a training file null is the same as no key, but in spikes it switches the rule off.
+    nulls = {"lora": None, "muon_learning_rate": None, "spikes": None}
+    assert staleness.deciding_keys("finetune", nulls) == {"spikes": None}
+    assert staleness.deciding_keys("dataset", {"sources": {}, "minhash": None})["minhash"] is None
+    assert staleness.deciding_keys("tokenizer", {"bos_token": None}) == {"bos_token": None}
     # A weight is for training and the tokenizer to ask for: ten hours of data are not redone for it.
     assert staleness.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}})["sources"] == {"a": {}}
 

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from recipe import project
 from recipe.corpus import readers
 from recipe.corpus.data_sets import DataFile
 from recipe.corpus.readers import Document, cap_bad, read_file, read_folder, read_hub
-from recipe.corpus.source_files import expand_paths
+from recipe.corpus.source_files import expand_paths, own_files
 from recipe.project import RecipeError
 
 PACK = {
@@ -653,6 +654,18 @@ def test_only_files_are_read(tmp_path):
         with pytest.raises(RecipeError, match=words):
             expand_paths("mine", [f"{tmp_path}/{pattern}"])
     assert expand_paths("mine", [f"{tmp_path}/**/a*"]) == [tmp_path / "a.txt"]
+
+
+def test_brackets_in_the_path_of_the_project_or_of_a_folder_are_no_pattern(tmp_path, monkeypatch):
+    root = tmp_path / "project[v2]"
+    (root / "saved[1]").mkdir(parents=True)
+    (root / "a.txt").touch()
+    (root / "saved[1]/data.arrow").touch()
+    monkeypatch.setattr(project, "ROOT", root)
+    assert expand_paths("mine", ["*.txt"]) == [root / "a.txt"]
+    assert own_files("mine", {"path": "saved[1]"}) == [root / "saved[1]/data.arrow"]
+    with pytest.raises(RecipeError, match=r"sources\.mine\.path: .*saved is no folder with files"):
+        own_files("mine", {"path": "saved"})
 
 
 # ------------------------------------------------------------------------------------------- web pages

@@ -58,6 +58,26 @@ def test_a_copied_checkpoint_or_tokenizer_is_the_same_one(tmp_path):
         assert fact_changes(recorded, facts_now())
 
 
+@pytest.mark.parametrize(
+    ("published", "files", "read"),
+    [
+        (
+            "x",
+            ["vocab.json", "merges.txt", "tokenizer_config.json"],
+            {"vocab.json", "merges.txt", "tokenizer_config.json"},
+        ),
+        ("x", ["tokenizer.json", "vocab.json", "merges.txt"], {"tokenizer.json"}),
+        ("x/a.model", ["a.model", "tokenizer_config.json", "b.txt"], {"a.model", "tokenizer_config.json"}),
+    ],
+)
+def test_the_files_that_a_published_tokenizer_is_read_from_are_its_facts(tmp_path, published, files, read):
+    (tmp_path / "x").mkdir()
+    for name in files:
+        (tmp_path / "x" / name).write_text("a")
+    config = {"tokenizer": {"published": str(tmp_path / published)}, "dataset": {"sources": {}}}
+    assert set(tokenizer_facts(config)["published"]) == {str(tmp_path / "x" / name) for name in read}
+
+
 def test_the_home_of_a_user_who_does_not_exist_is_no_folder():
     name = "~nosuch/x"
     facts = tokenizer_facts({"tokenizer": {"published": name}, "dataset": {"sources": {}}})

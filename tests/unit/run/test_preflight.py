@@ -1,5 +1,6 @@
 """What a training needs on common devices and on this machine, and what to change if it does not fit."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -182,6 +183,22 @@ def test_data_without_room_is_refused_before_the_download(tmp_path, monkeypatch)
     with (tmp_path / "data/wiki/dump").open("wb") as handle:
         handle.truncate(2 * 10**9)
     preflight.require_data_space("a", dataset)
+
+
+@pytest.mark.parametrize(("folder", "counts"), [(".02_dataset.work", True), ("02_dataset", False)])
+def test_only_unfinished_outputs_count_as_space_that_is_not_needed(tmp_path, monkeypatch, folder, counts):
+    """A finished stage stays until its new result is whole; checkpoints have nothing to do with it."""
+    monkeypatch.setattr(preflight, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(preflight, "DATA", tmp_path / "data")
+    monkeypatch.setattr("recipe.project.OUTPUTS", tmp_path / "outputs")
+    free = shutil.disk_usage(tmp_path).free
+    dataset = {"sources": {"wiki": {"source": "wikipedia"}}, "disk_gigabytes": free / 1e9 + 1}
+    for name in (folder, "05_pretrain"):
+        (tmp_path / "outputs/a" / name).mkdir(parents=True)
+        with (tmp_path / "outputs/a" / name / "shard").open("wb") as handle:
+            handle.truncate(2 * 10**9)
+    with contextlib.nullcontext() if counts else pytest.raises(Refused, match="disk_gigabytes"):
+        preflight.require_data_space("a", dataset)
 
 
 @pytest.mark.parametrize("recipe", SHIPPED)

@@ -44,6 +44,21 @@ def test_the_scaffold_of_phases_is_no_output_and_goes_when_the_stage_is_publishe
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["train.bin"]
 
 
+@pytest.mark.parametrize("unfinished", [True, False])
+def test_only_an_unfinished_training_is_set_aside(tmp_path, capsys, unfinished):
+    """What an interrupted copy of a finished training has left is none, and its checkpoints are copies."""
+    work, aside = tmp_path / ".05_pretrain.work", tmp_path / ".05_pretrain.aside"
+    (work / "checkpoints/checkpoint-1").mkdir(parents=True)
+    aside.mkdir()
+    (aside / "earlier").touch()
+    if unfinished:
+        write_json(work / publication.WANTED, {})
+    publication.clear(work)
+    assert not work.exists()
+    assert (aside / "checkpoints").exists() == unfinished != (aside / "earlier").exists()
+    assert ("starts over" in capsys.readouterr().out) == unfinished
+
+
 def test_what_says_that_a_folder_is_complete_comes_after_its_files(tmp_path, monkeypatch):
     """Also on the disk: after a power cut there is no result without the weights."""
     monkeypatch.setattr(publication, "fsync_tree", lambda folder: flushed.extend(folder.iterdir()))

@@ -40,8 +40,10 @@ run_stage(__file__, __doc__, work, ("tokenizer",), os.environ.get("INPUTS", "").
 def test_differences_name_the_keys():
     old = {"config": {"pretrain": {"a": 1, "b": 2}}, "inputs": {"x": "1"}}
     new = {"config": {"pretrain": {"a": 1, "b": 3, "c": 4}}, "inputs": {"x": "1"}}
-    assert differences(old, new) == ["config.pretrain.b: 2 -> 3", "config.pretrain.c: null -> 4"]
+    assert differences(old, new) == ["config.pretrain.b: 2 -> 3", "config.pretrain.c: absent -> 4"]
     assert differences(new, new) == []
+    assert differences({"minhash": None}, {}) == ["minhash: null -> absent"]
+    assert differences({}, {"bos_token": None}) == ["bos_token: absent -> null"]
 
 
 @pytest.fixture

@@ -90,8 +90,10 @@ def test_nothing_is_lost_in_hard_cases_and_random_unicode(make, config):
     alphabet = "あア漢𠮷ｱ👨\u200d🌈é\u0301 \u3000\t\n\r\x00\x01aZ09<>/sxEpadunk▁☃学校で"
     texts = ["".join(draw.choice(alphabet) for _ in range(draw.randrange(60))) for _ in range(2000)]
     found = report.check_lossless(fast, texts + sentences(300, 2), processor)
-    assert found["lossless"] == found["texts"] == 2300 + len(report.HARD_CASES) + 1
-    assert found["with_u2581"] == sum("▁" in text for text in [*texts, *report.HARD_CASES]) + 1
+    assert found["texts"] == 2300 + len(report.HARD_CASES) + 1
+    # SentencePiece reads U+2581 as a space, also in the long line at the end.
+    marked = sum("▁" in text for text in [*texts, *report.HARD_CASES]) + 1 if processor else 0
+    assert found["with_u2581"] == marked and found["lossless"] == found["texts"] - marked
     assert ("identical_ids" in found) == (processor is not None)
 
 
@@ -448,6 +450,13 @@ def test_published_faults_are_named(byte_level_folder, tmp_path):
     bad.mkdir()
     (bad / "spiece.model").write_bytes(b"no model")
     with pytest.raises(RecipeError, match=r"spiece\.model: not a SentencePiece model"):
+        take_over(bad)
+    shutil.rmtree(bad)
+    # The form of BERT for Japanese, whose class needs a library for words that is not installed.
+    bad.mkdir()
+    (bad / "vocab.txt").write_text("[UNK]\n[PAD]\n山\n", "utf-8")
+    (bad / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    with pytest.raises(RecipeError, match="transformers cannot read it"):
         take_over(bad)
     shutil.rmtree(bad)
     with pytest.raises(RecipeError, match="no such folder or file"):
