@@ -30,7 +30,7 @@ from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS
 from recipe.corpus.shards import read_texts
 from recipe.progress import progress
-from recipe.project import RecipeError, write_json, write_text
+from recipe.project import RecipeError, listed, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
@@ -66,7 +66,7 @@ def main(stage: Stage) -> None:
         if marks:
             funnel[name]["byte_order_marks"] = marks
         stage.say(
-            f"{name}: {out:,} of {out + dropped.total():,} pairs kept; dropped: {dict(+dropped) or 'none'}"
+            f"{name}: {out:,} of {out + dropped.total():,} pairs kept; dropped: {listed(dropped)}"
             + (f"; byte order marks removed from {marks} files" if marks else "")
             + (f"; columns that are not used: {', '.join(unused)}" if unused else "")
         )
@@ -74,7 +74,10 @@ def main(stage: Stage) -> None:
         write_side(stage.folder, side, found)
     texts = read_texts(stage.inputs["02_dataset"], "valid")
     overlap = pretraining_overlap(sides, texts, normalize_corpus)
-    stage.say(f"pairs that share a sentence with the validation text of pretraining: {overlap}")
+    stage.say(
+        "pairs that share a sentence with the validation text of pretraining (they are kept): "
+        f"{listed(overlap)}"
+    )
     stage.figures = {"pairs": funnel, "pretraining_overlap": overlap}
     write_json(stage.folder / "funnel.json", stage.figures)
     write_text(stage.folder / "funnel.md", pairs_table(funnel, stage.config, overlap))

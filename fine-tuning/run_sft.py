@@ -20,6 +20,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.evaluation.generation import clean_question
     from recipe.model.adapters import finish_adapter, load_with_adapter
     from recipe.model.build import load_model, trained_parameter_count
+    from recipe.project import listed
     from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.packing import PackedConversations
     from recipe.tokenization.save import load_tokenizer
@@ -54,7 +55,7 @@ def main(plan: dict[str, Any]) -> None:
         share = arguments.max_steps * settings.global_batch_size / len(once)
         print(
             f"{len(conversations):,} conversations in {len(once):,} blocks, {arguments.max_steps:,} steps = "
-            f"{share:.2f} epochs; left out: {counts}",
+            f"{share:.2f} epochs; left out: {listed(counts)}",
             flush=True,
         )
     generation = plan["config"]["generation"]

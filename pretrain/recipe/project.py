@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -308,6 +308,11 @@ def share_blocks(source: Path, target: Path) -> bool:
 def user_path(name: str) -> Path:
     """A path that a user has written: ``~`` works, and a relative one is below the project's folder."""
     return ROOT / os.path.expanduser(name)  # unlike Path.expanduser, for a user who does not exist, too
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts by name in words, without those of 0; `none` for no count."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count) or "none"
 
 
 def glob_files(pattern: str) -> list[Path]:

@@ -84,7 +84,7 @@ def test_conversations_with_one_first_question_are_on_one_side(data):
 def test_overlap_with_pretraining_validation_text_is_reported(data):
     project, output = data
     assert sum(project.figures("flawed", "11_dataset")["pretraining_overlap"].values()) == 1
-    assert "pairs that share a sentence with the validation text of pretraining: {" in output
+    assert "pairs that share a sentence with the validation text of pretraining (they are kept): " in output
 
 
 def test_a_held_out_conversation_is_asked_with_all_its_turns(data):

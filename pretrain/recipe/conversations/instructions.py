@@ -16,7 +16,7 @@ from recipe.corpus.rules import japanese_share
 from recipe.corpus.source_files import file_facts, files_below, local_data_set
 from recipe.corpus.sources import licence
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import DATA, markdown_table
+from recipe.project import DATA, listed, markdown_table
 
 _SENTENCE = re.compile(r"[^。\n]{20,}")  # see `pretraining_overlap`
 
@@ -156,14 +156,17 @@ def pairs_table(funnel: dict[str, dict[str, Any]], config: dict[str, Any], overl
             terms = "as its publisher says"
         else:
             origin, terms = Path(spec["path"]).name, "yours"
-        dropped = ", ".join(f"{reason} {n:,}" for reason, n in counts["dropped"].items() if n) or "none"
+        dropped = listed(counts["dropped"])
         rows.append([name, origin, terms, f"{counts['in']:,}", f"{counts['out']:,}", dropped])
     lines = markdown_table(("pairs", "from", "licence", "in", "kept", "dropped"), rows, "lllrrl")
     marks = sum(counts.get("byte_order_marks", 0) for counts in funnel.values())
     lines += ["", f"Byte order marks were removed from {marks:,} files."] if marks else []
     lines += [*repaired_characters(funnel), *unused_columns(funnel)]
     shared = " and ".join(f"{count:,} of the {side} side" for side, count in overlap.items())
-    lines += ["", f"Pairs that share a sentence with the validation text of pretraining: {shared}."]
+    lines += [
+        "",
+        f"Pairs that share a sentence with the validation text of pretraining, and are kept: {shared}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

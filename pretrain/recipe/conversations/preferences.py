@@ -31,7 +31,7 @@ from recipe.conversations.instructions import (
 )
 from recipe.conversations.read_rows import Message, read_rows
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import RecipeError, markdown_table
+from recipe.project import RecipeError, listed, markdown_table
 
 
 class Preference(NamedTuple):
@@ -175,7 +175,7 @@ def preferences_table(funnel: dict[str, dict[str, Any]]) -> str:
     """
     rows = []
     for name, counts in funnel.items():
-        dropped = ", ".join(f"{reason} {n:,}" for reason, n in counts["dropped"].items()) or "none"
+        dropped = listed(counts["dropped"])
         rows.append([name, f"{counts['in']:,}", f"{counts['out']:,}", dropped])
     lines = markdown_table(("preferences", "in", "kept", "dropped"), rows, "lrrl")
     return "\n".join([*lines, *repaired_characters(funnel), *unused_columns(funnel)]) + "\n"

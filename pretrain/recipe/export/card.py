@@ -10,7 +10,15 @@ from typing import Any
 from recipe.config.model import model_values
 from recipe.corpus.sources import licence
 from recipe.export.html_report import flat_figures
-from recipe.project import RECORD, RecipeError, markdown_table, read_record, require_space, share_blocks
+from recipe.project import (
+    RECORD,
+    RecipeError,
+    listed,
+    markdown_table,
+    read_record,
+    require_space,
+    share_blocks,
+)
 
 # The files of a model folder that AutoModelForCausalLM and AutoTokenizer load.
 MODEL_FILES = (
@@ -162,7 +170,7 @@ def _data(
     rows = []
     for name, counts in records["02_dataset"]["figures"].items():
         documents = counts["documents"]
-        dropped = ", ".join(f"{reason} {n:,}" for reason, n in documents["dropped"].items()) or "none"
+        dropped = listed(documents["dropped"])
         numbers = [f"{documents['in']:,}", f"{documents['out']:,}", f"{counts['bytes']['out'] / 1e6:,.2f}"]
         rows.append([name, licence(config["dataset"]["sources"][name]), *numbers, dropped])
     lines = markdown_table(("source", "licence", "documents", "kept", "MB kept", "dropped"), rows, "llrrrl")

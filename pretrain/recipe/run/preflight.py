@@ -282,13 +282,18 @@ def require_data_space(recipe: str, dataset: dict[str, Any]) -> None:
     this recipe's sources and of its unfinished stages 02 to 04: finished ones stay until new ones replace
     them. Without the key only the download itself is checked.
     """
+    need = _data_space(recipe, dataset)
+    require_space(OUTPUTS, need, "the data of stages 01 to 04 (dataset.json: disk_gigabytes)")
+
+
+def _data_space(recipe: str, dataset: dict[str, Any]) -> int:
+    """The bytes that the data of stages 01 to 04 still need, by `disk_gigabytes`."""
     folders = [DATA / name for name in dataset["sources"]]
     folders += [
         work_folder(stage_folder(recipe, name)) for name in ("02_dataset", "03_tokenizer", "04_tokenize")
     ]
     there = sum(folder_bytes(folder) for folder in folders)
-    needed = int(dataset.get("disk_gigabytes", 0) * 1e9) - there
-    require_space(OUTPUTS, needed, "the data of stages 01 to 04 (dataset.json: disk_gigabytes)")
+    return int(dataset.get("disk_gigabytes", 0) * 1e9) - there
 
 
 def on_this_machine(
@@ -347,7 +352,8 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
             rate = figures["mfu"] * figures["gemm_peak_flops"]
             if active.get("activation_checkpointing"):
                 rate *= CHECKPOINTING
-            return rate * (ranks if device.kind == "cuda" else then), f"measured, recipe {name}"
+            origin = f"measured, recipe {name}" if name == recipe else f"by the speed of recipe {name}"
+            return rate * (ranks if device.kind == "cuda" else then), origin
     return None
 
 
@@ -380,7 +386,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
         yield f"training     {steps:,} steps, {steps * per_step:,} tokens{epochs}"
     else:
         yield "training     the steps are known after stage 04 (num_train_epochs)"
-    yield from _disk_lines(config["dataset"], training_disk(shape, setting, values, steps))
+    yield _disk_line(recipe, config["dataset"], training_disk(shape, setting, values, steps))
     yield from _memory_lines(shape, setting)
     work = shape.flops_per_token(values["block_size"]) * (steps * per_step if steps else 1e9)
     unit = "" if steps else " per 1e9 tokens"
@@ -396,11 +402,18 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
         yield from _device_lines(device, limit, values, shape, launch, work, rate, unit)
 
 
-def _disk_lines(dataset: dict[str, Any], training: int | None) -> Iterator[str]:
+def _disk_line(recipe: str, dataset: dict[str, Any], training: int | None) -> str:
+    """What will be written, in words. training: bytes of the checkpoints and the model."""
     asked = [f"{training / 1e9:.1f} GB for checkpoints and the model (computed)"] if training else []
     if "disk_gigabytes" in dataset:
         asked.append(f"{dataset['disk_gigabytes']:,} GB for stages 01 to 04 (estimated in dataset.json)")
-    yield f"disk         {'; '.join([*asked, f'{free_bytes(OUTPUTS) / 1e9:,.0f} GB free'])}"
+    free = free_bytes(OUTPUTS)
+    need = 0 if is_finished(stage_folder(recipe, "04_tokenize")) else max(0, _data_space(recipe, dataset))
+    # A training that is going on or finished has written its share.
+    final = stage_folder(recipe, "05_pretrain")
+    need += max(0, (training or 0) - folder_bytes(final) - folder_bytes(work_folder(final)))
+    verdict = "" if need <= free else ": does not fit"
+    return f"disk         {'; '.join([*asked, f'{free / 1e9:,.0f} GB free{verdict}'])}"
 
 
 def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:

@@ -136,7 +136,8 @@ class ActiveCheck(TrainerCallback):
         found = asdict(active)
         self.block = found | {"tokens_per_step": self.tokens_per_step, "learning_rates": rates}
         if state.is_world_process_zero:
-            tqdm.write("active: " + ", ".join(f"{key} {value}" for key, value in self.block.items()))
+            said = {key: value for key, value in self.block.items() if value is not None}
+            tqdm.write("active: " + ", ".join(f"{key} {value}" for key, value in said.items()))
         expected = asdict(self.asked.expected(active, args))
         wrong = [
             f"{key}: asked for {value}, active is {found[key]}"

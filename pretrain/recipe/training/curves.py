@@ -97,19 +97,21 @@ def learning_curve(
         panels.append((axes[1], "perplexity", perplexity))
         axes[1].set_yscale("log", subs=())
         axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[1].yaxis.set_major_formatter("{x:,.0f}")
+        axes[1].yaxis.set_major_formatter("{x:,.10g}")
     for axis, name, value in panels:
         draw(axis, "loss", value, "-", "train")
         draw(axis, "eval_loss", value, "o--", "valid")
         axis.set_ylabel(name)
-        axis.legend()
     draw(axes[-1], "learning_rate", float, "C2-", None)
     axes[-1].set_ylabel("learning rate")
     axes[-1].set_ylim(bottom=0)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axis in axes:
         for tokens in changes:
-            axis.axvline(tokens / 1e6, color="grey", linestyle="--", linewidth=1)
+            label = "new phase" if tokens == changes[0] else None
+            axis.axvline(tokens / 1e6, color="grey", linestyle="--", linewidth=1, label=label)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
         axis.set_xlabel("million tokens")
         axis.grid(alpha=0.3)
     figure.suptitle(title)

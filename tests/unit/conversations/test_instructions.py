@@ -291,4 +291,4 @@ def test_the_table_of_pairs_names_their_origins_and_licences():
     assert "| dolly | kunishou/databricks-dolly-15k-ja | as its publisher says |" in table
     assert "Byte order marks were removed from 1 files." in table
     assert "Found in mine: invisible characters removed 2.\n" in table
-    assert "pretraining: 3 of the train side and 0 of the valid side." in table
+    assert "pretraining, and are kept: 3 of the train side and 0 of the valid side." in table

@@ -295,7 +295,7 @@ def test_a_probe_on_this_machine_gives_the_speed(tmp_path, monkeypatch):
     (tmp_path / "outputs/a").mkdir(parents=True)
     project.write_json(tmp_path / "outputs/a/probe.json", {"figures": figures})
     machine = plan.machine_of(None, 2)
-    assert (machine.rate, machine.origin) == (1e14, "measured, recipe a")
+    assert (machine.rate, machine.origin) == (1e14, "by the speed of recipe a")
     assert (machine.free, machine.launch.ranks) == (20.0 * preflight.GIB, 2)
     (tmp_path / "outputs/a/probe.json").unlink()
     assert plan.machine_of(None, 2).origin == "tabulated 121 TFLOP/s x 40%"

@@ -201,6 +201,27 @@ def test_only_unfinished_outputs_count_as_space_that_is_not_needed(tmp_path, mon
         preflight.require_data_space("a", dataset)
 
 
+def test_the_report_says_when_the_disk_has_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(preflight, "DATA", tmp_path / "data")
+    monkeypatch.setattr("recipe.project.OUTPUTS", tmp_path / "outputs")
+    free = shutil.disk_usage(tmp_path).free
+    fits = {"sources": {"wiki": {}}, "disk_gigabytes": free / 1e9 / 2}
+    for dataset, training, verdict in (
+        (fits, 10**9, "GB free"),
+        (fits | {"disk_gigabytes": free / 1e9 * 2}, None, "GB free: does not fit"),
+        (fits, free, "GB free: does not fit"),
+    ):
+        assert preflight._disk_line("a", dataset, training).endswith(verdict)
+    # What is finished needs no more.
+    for stage, file in (("04_tokenize", project.RECORD), ("05_pretrain", "model")):
+        (tmp_path / "outputs/a" / stage).mkdir(parents=True)
+        with (tmp_path / "outputs/a" / stage / file).open("wb") as handle:
+            handle.truncate(10**9)
+    large = {"sources": {"wiki": {}}, "disk_gigabytes": free / 1e9 * 2}
+    assert preflight._disk_line("a", large, 10**9).endswith("GB free")
+
+
 @pytest.mark.parametrize("recipe", SHIPPED)
 def test_recipes_that_download_say_how_much_disk_they_need(recipe):
     dataset = read(recipe, "dataset")
@@ -223,20 +244,20 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
         (folder / "stage.json").write_text(json.dumps({"figures": figures}))
         os.utime(folder / "stage.json", (number, number))
     assert preflight.measured_rate("a", cpu, 2) == (1e12, "measured, recipe a")
-    assert preflight.measured_rate("new", cpu, 2) == (5e11, "measured, recipe b")
+    assert preflight.measured_rate("new", cpu, 2) == (5e11, "by the speed of recipe b")
     assert preflight.measured_rate("a", dataclasses.replace(gpu, name="H100"), 2) is None
     # A probe counts, too.
     figures = {"hardware": "L4", "gemm_peak_flops": 1e12, "mfu": 0.25, "active": {"ranks": 1}}
     (tmp_path / "b/probe.json").write_text(json.dumps({"figures": figures}))
     l4 = dataclasses.replace(gpu, name="L4")
-    assert preflight.measured_rate("a", l4, 1) == (2.5e11, "measured, recipe b")
+    assert preflight.measured_rate("a", l4, 1) == (2.5e11, "by the speed of recipe b")
     # Twice the GPUs are twice as fast; ranks on a CPU share its cores.
-    assert preflight.measured_rate("a", gpu, 4) == (2e12, "measured, recipe c")
+    assert preflight.measured_rate("a", gpu, 4) == (2e12, "by the speed of recipe c")
     assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")
     # What a checkpointed training computed again was work, too.
     figures["active"]["activation_checkpointing"] = True
     (tmp_path / "b/probe.json").write_text(json.dumps({"figures": figures}))
-    assert preflight.measured_rate("a", l4, 1) == (2.5e11 * 4 / 3, "measured, recipe b")
+    assert preflight.measured_rate("a", l4, 1) == (2.5e11 * 4 / 3, "by the speed of recipe b")
 
 
 def test_checkpointing_takes_a_third_more_time_whoever_asks_for_it():
