@@ -68,7 +68,7 @@ def test_a_pair_longer_than_the_context_is_left_out_and_counted(data):
     project, output = data
     left_out = project.figures("flawed", "12_finetune")["left_out"]
     assert sorted(counts["longer than block_size"] for counts in left_out.values()) == [0, 1]
-    assert "left out: {'longer than block_size': " in output
+    assert "left out: longer than block_size " in output
 
 
 def test_conversations_with_one_first_question_are_on_one_side(data):

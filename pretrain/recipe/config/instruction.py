@@ -62,7 +62,7 @@ def check_pairs(values: dict[str, Any], known: dict[str, str], origins: str, whe
         if len(given) != 1:
             raise Refused(f"{where}: pairs.{name}: {show(pair)}, expected exactly one of {origins}")
         (origin,) = given
-        for key in pair.keys() - {origin, *ORIGINS[origin]}:
+        for key in sorted(pair.keys() - {origin, *ORIGINS[origin]}):
             raise Refused(f"{where}: pairs.{name}: {key}: nothing reads it beside `{origin}`. Leave it out")
 
 
