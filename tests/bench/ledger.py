@@ -8,7 +8,7 @@ numbers (`ONLY_NUMBERS`) makes the steps of tiny. Compiling is not counted.
 
 The model, the packed blocks, the optimizers and the formula of the schedule are the project's own; the loop
 is a plain one, because some rows change what no recipe can ask for (`CHOICES`). Results are appended to
-`ledger.jsonl` beside this file, and a row that is there is not run again: empty the file when tiny changes.
+`ledger.jsonl` next to this file, and a row that is there is not run again: empty the file when tiny changes.
 The same row and seed gave the same bits on another day, so rows may be added later.
 
 Run, after `bash run_all.sh --to 04` (at 3m about 4 minutes for each row and seed on one core, with other

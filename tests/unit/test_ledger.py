@@ -1,4 +1,4 @@
-"""The ledger's first table is the one that its program prints from the results beside it."""
+"""The ledger's first table is the one that its program prints from ledger.jsonl."""
 
 from bench import ledger
 from conftest import ROOT

@@ -25,7 +25,7 @@ INSTRUCTION = {
 # The keys of a user's own pairs: files (path), or a data set on the hub or in a folder (dataset).
 OWN_PAIRS = {"path": "str", "dataset": "str", "configuration": "str", "split": "str", "revision": "str"}
 
-# The origins of pairs, and the keys that are read beside each.
+# The origins of pairs, and the keys that are read next to each.
 ORIGINS = {
     "path": (),
     "dataset": ("configuration", "split", "revision"),
@@ -63,7 +63,7 @@ def check_pairs(values: dict[str, Any], known: dict[str, str], origins: str, whe
             raise Refused(f"{where}: pairs.{name}: {show(pair)}, expected exactly one of {origins}")
         (origin,) = given
         for key in sorted(pair.keys() - {origin, *ORIGINS[origin]}):
-            raise Refused(f"{where}: pairs.{name}: {key}: nothing reads it beside `{origin}`. Leave it out")
+            raise Refused(f"{where}: pairs.{name}: {key}: nothing reads it next to `{origin}`. Leave it out")
 
 
 def check_pair(name: str, pair: dict[str, Any], sources: dict[str, Any], here: str) -> None:

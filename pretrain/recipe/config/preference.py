@@ -116,7 +116,7 @@ def _check_dpo(values: dict[str, Any], where: str) -> None:
     if smoothing and loss not in SMOOTHED:
         raise Refused(
             f"{where}: label_smoothing: {smoothing}: loss_type {loss} does not read it. Remove the key, or "
-            f'write "loss_type": "robust" (or {", ".join(name for name in SMOOTHED if name != "robust")})'
+            f"choose a loss_type that does: {', '.join(SMOOTHED)}"
         )
     if loss == "sft" and "beta" in values:
         raise Refused(

@@ -32,6 +32,7 @@ from recipe.config.ranges import (
 )
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings, SpikeRule
+from recipe.config.staleness import TRAINING_FILES
 from recipe.hardware import FLASH_ATTENTION, AttentionNeeds
 from recipe.project import Refused, nearest
 
@@ -412,7 +413,7 @@ def check_boards(asked: str | list[str] | None, file: str) -> list[str]:
 
 def training_files(config: dict[str, dict[str, Any]]) -> list[str]:
     """The files of a recipe that a training reads."""
-    return [name for name in ("pretrain", "finetune", "preference") if name in config]
+    return [name for name in TRAINING_FILES if name in config]
 
 
 def tuned_stage(config: dict[str, dict[str, Any]]) -> str:

@@ -31,16 +31,16 @@ from refusal import pair, preference, refusal, tiny
         ),
         (
             lambda c: c["instruction"]["pairs"].update(x={"path": "a.json", "split": "test"}),
-            ["pairs.x: split: nothing reads it beside `path`"],
+            ["pairs.x: split: nothing reads it next to `path`"],
         ),
-        (lambda c: pair(c, revision="main"), ["pairs.translation: revision", "beside `source`"]),
+        (lambda c: pair(c, revision="main"), ["pairs.translation: revision", "next to `source`"]),
         (
             lambda c: c["instruction"]["pairs"]["command-option"].update(directions=["ja-en"]),
             ["pairs.command-option.directions", "only the pairs `translation`"],
         ),
         (
             lambda c: preference(c, pairs={"x": {"path": "a.json", "revision": "v1"}}),
-            ["preference.json: pairs.x: revision", "beside `path`"],
+            ["preference.json: pairs.x: revision", "next to `path`"],
         ),
         (lambda c: preference(c, pairs={}), ["preference.json: pairs: empty", "delete the file"]),
         (lambda c: preference(c, pairs={"x": {"source": "tatoeba"}}), ["pairs.x: source: unknown key"]),
@@ -50,7 +50,7 @@ from refusal import pair, preference, refusal, tiny
         (lambda c: preference(c, loss_type="exo_pair"), ["label_smoothing: 0", "exo_pair"]),
         (
             lambda c: preference(c, label_smoothing=0.1),
-            ["label_smoothing: 0.1", "loss_type sigmoid does not read it", '"robust"', "exo_pair"],
+            ["label_smoothing: 0.1", "loss_type sigmoid does not read it", "exo_pair, robust, aot"],
         ),
         (lambda c: preference(c, loss_type="sft", beta=0.1), ["beta: 0.1", "loss_type sft does not read it"]),
         (

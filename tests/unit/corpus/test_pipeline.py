@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from recipe.corpus import pipeline
+from recipe.corpus import pipeline, shards
 from recipe.corpus.funnel import Funnel, funnel_table
 from recipe.project import RecipeError
 from recipe.run.publication import SCAFFOLD
@@ -346,3 +346,13 @@ def test_a_reason_without_bytes_has_its_column():
 def test_the_table_tells_what_extraction_found():
     found = Funnel(extraction=Counter({"ruby": 3000, "notes": 0}))
     assert "Found in x: ruby 3,000.\n" in funnel_table({"x": found})
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut there is no shard under its name that is empty or cut short."""
+    path, seen = tmp_path / "train-a-0.parquet", []
+    monkeypatch.setattr(shards.os, "fsync", lambda descriptor: seen.append(path.exists()))
+    writer = shards.ShardWriter(path, pa.schema([("text", pa.string())]))
+    writer.write({"text": "山"})
+    writer.close()
+    assert seen == [False] and path.exists()

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recipe.config.settings import SpikeRule
 from recipe.project import RecipeError, read_json
 from recipe.training import trainer
 from recipe.training.skip_bad_steps import MOST_BACK, MOST_IN_A_ROW, Guard
@@ -276,14 +275,11 @@ def test_a_loss_that_falls_or_doubles_is_no_spike(train, inject):
     assert train(**STEPS)[0]["skipped_steps"] == []
 
 
-@pytest.mark.parametrize(("begins", "spikes"), [((), True), ({0, 30}, False)])
-def test_the_loss_of_another_phase_is_no_spike(tmp_path, begins, spikes):
-    """The text of the second phase is harder, from its first step on."""
-    guard = Guard(tmp_path, SpikeRule(), begins)
-    guard.trainer = SimpleNamespace(is_deepspeed_enabled=False)
-    guard.window.extend([(3.3, None)] * 30)
-    guard.on_step_begin(None, SimpleNamespace(global_step=30), None)
-    assert bool(guard._reason(4.6, None)) == spikes
+def test_a_phase_with_a_higher_loss_is_not_skipped(train, inject):
+    """The text of the second phase is harder. In the phase before it, such a loss is a spike."""
+    inject(2.0, 22, *range(26, 31))
+    figures = train(**SLOW, phases=[{"until_step": 25}, {}])[0]
+    assert figures["skipped_steps"] == [22]
 
 
 @pytest.mark.parametrize("clipping", [0, 1.0])
