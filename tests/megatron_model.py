@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from recipe.export import megatron
+from recipe.training.script import leave
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TOKENS = 32
@@ -134,6 +135,7 @@ def main():
             compare(folder, checkpoint, tensor, pipeline)
         dist.barrier()
         parallel_state.destroy_model_parallel()
+    leave(0)
 
 
 if __name__ == "__main__":

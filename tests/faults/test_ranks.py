@@ -208,6 +208,7 @@ import math, sys, types
 from pathlib import Path
 import torch, torch.distributed as dist
 from recipe.config.settings import SpikeRule
+from recipe.training.script import leave
 from recipe.training.skip_bad_steps import Guard
 
 dist.init_process_group("gloo")
@@ -221,6 +222,7 @@ for step, bad in enumerate((1.0, 1.0, float(sys.argv[2]), 1.0)):
     state = types.SimpleNamespace(global_step=step, is_world_process_zero=rank == 0)
     guard.on_pre_optimizer_step(arguments, state, None, model=torch.nn.ParameterList([weight]))
     print(f"rank {rank} step {step + 1} " + ("left out" if weight.grad is None else "taken"), flush=True)
+leave(0)
 """
 
 
@@ -245,6 +247,7 @@ def test_all_ranks_skip_a_step_that_is_bad_on_one(tmp_path, loss):
 POISON_RANK_1 = """
 import torch.distributed as dist
 from recipe.config.settings import SpikeRule
+from recipe.training.script import leave
 from recipe.training.skip_bad_steps import Guard
 
 stock = Guard.on_step_end

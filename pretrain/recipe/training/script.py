@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -28,6 +28,19 @@ def _name_full_disk(failed: threading.ExceptHookArgs) -> None:
         print(f"warning: the disk is full, so a log is incomplete: {failed.exc_value}", flush=True)
     else:
         threading.__excepthook__(failed)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with its exit code, a rank among others only once all of them are here."""
+    if dist.is_initialized():
+        dist.barrier()  # a rank that leaves while another still talks to it would abort it
+        dist.destroy_process_group()
+        # Everything is written. At a regular exit gloo's threads, still joinable, sometimes abort the process
+        # ("terminate called without an active exception"), and a finished training would count as failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_script(work: Callable[[dict[str, Any]], None]) -> None:
@@ -52,12 +65,4 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
             refused.parent.mkdir(exist_ok=True)
             refused.touch()
         sys.exit(error.exit_code)
-    if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while another still talks to it would abort it
-        dist.destroy_process_group()
-        # Everything is written. At a regular exit gloo's threads, still joinable, sometimes abort the process
-        # ("terminate called without an active exception"), and a finished training would count as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(code)
