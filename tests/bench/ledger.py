@@ -44,6 +44,7 @@ MODEL_KEYS = ("model_type", "sliding_window", "tie_word_embeddings", "initialize
 # Keys that do not change the work of a step, unless their value is None.
 ONLY_NUMBERS = {"learning_rate", "muon_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
 ONLY_NUMBERS |= {"momentum", "embedding_learning_rate", "initializer_range", "zero_projections", "by_width"}
+ONLY_NUMBERS |= {"sources_weighted", "sources_in_order"}
 SHORT_FIRST = TINY["pretrain"]["phases"][0]["until_step"]
 RATE, MUON_RATE = TINY["pretrain"]["learning_rate"], TINY["pretrain"]["muon_learning_rate"]
 UNTIED = {"tie_word_embeddings": False}
@@ -54,7 +55,8 @@ ADAMW = {"muon_learning_rate": None, "learning_rate": 3e-3}
 # last matrix of attention and feed-forward starts at zero. by_width: the embeddings start at 1, the other
 # matrices of the layers at 1 / the root of their inputs. average: decay of an average of the weights, which
 # is measured in their place. short_first: the share of the steps that read blocks of a quarter of the
-# length, at the beginning; as in tiny, where it is not given.
+# length, at the beginning; as in tiny, where it is not given. sources_weighted: weights as in dataset.json.
+# sources_in_order: one source after the other, each for its share of the tokens, in place of a mixture.
 CHOICES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "a third wider": {"width": 4 / 3},
@@ -104,6 +106,14 @@ CHOICES: dict[str, dict[str, Any]] = {
     "z-loss 1e-4": {"z_loss": 1e-4},
     "no weight decay": {"weight_decay": 0.0},
     "averaged weights, 0.99": {"average": 0.99},
+    "sentences first, then descriptions, then manual pages": {
+        "sources_in_order": ("tatoeba", "descriptions", "manpages")
+    },
+    "manual pages first, then descriptions, then sentences": {
+        "sources_in_order": ("manpages", "descriptions", "tatoeba")
+    },
+    "manual pages half as often": {"sources_weighted": {"manpages": 0.5}},
+    "sentences half as often": {"sources_weighted": {"tatoeba": 0.5}},
 }
 
 
@@ -159,9 +169,7 @@ class Run:
         from recipe.model.build import build_model
         from recipe.model.losses import return_loss_only
         from recipe.model.muon import even_rows, orthogonalise
-        from recipe.tokenization.packing import PackedBlocks
         from recipe.tokenization.save import load_tokenizer
-        from recipe.tokenization.token_files import TokenFile
 
         self.changes, self.values, self.steps = changes, TINY["pretrain"] | changes, steps
         self.short_first = changes.get("short_first", SHORT_FIRST)
@@ -190,10 +198,30 @@ class Run:
         self.optimizer = self.build_optimizer()
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.average = [p.detach().clone() for p in self.model.parameters()] if "average" in changes else None
+        figures = json.loads((self.tokens / "stage.json").read_text())["figures"]
+        self.valid_totals, train_counts = figures["totals"]["valid"], figures["sources"]["train"]
+        self.parts = list(self.build_parts(train_counts, seed))
+
+    def build_parts(self, counts: dict[str, dict[str, int]], seed: int) -> Iterator[tuple[float, Any, Any]]:
+        """The parts of the training: up to which share of the steps, its blocks, its short blocks."""
+        from recipe.tokenization.packing import PackedBlocks, weighted_sources
+        from recipe.tokenization.token_files import TokenFile
+
         batch, block = self.values["global_batch_size"], self.values["block_size"]
-        train = TokenFile(self.tokens / "train")
-        self.blocks = PackedBlocks(train, block, self.pad, seed, (steps + 50) * batch)
-        self.short = PackedBlocks(train, block // 4, self.pad, seed + 1, (steps + 50) * batch * 4)
+        train, needed = TokenFile(self.tokens / "train"), (self.steps + 50) * batch
+        weights = self.changes.get("sources_weighted", {})
+        all_sources = {name: {"weight": weights.get(name, 1)} for name in counts}
+        order = self.changes.get("sources_in_order")
+        end, total = 0.0, sum(count["tokens"] for count in counts.values())
+        for names in [[name] for name in order] if order else [list(counts)]:
+            end += sum(counts[name]["tokens"] for name in names) / total
+            chosen = {name: all_sources[name] | ({} if name in names else {"weight": 0}) for name in counts}
+            sources = weighted_sources(counts, chosen)
+            yield (
+                end,
+                PackedBlocks(train, block, self.pad, seed, needed, sources),
+                PackedBlocks(train, block // 4, self.pad, seed + 1, 4 * needed, sources),
+            )
 
     def build_optimizer(self) -> Any:
         """MuonAdamW or AdamW of the project."""
@@ -228,9 +256,10 @@ class Run:
         """The packed blocks of a step."""
         from recipe.tokenization.packing import collate
 
-        size, blocks = self.values["global_batch_size"], self.blocks
+        size = self.values["global_batch_size"]
+        blocks, short = next(part for end, *part in self.parts if step < end * self.steps + 0.5)
         if step < self.short_first * self.steps:
-            size, blocks = 4 * size, self.short
+            size, blocks = 4 * size, short
         return collate([blocks[step * size + row] for row in range(size)])
 
     def loss(self, batch: dict[str, Any]) -> Any:
@@ -265,7 +294,7 @@ class Run:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.model.parameters()), self.average)
         valid = PackedBlocks(TokenFile(self.tokens / "valid"), 256, self.pad, seed=0)
-        totals = json.loads((self.tokens / "stage.json").read_text())["figures"]["totals"]["valid"]
+        totals = self.valid_totals
         self.model.eval()
         nats = count = 0.0
         with torch.no_grad(), self.autocast:
