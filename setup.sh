@@ -95,9 +95,15 @@ use_as_it_is() {
     refuse "RECIPE_PYTHON=$RECIPE_PYTHON: $fault"
 }
 
-# A GPU that appears later (an environment made without one) changes what is installed.
-expected() { printf '%s %s gpu=%s' "$(cat "$here"/{requirements.txt,pyproject.toml,setup.sh} | cksum)" "$here" "$(capability)"; }
-ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$(expected)" ]]; }
+# A GPU that appears later (an environment made without one) changes what is installed; after another version of
+# the system's Python, nothing of the old one is found.
+expected() {
+  printf '%s %s gpu=%s %s' "$(cat "$here"/{requirements.txt,pyproject.toml,setup.sh} | cksum)" "$here" \
+    "$(capability)" "$("$venv/bin/python" -V 2>&1)"
+}
+# Whether the environment has the Python that PYTHON asks for.
+asked_for() { [[ -z ${PYTHON:-} || $("$venv/bin/python" -V 2>&1) == "$("$PYTHON" -V 2>&1)" ]]; }
+ready() { [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$(expected)" ]] && asked_for; }
 
 install() {
   local base=${PYTHON:-python3} gpu pins site
@@ -112,7 +118,7 @@ install() {
 
   rm -f "$stamp"
   say "makes $venv with $("$base" --version) (a few minutes the first time)"
-  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear "$venv"
+  { "$venv/bin/python" -m pip --version >/dev/null 2>&1 && asked_for; } || "$base" -m venv --clear "$venv"
   gpu=$(capability)
   local torch cpu_index=${TORCH_CPU_INDEX-https://download.pytorch.org/whl/cpu}
   torch=$(grep '^torch==' "$here/requirements.txt")

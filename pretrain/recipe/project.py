@@ -25,6 +25,7 @@ DATA = ROOT / "data"
 OUTPUTS = ROOT / "outputs"
 CONFIGS = ROOT / "configs"
 
+LONGEST_NAME = 100  # bytes, of a recipe or a source; a file name may have 255, and stages add to it
 RECORD = "stage.json"  # written last into the folder of a finished stage
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, or limit of the file size reached
 # How safetensors, torch and numpy report a failed write: without an errno.

@@ -202,6 +202,21 @@ def test_set_up_installs_once_and_again_when_a_gpu_appears(tmp_path):
     assert len(installer.run(gpu=gpu(tmp_path / "gpu", "9.0"))[0]) == 2
 
 
+def test_an_environment_of_another_python_is_made_again(tmp_path):
+    installer = Installer(tmp_path)
+    python, fresh = tmp_path / "venv/bin/python", tmp_path / "fresh"
+    shutil.copy(python, fresh)
+    base = (
+        f"""case "$*" in "-m venv --clear"*) cp {fresh} {python} ;; *) exec {sys.executable} "$@" ;; esac\n"""
+    )
+    asked = str(executable(tmp_path / "base", base))
+    assert installer.run(PYTHON=asked)[0] and not installer.run(PYTHON=asked)[0]
+    # After an upgrade of the system, the environment's Python is another one.
+    python.write_text(fresh.read_text().replace("case", 'case "$*" in -V) echo 3.99; exit ;; esac\ncase', 1))
+    assert installer.run(PYTHON=asked)[0]
+    assert python.read_text() == fresh.read_text()
+
+
 def test_torch_is_the_cpu_build_without_a_gpu_and_replaced_when_one_appears(tmp_path):
     installer, torch = Installer(tmp_path), next(pin for pin in PINS if pin.startswith("torch=="))
     without, present = gpu(tmp_path / "none", ""), gpu(tmp_path / "gpu", "9.0")

@@ -19,8 +19,10 @@ from recipe.config.ranges import (
     one_of,
 )
 from recipe.corpus import rules, wikitext
+from recipe.corpus.fetch import HASHES
+from recipe.corpus.source_files import local_data_set
 from recipe.corpus.sources import kind_of
-from recipe.project import Refused, nearest
+from recipe.project import LONGEST_NAME, Refused, nearest
 
 # The keys with their JSON types. Those of each kind of source are in `recipe.corpus.sources.KINDS`.
 DATASET = {
@@ -103,6 +105,11 @@ def check_dataset(values: dict[str, Any], where: str) -> None:
             )
         if not name.replace("-", "").replace("_", "").isalnum():
             raise Refused(f"{here}: the name becomes a file name: use letters, digits, - and _")
+        if len(name.encode()) > LONGEST_NAME:
+            raise Refused(
+                f"{here[:60]}...: the name becomes a file name: it has {len(name.encode())} bytes, expected "
+                f"at most {LONGEST_NAME}"
+            )
         require(source, ("source",), here)
         _check_source(source, here)
     if not values["sources"]:
@@ -147,6 +154,17 @@ def _check_source(source: dict[str, Any], here: str) -> None:
     require(source, tuple(kind.required), here)
     if kind.download == "url" and ("paths" in source) == ("url" in source):
         raise Refused(f"{here}: expected either `paths` (your own files) or `url`")
+    if "paths" in source:
+        for key in source.keys() & HASHES.keys():
+            raise Refused(
+                f"{here}: {key}: checks what is downloaded from `url`, and does nothing with `paths`. Remove "
+                "it: stage 01 records the hashes of your own files"
+            )
+    if "revision" in source and local_data_set(source):
+        raise Refused(
+            f"{here}: revision: {show(source['revision'])}, but {source['dataset']} is a folder of this "
+            "machine. Remove it"
+        )
     for key in ("paths", "packages", "url"):
         entries = source.get(key, [""])
         if not entries or not all(isinstance(entry, str) for entry in entries):

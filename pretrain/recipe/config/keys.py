@@ -36,6 +36,8 @@ ELSEWHERE = {
     "local_rank": "the launcher",
     "logging_nan_inf_filter": "the stage, which logs the true loss",
     "average_tokens_across_devices": "the stage, whose loss is the same on any number of ranks",
+    "prediction_loss_only": "the stage, whose evaluation measures the loss and nothing else",
+    "eval_do_concat_batches": "the stage, whose evaluation measures the loss and nothing else",
     "do_train": "the stage, which trains, and evaluates by eval_strategy",
     "do_eval": "the stage, which trains, and evaluates by eval_strategy",
     "do_predict": "the stage, which trains, and evaluates by eval_strategy",

@@ -38,10 +38,9 @@ from recipe.config.training import (
     check_training,
     training_files,
 )
-from recipe.project import CONFIGS, Refused, nearest
+from recipe.project import CONFIGS, LONGEST_NAME, Refused, nearest
 
 FILES = ("dataset", "tokenizer", "model", "pretrain", "evaluation", "generation", "instruction", "finetune")
-_LONGEST_NAME = 100  # bytes; a file name may have 255, and stages add to it
 OPTIONAL_FILES = ("preference",)  # without it, stage 13 is skipped
 
 
@@ -73,9 +72,9 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
     overrides: each ``FILE.KEY=VALUE``. The key ``extends`` is resolved and removed. Raises Refused, naming
     the file, the key, the value seen and the value expected.
     """
-    if len(recipe.encode()) > _LONGEST_NAME:
+    if len(recipe.encode()) > LONGEST_NAME:
         raise Refused(
-            f"--recipe: {recipe[:20]}... has {len(recipe.encode())} bytes, expected at most {_LONGEST_NAME}"
+            f"--recipe: {recipe[:20]}... has {len(recipe.encode())} bytes, expected at most {LONGEST_NAME}"
         )
     folder = CONFIGS / recipe
     # Also a folder whose dataset.json has a misspelt name: the next check names it.

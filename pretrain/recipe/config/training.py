@@ -72,6 +72,7 @@ UNFIT = {
     "batch_eval_metrics": "an evaluation measures the loss and nothing else",
     "include_for_metrics": "an evaluation measures the loss and nothing else",
     "eval_use_gather_object": "an evaluation measures the loss and nothing else",
+    "length_column_name": "all samples have one length, and seed decides their order",
     "label_names": "the labels are those of packed blocks",
     "restore_callback_states_from_checkpoint": "the stage restores what its own callbacks need",
     "optim_args": "none of the optimizers that can be chosen here reads it",

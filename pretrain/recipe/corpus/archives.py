@@ -26,6 +26,8 @@ class HostileArchive(RecipeError):
     """An archive that is made to do harm, or that no publisher of text would make."""
 
 
+# What to do about a damaged file of a source.
+REMEDY = "Delete its folder in data/ and run stage 01 with --force; if the file is your own, get it again"
 MAX_MEMBERS = 100_000
 MAX_BYTES = 1 << 30  # unpacked, a whole archive
 MAX_RATIO = 200  # unpacked over packed bytes; the packaged sources have 1 to 7.4, deflate can reach 1,032
@@ -76,7 +78,7 @@ def tar_members(
                     assert content is not None  # isfile() has just said so
                     yield member.name, content.read()
     except _DAMAGE as error:
-        raise RecipeError(f"{where}: damaged archive ({error}). {_REMEDY}") from error
+        raise RecipeError(f"{where}: damaged archive ({error}). {REMEDY}") from error
 
 
 def zip_members(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
@@ -104,7 +106,7 @@ def zip_members(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, byt
                 if not member.is_dir() and pattern.search(member.filename):
                     yield member.filename, archive.read(member)
     except _DAMAGE as error:
-        raise RecipeError(f"{path}: damaged archive ({error}). {_REMEDY}") from error
+        raise RecipeError(f"{path}: damaged archive ({error}). {REMEDY}") from error
 
 
 def gunzip(packed: bytes, where: Path, member: str) -> bytes:
@@ -114,13 +116,10 @@ def gunzip(packed: bytes, where: Path, member: str) -> bytes:
         with gzip.open(io.BytesIO(packed)) as handle:
             content = handle.read(limit + 1)
     except _DAMAGE as error:
-        raise RecipeError(f"{where}: {member}: damaged gzip file ({error}). {_REMEDY}") from error
+        raise RecipeError(f"{where}: {member}: damaged gzip file ({error}). {REMEDY}") from error
     if len(content) > limit:
         raise _bomb(where, member, limit)
     return content
-
-
-_REMEDY = "Delete its folder in data/ and run stage 01 with --force; if the file is your own, get it again"
 
 
 def _limit(packed: int) -> int:

@@ -32,9 +32,9 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     the url and the version (ETag or Last-Modified). A user's own files stay where they are: their sizes and
     times of change are recorded. A data set of the hub has no files here, because it is streamed.
 
-    A source that is complete for the same spec is kept. Otherwise an interrupted download of a URL continues
-    where it was; packages are downloaded again. ``source.json`` is written last: it says that all files are
-    there.
+    A source that is complete for the same spec is kept, if its files still have their hashes. Otherwise an
+    interrupted download of a URL continues where it was; packages are downloaded again. ``source.json`` is
+    written last: it says that all files are there.
 
     Raises RecipeError, with what to do, when the source cannot be downloaded.
     """
@@ -46,7 +46,7 @@ def download(name: str, spec: dict[str, Any], data: Path) -> dict[str, Any]:
     if not kind.download:
         return record | {"files": {}}
     complete = _complete_record(spec, folder)
-    if complete:
+    if complete and all(digest_of(folder / f) == facts["sha256"] for f, facts in complete["files"].items()):
         return complete
     record |= {"spec": _downloaded_part(spec)}
     if kind.download.startswith("apt"):
@@ -124,7 +124,7 @@ def require_data(record: dict[str, Any], config: dict[str, Any], data: Path) -> 
     """Raise RecipeError unless data/ still holds the files that stage 01 recorded for this recipe.
 
     record: the figures of stage 01. Another recipe may have replaced a source of the same name, or somebody
-    may have emptied data/.
+    may have emptied data/. Files are compared by their sizes, a user's own also by their times and hashes.
     """
     for name, spec in config["sources"].items():
         for file, facts in record["sources"][name]["files"].items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe import host
-from recipe.corpus.archives import gunzip, tar_members
+from recipe.corpus.archives import REMEDY, gunzip, tar_members
 from recipe.corpus.readers import Document
 from recipe.project import RecipeError
 
@@ -43,7 +43,7 @@ def manpage_documents(name: str, spec: dict[str, Any], data: Path) -> Iterator[D
 def help_documents(name: str, spec: dict[str, Any], data: Path) -> Iterator[Document]:
     """A document for each Japanese page of HTML help; one without text is dropped as "empty"."""
     for path, raw in _package_members(data / name, re.compile(r"/help/ja/text/.*\.html$")):
-        text = html_text(raw.decode("utf-8", errors="strict"))
+        text = html_text(_utf8(raw, data / name, path))
         yield Document(path.split("/help/ja/text/")[1].removesuffix(".html"), text, "" if text else "empty")
 
 
@@ -74,9 +74,18 @@ def _package_members(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[s
         ) as process:
             yield from tar_members(process.stdout, package, pattern, links=True)
         if process.returncode:
-            raise RecipeError(
-                f"{package}: dpkg-deb cannot read it. Delete data/ and run stage 01 with --force"
-            )
+            raise RecipeError(f"{package}: dpkg-deb cannot read it. {REMEDY}")
+
+
+def _utf8(raw: bytes, folder: Path, path: str) -> str:
+    """The text of a file of a package. Raises RecipeError if it is not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{folder}: {path}: not UTF-8 ({error.reason} at byte {error.start}). Remove its package from "
+            "`packages` of the source in dataset.json"
+        ) from error
 
 
 def read_manpages(folder: Path) -> Iterator[ManPage]:
@@ -91,7 +100,7 @@ def read_manpages(folder: Path) -> Iterator[ManPage]:
         path, packed = member
         name, section = Path(path).name.removesuffix(".gz").rsplit(".", 1)
         raw = gunzip(packed, folder, path)
-        source = raw.decode("utf-8", errors="strict")
+        source = _utf8(raw, folder, path)
         if re.match(r"(\.\\\".*\n|\s)*\.so\s", source):
             return ManPage(name, section, source, "")
         command = [tool, "-K", "utf-8", "-T", "html", "-O", "fragment"]
@@ -205,6 +214,4 @@ def read_tatoeba(folder: Path) -> Iterator[tuple[str, str, str]]:
                     )
                 yield fields[0], fields[1], "" if fields[2] == "-" else fields[2]
             return
-    raise RecipeError(
-        f"{archive_path}: no file res/sentences/SENTENCES in it. Delete data/ and run stage 01 with --force"
-    )
+    raise RecipeError(f"{archive_path}: no file res/sentences/SENTENCES in it. {REMEDY}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -73,16 +74,18 @@ def find_sdist(name: str, requirement: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         fetch(page, Path(folder) / "listing.html")
         listing = (Path(folder) / "listing.html").read_text("utf-8", "replace")
-    links = re.findall(rf'["\']([^"\']*/{re.escape(file)})["\'#]', listing)
-    if not links:
+    # A link may be relative, without a folder; "filename": of PEP 691 is no link.
+    target = rf"{re.escape(file)}(?:\?[^\"'#]*)?"
+    link = re.search(rf"[\"']([^\"']*/{target})[\"'#]|href=[\"']({target})[\"'#]", listing)
+    if not link:
         raise RecipeError(
             f"sources.{name}: the package index has no {file}. Use another index: PIP_INDEX_URL=URL"
         )
-    return urllib.parse.urljoin(page, links[0])
+    return urllib.parse.urljoin(page, html.unescape(link[1] or link[2]))
 
 
 def _package_index() -> str:
-    """The URL of the package index that pip is set up for, or pip's default.
+    """The URL of the package index that pip is set up for, or pip's default. Raises RecipeError without pip.
 
     pip runs in a process of its own: imported here, it would replace distutils, which torch.compile uses.
     """
@@ -91,6 +94,10 @@ def _package_index() -> str:
     found = os.environ.get("PIP_INDEX_URL", "")
     for command in (configured, default):
         found = found or subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not found:
+        raise RecipeError(
+            f"{sys.executable} has no pip, so its package index is not known. Name one: PIP_INDEX_URL=URL"
+        )
     return found.rstrip("/")
 
 

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
+from recipe.corpus.archives import REMEDY
 from recipe.corpus.data_sets import DECOMPRESSION_ERRORS, data_set_files, naming_data_set
 from recipe.corpus.web_pages import refuse_web_page
 from recipe.project import RecipeError
@@ -286,13 +287,13 @@ def _decompress(path: str, compression: str) -> Iterator[bytes]:
                 try:
                     yield from _decoded(decoder, data)
                 except DECOMPRESSION_ERRORS as error:
-                    raise _Damage("damaged archive", f"{error}. Get the file again") from error
+                    raise _Damage("damaged archive", f"{error}. {REMEDY}") from error
                 data = decoder.unused_data if decoder.eof else b""
                 if decoder.eof:
                     decoder = None
             data = handle.read(_FEED)
     if decoder is not None or not started:
-        raise _Damage("truncated archive", "it ends too early. Get the file again")
+        raise _Damage("truncated archive", f"it ends too early. {REMEDY}")
 
 
 def _open(path: str) -> Any:
@@ -356,12 +357,12 @@ def _read_parquet(path: str, column: str, tolerant: bool) -> Iterator[Document]:
                         yield from _column_documents(path, row, column, batch.column(0), tolerant)
                         row += len(batch)
                 except (pa.ArrowException, OSError) as error:
-                    advice = f"{error}. Get the file again"
+                    advice = f"{error}. {REMEDY}"
                     for lost in range(row, end):
                         yield fault(f"{path}:{lost}", "damaged Parquet", "", advice, tolerant and is_local)
                 row = end
     except (pa.ArrowException, OSError) as error:
-        advice = f"{error}. Get the file again"
+        advice = f"{error}. {REMEDY}"
         yield fault(f"{path}:{row}", "damaged Parquet", "", advice, tolerant and is_local)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 from xml.etree import ElementTree
 
+from recipe.corpus.archives import REMEDY
 from recipe.corpus.readers import Document
 from recipe.project import RecipeError
 
@@ -53,7 +54,7 @@ def read_pages(handle: IO[bytes], name: str = "the dump") -> Iterator[Page]:
                 yield page
                 last = f"the page after {page.title!r} (id {page.id})"
     except (ElementTree.ParseError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise RecipeError(f"{name}: broken at {last} ({error}). Get the file again") from error
+        raise RecipeError(f"{name}: broken at {last} ({error}). {REMEDY}") from error
 
 
 def read_dump(path: Path) -> Iterator[Document]:

@@ -29,6 +29,7 @@ Not handled:
 
 from __future__ import annotations
 
+import contextlib
 import html
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -195,7 +196,8 @@ _SPACES = re.compile(r"[ \t\u00a0]+")
 # Parentheses that became empty, except those of a call, f().
 _EMPTY_PARENTHESES = re.compile(r"（[\s、,;；:：]*）|(?<![\w\])])[ ]?\([\s、,;:]*\)", re.A)
 _AFTER_OPENING = re.compile(r"（[ ]*(?:[、,;；][ ]*)+")
-_BEFORE_CLOSING = re.compile(r"(?:[ ]*[、,；])+[ ]*）")  # without ;, which ends entities
+# Without ;, which ends entities. Begins only where it can: a long run of spaces would take quadratic time.
+_BEFORE_CLOSING = re.compile(r"(?<![ 、,；])(?:[ ]*[、,；])+[ ]*）")
 _POWER = re.compile(r"(?<=[a-z])[23]$")  # of a unit: km2
 _ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in "&{}[]|<>'=*#:;_-"})
 _SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
@@ -382,7 +384,9 @@ def _resolve(text: str, title: str, templates: Templates) -> str:
         if text == before:
             break
     if "{{" in text or "[[" in text:
-        text = _render(mwparserfromhell.parse(text, skip_style_tags=True), title, templates)
+        # What is nested deeper than Python can follow stays, and `_drop_remains` removes its brackets.
+        with contextlib.suppress(RecursionError):
+            text = _render(mwparserfromhell.parse(text, skip_style_tags=True), title, templates)
     return text
 
 

@@ -118,6 +118,21 @@ def batch_size(tokens: float, block: int, ranks: int) -> int:
     return ranks * 2 ** max(0, round(math.log2(sequences)))
 
 
+def tuning_batch(values: dict[str, Any], ranks: int, micro: int) -> dict[str, int]:
+    """The batch of finetune.json; if it does not divide among the ranks, the nearest power of two for each.
+
+    values: of finetune.json. micro: the most sequences that fit into the memory of a rank.
+    """
+    whole, micro = values["global_batch_size"], min(values["per_device_train_batch_size"], micro)
+    if whole % (ranks * micro) == 0:
+        return {"per_device_train_batch_size": micro}
+    each = 2 ** max(0, round(math.log2(whole / ranks)))
+    return {
+        "global_batch_size": ranks * each,
+        "per_device_train_batch_size": 2 ** int(math.log2(min(each, micro))),
+    }
+
+
 def expected_loss(parameters: float, tokens: float) -> tuple[float, float]:
     """The range of the loss in nats per token. parameters: those outside the embeddings."""
     law = (KAPLAN["N"] / parameters) ** (KAPLAN["alpha_N"] / KAPLAN["alpha_D"]) + KAPLAN["D"] / tokens
@@ -388,8 +403,8 @@ def write(name: str, row: Plan, corpus: Corpus) -> None:
         raise Refused(f"--write {name}: expected a name of letters, digits, - and _")
     if folder.exists():
         raise Refused(f"--write {name}: configs/{name} exists. Give another name")
-    tuning = corpus.config["finetune"]
-    micro = min(tuning["per_device_train_batch_size"], row.setting.micro_batch)
+    setting = row.setting
+    ranks = row.values["global_batch_size"] // (setting.micro_batch * setting.accumulation)
     own = {
         "model": model_of(row.layers, row.experts),
         "pretrain": row.values
@@ -405,7 +420,8 @@ def write(name: str, row: Plan, corpus: Corpus) -> None:
             "eval_blocks": 256,
             "save_total_limit": 2,
         },
-        "finetune": {"extends": corpus.base, "per_device_train_batch_size": micro},
+        "finetune": {"extends": corpus.base}
+        | tuning_batch(corpus.config["finetune"], ranks, setting.micro_batch),
     }
     folder.mkdir()
     try:

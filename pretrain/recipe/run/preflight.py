@@ -95,6 +95,11 @@ USABLE = 0.94
 CHECKPOINTING = 4 / 3
 
 
+def checkpointed_time(share: float) -> float:
+    """The time of a step that computes a share of the layers again, over that of one without."""
+    return 1 + share * (CHECKPOINTING - 1)
+
+
 def this_machine(launch: Launch) -> tuple[Device, float]:
     """The device a training here would use, and the free bytes for each rank, found without torch.
 
@@ -350,8 +355,8 @@ def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] 
             active = figures.get("active") or {}
             then = active.get("ranks", 1)
             rate = figures["mfu"] * figures["gemm_peak_flops"]
-            if active.get("activation_checkpointing"):
-                rate *= CHECKPOINTING
+            # An earlier release recorded no layers, and true for some of them or all.
+            rate *= checkpointed_time((active.get("activation_checkpointing") or 0) / active.get("layers", 1))
             origin = f"measured, recipe {name}" if name == recipe else f"by the speed of recipe {name}"
             return rate * (ranks if device.kind == "cuda" else then), origin
     return None
@@ -476,7 +481,7 @@ def _device_lines(
     changed, options = found
     time = ""
     if rate:
-        again = CHECKPOINTING if changed.checkpointing else 1
+        again = checkpointed_time(1 / changed.checkpointing if changed.checkpointing else 0)
         time = f"; {_duration(work * again / rate[0])}{unit} ({rate[1]})"
     if not options:
         yield f"{head}: fits{time}"

@@ -85,12 +85,22 @@ def publish(work: Path, final: Path) -> None:
     for name in SCAFFOLD:
         shutil.rmtree(work / name, ignore_errors=True)
     fsync_tree(work)
-    old = final.with_name(f".{final.name}.old")
+    old = former(final)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     work.rename(final)
-    for folder in (old, set_aside(work)):
+    _remove_rest(work, final)
+
+
+def former(final: Path) -> Path:
+    """The output that is replaced, until the new one is complete."""
+    return final.with_name(f".{final.name}.old")
+
+
+def _remove_rest(work: Path, final: Path) -> None:
+    """Remove what a published stage no longer needs."""
+    for folder in (former(final), set_aside(work)):
         shutil.rmtree(folder, ignore_errors=True)
     for name in (WANTED, SECONDS, "stop"):
         (final / name).unlink(missing_ok=True)
@@ -136,7 +146,7 @@ def finish_publication(
     ``wanted`` of its ``stage.json``); only then is it published. damage_of: how its files differ from its
     ``stage.json``, empty if they agree. A damaged one counts as unfinished: a power cut has cost its files.
     """
-    old = final.with_name(f".{final.name}.old")
+    old = former(final)
     finished = known_record(work, "wanted")
     if finished and (reason := damage_of(finished)):
         warn(f"{reason}, so this result is not used")
@@ -147,6 +157,8 @@ def finish_publication(
         publish(work, final)
     elif old.exists() and not final.exists():
         old.rename(final)
+    elif not work.exists() and (old.exists() or (final / WANTED).exists()):
+        _remove_rest(work, final)
 
 
 def copy_stage(source: Path, target: Path) -> None:

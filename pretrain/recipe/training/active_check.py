@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
@@ -33,10 +35,11 @@ class Active:
     """What a training uses. None: not in use.
 
     fp8: the number of matrices that are multiplied in fp8. loss: see `recipe.hardware.choose_loss`.
-    compiled: by torch.compile. fused: whether the optimizer is one kernel. offloaded: whether it runs on the
-    CPU. scheduler: name and class. router_aux_loss: its coefficient. neftune: its noise alpha. parallel: see
-    `active_parallelism`. micro_batch, global_batch: sequences. active_parameters: those that a token uses,
-    with experts. boards: where figures go.
+    compiled: by torch.compile. activation_checkpointing: how many of the layers are computed again. fused:
+    whether the optimizer is one kernel. offloaded: whether it runs on the CPU. scheduler: name and class.
+    router_aux_loss: its coefficient. neftune: its noise alpha. parallel: see `active_parallelism`.
+    micro_batch, global_batch: sequences. active_parameters: those that a token uses, with experts. boards:
+    where figures go.
     """
 
     device: str
@@ -45,7 +48,8 @@ class Active:
     attention: str
     loss: str
     compiled: bool
-    activation_checkpointing: bool
+    layers: int
+    activation_checkpointing: int | None
     optimizer: str
     fused: bool
     offloaded: bool
@@ -87,6 +91,8 @@ class Asked:
 
     def expected(self, active: Active, args: TrainingArguments) -> Active:
         """What should be active. Fields that the settings leave open are taken from `active`."""
+        every = (args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        checkpointed = math.ceil(active.layers / every) if args.activation_checkpointing else None
         expected = replace(
             active,
             precision=self.choice.precision,
@@ -94,7 +100,7 @@ class Asked:
             attention=self.choice.attention,
             loss=self.loss,
             compiled=self.choice.compile,
-            activation_checkpointing=bool(args.activation_checkpointing),
+            activation_checkpointing=checkpointed,
             optimizer=self.optimizer.reported,
             weight_decay=args.weight_decay or None,
             gradient_clipping=args.max_grad_norm or None,
@@ -210,6 +216,7 @@ def read_active(trainer: Trainer) -> Active:
     if hasattr(engine, "zero_optimization_stage"):
         precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
         clipping = engine.gradient_clipping()
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     adam = [group for group in groups if "betas" in group and "eps" in group]
     whole = parameter_count(model)
     sequences = round(sum(count for (count,) in gather([trainer.sequences], trainer.args.device)))
@@ -220,7 +227,8 @@ def read_active(trainer: Trainer) -> Active:
         attention=model.config._attn_implementation,
         loss=active_loss(model),
         compiled=counters["stats"]["unique_graphs"] > 0,
-        activation_checkpointing=model.is_activation_checkpointing,
+        layers=len(layers),
+        activation_checkpointing=sum(layer.gradient_checkpointing for layer in layers) or None,
         optimizer=_optimizer_name(optimizer),
         fused=bool(groups[0].get("fused")),
         offloaded=type(optimizer).__name__.startswith("DeepSpeedCPU"),

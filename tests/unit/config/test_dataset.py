@@ -22,6 +22,20 @@ def templates(config, table):
             ["sources.w: expected either `paths`", "or `url`"],
         ),
         (
+            lambda c: c["dataset"]["sources"].update(
+                f={"source": "files", "paths": ["a.txt"], "sha256": "0" * 64}
+            ),
+            ["sources.f: sha256: checks what is downloaded from `url`"],
+        ),
+        (
+            lambda c: c["dataset"]["sources"].update(h={"source": "hub", "dataset": "/", "revision": "a"}),
+            ['sources.h: revision: "a", but / is a folder of this machine'],
+        ),
+        (
+            lambda c: c["dataset"]["sources"].update({"山" * 34: {"source": "files", "paths": ["a.txt"]}}),
+            ["it has 102 bytes, expected at most 100"],
+        ),
+        (
             lambda c: templates(c, {"語": 0}),
             ["sources.w: templates.語: 0, expected the number", "{1}（{2}）"],
         ),

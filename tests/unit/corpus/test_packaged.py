@@ -55,6 +55,21 @@ def test_damaged_package_is_named(tmp_path):
         list(sources.read("source", {"source": "html-help"}, folder.parent))
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "content"),
+    [
+        ("html-help", "usr/share/help/ja/text/a.html", "<p>日本</p>".encode("euc_jp")),
+        ("manpages", "usr/share/man/ja/man1/a.1.gz", gzip.compress(".TH 日本".encode("euc_jp"))),
+    ],
+)
+def test_a_file_of_a_package_that_is_not_utf8_is_named(tmp_path, kind, path, content):
+    (tmp_path / ".tools").mkdir()
+    (tmp_path / ".tools/mandoc").touch()
+    folder = make_package(tmp_path, {path: content})
+    with pytest.raises(RecipeError, match=rf"{path}: not UTF-8 \(.* at byte \d+\)\. Remove its package"):
+        list(sources.read("source", {"source": kind}, folder.parent))
+
+
 def test_redirect_pages_are_counted_not_rendered(tmp_path):
     (tmp_path / ".tools").mkdir()
     (tmp_path / ".tools/mandoc").touch()  # not executable: rendering a page would fail

@@ -250,6 +250,8 @@ def test_no_wikitext_raises_or_leaves_brackets():
         wikitext = "".join(draw.choices(parts, k=draw.randrange(60)))
         prose, _ = extract("題", wikitext)
         assert not re.search(r"\{\{|\}\}|\[\[|\]\]|\|\}", prose), wikitext
+    nested = "{" * 1000 + "い" + "}" * 1000  # deeper than Python recurses
+    assert extract("題", f"前。\n\n{nested}\n\n後。") == ("前。\n後。", "")
 
 
 @pytest.mark.parametrize(

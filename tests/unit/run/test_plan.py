@@ -158,17 +158,33 @@ def test_the_corpus_of_a_recipe_is_its_limits_or_what_stage_04_counted(tmp_path)
     assert plan.corpus_of("10kb", "tiny").tokens == pytest.approx(0.95 * 10e3 / 5)
 
 
-@pytest.mark.parametrize("base", SHIPPED)
-def test_a_written_recipe_is_accepted_and_takes_the_memory_of_its_row(base, tmp_path, monkeypatch):
+@pytest.fixture
+def copied_configs(tmp_path, monkeypatch):
+    """Recipes are read from a folder of links to the real ones, and written there."""
     for module in (plan, recipes_module):
         monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
-    (tmp_path / "configs").symlink_to(project.CONFIGS)
-    with pytest.raises(Refused, match="configs/tiny exists"):
-        plan.write("tiny", None, plan.corpus_of(base, "tiny"))
-    (tmp_path / "configs").unlink()
     (tmp_path / "configs").mkdir()
     for folder in project.CONFIGS.iterdir():
         (tmp_path / "configs" / folder.name).symlink_to(folder)
+
+
+def test_a_recipe_that_exists_is_not_overwritten(copied_configs):
+    with pytest.raises(Refused, match="configs/tiny exists"):
+        plan.write("tiny", None, plan.corpus_of("tiny", "tiny"))
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8])
+def test_both_batches_of_a_written_recipe_divide_among_the_gpus(count, copied_configs):
+    machine, corpus = plan.machine_of("rtx4090", count), plan.corpus_of("small", "tiny")
+    plan.write("mine", plan.best(plan.plans(3, machine, corpus)), corpus)
+    config = load_recipe("mine")
+    for file in ("pretrain", "finetune"):
+        machine.launch.check(config, file)
+    assert 0.7 * 32 <= config["finetune"]["global_batch_size"] <= 1.5 * 32  # 32 in small
+
+
+@pytest.mark.parametrize("base", SHIPPED)
+def test_a_written_recipe_is_accepted_and_takes_the_memory_of_its_row(base, copied_configs):
     machine, corpus = plan.machine_of("t4", 1), plan.corpus_of(base, "tiny")
     row = plan.best(plan.plans(3, machine, corpus))
     plan.write("mine", row, corpus)

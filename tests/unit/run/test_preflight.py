@@ -255,9 +255,17 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
     assert preflight.measured_rate("a", gpu, 4) == (2e12, "by the speed of recipe c")
     assert preflight.measured_rate("a", cpu, 4) == (1e12, "measured, recipe a")
     # What a checkpointed training computed again was work, too.
-    figures["active"]["activation_checkpointing"] = True
-    (tmp_path / "b/probe.json").write_text(json.dumps({"figures": figures}))
-    assert preflight.measured_rate("a", l4, 1) == (2.5e11 * 4 / 3, "by the speed of recipe b")
+    # The last is of an earlier release, which recorded no layers.
+    for active, more in (
+        ({"activation_checkpointing": 12, "layers": 12}, 4 / 3),
+        ({"activation_checkpointing": 6, "layers": 12}, 7 / 6),
+        ({"activation_checkpointing": None, "layers": 12}, 1),
+        ({"activation_checkpointing": True}, 4 / 3),
+    ):
+        recorded = figures | {"active": figures["active"] | active}
+        (tmp_path / "b/probe.json").write_text(json.dumps({"figures": recorded}))
+        rate, _ = preflight.measured_rate("a", l4, 1)
+        assert rate == pytest.approx(2.5e11 * more)
 
 
 def test_checkpointing_takes_a_third_more_time_whoever_asks_for_it():
@@ -272,6 +280,8 @@ def test_checkpointing_takes_a_third_more_time_whoever_asks_for_it():
     plain = hours()
     config["pretrain"]["activation_checkpointing"] = True
     assert hours() == pytest.approx(plain * 4 / 3, abs=0.1)
+    config["pretrain"]["activation_checkpointing_kwargs"] = {"every_n_layers": 2}
+    assert hours() == pytest.approx(plain * 7 / 6, abs=0.1)
 
 
 LAUNCHES = [

@@ -81,6 +81,31 @@ def test_a_killed_publication_whose_files_were_lost_is_not_completed(tmp_path, c
     assert "0 bytes, expected 7, so this result is not used" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("replaces", [True, False])
+def test_what_a_publication_killed_at_its_end_has_left_is_removed(tmp_path, monkeypatch, replaces):
+    work, final = tmp_path / ".05_pretrain.work", tmp_path / "05_pretrain"
+    for folder in (work, publication.set_aside(work), *([final] if replaces else [])):
+        folder.mkdir()
+    for name in (publication.WANTED, RECORD):
+        write_json(work / name, {"wanted": {}})
+    with monkeypatch.context() as killed:
+        killed.setattr(publication, "_remove_rest", lambda *folders: None)
+        publish(work, final)
+    assert publication.set_aside(work).exists()
+    finish_publication(work, final, lambda seen: True, lambda record: "")
+    assert [path.name for path in tmp_path.iterdir()] == ["05_pretrain"]
+    assert [path.name for path in final.iterdir()] == [RECORD]
+
+
+def test_what_was_set_aside_stays_until_the_stage_is_published(tmp_path):
+    work, final = tmp_path / ".05_pretrain.work", tmp_path / "05_pretrain"
+    publication.set_aside(work).mkdir()
+    final.mkdir()
+    write_json(final / RECORD, {"wanted": {}})
+    finish_publication(work, final, lambda seen: True, lambda record: "")
+    assert publication.set_aside(work).exists()
+
+
 def test_a_drive_that_cannot_flush_a_folder_still_gets_the_output(tmp_path, monkeypatch):
     real = os.fsync
 

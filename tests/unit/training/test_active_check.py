@@ -8,7 +8,7 @@ from recipe.config.optimizers import OPTIMIZERS
 from recipe.project import Refused
 from recipe.training import active_check
 from recipe.training.active_check import active_parallelism, expected_parallelism
-from tiny_training import tiny_qwen3
+from tiny_training import GPT2, tiny_qwen3
 
 pytest_plugins = ["tiny_training"]
 
@@ -17,7 +17,7 @@ pytest_plugins = ["tiny_training"]
     ("setting", "fault"),
     [
         ({"neftune_noise_alpha": 5.0}, "neftune: asked for 5.0, active is None"),
-        ({"activation_checkpointing": True}, "activation_checkpointing: asked for True, active is False"),
+        ({"activation_checkpointing": True}, "activation_checkpointing: asked for 1, active is None"),
         ({"z_loss": 1e-3}, "z_loss: asked for 0.001, active is None"),
         ({"optim": "sgd"}, "optimizer: asked for SGD, active is AdamW"),
         ({"weight_decay": 0.1}, "weight_decay: asked for 0.1, active is None"),
@@ -54,14 +54,20 @@ def test_what_was_asked_for_and_is_active_is_in_the_block(train):
     asked = {"neftune_noise_alpha": 5.0, "activation_checkpointing": True, "adam_beta2": 0.95}
     asked |= {"adam_epsilon": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.5}
     active = train(**asked)[0]["active"]
-    assert active["neftune"] == 5.0 and active["activation_checkpointing"] is True
+    assert active["neftune"] == 5.0 and active["activation_checkpointing"] == 1
     assert active["betas"] == [0.9, 0.95] and active["epsilon"] == 1e-6
     assert active["weight_decay"] == 0.1 and active["gradient_clipping"] == 0.5
     assert active["optimizer"] == "AdamW" and active["fused"] and active["boards"] == ["tensorboard"]
     assert active["global_batch"] == 4
     plain = train("plain", optim="sgd", max_grad_norm=0.0)[0]["active"]
     assert plain["optimizer"] == "SGD" and plain["neftune"] is plain["gradient_clipping"] is None
-    assert plain["activation_checkpointing"] is False and plain["betas"] == []
+    assert plain["activation_checkpointing"] is None and plain["betas"] == []
+
+
+def test_checkpointing_of_every_second_layer_is_counted(train):
+    half = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}
+    active = train(model=GPT2 | {"n_layer": 3}, **half)[0]["active"]
+    assert (active["activation_checkpointing"], active["layers"]) == (2, 3)
 
 
 def test_parallelism_has_one_name_in_options_and_in_use(tmp_path):
