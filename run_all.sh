@@ -124,10 +124,11 @@ main() {
   ((ran)) || refuse "no stage between $from and $to"
   if ! $talk; then return; fi
   printf '\n'
-  "$python" -m recipe.export.summary "$recipe"
-  "$python" -m recipe.export.html_report "$recipe"
+  summary=$("$python" -m recipe.export.summary --recipe "$recipe" "${overrides[@]}")
+  printf '%s\n' "$summary"
+  "$python" -m recipe.export.html_report --recipe "$recipe" "${overrides[@]}"
   printf '\nTotal time: %d s\n' $((SECONDS - started))
-  if [[ -f outputs/$recipe/12_finetune/stage.json ]]; then
+  if [[ $summary == *$'\n12_finetune '* ]]; then
     printf 'Talk to the model: %s%s fine-tuning/chat.py --recipe %s\n' \
       "${RECIPE_PYTHON:+PYTHONPATH=pretrain }" "${python#"$here"/}" "$recipe"
   fi

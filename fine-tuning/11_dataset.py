@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from recipe.config.instruction import VALID_SHARE
 from recipe.conversations.instructions import (
     Pair,
     Sides,
@@ -55,7 +56,7 @@ def main(stage: Stage) -> None:
         normalize = normalize_corpus if "source" in spec else normalize_dialogue
         pairs = progress(read_pairs(name, spec, normalize, unused), name, "pairs")
         judged = "source" in spec and PACKAGED_PAIRS[name].judged
-        kept, dropped = select(pairs, judged, config.get("valid_share", 0.05), seen)
+        kept, dropped = select(pairs, judged, config.get("valid_share", VALID_SHARE), seen)
         if is_translation(name, spec):
             dropped["over translation_share"] += cap_share(kept, sides, config.get("translation_share", 1.0))
         for side, found in kept.items():

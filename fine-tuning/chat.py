@@ -46,7 +46,7 @@ def main() -> None:
         config = load_recipe(recipe, arguments.overrides)
         stage = "05_pretrain" if base else tuned_stage(config)
         folder = stage_folder(recipe, stage)
-        if not is_finished(folder):
+        if not is_finished(folder) or (not base and no_pairs(config)):
             raise Refused(no_model(recipe, str(folder), base, no_pairs(config)))
         require_whole(folder)
         try:
@@ -154,7 +154,11 @@ def set_option(talker: Talker, recipe: str, overrides: list[str], text: str) -> 
         overrides = [*overrides, f"generation.{key}={value.strip()}"]
         config = load_recipe(recipe, overrides)
         generation_config(config["generation"], talker.tokenizer)
+        if key == "num_return_sequences":
+            raise Refused("/set num_return_sequences: a chat has one answer to each message")
         talker.config = config
+        if key == "seed":
+            talker.seed()
     shown = {k: v for k, v in talker.config["generation"].items() if k not in ("prompts", "questions")}
     print(f"({json.dumps(shown)[1:-1]})")
     return overrides

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from recipe.config.preference import OWN, uses_rewards
+from recipe.config.preference import OWN, uses_rewards, with_valid_share
 from recipe.training.prepare import check_steps, prepare, total_steps, whole_model
 from recipe.training.script import run_script
 from recipe.training.training import train_model
@@ -50,7 +50,7 @@ def main(plan: dict[str, Any]) -> None:
     check_template(tokenizer)
     found_characters: Counter[str] = Counter()
     normalize = make_dialogue_normalizer(plan["config"]["dataset"], found_characters)
-    sides, funnel = load_preferences(plan["config"]["preference"], normalize, found_characters)
+    sides, funnel = load_preferences(with_valid_share(plan["config"]), normalize, found_characters)
     rows, left_out = {}, {}
     for side, preferences in sides.items():
         found = encode_preferences(

@@ -15,7 +15,7 @@ MEASURED = 256  # questions of the validation side, at most: the model writes an
 def main(plan: dict[str, Any]) -> None:
     """Encode the questions, let the model answer, train by the rewards, save; rank 0 writes result.json."""
     from datasets import Dataset
-    from recipe.config.preference import NUM_GENERATIONS, OWN
+    from recipe.config.preference import NUM_GENERATIONS, OWN, with_valid_share
     from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import preferences_table
     from recipe.conversations.questions import encode_questions, load_questions
@@ -28,7 +28,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.training.group_trainer import GroupTrainer
     from trl import GRPOConfig
 
-    preference = plan["config"]["preference"]
+    preference = with_valid_share(plan["config"])
     group, longest = preference.get("num_generations", NUM_GENERATIONS), preference["max_completion_length"]
     values = {key: value for key, value in preference.items() if key not in OWN}
     # The lengths of batches differ, so nothing is compiled. `encode_questions` shuffles.
@@ -36,6 +36,8 @@ def main(plan: dict[str, Any]) -> None:
     fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
     # `GroupTrainer.evaluate` needs no whole groups.
     fixed |= {"eval_on_start": True, "num_generations_eval": 1}
+    # The model that answers is in training mode; with dropout another one would write, and be measured.
+    fixed |= {"disable_dropout": True}
     run = prepare(plan | {"config": plan["config"] | {"preference": values}}, "preference", GRPOConfig, fixed)
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base = Path(plan["inputs"]["12_finetune"])

@@ -120,6 +120,6 @@ def test_a_changed_task_file_makes_both_stages_stale(asked):
 
 
 def test_the_report_shows_the_tasks(asked):
-    asked.run("pretrain/recipe/export/html_report.py", "asked")
+    asked.run("pretrain/recipe/export/html_report.py", "--recipe", "asked")
     page = (asked.folder / "outputs/asked/report.html").read_text("utf-8")
     assert "<td>jsquad</td>" in page and "held-out mine" in page

@@ -35,6 +35,25 @@ def chat(project, text, *options, recipe="mini"):
     return subprocess.run(command, input=text, env=project.environment, capture_output=True, text=True)
 
 
+def test_a_seed_repeats_an_answer(project):
+    asked = ["/set seed 7", QUESTION, "/reset"]
+    lines = ["/set do_sample true", "/set temperature 3", *asked, QUESTION, "/reset", *asked]
+    result = chat(project, "\n".join([*lines, "/set num_return_sequences 2", "/quit"]) + "\n")
+    first, between, again = re.findall("Assistant: (.*)", result.stdout)
+    assert first == again != between
+    assert "a chat has one answer" in result.stdout
+
+
+def test_a_recipe_that_no_longer_tunes_has_nothing_to_talk_to(project):
+    (project.folder / "configs/no-pairs").mkdir()
+    for path in (project.folder / "configs/mini").glob("*.json"):
+        shutil.copy(path, project.folder / "configs/no-pairs")
+    project.edit("no-pairs", "instruction", pairs={})
+    (project.folder / "outputs/no-pairs").symlink_to(project.folder / "outputs/mini")
+    result = chat(project, "", recipe="no-pairs")
+    assert result.returncode == 2 and "the recipe no-pairs has no tuned model" in result.stderr
+
+
 def test_the_terminal_answers_and_obeys(project):
     lines = [
         QUESTION,

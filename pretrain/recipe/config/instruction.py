@@ -14,6 +14,7 @@ from recipe.config.ranges import (
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS, TRANSLATIONS
 from recipe.project import Refused, nearest
 
+VALID_SHARE = 0.05  # of the pairs, where valid_share is left out
 INSTRUCTION = {
     "template": "str",
     "system": "str",

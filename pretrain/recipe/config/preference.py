@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipe.config.instruction import OWN_PAIRS, PAIRS, check_pairs
+from recipe.config.instruction import OWN_PAIRS, PAIRS, VALID_SHARE, check_pairs
 from recipe.config.keys import require, show
 from recipe.config.ranges import (
     ABOVE_0,
@@ -86,6 +86,7 @@ def check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
             f"{where}: stage 13 trains a model that was tuned on instructions, but instruction.json names no "
             "pairs. Add pairs there, or delete preference.json"
         )
+    with_valid_share(config)
     if values.get("muon_learning_rate"):
         raise Refused(f"{where}: muon_learning_rate: stage 13 trains without Muon. Remove the key")
     for key in ("z_loss", "sample_steps", "eval_blocks"):
@@ -100,6 +101,22 @@ def check_preference(config: dict[str, dict[str, Any]], where: str) -> None:
         _check_grpo(values, where)
         return
     _check_dpo(values, where)
+
+
+def with_valid_share(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """preference.json of a whole recipe with its ``valid_share``: that of instruction.json unless given.
+
+    Stages 11 and 13 split questions by the same hash. Raises Refused for a smaller share than that of stage
+    11: stage 13 would train on questions that stage 14 reports as held out.
+    """
+    held_out = config["instruction"].get("valid_share", VALID_SHARE)
+    values = {"valid_share": held_out} | config["preference"]
+    if values["valid_share"] < held_out:
+        raise Refused(
+            f"preference.json: valid_share: {values['valid_share']}, expected at least the {held_out} of "
+            "instruction.json: stage 13 would train on questions that stage 14 reports as held out"
+        )
+    return values
 
 
 def uses_rewards(config: dict[str, dict[str, Any]]) -> bool:
@@ -151,6 +168,11 @@ def _check_grpo(values: dict[str, Any], where: str) -> None:
         raise Refused(
             f"{where}: spikes: {show(values['spikes'])}: the loss of grpo is around 0, and its gradient is 0 "
             "where the answers of a group are equally good, so no step can be called a spike. Remove the key"
+        )
+    if values.get("neftune_noise_alpha"):
+        raise Refused(
+            f"{where}: neftune_noise_alpha: {show(values['neftune_noise_alpha'])}: the noise would also "
+            "be in the model that writes the answers. Remove the key"
         )
     if values.get("lora"):
         raise Refused(

@@ -26,6 +26,7 @@ from recipe.conversations.instructions import (
     entry_facts,
     make_pair,
     messages_of,
+    no_pairs,
     repaired_characters,
     unused_columns,
 )
@@ -47,6 +48,13 @@ def no_preference(config: dict[str, Any]) -> str:
     return "" if "preference" in config else "there is no preference.json"
 
 
+def skipped_stages(config: dict[str, Any]) -> tuple[str, ...]:
+    """The stages that a recipe does not have; their folders may be left from before it was changed."""
+    if no_pairs(config):
+        return ("11_dataset", "12_finetune", "13_preference", "14_evaluate", "15_generate")
+    return ("13_preference",) if no_preference(config) else ()
+
+
 def preference_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes and times of the files of a user's preferences: a change makes stage 13 stale."""
     return entry_facts("preference.json", config.get("preference", {}).get("pairs", {}))
@@ -58,8 +66,8 @@ def load_preferences(
     """The preferences by side (train, valid), and the counts of each entry: in, out, dropped by reason,
     and unused_columns if there were any.
 
-    values: preference.json. normalize, figures: see `make_dialogue_normalizer`. Preferences with the same
-    first question are on the same side. Raises RecipeError when a side is empty.
+    values: of `with_valid_share`. normalize, figures: see `make_dialogue_normalizer`. Preferences with the
+    same first question are on the same side. Raises RecipeError when a side is empty.
     """
     sides: dict[str, list[Preference]] = {"train": [], "valid": []}
     funnel: dict[str, Any] = {}
@@ -79,7 +87,7 @@ def load_preferences(
                 dropped[reason] += 1
                 continue
             first = next(m["content"] for m in preference.messages if m["role"] == "user")
-            valid = is_valid_side(text_hash(first), values.get("valid_share", 0.05))
+            valid = is_valid_side(text_hash(first), values["valid_share"])
             sides["valid" if valid else "train"].append(preference)
             out += 1
         funnel[name] = counts_of(out, dropped, unused, figures)

@@ -32,9 +32,9 @@ def load_questions(
 ) -> tuple[dict[str, list[Question]], dict[str, Any]]:
     """The questions by side (train, valid), and the counts of each entry: in, out, dropped by reason.
 
-    values: preference.json. dataset: dataset.json, by which texts are normalised as in stage 11. Questions
-    with the same headword (in own pairs: the same first question) are on the same side. Raises RecipeError
-    when a side is empty, and for files or rows that cannot be read.
+    values: of `with_valid_share`. dataset: dataset.json, by which texts are normalised as in stage 11.
+    Questions with the same headword (in own pairs: the same first question) are on the same side. Raises
+    RecipeError when a side is empty, and for files or rows that cannot be read.
     """
     characters: Counter[str] = Counter()
     corpus, dialogue = make_normalizer(dataset, characters), make_dialogue_normalizer(dataset, characters)
@@ -62,7 +62,8 @@ def load_questions(
                 continue
             seen.add(hashed)
             *messages, _ = messages_of(pair._asdict())
-            sides[pair_side(pair, values.get("valid_share", 0.05))].append(Question(messages, pair.output))
+            side = pair_side(pair, values["valid_share"])
+            sides[side].append(Question(messages, pair.output))
             out += 1
         funnel[name] = counts_of(out, dropped, unused, characters)
     for side, questions in sides.items():

@@ -47,7 +47,8 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     """The native part of generation.json, with the tokenizer's special ids.
 
     ``num_return_sequences`` is left out: a stage that wants several samples gives the prompt several times.
-    Raises Refused for a key, a type or a value that generation.json may not have, such as a temperature of 0.
+    Raises Refused for a key, a type or a value that generation.json may not have, such as a temperature of 0,
+    and for another special id than the tokenizer's.
     """
     # transformers checks most ranges only when it generates.
     check_keys(values, NATIVE | GENERATION, "generation.json")
@@ -55,8 +56,16 @@ def generation_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     native = {k: v for k, v in values.items() if k not in GENERATION and k != "num_return_sequences"}
     # transformers refuses an int for these keys, but JSON, a slider and a user write 1 for 1.0.
     native |= {key: float(native[key]) for key in _FLOATS if type(native.get(key)) is int}
+    if "top_k" in native and native["top_k"] is None:
+        native["top_k"] = 0  # transformers would take its default, 50
+    ids = special_ids(tokenizer)
+    for key, expected in ids.items():
+        if native.get(key, expected) != expected:
+            raise Refused(
+                f"generation.json: {key}: {native[key]}, but the tokenizer has {expected}. Remove the key"
+            )
     try:
-        config = GenerationConfig(**native | special_ids(tokenizer))
+        config = GenerationConfig(**native | ids)
         config.validate()
     except (ValueError, TypeError) as error:
         raise Refused(f"generation.json: {error}") from error

@@ -40,7 +40,11 @@ class Talker:
         self.model = for_inference(load_model(folder))
         self.parameters: int = self.model.num_parameters()
         self.longest = CHARACTERS * self.model.config.max_position_embeddings
-        torch.manual_seed(config["generation"].get("seed", 42))
+        self.seed()
+
+    def seed(self) -> None:
+        """Begin anew with the seed of generation.json, 42 by default."""
+        torch.manual_seed(self.config["generation"].get("seed", 42))
 
     def answer(self, messages: list[Message], **options: Any) -> Iterator[str]:
         """The answer to a conversation that ends with a user's message, in parts of about one token.

@@ -1,11 +1,10 @@
 """One HTML page about a recipe's run: the results first, then the details of every stage, folded.
 
-Run:  python -m recipe.export.html_report tiny
+Run:  python -m recipe.export.html_report --recipe tiny
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -19,6 +18,8 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from recipe import project
+from recipe.config.recipe import load_recipe, recipe_options
+from recipe.conversations.preferences import skipped_stages
 from recipe.endings import errors_in_one_line
 from recipe.project import RECORD, Refused, known_record, write_text
 
@@ -42,15 +43,18 @@ _RIGHT = ' class="number"'  # of a cell that is aligned to the right
 MOST_FIGURES = 60  # rows in the table of a stage that wrote no text of its own
 
 
-def write_report(recipe: str) -> Path:
+def write_report(recipe: str, config: dict[str, Any]) -> Path:
     """Write ``outputs/<recipe>/report.html`` from the finished stages, and return its path.
 
     The page is one file. It needs no network and runs no script. A stage or a file that is missing is left
-    out. Raises Refused when no stage is finished.
+    out, and what is left of a stage that the recipe no longer has. config: the whole recipe. Raises Refused
+    when no stage is finished.
     """
-    folder = project.OUTPUTS / recipe
+    folder, skipped = project.OUTPUTS / recipe, skipped_stages(config)
     known = (
-        known_record(path.parent, "stage", "finished") for path in sorted(folder.glob(f"[0-9]*/{RECORD}"))
+        known_record(path.parent, "stage", "finished")
+        for path in sorted(folder.glob(f"[0-9]*/{RECORD}"))
+        if path.parent.name not in skipped
     )
     records = [record for record in known if record]
     if not records:
@@ -67,7 +71,7 @@ def write_report(recipe: str) -> Path:
             f"<small>{html.escape(note)}</small></div>"
             for label, value, note in headline_figures(records)
         ),
-        results="\n".join(_results(folder)),
+        results="\n".join(_results(folder, skipped)),
         overview=_overview(records),
         details="\n".join(_stage(folder, record) for record in records),
         versions=html.escape(versions),
@@ -118,10 +122,14 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _results(folder: Path) -> Iterator[str]:
+def _results(folder: Path, skipped: tuple[str, ...]) -> Iterator[str]:
     """The sections of RESULTS; a section without any file is left out."""
     for heading, files in RESULTS.items():
-        shown = {folder / name: title for name, title in files.items() if (folder / name).exists()}
+        shown = {
+            folder / name: title
+            for name, title in files.items()
+            if (folder / name).exists() and not name.startswith(skipped)
+        }
         if shown:
             yield f"<h2>{heading}</h2>"
         for path, title in shown.items():
@@ -203,12 +211,11 @@ def flat_figures(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Write the page of the recipe that the command line names, and print its path."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    recipe = parser.parse_args().recipe
+    """Write the page of a recipe, and print its path."""
+    arguments = recipe_options(__doc__).parse_args()
     with errors_in_one_line("report"):
-        print(f"report: {write_report(recipe).relative_to(project.ROOT)}")
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        print(f"report: {write_report(arguments.recipe, config).relative_to(project.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
+from recipe.config.recipe import load_recipe, recipe_options
+from recipe.conversations.preferences import skipped_stages
 from recipe.project import OUTPUTS, RECORD, ROOT, known_record
 
 KEYS = ("stage", "seconds", "peak_memory_bytes", "headline")
 
 
-def summary(recipe: str) -> str:
-    """The finished stages of a recipe with seconds, peak memory and result; then the files to look at."""
-    rows = []
+def summary(recipe: str, config: dict[str, Any]) -> str:
+    """The finished stages of a recipe with seconds, peak memory and result; then the files to look at.
+
+    config: the whole recipe. What is left of stages that it no longer has is not shown.
+    """
+    rows, skipped = [], skipped_stages(config)
     for path in sorted(OUTPUTS.joinpath(recipe).glob(f"[0-9]*/{RECORD}")):
-        if not (done := known_record(path.parent, *KEYS)):
+        if path.parent.name in skipped or not (done := known_record(path.parent, *KEYS)):
             continue
         memory = f"{done['peak_memory_bytes'] / 2**20:,.0f} MiB"
         rows.append((done["stage"], f"{done['seconds']:.1f}", memory, done["headline"]))
@@ -27,11 +32,13 @@ def summary(recipe: str) -> str:
         seconds = done["figures"]["download_seconds"]
         lines.append(f"{'of this':15} {seconds:>8.1f} {'':>12}  spent downloading")
     folder = OUTPUTS / recipe
-    shown = sorted(path for kind in ("png", "md") for path in folder.glob(f"[0-9]*/*.{kind}"))
+    files = (path for kind in ("png", "md") for path in folder.glob(f"[0-9]*/*.{kind}"))
+    shown = sorted(path for path in files if path.parent.name not in skipped)
     if shown:
         lines += ["", "pictures and samples:"] + [f"  {path.relative_to(ROOT)}" for path in shown]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(summary(sys.argv[1]))
+    arguments = recipe_options(__doc__).parse_args()
+    print(summary(arguments.recipe, load_recipe(arguments.recipe, arguments.overrides)))

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+from recipe.config.preference import with_valid_share
 from recipe.config.recipe import check_recipe
 from recipe.config.rewards import REWARDS, Attempt, score, weights
 from recipe.project import CONFIGS
@@ -86,6 +87,8 @@ def grpo(config, **values):
         ({"method": "dpo"}, ["rewards", "only the method grpo", "method is dpo"]),
         ({"spikes": {}}, ["spikes: {}", "Remove the key"]),
         ({"lora": {"r": 4}}, ["lora", "dpo only"]),
+        ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha: 5.0", "writes the answers"]),
+        ({"valid_share": 0.04}, ["valid_share: 0.04", "at least the 0.05 of instruction.json"]),
         ({"pairs": {"translation": {"source": "wiki"}}}, ["preference.json: pairs.translation", "wiki"]),
         ({"pairs": {"x": {"source": "tatoeba"}}}, ["preference.json: pairs.x", "no packaged pairs"]),
     ],
@@ -93,6 +96,16 @@ def grpo(config, **values):
 def test_a_fault_is_named_with_the_way_out(changes, words):
     message = refusal(lambda config: grpo(config, **changes))
     assert all(word in message for word in words), message
+
+
+def test_the_share_for_validation_is_that_of_the_tuning_unless_given():
+    config = tiny()
+    grpo(config)
+    assert with_valid_share(config)["valid_share"] == 0.05
+    config["instruction"]["valid_share"] = 0.1
+    assert with_valid_share(config)["valid_share"] == 0.1
+    config["preference"]["valid_share"] = 0.2
+    assert with_valid_share(config)["valid_share"] == 0.2
 
 
 @pytest.mark.parametrize("key", ["rewards", "max_completion_length"])

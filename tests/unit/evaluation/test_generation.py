@@ -169,6 +169,20 @@ def test_values_out_of_range_are_refused(fast, values, message):
         generation.generation_config({"max_new_tokens": 4, "do_sample": True} | values, fast)
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, None), ({"top_k": None}, 0), ({"top_k": 3}, 3)])
+def test_null_top_k_leaves_out_no_token(fast, given, expected):
+    """None in GenerationConfig is transformers' default, 50."""
+    values = {"max_new_tokens": 4, "do_sample": True} | given
+    assert generation.generation_config(values, fast).top_k == expected
+
+
+def test_another_special_id_than_the_tokenizers_is_refused(fast):
+    values = {"max_new_tokens": 4, "eos_token_id": fast.eos_token_id}
+    assert generation.generation_config(values, fast).eos_token_id == fast.eos_token_id
+    with pytest.raises(Refused, match=f"eos_token_id: 7, but the tokenizer has {fast.eos_token_id}"):
+        generation.generation_config(values | {"eos_token_id": 7}, fast)
+
+
 def test_whole_numbers_are_numbers(fast):
     values = {"max_new_tokens": 4, "do_sample": True, "temperature": 1, "top_p": 1, "repetition_penalty": 1}
     assert generation.generation_config(values, fast).temperature == 1.0

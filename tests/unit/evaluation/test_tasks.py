@@ -289,6 +289,24 @@ def test_wrong_choices_answer_the_same_instruction():
     assert all(len({choice[:-1] for choice in item["choices"]}) == 1 for item in found)
 
 
+def test_some_questions_of_a_source_are_of_all_its_kinds():
+    rows = [
+        {"instruction": way, "input": text, "output": f"{way}{i}", "source": source, "history": []}
+        for source in ("a", "b")
+        for way, text in (("英語に", "文"), ("日本語に", "文"), ("何?", ""))
+        for i, text in enumerate(f"{text}{i}" if text else "" for i in range(40))
+    ]
+    for row in rows:
+        row["instruction"] += row["output"] if not row["input"] else ""
+    every, _ = items.held_out_items(rows, lambda messages: messages[-1]["content"], None)
+    some, _ = items.held_out_items(rows, lambda messages: messages[-1]["content"], 30)
+    assert len(every) == 240 and all(item in every for item in some)
+    for source in ("a", "b"):
+        found = [item["conversation"] for item in some if item["source"] == source]
+        assert len(found) == 30
+        assert all(sum(way in text for text in found) > 3 for way in ("英語に", "日本語に", "何?"))
+
+
 def test_instructions_that_occur_once_are_asked_with_others_of_their_source():
     rows = [
         {"instruction": f"{i}?", "input": f"文{i}", "output": f"答え{i}", "source": source, "history": []}

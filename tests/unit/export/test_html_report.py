@@ -14,6 +14,9 @@ PICTURE = base64.b64decode(
 TABLE = b"| prompt | before | after |\n|---|---|---:|\n| \xe5\xb1\xb1\xe3\x81\xaf | x | 12 |\n"
 
 
+WHOLE = {"instruction": {"pairs": {"a": {}}}, "preference": {}}
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Adds a finished stage to the recipe `r`."""
@@ -40,8 +43,8 @@ def run(tmp_path, monkeypatch):
     return add
 
 
-def page_of(recipe="r"):
-    text = html_report.write_report(recipe).read_text("utf-8")
+def page_of(recipe="r", config=WHOLE):
+    text = html_report.write_report(recipe, config).read_text("utf-8")
     return html.document_fromstring(text), text
 
 
@@ -145,14 +148,21 @@ def test_nothing_is_loaded_from_the_network_or_run(run):
 
 def test_a_recipe_without_stages_is_refused(run):
     with pytest.raises(Refused, match="has no finished stage"):
-        html_report.write_report("none")
+        html_report.write_report("none", WHOLE)
 
 
-def test_a_command_without_a_recipe_says_its_usage(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["html_report"])
-    with pytest.raises(SystemExit) as end:
-        html_report.main()
-    assert end.value.code == 2 and "required: recipe" in capsys.readouterr().err
+def test_what_is_left_of_a_stage_that_the_recipe_no_longer_has_is_not_shown(run):
+    picture = {"learning_curve_png": b"png"}
+    for stage in ("05_pretrain", "12_finetune", "13_preference"):
+        run(stage, **picture)
+    for config, shown in (
+        (WHOLE, ["Pretraining", "Tuning on instructions", "Tuning on preferences"]),
+        ({"instruction": {"pairs": {"a": {}}}}, ["Pretraining", "Tuning on instructions"]),
+        ({"instruction": {"pairs": {}}}, ["Pretraining"]),
+    ):
+        page, text = page_of(config=config)
+        assert page.xpath("//h3/text()")[: len(shown) + 1] == shown
+        assert ("13_preference" in text) == (config is WHOLE)
 
 
 def test_long_figures_are_cut_and_counted(run):

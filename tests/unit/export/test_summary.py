@@ -19,7 +19,11 @@ def test_summary_adds_up(tmp_path, monkeypatch):
         }
         (folder / "stage.json").write_text(json.dumps(record))
     (tmp_path / "outputs/r/02_b/curve.png").write_text("")
-    text = summary.summary("r")
+    config = {"instruction": {"pairs": {}}}
+    (tmp_path / "outputs/r/12_finetune").mkdir()  # of before the pairs were removed
+    (tmp_path / "outputs/r/12_finetune/learning_curve.png").touch()
+    (tmp_path / "outputs/r/12_finetune/stage.json").write_text(json.dumps(record))
+    text = summary.summary("r", config)
     assert "02_b" in text and "3 MiB" in text and "did 01_a" in text
     assert text.splitlines()[3].split() == ["total", "3.5"]
     assert text.endswith("outputs/r/02_b/curve.png")

@@ -234,9 +234,9 @@ def held_out_items(
     context: Callable[[list[dict[str, str]]], str],
     most: int | None,
 ) -> tuple[list[Item], int]:
-    """The pairs of stage 11's validation side as four-choice questions, up to `most` of each source.
+    """The pairs of stage 11's validation side as four-choice questions; of each source up to `most`, by hash.
 
-    Also returns how many questions are left out.
+    Also returns how many questions are left out because too few answers are wrong.
 
     rows: the pairs as stage 11 wrote them; the turns before a pair belong to its question. context: turns
     a conversation into a context of the harness. Where pairs have an input, the wrong choices
@@ -250,14 +250,19 @@ def held_out_items(
     for source, instruction in list(kinds):
         if instruction and len(kinds[source, instruction]) == 1:
             kinds[source, ""] += kinds.pop((source, instruction))
-    asked: Counter[str] = Counter()
-    items, left_out = [], 0
+    asked: dict[str, list[Item]] = defaultdict(list)
+    left_out = 0
     for (source, _), found in sorted(kinds.items()):
-        new, without = four_choice(found, None if most is None else max(0, most - asked[source]))
-        asked[source] += len(new)
-        items += new
+        items, without = four_choice(found, None)
+        asked[source] += items
         left_out += without
-    return items, left_out
+    return [item for items in asked.values() for item in sorted(items, key=_draw)[:most]], left_out
+
+
+def _draw(item: Item) -> bytes:
+    """The hash of a question, by which some of all kinds are chosen."""
+    question = {key: item[key] for key in ("conversation", "source")}
+    return text_hash(json.dumps(question, ensure_ascii=False))
 
 
 # ------------------------------------------------------------------------------------------------------ JGLUE
