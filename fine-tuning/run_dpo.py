@@ -30,7 +30,7 @@ def main(plan: dict[str, Any]) -> None:
     )
     from recipe.corpus.characters import make_dialogue_normalizer
     from recipe.model.adapters import finish_adapter, load_with_adapter
-    from recipe.model.build import load_model, trained_parameter_count
+    from recipe.model.build import load_model, trained_parameter_count, without_dropout
     from recipe.project import RecipeError, write_text
     from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.save import load_tokenizer
@@ -66,10 +66,10 @@ def main(plan: dict[str, Any]) -> None:
     arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), settings.global_batch_size)
     check_steps(run, plan["config"]["preference"], "preference.json")
     if settings.lora:
-        model = load_with_adapter(base, run.choice.attention, settings.lora, arguments)
+        model = without_dropout(load_with_adapter(base, run.choice.attention, settings.lora, arguments))
         reference = None  # the same weights without the adapter
     else:
-        model = load_model(base, run.choice.attention)
+        model = without_dropout(load_model(base, run.choice.attention))
         reference = load_model(base, run.choice.attention)
     lengths = [sum(map(len, row.values())) + len(row["prompt_ids"]) for row in rows["train"]]
     if run.is_main:

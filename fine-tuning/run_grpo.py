@@ -19,7 +19,7 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.conversations.encode import check_template, encode_conversation
     from recipe.conversations.preferences import preferences_table
     from recipe.conversations.questions import encode_questions, load_questions
-    from recipe.model.build import load_model
+    from recipe.model.build import load_model, without_dropout
     from recipe.project import RecipeError, read_json_lines, write_text
     from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.save import load_tokenizer
@@ -36,8 +36,6 @@ def main(plan: dict[str, Any]) -> None:
     fixed |= {"activation_checkpointing": bool(values.get("activation_checkpointing"))}
     # `GroupTrainer.evaluate` needs no whole groups.
     fixed |= {"eval_on_start": True, "num_generations_eval": 1}
-    # The model that answers is in training mode; with dropout another one would write, and be measured.
-    fixed |= {"disable_dropout": True}
     run = prepare(plan | {"config": plan["config"] | {"preference": values}}, "preference", GRPOConfig, fixed)
     settings, arguments, folder = run.settings, run.arguments, run.folder
     base = Path(plan["inputs"]["12_finetune"])
@@ -66,7 +64,8 @@ def main(plan: dict[str, Any]) -> None:
     left_out = {}
     rows, left_out["train"] = encoded("train", arguments.seed, count=arguments.max_steps * questions_per_step)
     valid, left_out["valid"] = encoded("valid", 0, count=MEASURED, epochs=1)
-    model = load_model(base, run.choice.attention)
+    # It answers in training mode: with dropout, another model would write than the one that is measured.
+    model = without_dropout(load_model(base, run.choice.attention))
     if run.is_main:
         print(
             f"{len(sides['train']):,} questions, {questions_per_step} x {group} answers a step, "

@@ -193,6 +193,19 @@ def set_rope_theta(model: torch.nn.Module, theta: float) -> None:
         rotary.original_inv_freq.copy_(frequencies)
 
 
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, of which nothing is dropped in training mode either; its config stays as it is.
+
+    trl's disable_dropout leaves the dropout of attention that is no module, as in Llama.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
 def for_inference(model: PreTrainedModel) -> PreTrainedModel:
     """The model in evaluation mode, on the GPU if there is one."""
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

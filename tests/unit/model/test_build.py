@@ -12,7 +12,7 @@ from recipe.project import RecipeError, Refused
 from recipe.tokenization.encode_text import encode_texts
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,17 @@ def test_rows_beyond_the_vocabulary_are_taken_first(tmp_path, new, rows):
     for i, ids in enumerate(new_tokens.old_ids):
         assert torch.equal(weight[300 + i], weight[ids].mean(0))
     assert torch.equal(weight[300 + new : 384], then.weight[300 + new : 384])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "qwen3", "olmo2", "gemma3_text"])
+def test_nothing_is_dropped_in_training_mode(model_type):
+    names = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout")
+    config = AutoConfig.for_model(model_type, **SHAPE | {"vocab_size": 50} | dict.fromkeys(names, 0.5))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    ids = torch.arange(20)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert torch.equal(build.without_dropout(model)(ids).logits, model(ids).logits)
+    assert model.config.to_dict() == config.to_dict()
 
 
 def test_settings_of_generation_are_left_behind(tmp_path):
