@@ -61,6 +61,11 @@ def train(project, name, *options):
         (("--set", "pretrain.torch_compile=true"), {"compiled": True}),
         pytest.param(("--set", "pretrain.bf16=true"), {"precision": "bf16"}, marks=ampere),
         pytest.param(
+            ("--set", "pretrain.bf16=true", "--set", "pretrain.muon_learning_rate=0.02"),
+            {"precision": "bf16", "optimizer": "MuonAdamW"},
+            marks=ampere,
+        ),
+        pytest.param(
             ("--set", "pretrain.bf16=true", "--set", "pretrain.attn_implementation=flash_attention_2"),
             {"attention": "flash_attention_2"},
             marks=[ampere, flash],
