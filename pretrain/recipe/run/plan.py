@@ -20,6 +20,10 @@ The rules, each with its source:
 - **Batch and rate**: 0.58 D^0.571 tokens in a step, and a rate of 1.79 N^-0.713 D^0.307, for AdamW with N
   parameters outside the embeddings and D tokens (Li et al., 2025, "Step Law"; 0.06 to 1e9 parameters). For
   `tiny` they give 3,650 and 7.1e-3; it has 2,048 and 9e-3, next to Muon (tests/bench/ledger.md).
+- **Muon** for the matrices of the layers, with the rate of `tiny` (`MUON_RATE`): its updates have the same
+  size at every width, and at four sizes nothing else was worth as much (tests/bench/ledger.md). By the rule
+  of nanochat, 0.02 for steps of 2^19 tokens times the root of the batch, 2^16 tokens have 0.007, too. Its
+  work, about 3 % of such a step, is not counted.
 - **Loss**: the law of Kaplan et al. (2020), fitted to English web text in 50,257 tokens, times 0.84 to 1.36.
   These are the factors of the two trainings whose results are known here (`LOSS_FACTORS`). Other text and
   other tokenizers give other losses: compare bits per byte, not losses.
@@ -62,6 +66,7 @@ EXPERTS_OF_TOKEN = 2
 # Tokens per parameter: compute-optimal (Hoffmann et al., 2022), and the fewest that are planned.
 OPTIMAL, FEWEST = 20, 0.5
 LONGEST = 100
+MUON_RATE = 0.007
 EPOCHS = 4
 # Kaplan et al. (2020), section 4: nats per token from parameters outside the embeddings and tokens.
 KAPLAN = {"N": 6.4e13, "D": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103}
@@ -318,6 +323,7 @@ def settle(
                 "global_batch_size": batch,
                 "per_device_train_batch_size": micro,
                 "activation_checkpointing": checkpointing,
+                "muon_learning_rate": MUON_RATE,
             }
             setting = preflight.setting_of(values, machine.device, machine.launch)
             peak = memory(shape, setting)["peak"]

@@ -267,7 +267,7 @@ def test_a_row_that_does_not_fit_names_the_nearest():
     found = rows(4)
     assert plan.chosen(found, 10).layers == 10
     with pytest.raises(
-        Refused, match=r"--layers 32: needs 3\d\.\d\d GiB.*The nearest that fits: --layers 20"
+        Refused, match=r"--layers 32: needs 2\d\.\d\d GiB.*The nearest that fits: --layers 20"
     ):
         plan.chosen(found, 32)
     with pytest.raises(Refused, match=r"--layers 11: the table has .*The nearest that fits: --layers 10"):
