@@ -22,6 +22,31 @@ def optimizer_of(model):
     return MuonAdamW(model, 0.02, 0.003, (0.9, 0.95), 1e-8, 0.1)
 
 
+def test_a_scaler_of_fp16_changes_no_step_and_skips_one_that_overflows():
+    """As on a T4, where `small` trains in fp16: the gradients are scaled, and come back before the step."""
+    alone, scaled = tiny_qwen3(), tiny_qwen3()
+    optimizers = [optimizer_of(model) for model in (alone, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    ids = torch.arange(20)[None]
+    for overflow in (False, True, False):
+        before = [parameter.clone() for parameter in scaled.parameters()]
+        scaler.scale(scaled(ids, labels=ids).loss).backward()
+        if overflow:
+            next(scaled.parameters()).grad.fill_(torch.inf)
+        else:
+            alone(ids, labels=ids).loss.backward()
+            optimizers[0].step()
+            alone.zero_grad()
+        scaler.unscale_(optimizers[1])
+        scaler.step(optimizers[1])
+        scaler.update()
+        scaled.zero_grad()
+        changed = [not torch.equal(*pair) for pair in zip(before, scaled.parameters(), strict=True)]
+        assert any(changed) != overflow
+    for one, other in zip(alone.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
 def test_every_parameter_has_one_optimizer_and_matrices_have_muon():
     model = tiny_qwen3()
     optimizer = optimizer_of(model)
