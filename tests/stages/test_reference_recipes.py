@@ -318,7 +318,8 @@ def check_optimizer(project, recipe, file, stage):
 
     values, figures = shipped(recipe, file), project.figures(recipe, stage)
     active, steps = figures["active"], figures["steps"]
-    assert active["optimizer"] == "AdamW" and active["fused"]
+    muon = values.get("muon_learning_rate")
+    assert (active["optimizer"], active["fused"]) == (("MuonAdamW", False) if muon else ("AdamW", True))
     assert active["scheduler"].startswith(values["lr_scheduler_type"] + " (")
     assert active["gradient_clipping"] == values["max_grad_norm"]
     lines = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
@@ -329,15 +330,20 @@ def check_optimizer(project, recipe, file, stage):
     planned = {int(step): rate for step, rate in active["learning_rates"].items()}
     assert steps in planned  # the rate after the last step, which no step has
     for found, after in ((rates, -1), (planned, 0)):
-        expected = {step: values["learning_rate"] * shares[step + after] for step in found}
+        # Logged is the rate of the first group, which is Muon's.
+        expected = {step: (muon or values["learning_rate"]) * shares[step + after] for step in found}
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-15)
     assert len(rates) == steps > 1
     saved = next(project.output(recipe, stage, "checkpoints").glob("*/optimizer.pt"))
     groups = torch.load(saved, weights_only=True, map_location="cpu")["param_groups"]
-    assert {group["initial_lr"] for group in groups} == {values["learning_rate"]}
+    assert {group["initial_lr"] for group in groups} == {
+        muon or values["learning_rate"],
+        values["learning_rate"],
+    }
+    assert {group["weight_decay"] for group in groups} == {values["weight_decay"], 0.0}
+    groups = [group for group in groups if "betas" in group]  # without Muon's
     assert {tuple(group["betas"]) for group in groups} == {(0.9, values.get("adam_beta2", 0.999))}
     assert {group["eps"] for group in groups} == {values.get("adam_epsilon", 1e-8)}
-    assert {group["weight_decay"] for group in groups} == {values["weight_decay"], 0.0}
 
 
 @pytest.mark.slow
