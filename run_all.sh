@@ -59,7 +59,7 @@ run_stage() {
 
 # A function, so that bash reads the whole file before it starts: the file may be edited during a run.
 main() {
-  local recipe=tiny from=00 to=99 list=false talk=true common=() overrides=() launch=()
+  local recipe=tiny from=00 to=99 list=false talk=true common=() force=() overrides=() launch=()
   while (($#)); do
     case $1 in
       --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel | --max-restarts)
@@ -72,7 +72,7 @@ main() {
           *) launch+=("$1" "$2") ;;
         esac
         shift ;;
-      --force) common+=("$1") ;;
+      --force) force=("$1") common+=("$1") ;;
       --dry-run) common+=("$1") talk=false ;;
       --fsdp | --new-optimizer) launch+=("$1") ;;
       --list) list=true ;;
@@ -109,7 +109,7 @@ main() {
   done
   # If this shell is killed, the running stage is stopped too, and can be continued.
   export RECIPE_RUN_ALL=$$
-  "$python" -m recipe.run.check --recipe "$recipe" --from "$from" --to "$to" "${overrides[@]}" "${launch[@]}"
+  "$python" -m recipe.run.check --recipe "$recipe" --from "$from" --to "$to" "${force[@]}" "${overrides[@]}" "${launch[@]}"
 
   while read -r stage <&3; do
     number=$(basename "$stage")

@@ -129,24 +129,36 @@ def test_killed_rank_ends_the_training_and_it_continues(project, sharding):
     assert steps == list(range(1, 301))
 
 
-@pytest.mark.parametrize(("before", "after"), [("1", "2"), ("2", "1")])
-def test_other_number_of_ranks_continues_with_the_same_samples(project, before, after):
-    """DDP's losses equal those of one process, so the curve shows the order of the samples."""
+LESS_MEMORY = ("pretrain.per_device_train_batch_size=2", "pretrain.activation_checkpointing=true")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "ranks"),
+    [
+        ("from1to2", (), ("--nproc", "2"), 2),
+        ("from2to1", ("--nproc", "2"), (), 1),
+        ("less-memory", (), [word for value in LESS_MEMORY for word in ("--set", value)], 1),
+    ],
+)
+def test_other_ranks_or_less_memory_continue_with_the_same_samples(project, name, before, after, ranks):
+    """The losses equal those of one process, so the curve shows the order of the samples."""
     if not (project.folder / "outputs/straight/05_pretrain").exists():
         copy(project, "straight")
         project.run("pretrain/05_pretrain.sh", "--recipe", "straight", *ADAMW, *STEPS)
-    name = f"from{before}to{after}"
     work = copy(project, name)
     # With --force, so that the finished twin is not taken over.
     options = ("--recipe", name, *ADAMW, *STEPS, "--force")
-    run = project.start("pretrain/05_pretrain.sh", *options, "--nproc", before)
+    run = project.start("pretrain/05_pretrain.sh", *options, *before)
     wait_for(lambda: list(work.glob("checkpoints/*/manifest.json")), run)
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=120)
     assert run.returncode == 143
-    output = project.run("pretrain/05_pretrain.sh", *options[:-1], "--nproc", after).stdout
+    output = project.run("pretrain/05_pretrain.sh", *options[:-1], *after).stdout
     assert "continues from checkpoint-" in output
-    assert project.figures(name, "05_pretrain")["active"]["ranks"] == int(after)
+    active = project.figures(name, "05_pretrain")["active"]
+    assert active["ranks"] == ranks
+    if name == "less-memory":
+        assert (active["micro_batch"], active["activation_checkpointing"]) == (2, active["layers"])
     curves = curve(project, name), curve(project, "straight")
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == list(range(1, 61))
     assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-4)

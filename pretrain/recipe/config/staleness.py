@@ -13,6 +13,8 @@ NOT_DECIDING = (
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
+    "save_steps",
+    "save_strategy",
     "save_total_limit",
     "keep_checkpoints",
     "push_to_hub",  # a fact of stage 16 (recipe/run/freshness.py)
@@ -21,6 +23,9 @@ NOT_DECIDING = (
     "sample_steps",
     "compare",  # of tokenizer.json: rows of a report
     "ddp_timeout",
+    # How a step is computed: the global batch stays the same.
+    "per_device_train_batch_size",
+    "activation_checkpointing*",
 )
 # The same for a source in dataset.json. Its weight is a fact of the stages that draw documents by it
 # (recipe/run/freshness.py). Its licence is text of the model card.

@@ -37,7 +37,7 @@ from typing import Any
 
 from recipe import host
 from recipe.progress import progress
-from recipe.project import RecipeError, naming_full_disk, require_extra
+from recipe.project import RecipeError, Refused, naming_full_disk, require_extra
 from recipe.signals import end_with_parent
 
 # A task: called with (None or the documents of the step before, rank, number of tasks).
@@ -58,6 +58,18 @@ def engine(config: dict[str, Any], folder: Path) -> Iterator[Engine]:
         yield chosen
     finally:
         chosen.close()
+
+
+def require_executor(config: dict[str, Any]) -> None:
+    """Raise Refused unless this machine has what the executor needs. config: ``engine`` of dataset.json."""
+    executor = config.get("executor")
+    if executor == "ray":
+        require_extra("ray", 'dataset.json: engine: executor: "ray"')
+    if executor == "slurm" and not shutil.which("sbatch"):
+        raise Refused(
+            'dataset.json: engine.executor: "slurm", but there is no sbatch on this machine. Run on a '
+            "login node, or use --set 'dataset.engine={}'"
+        )
 
 
 class Engine:
@@ -124,11 +136,7 @@ class Engine:
     def _run_slurm(self, phase: str, pipeline: list[Task], tasks: int) -> None:
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
-        if not shutil.which("sbatch"):
-            raise RecipeError(
-                'dataset.json: engine.executor: "slurm", but there is no sbatch on this machine. Run on a '
-                "login node, or use --set 'dataset.engine={}'"
-            )
+        require_executor(self.config)
         options = {key: value for key, value in self.config.items() if key != "executor"}
         options.setdefault(
             "env_command", f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
@@ -160,7 +168,7 @@ class Engine:
 
     def _run_ray(self, phase: str, pipeline: list[Task], tasks: int) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        require_extra("ray", 'dataset.json: engine: executor: "ray"')
+        require_executor(self.config)
         import ray
         from datatrove.executor.ray import RayPipelineExecutor
 

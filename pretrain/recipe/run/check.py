@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.tasks import in_suite, metadata, tasks_of
@@ -14,6 +14,7 @@ from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.aozora import require_notation
 from recipe.corpus.download import source_facts
+from recipe.corpus.engine import require_executor
 from recipe.evaluation.tasks.available import answers, check_available, hub_address, not_served, silence
 from recipe.evaluation.tasks.files import to_download
 from recipe.hardware import glance
@@ -23,12 +24,12 @@ from recipe.project import (
     Refused,
     is_finished,
     known_record,
-    require_extra,
     stage_folder,
     user_path,
 )
 from recipe.run.freshness import hub
 from recipe.run.launch_options import TRAINING_STAGES, add_options, launch_of
+from recipe.tokenization.word_segmenter import require_segmenter
 
 
 def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
@@ -43,58 +44,93 @@ def asked(recipe: str, stage: str, config: dict[str, Any]) -> bool:
     return before.get("tasks", {}) == config["evaluation"].get("tasks", {})
 
 
-def fetched_later(recipe: str, config: dict[str, Any], first: int, last: int) -> dict[str, tuple[str, str]]:
+class Remote(NamedTuple):
+    """What a stage will read from a server. kind: ``url``, or what the hub calls it, datasets or models."""
+
+    stage: str
+    kind: str
+    name: str
+
+
+def fetched_later(
+    recipe: str, config: dict[str, Any], first: int, last: int, force: bool = False
+) -> dict[str, Remote]:
     """What the stages from `first` to `last` will read from a server, by its key in the recipe.
 
-    For each the stage, and a data set of the hub or a URL. Left out are sources of stage 01, which starts at
-    once, tasks that `check_available` looks at, and stages that are finished.
+    Left out are sources of stage 01, which starts at once, tasks that `check_available` looks at, models that
+    are in the cache, and, without `force`, what finished stages have read.
     """
     rows = [
-        ("02_dataset", f"dataset.json: sources.{name}", spec.get("dataset"))
+        (f"dataset.json: sources.{name}", Remote("02_dataset", "datasets", spec.get("dataset", "")))
         for name, spec in config["dataset"]["sources"].items()
     ]
+    tokenizer, training = config["tokenizer"], config["pretrain"]
+    model, revision = training.get("initial_model"), training.get("initial_revision")
+    for where, stage, name, commit in (
+        ("tokenizer.json: published", "03_tokenizer", tokenizer.get("published"), tokenizer.get("revision")),
+        ("pretrain.json: initial_model", "05_pretrain", model, revision),
+    ):
+        if name and not _cached(name, commit):
+            rows.append((where, Remote(stage, "models", name)))
     for stage, file in (("11_dataset", "instruction"), ("13_preference", "preference")):
         for name, spec in config.get(file, {}).get("pairs", {}).items():
-            rows.append((stage, f"{file}.json: pairs.{name}", spec.get("dataset")))
+            rows.append((f"{file}.json: pairs.{name}", Remote(stage, "datasets", spec.get("dataset", ""))))
     tuned = () if no_pairs(config) else ("14_evaluate",)
     for stage in (*tuned, "06_evaluate"):  # the first one that runs fetches the file of a task
         for name in tasks_of(config, stage):
             if "files" in metadata(name) and not in_suite(name, config["evaluation"]):
                 url = to_download(name, config["evaluation"]["tasks"][name])
-                rows.append((stage, f"evaluation.json: tasks.{name}", url))
+                rows.append((f"evaluation.json: tasks.{name}", Remote(stage, "url", url)))
     return {
-        where: (stage, name)
-        for stage, where, name in rows
-        if name
-        and first <= int(stage[:2]) <= last
-        and not user_path(name).is_dir()
-        and not is_finished(stage_folder(recipe, stage))
+        where: remote
+        for where, remote in rows
+        if remote.name
+        and first <= int(remote.stage[:2]) <= last
+        and not user_path(remote.name).exists()
+        and (force or not is_finished(stage_folder(recipe, remote.stage)))
     }
 
 
-def check_reachable(needed: dict[str, tuple[str, str]]) -> Iterator[str]:
+def _cached(name: str, revision: str | None) -> bool:
+    """Whether files of a published model or tokenizer are in the cache of the hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = (
+            try_to_load_from_cache(name, file, revision=revision)
+            for file in ("config.json", "tokenizer_config.json")
+        )
+        return any(isinstance(path, str) for path in found)
+    except HFValidationError:  # a path
+        return False
+
+
+def check_reachable(needed: dict[str, Remote]) -> Iterator[str]:
     """A note for what a stage will read from a server that does not answer. needed: of `fetched_later`.
 
-    Raises Refused for data sets that the hub does not serve: the stage would stop, perhaps hours later.
+    Raises Refused for what the hub does not serve: the stage would stop, perhaps hours later.
     """
     servers = {
-        name: "/".join(name.split("/")[:3]) if "://" in name else hub_address() for _, name in needed.values()
+        remote: "/".join(remote.name.split("/")[:3]) if remote.kind == "url" else hub_address()
+        for remote in needed.values()
     }
     hosts = sorted(set(servers.values()))
     with ThreadPoolExecutor(8) as threads:
         reached = dict(zip(hosts, threads.map(answers, hosts), strict=True))
-        sets = [name for name in servers if "://" not in name and reached[servers[name]]]
-        lacks = dict(zip(sets, threads.map(not_served, sets), strict=True))
+        asked = [r for r in servers if r.kind != "url" and reached[servers[r]]]
+        lacks = dict(zip(asked, threads.map(lambda r: not_served(r.name, r.kind), asked), strict=True))
     refused = [
         f"{where}: {lack.why}. {lack.remedy}."
-        for where, (_, name) in needed.items()
-        if (lack := lacks.get(name))
+        for where, remote in needed.items()
+        if (lack := lacks.get(remote))
     ]
     if refused:
         raise Refused(" ".join(refused))
-    for where, (stage, name) in needed.items():
-        if not reached[servers[name]]:
-            yield f"note: {where}: stage {stage[:2]} will read {name}, but {silence(servers[name])}"
+    for where, remote in needed.items():
+        if not reached[servers[remote]]:
+            silent = silence(servers[remote])
+            yield f"note: {where}: stage {remote.stage[:2]} will read {remote.name}, but {silent}"
 
 
 def main() -> None:
@@ -106,18 +142,18 @@ def main() -> None:
     parser.add_argument(
         "--to", type=int, default=99, dest="last", help="number of the last stage that will run"
     )
+    parser.add_argument("--force", action="store_true", help="finished stages will run again")
     add_options(parser)
     arguments = parser.parse_args()
 
     try:
         config = load_recipe(arguments.recipe, arguments.overrides)
         cleans = arguments.first <= 2 <= arguments.last
-        if cleans and config["dataset"].get("engine", {}).get("executor") == "ray":
-            require_extra("ray", 'dataset.json: engine: executor: "ray"')
+        if cleans or arguments.first <= 4 <= arguments.last:
+            require_executor(config["dataset"].get("engine", {}))
         if cleans and any(spec["source"] == "aozora" for spec in config["dataset"]["sources"].values()):
             require_notation()
-        if config["tokenizer"].get("segmenter") == "sudachi":
-            require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
+        require_segmenter(config["tokenizer"].get("segmenter"))
         hub(config)
         skipped = ("12_finetune", "14_evaluate") if no_pairs(config) else ()
         for stage in TRAINING_STAGES.values():
@@ -133,9 +169,10 @@ def main() -> None:
         for number, stage_name in ((6, "06_evaluate"), (14, "14_evaluate")):
             # A finished stage that asked the same tasks no longer needs their data.
             runs = arguments.first <= number <= arguments.last and stage_name not in skipped
-            if runs and not asked(arguments.recipe, stage_name, config):
+            if runs and (arguments.force or not asked(arguments.recipe, stage_name, config)):
                 check_available(config)
-        for line in check_reachable(fetched_later(arguments.recipe, config, arguments.first, arguments.last)):
+        later = fetched_later(arguments.recipe, config, arguments.first, arguments.last, arguments.force)
+        for line in check_reachable(later):
             print(line)
         source_facts(config)
         pair_facts(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.initial_model import initial_facts
-from recipe.config.staleness import deciding_config
+from recipe.config.staleness import TRAINING_FILES, deciding_config
 from recipe.conversations.instructions import no_pairs, pair_facts
 from recipe.conversations.preferences import preference_facts
 from recipe.corpus.download import data_identity, former_identity, source_facts
@@ -58,9 +58,16 @@ def task_facts(config: dict[str, Any]) -> dict[str, Any]:
 def hub(config: dict[str, Any]) -> dict[str, Any]:
     """Where the model is pushed to, ``repository`` (None: nowhere) and ``private``.
 
-    Raises Refused for a missing or an impossible ``hub_model_id``.
+    Raises Refused for a missing or an impossible ``hub_model_id``, and for ``push_to_hub`` in a file that
+    stage 16 does not read.
     """
     file = "pretrain" if no_pairs(config) else "finetune"
+    for other in TRAINING_FILES:
+        if other != file and config.get(other, {}).get("push_to_hub"):
+            raise Refused(
+                f"{other}.json: push_to_hub: stage 16 reads it from {file}.json. Move it there, with "
+                "hub_model_id"
+            )
     values = config[file]
     if not values.get("push_to_hub"):
         return {"repository": None, "private": True}
@@ -142,7 +149,7 @@ def stale_inputs(
         if is_finished(folder):
             recorded = read_record(folder, "wanted")["wanted"]
             yield from stale_inputs(recipe, sorted(recorded["inputs"]), config)
-            now = {section: config[section] for section in recorded["config"]}
+            now = {section: config.get(section, {}) for section in recorded["config"]}
             changes = differences(deciding_config(stage, recorded["config"]), deciding_config(stage, now))
             folders = {name: stage_folder(recipe, name) for name in recorded["inputs"]}
             there = {name: path for name, path in folders.items() if is_finished(path)}

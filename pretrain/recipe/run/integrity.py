@@ -16,7 +16,7 @@ from typing import Any
 
 from recipe import host
 from recipe.endings import errors_in_one_line
-from recipe.project import RECORD, Refused, digest_of, read_record, redo, warn, write_json
+from recipe.project import RECORD, Refused, digest_of, is_finished, read_record, redo, warn, write_json
 from recipe.run.publication import SCAFFOLD
 
 # Folders that no stage reads, and that a user may delete. Checkpoints have manifests of their own.
@@ -114,6 +114,8 @@ def main() -> None:
         if len(sys.argv) != 2:
             raise Refused("expected the folder of one finished stage, such as outputs/tiny/03_tokenizer")
         folder = Path(sys.argv[1]).absolute()
+        if not is_finished(folder):
+            raise Refused(f"{sys.argv[1]}: expected the folder of a finished stage, but it has no {RECORD}")
         record = read_record(folder)
         before, now = record.get("files") or {}, describe_files(folder)
         changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

@@ -172,7 +172,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     """Changes that save memory, the cheapest first, each with the options that a user can give.
 
     The global batch stays the same. First come smaller micro-batches, which cost little; then checkpointing
-    (a third more computation), ZeRO where there are several ranks, an 8-bit optimizer (GPUs only), and at
+    (a third more computation), ZeRO where there are several ranks, and on GPUs an 8-bit optimizer and at
     last offloading. A sharding by --fsdp or --tensor-parallel stays as it is.
     """
     now = OPTIMIZERS[setting.optimizer]
@@ -184,7 +184,7 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
         plans.append((changes, options))
     if not setting.fsdp and setting.tensor_parallel == 1:
         shared = ("zero1", "zero2", "zero3") if setting.ranks > 1 else ()
-        offloaded = ("zero2_offload", "zero3_offload")
+        offloaded = ("zero2_offload", "zero3_offload") if setting.device == "cuda" else ()
         zero = {name: zero_of(name) for name in (*shared, *offloaded)}
         deepspeed = {}
         for name, fields in zero.items():

@@ -312,6 +312,16 @@ def _parse_juman(output: bytes) -> list[list[str]]:
     return answers
 
 
+def require_segmenter(name: str | None) -> None:
+    """Raise Refused unless a segmenter is there or can be fetched. None: none is needed."""
+    if name == "jumanpp":
+        _jumanpp_command()
+    elif name == "sudachi":
+        require_extra("sudachi", 'tokenizer.json: segmenter: "sudachi"')
+    elif name == "mecab" and not _system_mecab():
+        _require_apt()
+
+
 def _jumanpp_command() -> list[str]:
     program = shutil.which("jumanpp")
     if not program:
@@ -346,13 +356,7 @@ def _dictionary(command: list[str]) -> dict[str, str]:
 def _fetched_mecab(folder: Path) -> list[str]:
     """The command of MeCab from Debian's packages, unpacked once into `folder` with its JUMAN dictionary."""
     if not folder.is_dir():
-        if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-            raise Refused(
-                'tokenizer.json: segmenter: "mecab": `mecab` with a JUMAN dictionary is not on PATH, and '
-                "apt-get and dpkg-deb, which could download it, are missing. Install MeCab and its JUMAN "
-                "dictionary in UTF-8 (Debian: mecab, mecab-jumandic-utf8; Homebrew: mecab, mecab-jumandic), "
-                "or use the segmenter sudachi"
-            )
+        _require_apt()
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -367,6 +371,16 @@ def _fetched_mecab(folder: Path) -> list[str]:
             shutil.rmtree(part, ignore_errors=True)
     dictionary = str((folder / "dic").resolve())
     return [*_with_library(folder, "bin/mecab"), "-r", os.devnull, "-d", dictionary, "-O", "wakati"]
+
+
+def _require_apt() -> None:
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise Refused(
+            'tokenizer.json: segmenter: "mecab": `mecab` with a JUMAN dictionary is not on PATH, and '
+            "apt-get and dpkg-deb, which could download it, are missing. Install MeCab and its JUMAN "
+            "dictionary in UTF-8 (Debian: mecab, mecab-jumandic-utf8; Homebrew: mecab, mecab-jumandic), "
+            "or use the segmenter sudachi"
+        )
 
 
 def _build_mecab(part: Path, data: Path) -> None:

@@ -15,11 +15,11 @@ PAIRS = {"magpie": "llm-jp/magpie-sft-v1.0", "dolly": "kunishou/databricks-dolly
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub's answers about data sets: one has another name now, one is gated."""
+    """The hub's answers: some have another name now, some are gated."""
 
     def do_GET(self):
         content = json.dumps({"siblings": [], "gated": "dolly" in self.path and "auto"}).encode()
-        self.send_response(404 if "magpie" in self.path else 200)
+        self.send_response(404 if "magpie" in self.path or "/models/rinna/" in self.path else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -55,12 +55,12 @@ def needed(config=None, first=0, last=99):
 
 def test_what_each_stage_will_read_from_a_server(hub):
     found = needed()
-    assert found["dataset.json: sources.wikipedia"] == ("02_dataset", "wikimedia/wikipedia")
-    assert found["instruction.json: pairs.dolly"] == ("11_dataset", PAIRS["dolly"])
-    stage, url = found["evaluation.json: tasks.jnli"]
-    assert stage == "06_evaluate" and url.startswith("https://raw.githubusercontent.com/")
+    assert found["dataset.json: sources.wikipedia"] == ("02_dataset", "datasets", "wikimedia/wikipedia")
+    assert found["instruction.json: pairs.dolly"] == ("11_dataset", "datasets", PAIRS["dolly"])
+    stage, kind, url = found["evaluation.json: tasks.jnli"]
+    assert (stage, kind) == ("06_evaluate", "url") and url.startswith("https://raw.githubusercontent.com/")
     assert len(found) == 7 and needed(first=5, last=5) == {}
-    assert {stage for stage, _ in needed(first=7).values()} == {"11_dataset", "14_evaluate"}
+    assert {remote.stage for remote in needed(first=7).values()} == {"11_dataset", "14_evaluate"}
 
 
 def test_a_finished_stage_and_a_local_folder_need_no_server(hub, tmp_path):
@@ -69,6 +69,30 @@ def test_a_finished_stage_and_a_local_folder_need_no_server(hub, tmp_path):
     config = load_recipe("small")
     config["instruction"]["pairs"]["magpie"]["dataset"] = str(tmp_path)
     assert {where for where in needed(config) if "tasks" not in where} == {"instruction.json: pairs.dolly"}
+
+
+def test_the_data_of_a_finished_stage_are_needed_when_it_is_forced(hub, tmp_path):
+    (tmp_path / "small/11_dataset").mkdir(parents=True)
+    (tmp_path / "small/11_dataset/stage.json").write_text("{}")
+    assert needed(first=11, last=11) == {}
+    again = check.fetched_later("small", load_recipe("small"), 11, 11, force=True)
+    assert list(again) == [f"instruction.json: pairs.{name}" for name in PAIRS]
+
+
+def test_a_published_model_is_asked_for_unless_it_is_here(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config, name = load_recipe("gpt2-medium-aozora"), "rinna/japanese-gpt2-medium"
+    found = check.fetched_later("gpt2-medium-aozora", config, 3, 5)
+    keys = {"03_tokenizer": "tokenizer.json: published", "05_pretrain": "pretrain.json: initial_model"}
+    assert found == {where: (stage, "models", name) for stage, where in keys.items()}
+    with pytest.raises(Refused, match=f"published: {name} does not exist on the hub.*initial_model: {name}"):
+        list(check.check_reachable(found))
+    snapshot = tmp_path / "cache/models--rinna--japanese-gpt2-medium"
+    for path, content in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", "{}")):
+        (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / path).write_text(content)
+    config["pretrain"]["initial_model"] = str(tmp_path)
+    assert check.fetched_later("gpt2-medium-aozora", config, 3, 5) == {}
 
 
 def test_gated_and_renamed_data_sets_are_refused_before_the_first_stage(hub):
@@ -114,3 +138,24 @@ def test_stages_that_the_recipe_skips_are_not_checked(hub, monkeypatch, capsys):
 def test_a_push_without_a_name_is_refused_before_the_first_stage(hub, monkeypatch, capsys):
     assert check_of(monkeypatch, "--to", "01", "--set", "finetune.push_to_hub=true") == 2
     assert "finetune.json: push_to_hub: it needs hub_model_id" in capsys.readouterr().err
+
+
+def test_a_push_is_read_from_one_file(hub, monkeypatch, capsys):
+    assert check_of(monkeypatch, "--to", "01", "--set", "pretrain.push_to_hub=true") == 2
+    assert "pretrain.json: push_to_hub: stage 16 reads it from finetune.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "message"),
+    [
+        ("tiny", 'dataset.engine={"executor":"slurm","partition":"a","time":"1:00:00"}', "no sbatch"),
+        ("gpt2-xl", 'tokenizer.segmenter="jumanpp"', "`jumanpp` is not on PATH"),
+        ("gpt2-xl", 'tokenizer.segmenter="mecab"', "apt-get and dpkg-deb, which could download it"),
+    ],
+)
+def test_a_missing_program_is_named_before_the_first_stage(
+    hub, monkeypatch, capsys, tmp_path, recipe, option, message
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check_of(monkeypatch, "--recipe", recipe, "--set", option) == 2
+    assert message in capsys.readouterr().err

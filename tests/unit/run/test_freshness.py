@@ -38,6 +38,15 @@ def test_an_input_that_is_older_than_its_own_input_is_stale(tmp_path, monkeypatc
     assert stage == "04_tokenize" and [change.split(":")[0] for change in changes] == ["inputs.02_dataset"]
 
 
+def test_a_stage_whose_file_of_the_recipe_was_deleted_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(project, "OUTPUTS", tmp_path)
+    (tmp_path / "mine/13_preference").mkdir(parents=True)
+    wanted = {"config": {"preference": {"beta": 0.1}}, "inputs": {}}
+    write_json(tmp_path / "mine/13_preference" / RECORD, {"wanted": wanted})
+    ((stage, changes),) = stale_inputs("mine", ["13_preference"], {})
+    assert (stage, changes) == ("13_preference", ["preference.beta: 0.1 -> absent"])
+
+
 def test_a_copied_checkpoint_or_tokenizer_is_the_same_one(tmp_path):
     """Also by the records of an earlier release, which have lists, where nothing was copied."""
     path = tmp_path / "tokenizer.model"

@@ -73,7 +73,8 @@ def test_a_changed_folder_can_be_accepted(folder):
     require_whole(folder)
     done = subprocess.run([*line, str(folder)], capture_output=True, text=True, check=True)
     assert "no file has changed" in done.stdout
-    assert subprocess.run([*line, str(folder.parent)], capture_output=True).returncode == 2
+    done = subprocess.run([*line, str(folder.parent)], capture_output=True, text=True)
+    assert done.returncode == 2 and "the folder of a finished stage" in done.stderr
 
 
 def test_a_record_of_an_earlier_release_is_accepted_with_a_warning(folder, capsys):

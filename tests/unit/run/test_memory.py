@@ -56,6 +56,7 @@ def test_parameters_of_every_recipe(recipe):
         {"model_type": "mistral", "head_dim": 8},
         {"model_type": "qwen3", "num_key_value_heads": 1, "attention_bias": True},
         {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2},
+        {"model_type": "qwen3", "num_key_value_heads": None},
         {"model_type": "qwen2"},
         {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
         {"model_type": "olmo2"},

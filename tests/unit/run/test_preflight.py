@@ -85,6 +85,16 @@ def test_large_models_need_zero_or_offloading():
     assert way(8, 4)[0].offload_parameters
     assert way(1, 40)[0].zero == 0
     assert way(1, 1) is None
+    # On a CPU the host's memory is the same one.
+    assert (
+        fit(
+            shape,
+            values,
+            setting_of(values, Device("CPU", 22, 0.0, True, "cpu"), Launch()),
+            22 * preflight.GIB,
+        )
+        is None
+    )
 
 
 def test_a_t4_computes_in_fp16():

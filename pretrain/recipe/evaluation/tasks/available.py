@@ -112,13 +112,14 @@ def _unreachable(missing: dict[str, list[DataSet]], downloads: dict[str, str]) -
     return found
 
 
-def not_served(path: str) -> Lack | None:
-    """Why the hub does not serve a data set to us; None if it does, or if that cannot be known."""
+def not_served(path: str, kind: str = "datasets") -> Lack | None:
+    """Why the hub does not serve a data set or a model to us; None if it does, or if that cannot be known."""
     from huggingface_hub import get_token
 
+    page = f"{hub_address()}/{path if kind == 'models' else f'{kind}/{path}'}"
     token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{hub_address()}/api/datasets/{path}", headers=headers)
+    request = urllib.request.Request(f"{hub_address()}/api/{kind}/{path}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=5 * SECONDS) as answer:
             facts = json.load(answer)
@@ -126,13 +127,13 @@ def not_served(path: str) -> Lack | None:
         if error.code in (401, 403, 404):
             return Lack(
                 f"{path} does not exist on the hub, or is not public (HTTP {error.code})",
-                f"Look at {hub_address()}/datasets/{path}; if you may read it: `.venv/bin/hf auth login`",
+                f"Look at {page}; if you may read it: `.venv/bin/hf auth login`",
             )
         return None
     except (OSError, ValueError, http.client.HTTPException):
         return None
     script = f"{path.rsplit('/', 1)[-1]}.py"
-    if any(file.get("rfilename") == script for file in facts.get("siblings", [])):
+    if kind == "datasets" and any(file.get("rfilename") == script for file in facts.get("siblings", [])):
         return Lack(
             f"{path} is loaded by a script of its own, {script}, which datasets no longer runs",
             "Read its content from files of your own (configs/README.md)",
@@ -140,7 +141,7 @@ def not_served(path: str) -> Lack | None:
     if facts.get("gated") and not token:
         return Lack(
             f"{path} is gated",
-            f"Accept its terms on {hub_address()}/datasets/{path}, then `.venv/bin/hf auth login`",
+            f"Accept its terms on {page}, then `.venv/bin/hf auth login`",
         )
     return None
 
