@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -178,6 +179,8 @@ def active_parallelism(model: Any) -> str:
     if hasattr(model, "zero_optimization_stage"):
         offload = model.zero_offload_optimizer(), model.zero_offload_param()
         return _zero(model.zero_optimization_stage(), *(getattr(part, "device", None) for part in offload))
+    if isinstance(model, torch.nn.DataParallel):
+        return f"DataParallel {len(model.device_ids)}"
     if isinstance(model, DistributedDataParallel):
         return f"DDP {dist.get_world_size(model.process_group)}"
     sharded = sharded_over(model)
@@ -185,6 +188,15 @@ def active_parallelism(model: Any) -> str:
         return _sharded(sharded)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     return "one process" if ranks == 1 else f"none: each of the {ranks} ranks trains a model of its own"
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether a model, or a part of it, was handed to torch.compile.
+
+    That something was compiled does not say so: flex_attention compiles its own kernel.
+    """
+    parts = model.modules()
+    return any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts)
 
 
 def _zero(stage: int, optimizer: Any, parameters: Any) -> str:
@@ -226,7 +238,7 @@ def read_active(trainer: Trainer) -> Active:
         fp8=active_fp8(model) or None,
         attention=model.config._attn_implementation,
         loss=active_loss(model),
-        compiled=counters["stats"]["unique_graphs"] > 0,
+        compiled=is_compiled(engine) and counters["stats"]["unique_graphs"] > 0,
         layers=len(layers),
         activation_checkpointing=sum(layer.gradient_checkpointing for layer in layers) or None,
         optimizer=_optimizer_name(optimizer),

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,15 @@ class Meter(TrainerCallback):
     """Measure speed and memory on every rank; `complete` adds them to what is logged."""
 
     def __init__(
-        self, tokens_per_step: int, flops: float, peak: float, bytes_per_token: float | None
+        self,
+        tokens_per_step: int,
+        flops: Callable[[int], float],
+        peak: float,
+        bytes_per_token: float | None,
     ) -> None:
-        """flops: per token. peak: FLOP/s of all ranks together. bytes_per_token: of the validation text."""
+        """flops: per token, in the step after so many. peak: FLOP/s of all ranks together. bytes_per_token:
+        of the validation text.
+        """
         self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak
         self.bytes_per_token = bytes_per_token
         self.compiled = False
@@ -152,7 +158,8 @@ class Meter(TrainerCallback):
         rows = gather([seconds, peak_memory(device.type), *load], device)
         slowest = max(row[0] for row in rows)
         speed = steps * self.tokens_per_step / slowest
-        logs |= {"tokens_per_second": round(speed, 1), "mfu": round(speed * self.flops / self.peak, 4)}
+        share = speed * self.flops(state.global_step - 1) / self.peak
+        logs |= {"tokens_per_second": round(speed, 1), "mfu": round(share, 4)}
         logs["seconds_left"] = round((state.max_steps - state.global_step) * slowest / steps)
         for rank, (taken, memory, percent, watts) in enumerate(rows):
             share = steps * self.tokens_per_step / len(rows)

@@ -36,12 +36,17 @@ class GroupTrainer(RecipeTrainer, GRPOTrainer):
         """rewards: the value of `rewards` in preference.json."""
         score_answers_only()
         self.rewards, self.equal_groups, self.ever_different = rewards, 0, False
-        self.logged_at = (0, 0)  # tokens and step of the last log
+        self.logged_at = (0, 0)  # tokens and step of the last log, or of the checkpoint
         keywords["args"].reward_weights = weights(rewards)
         # A model in training has use_cache False; writing without a cache takes several times as long.
         keywords["args"].generation_kwargs = {"use_cache": True}
         functions = [self._reward_function(name) for name in rewards]
         super().__init__(*positional, reward_funcs=functions, **keywords)
+
+    def _init_training_state(self, *positional: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(*positional)
+        self.logged_at = (self.state.num_input_tokens_seen, self.state.global_step)
+        return trained
 
     def _reward_function(self, name: str) -> Callable[..., list[float]]:
         """One reward in the form that trl calls."""

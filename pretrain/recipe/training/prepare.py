@@ -87,6 +87,8 @@ def prepare(
     os.environ.setdefault("WANDB_PROJECT", native["project"])
     os.environ.setdefault("WANDB_DIR", str(folder))
     settings, arguments = HfArgumentParser((Settings, arguments_class)).parse_dict(native)
+    # A process trains on one GPU. Of several visible ones the Trainer would make a torch.nn.DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     if plan["deepspeed"]:
         _start_deepspeed(hardware)
     return Run(

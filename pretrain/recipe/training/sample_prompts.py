@@ -40,6 +40,7 @@ class SamplePrompts(TrainerCallback):
         """
         self.steps, self.prompts, self.tokenizer, self.folder = steps, prompts, tokenizer, folder
         self.config, self.seed = generation_config(values, tokenizer), values.get("seed", 42)
+        self.config.max_time = None  # ranks that share the model must write the same tokens
 
     def _is_due(self, state: TrainerState) -> bool:
         step = state.global_step

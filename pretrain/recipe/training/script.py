@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from recipe.progress import write_lines_without_a_terminal
-from recipe.project import NO_SPACE, RecipeError, Refused, naming_full_disk, read_json
+from recipe.project import EXIT_FAILED, NO_SPACE, RecipeError, Refused, naming_full_disk, read_json
 from recipe.signals import end_with_parent
 from recipe.training.watchdog import REFUSED, STACKS
 
@@ -65,4 +66,12 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
             refused.parent.mkdir(exist_ok=True)
             refused.touch()
         sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        advice = (
+            "Run the same command again with a smaller per_device_train_batch_size: it continues, and the "
+        )
+        advice += "result stays the same. --dry-run says what else saves memory"
+        reason = str(error).splitlines()[0]
+        print(f"error: the memory of a GPU is full: {reason} {advice}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED)
     leave(code)

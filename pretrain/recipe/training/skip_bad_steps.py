@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from recipe.config.settings import SpikeRule
 from recipe.project import EXIT_FAILED, RecipeError
 from recipe.training.callbacks import gather
+from recipe.training.check_schedule import scheduler_of
 from recipe.training.checkpoints import MANIFEST, list_checkpoints, step_of
 from recipe.training.messages import send_message
 from recipe.training.spikes import Step, add_row, read_skipped, spike, window_to_skip
@@ -49,6 +50,7 @@ class Guard(TrainerCallback, ExportableState):
         self.window: deque[Step] = deque(maxlen=rule.window if rule else 0)
         self.new: list[int] = []  # the new steps that were skipped one after the other
         self.known = read_skipped(folder)
+        self.left_out = False  # DeepSpeed has left out the last step
         # The sum of the losses since the last log, and its step.
         self.pending, self.logged_at = 0.0, 0
 
@@ -136,6 +138,12 @@ class Guard(TrainerCallback, ExportableState):
                 "with --force and a lower learning_rate, or with z_loss; or check the data of these steps"
             )
 
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note whether DeepSpeed has left out the step, which it forgets when the gradients are removed."""
+        trainer = self.trainer
+        assert trainer is not None
+        self.left_out = trainer.is_deepspeed_enabled and trainer.accelerator.optimizer_step_was_skipped
+
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
@@ -144,9 +152,15 @@ class Guard(TrainerCallback, ExportableState):
             self.pending, self.logged_at = 0.0, state.global_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for the checkpoint that was due while steps were skipped."""
+        """Ask for the checkpoint that was due while steps were skipped.
+
+        The schedule counts every step, also one that DeepSpeed has left out. With fp16 it does not count
+        those: the first ones are left out until the scale of the loss fits.
+        """
         trainer = self.trainer
         assert trainer is not None
+        if self.left_out and not args.fp16:
+            scheduler_of(trainer).step()
         if trainer.save_postponed and not trainer.skipping and state.global_step < state.max_steps:
             control.should_save = True
 

@@ -163,7 +163,7 @@ class RecipeTrainer(ShardedTrainer):
             return super().evaluate(*arguments, **keywords)
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> EvalLoopOutput:
-        """The Trainer's, but the loss is the mean over all trained tokens of all ranks.
+        """The Trainer's, but the loss of packed blocks is the mean over all trained tokens of all ranks.
 
         Its own is the mean of the batches' losses, in which the few tokens of a short answer count as much as
         the many of a long one, so that the result depends on the micro-batch and on the number of ranks.

@@ -70,9 +70,14 @@ def train_model(
     """
     settings = run.settings
     tokens_per_step = tokens_per_step or settings.global_batch_size * settings.block_size
-    flops = flops_per_token(model, settings.block_size)
-    peak = gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
-    meter = Meter(tokens_per_step, flops, peak * run.ranks, bytes_per_token)
+    sizes = {settings.block_size, *(phase.block_size for phase in phases)}
+    flops = {size: flops_per_token(model, size) for size in sizes}
+
+    def flops_at(step: int) -> float:
+        return flops[phase_at(phases, step).block_size if phases else settings.block_size]
+
+    peak = _peak(run)
+    meter = Meter(tokens_per_step, flops_at, peak * run.ranks, bytes_per_token)
     rule = None if settings.spikes is None else SpikeRule(**settings.spikes)
     guard = Guard(run.folder, rule, {phase.begin for phase in phases})
     fp8 = use_fp8(model) if run.choice.fp8 else None
@@ -111,7 +116,9 @@ def train_model(
     trainer.rate = lambda step: skipped.rate(step) * (phase_at(phases, step).rate if phases else 1.0)
     _train_to_the_end(run, trainer, life)
     measured = {"communication": communication.share} if communication else {}
-    measured |= _speed(run.folder, flops / meter.peak) if run.is_main else {}
+    # On a CPU that others share the peak changes; the share of the higher one is the true one.
+    before, peak = peak, max(peak, _peak(run))
+    measured |= _speed(run.folder, before / peak) if run.is_main else {}
     eval_loss = None
     if not run.probe:
         eval_loss = _final_eval_loss(trainer)
@@ -275,17 +282,18 @@ def _save(run: Run, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> Non
         (target / "training_args.bin").unlink(missing_ok=True)
 
 
-def _speed(folder: Path, flops_share: float) -> dict[str, float]:
-    """The median of the logged speeds; empty when the run was too short to log one.
+def _peak(run: Run) -> float:
+    """FLOP/s of a large product on the main rank; 1 on the others."""
+    return gemm_peak(run.hardware.device, run.choice.precision) if run.is_main else 1.0
 
-    flops_share: what one token costs, as a share of the hardware's peak FLOP/s.
-    """
-    rows = read_json_lines(folder / METRICS)
-    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
-    if not speeds:
+
+def _speed(folder: Path, factor: float) -> dict[str, float]:
+    """The medians of the logged speeds and MFU, that times `factor`; empty when the run was too short."""
+    rows = [row for row in read_json_lines(folder / METRICS) if "tokens_per_second" in row]
+    if not rows:
         return {}
-    speed = median_high(speeds)
-    return {"tokens_per_second": speed, "mfu": speed * flops_share}
+    speed, share = (median_high([row[key] for row in rows]) for key in ("tokens_per_second", "mfu"))
+    return {"tokens_per_second": speed, "mfu": share * factor}
 
 
 def speed_of(figures: dict[str, Any]) -> str:

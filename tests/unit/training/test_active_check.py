@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from recipe.config.optimizers import OPTIMIZERS
 from recipe.project import Refused
 from recipe.training import active_check
 from recipe.training.active_check import active_parallelism, expected_parallelism
 from tiny_training import GPT2, tiny_qwen3
+from torch._dynamo.utils import counters
 
 pytest_plugins = ["tiny_training"]
 
@@ -84,3 +86,15 @@ def test_parallelism_has_one_name_in_options_and_in_use(tmp_path):
     )
     assert expected_parallelism(4, None, False, 1) == "DDP 4"
     assert expected_parallelism(1, None, False, 1) == active_parallelism(tiny_qwen3()) == "one process"
+
+
+def test_a_kernel_that_compiles_itself_is_no_compiled_model(train):
+    """As flex_attention does, also where torch_compile is false."""
+    counters["stats"]["unique_graphs"] = 2
+    assert train()[0]["active"]["compiled"] is False
+
+
+def test_several_gpus_in_one_process_are_named(monkeypatch):
+    model = torch.nn.DataParallel(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(model, "device_ids", [0, 1], raising=False)
+    assert active_parallelism(model) == "DataParallel 2"

@@ -16,7 +16,7 @@ pytest_plugins = ["tiny_training"]
 def test_the_speed_leaves_pauses_out(monkeypatch, pause):
     clock = iter([0.0, 10.0, 60.0, 62.0, 62.0])  # begin, end of step 1, end of the pause, end of step 2
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    meter, state = callbacks.Meter(100, 1.0, 1.0, None), TrainerState(max_steps=9)
+    meter, state = callbacks.Meter(100, lambda step: 1.0, 1.0, None), TrainerState(max_steps=9)
     meter.on_train_begin(SimpleNamespace(device=torch.device("cpu")), state, None)
     state.global_step = 1
     meter.on_step_end(None, state, None)

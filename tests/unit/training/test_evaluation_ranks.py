@@ -40,7 +40,7 @@ for rows in (1, 2, 4):
         sys.argv[1], use_cpu=True, remove_unused_columns=False, per_device_eval_batch_size=rows
     )
     trainer = RecipeTrainer(
-        Settings(4, 16), OPTIMIZERS["adamw_torch"], Meter(1, 1.0, 1.0, None),
+        Settings(4, 16), OPTIMIZERS["adamw_torch"], Meter(1, lambda step: 1.0, 1.0, None),
         model=model, args=arguments, data_collator=collate,
     )
     assert arguments.world_size == 2

@@ -43,7 +43,7 @@ def test_power_is_the_mean_since_the_last_log(nvml):
 def test_what_nvml_tells_is_logged_for_each_rank(nvml):
     _, clock = nvml
     state = TrainerState(max_steps=9)
-    meter = callbacks.Meter(100, 1.0, 1.0, None)
+    meter = callbacks.Meter(100, lambda step: 1.0, 1.0, None)
     meter.load = open_gpu(CUDA)
     meter._restart(state)
     state.global_step, clock.seconds = 4, clock.seconds + 2

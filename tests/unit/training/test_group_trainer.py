@@ -42,7 +42,7 @@ def learn(corpus, tmp_path, monkeypatch, train):
 
     def run(chosen, folder="plain", **changes):
         path = tmp_path / folder
-        path.mkdir()
+        path.mkdir(exist_ok=True)  # the same folder again continues
         tokenizer = AutoTokenizer.from_pretrained(corpus)
         config = {"preference": VALUES | changes, "model": GPT2, "pretrain": {}}
         run = prepare(plan_of(path, config), "preference", GRPOConfig)
@@ -113,6 +113,24 @@ def test_the_speed_counts_the_tokens_that_were_read_and_written(learn, monkeypat
     monkeypatch.setattr(Meter, "complete", noted)
     tokens = [row["tokens"] for row in learn({"japanese": {}})[1] if "loss" in row]
     assert counted == [after - before for before, after in itertools.pairwise([0, *tokens])]
+    counted.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupTrainer, "training_step", killed_after_two_steps)
+        with pytest.raises(KeyboardInterrupt):
+            learn({"japanese": {}}, "continued", save_strategy="steps", save_steps=2)
+    counted.clear()
+    tokens = [r["tokens"] for r in learn({"japanese": {}}, "continued", save_strategy="no")[1] if "loss" in r]
+    assert counted == [tokens[2] - tokens[1]]
+
+
+TRAINING_STEP = GroupTrainer.training_step
+
+
+def killed_after_two_steps(trainer, *inputs):
+    if trainer.state.global_step == 2:
+        raise KeyboardInterrupt
+    trainer.state.num_input_tokens_seen += 100  # the later steps have fewer
+    return TRAINING_STEP(trainer, *inputs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,12 +1,16 @@
 """A training with phases: rates, blocks and rotary embeddings change, and it can be resumed at any step."""
 
 import json
+from statistics import median_high
 
 import pytest
 import torch
+from recipe.model.build import flops_per_token
+from recipe.training import training
 from recipe.training.skip_bad_steps import Guard
 from safetensors.torch import load_file
 from tiny_training import losses_of
+from transformers import AutoModelForCausalLM
 
 pytest_plugins = ["tiny_training"]
 
@@ -63,6 +67,20 @@ def test_what_changes_and_that_a_resume_at_any_step_changes_nothing(train, monke
         assert losses_of(again) == losses_of(rows)
         one, other = weights(straight), weights(stopped)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_mfu_counts_the_blocks_of_the_phase_and_the_higher_peak(train, monkeypatch):
+    """A CPU that others share may be faster after the training than before it."""
+    peaks = iter([1e6, 4e6])
+    monkeypatch.setattr(training, "gemm_peak", lambda *_: next(peaks))
+    settings = {"max_steps": 4, "phases": [{"until_step": 2, "block_size": 64}, {}]}
+    figures, rows, folder = train("run", QWEN3, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for row in rows[1:4]:  # the first step compiles, and is not measured
+        flops = flops_per_token(model, 64 if row["step"] <= 2 else 32)
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 1e6, rel=1e-3)
+    assert figures["gemm_peak_flops"] == 4e6
+    assert figures["mfu"] == median_high([row["mfu"] for row in rows if "mfu" in row]) / 4
 
 
 def test_an_evaluation_before_the_first_step_is_in_the_phase(train):

@@ -45,6 +45,22 @@ def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monk
     assert "eval_steps: 20, but the run has 13 steps" in capsys.readouterr().out
 
 
+def test_a_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
+    """The Trainer would split a micro-batch among all visible ones by torch.nn.DataParallel."""
+
+    class TwoVisible(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    values = {"block_size": 8, "global_batch_size": 4, "per_device_train_batch_size": 4, "bf16": False}
+    run = prepare(plan_of(tmp_path, {"pretrain": values, "model": {}}), "pretrain", TwoVisible)
+    assert (run.arguments.n_gpu, run.arguments.train_batch_size) == (1, 4)
+
+
 def test_what_a_killed_sharded_run_has_left_is_not_published(tmp_path):
     """Rank 0 writes the whole model for the others; the same training may go on without --fsdp."""
     (tmp_path / "unsharded").mkdir()

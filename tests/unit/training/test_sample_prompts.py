@@ -1,6 +1,9 @@
 """Samples during a training."""
 
+from types import SimpleNamespace
+
 import pytest
+from recipe.training.sample_prompts import SamplePrompts
 from tiny_training import GENERATION, losses_of, rows_of
 
 pytest_plugins = ["tiny_training"]
@@ -27,3 +30,10 @@ def test_an_evaluation_before_the_first_step_samples_nothing_twice(train):
     _, _, folder = train(sample_steps=3, eval_on_start=True, eval_strategy="steps", eval_steps=3)
     rows = rows_of(folder / "samples.jsonl")
     assert [row["step"] for row in rows[:: len(GENERATION["prompts"])]] == [0, 3, 6]
+
+
+def test_no_rank_stops_by_its_clock(tmp_path):
+    """Ranks that share the model by tensor parallelism would wait for the one that has stopped."""
+    tokenizer = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sampling = SamplePrompts(2, {}, GENERATION | {"max_time": 1.0}, tokenizer, tmp_path)
+    assert sampling.config.max_time is None and sampling.config.max_new_tokens == 5

@@ -282,6 +282,25 @@ def test_a_phase_with_a_higher_loss_is_not_skipped(train, inject):
     assert figures["skipped_steps"] == [22]
 
 
+@pytest.mark.parametrize(("fp16", "counted"), [(False, 1), (True, 0)])
+def test_the_schedule_counts_a_step_that_deepspeed_leaves_out(tmp_path, fp16, counted):
+    """Else every later rate is a step late, and the check of a resumed training refuses it."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    guard, arguments = Guard(tmp_path, None), SimpleNamespace(fp16=fp16)
+    for deepspeed, skipped, steps in ((True, False, 0), (False, True, 0), (True, True, counted)):
+        accelerator = SimpleNamespace(optimizer_step_was_skipped=skipped)
+        guard.trainer = SimpleNamespace(
+            accelerator=accelerator,
+            is_deepspeed_enabled=deepspeed,
+            lr_scheduler=scheduler,
+            save_postponed=False,
+        )
+        guard.on_optimizer_step(arguments, None, None)
+        guard.on_step_end(arguments, None, None)
+        assert scheduler.last_epoch == steps
+
+
 @pytest.mark.parametrize("clipping", [0, 1.0])
 def test_a_step_of_fp16_is_skipped_with_and_without_clipping(tmp_path, clipping):
     """The scaler of a GPU, here on the CPU: it is asked for the step's gradients exactly once."""
