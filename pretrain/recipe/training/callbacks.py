@@ -158,8 +158,8 @@ class Meter(TrainerCallback):
         rows = gather([seconds, peak_memory(device.type), *load], device)
         slowest = max(row[0] for row in rows)
         speed = steps * self.tokens_per_step / slowest
-        share = speed * self.flops(state.global_step - 1) / self.peak
-        logs |= {"tokens_per_second": round(speed, 1), "mfu": round(share, 4)}
+        mfu = speed * self.flops(state.global_step - 1) / self.peak
+        logs |= {"tokens_per_second": round(speed, 1), "mfu": round(mfu, 4)}
         logs["seconds_left"] = round((state.max_steps - state.global_step) * slowest / steps)
         for rank, (taken, memory, percent, watts) in enumerate(rows):
             share = steps * self.tokens_per_step / len(rows)

@@ -67,11 +67,12 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
             refused.touch()
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError as error:
-        advice = (
-            "Run the same command again with a smaller per_device_train_batch_size: it continues, and the "
+        print(
+            f"error: the memory of a GPU is full: {str(error).splitlines()[0]} Run the same command again with "
+            "a smaller per_device_train_batch_size: it continues, and the result stays the same. --dry-run says "
+            "what else saves memory",
+            file=sys.stderr,
+            flush=True,
         )
-        advice += "result stays the same. --dry-run says what else saves memory"
-        reason = str(error).splitlines()[0]
-        print(f"error: the memory of a GPU is full: {reason} {advice}", file=sys.stderr, flush=True)
         sys.exit(EXIT_FAILED)
     leave(code)
