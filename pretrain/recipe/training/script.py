@@ -68,9 +68,9 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError as error:
         print(
-            f"error: the memory of a GPU is full: {str(error).splitlines()[0]} Run the same command again with "
-            "a smaller per_device_train_batch_size: it continues, and the result stays the same. --dry-run says "
-            "what else saves memory",
+            f"error: the memory of a GPU is full: {str(error).splitlines()[0]} Run the same command again "
+            "with a smaller per_device_train_batch_size: it continues, and the result stays the same. "
+            "--dry-run says what else saves memory",
             file=sys.stderr,
             flush=True,
         )
