@@ -23,6 +23,8 @@ LONG = (
     "pretrain.save_steps=200",
     "--set",
     "pretrain.eval_steps=4000",
+    "--set",
+    "pretrain.spikes=null",  # at this rate the small text, read again and again, has some
 )
 STEPS = ("--set", "pretrain.max_steps=60", "--set", "pretrain.save_steps=10")
 STEPS += ("--set", "pretrain.eval_steps=60")
