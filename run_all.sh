@@ -59,7 +59,7 @@ run_stage() {
 
 # A function, so that bash reads the whole file before it starts: the file may be edited during a run.
 main() {
-  local recipe=tiny from=00 to=99 list=false talk=true common=() force=() overrides=() launch=()
+  local recipe=tiny from=00 to=99 list=false talk=true common=() force=() overrides=() launch=() summary
   while (($#)); do
     case $1 in
       --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel | --max-restarts)

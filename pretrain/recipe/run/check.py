@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from recipe.config.initial_model import published_config
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.tasks import in_suite, metadata, tasks_of
 from recipe.config.training import training_files, unreached_steps
@@ -64,14 +65,11 @@ def fetched_later(
         (f"dataset.json: sources.{name}", Remote("02_dataset", "datasets", spec.get("dataset", "")))
         for name, spec in config["dataset"]["sources"].items()
     ]
-    tokenizer, training = config["tokenizer"], config["pretrain"]
-    model, revision = training.get("initial_model"), training.get("initial_revision")
-    for where, stage, name, commit in (
-        ("tokenizer.json: published", "03_tokenizer", tokenizer.get("published"), tokenizer.get("revision")),
-        ("pretrain.json: initial_model", "05_pretrain", model, revision),
-    ):
-        if name and not _cached(name, commit):
-            rows.append((where, Remote(stage, "models", name)))
+    tokenizer, model = config["tokenizer"], config["pretrain"].get("initial_model")
+    if "published" in tokenizer and not _is_here(tokenizer):
+        rows.append(("tokenizer.json: published", Remote("03_tokenizer", "models", tokenizer["published"])))
+    if model and not published_config(config["pretrain"]):
+        rows.append(("pretrain.json: initial_model", Remote("05_pretrain", "models", model)))
     for stage, file in (("11_dataset", "instruction"), ("13_preference", "preference")):
         for name, spec in config.get(file, {}).get("pairs", {}).items():
             rows.append((f"{file}.json: pairs.{name}", Remote(stage, "datasets", spec.get("dataset", ""))))
@@ -91,19 +89,15 @@ def fetched_later(
     }
 
 
-def _cached(name: str, revision: str | None) -> bool:
-    """Whether files of a published model or tokenizer are in the cache of the hub."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+def _is_here(tokenizer: dict[str, Any]) -> bool:
+    """Whether a published tokenizer is a path or in the cache of the hub. tokenizer: tokenizer.json."""
+    from recipe.tokenization.published import find_published  # slow to import, and seldom needed
 
     try:
-        found = (
-            try_to_load_from_cache(name, file, revision=revision)
-            for file in ("config.json", "tokenizer_config.json")
-        )
-        return any(isinstance(path, str) for path in found)
-    except HFValidationError:  # a path
+        find_published(tokenizer["published"], tokenizer.get("revision"), local_files_only=True)
+    except RecipeError:
         return False
+    return True
 
 
 def check_reachable(needed: dict[str, Remote]) -> Iterator[str]:

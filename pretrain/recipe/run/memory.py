@@ -101,9 +101,12 @@ def shape_of(model: dict[str, Any], vocabulary: int) -> Shape:
     model: its values; ``model_type`` is a key of `DEFAULTS`. vocabulary: the number of tokens.
     """
     kind = model["model_type"]
-    given = {key: value for key, value in model.items() if value is not None}
-    # Without a number, transformers gives each head its own keys and values.
-    values = DEFAULTS[kind] | {key: None for key in ("num_key_value_heads",) if key in model} | given
+    values = DEFAULTS[kind] | {
+        key: value
+        for key, value in model.items()
+        # null: transformers gives each head its own keys and values.
+        if value is not None or key == "num_key_value_heads"
+    }
 
     def size(name: str, default: int = 0) -> int:
         return values.get(name) or values.get(GPT2_NAMES.get(name, "")) or default

@@ -21,9 +21,9 @@ The rules, each with its source:
   parameters outside the embeddings and D tokens (Li et al., 2025, "Step Law"; 0.06 to 1e9 parameters). For
   `tiny` they give 3,650 and 7.1e-3; it has 2,048 and 9e-3, next to Muon (tests/bench/ledger.md).
 - **Muon** for the matrices of the layers, with the rate of `tiny` (`MUON_RATE`): its updates have the same
-  size at every width, and at four sizes nothing else was worth as much (tests/bench/ledger.md). By the rule
-  of nanochat, 0.02 for steps of 2^19 tokens times the root of the batch, 2^16 tokens have 0.007, too. Its
-  work, about 3 % of such a step, is not counted.
+  size at every width, and at four sizes no other optimizer or schedule was worth as much
+  (tests/bench/ledger.md). By the rule of nanochat, 0.02 for steps of 2^19 tokens times the root of the batch,
+  2^16 tokens have 0.007, too. Its work, about 3 % of such a step, is not counted.
 - **Loss**: the law of Kaplan et al. (2020), fitted to English web text in 50,257 tokens, times 0.84 to 1.36.
   These are the factors of the two trainings whose results are known here (`LOSS_FACTORS`). Other text and
   other tokenizers give other losses: compare bits per byte, not losses.

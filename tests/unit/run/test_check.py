@@ -91,7 +91,10 @@ def test_a_published_model_is_asked_for_unless_it_is_here(hub, monkeypatch, tmp_
     for path, content in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", "{}")):
         (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / path).write_text(content)
-    config["pretrain"]["initial_model"] = str(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").touch()
+    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2"}')
+    config["pretrain"]["initial_model"] = str(tmp_path / "model")
     assert check.fetched_later("gpt2-medium-aozora", config, 3, 5) == {}
 
 
