@@ -8,7 +8,7 @@
 #   --recipe NAME    folder below configs/ (default: tiny)
 #   --from, --to NN  number of the first and of the last stage to run
 #   --force          start these stages over, even if they are done; their old output is replaced
-#   --dry-run        check the configuration and say what would be done
+#   --dry-run        check the configuration and say what would be done; exit code 2 if a stage would be refused
 #   --list           list the stages
 #   --set FILE.KEY=VALUE   override one key of the recipe, e.g. --set pretrain.learning_rate=1e-4
 #   --nproc, --deepspeed, --fsdp, --tensor-parallel, --max-restarts, --new-optimizer
@@ -29,7 +29,7 @@ refuse() { printf 'run_all.sh: error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
 stages() { printf '%s\n' "$here"/pretrain/[0-9][0-9]_* "$here"/fine-tuning/[0-9][0-9]_*; }
 
 # Ctrl-C, kill, a closed terminal and what clusters send: the running stage gets the signal and saves its state.
-stopped='' child=''
+stopped='' child='' dry=false refused=0
 # shellcheck disable=SC2329 # by the traps
 stop() {
   [[ -n $stopped ]] || stopped=$1
@@ -54,12 +54,14 @@ run_stage() {
     ((code == 130)) || code=$(code_of "$stopped")
   fi
   child=''
+  # A dry run goes on after a refusal, to say what is to be done with the other stages, too.
+  if $dry && ((code == 2)); then refused=2; return; fi
   ((code == 0)) || exit "$code"
 }
 
 # A function, so that bash reads the whole file before it starts: the file may be edited during a run.
 main() {
-  local recipe=tiny from=00 to=99 list=false talk=true common=() force=() overrides=() launch=() summary
+  local recipe=tiny from=00 to=99 list=false common=() force=() overrides=() launch=() summary
   while (($#)); do
     case $1 in
       --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel | --max-restarts)
@@ -73,7 +75,7 @@ main() {
         esac
         shift ;;
       --force) force=("$1") common+=("$1") ;;
-      --dry-run) common+=("$1") talk=false ;;
+      --dry-run) common+=("$1") dry=true ;;
       --fsdp | --new-optimizer) launch+=("$1") ;;
       --list) list=true ;;
       -h | --help) usage; exit 0 ;;
@@ -122,7 +124,7 @@ main() {
     esac
   done 3< <(stages)
   ((ran)) || refuse "no stage between $from and $to"
-  if ! $talk; then return; fi
+  if $dry; then exit "$refused"; fi
   printf '\n'
   summary=$("$python" -m recipe.export.summary --recipe "$recipe" "${overrides[@]}")
   printf '%s\n' "$summary"

@@ -173,9 +173,15 @@ def test_logging_keys_make_nothing_stale(project):
 
 
 def test_dry_run_says_what_would_be_done(project):
-    result = project.run("run_all.sh", "--recipe", "mini", "--set", "generation.seed=9", "--dry-run")
-    assert "07_generate     stale" in result.stdout and "05_pretrain     done before" in result.stdout
-    assert result.returncode == 0
+    command = ("run_all.sh", "--recipe", "mini", "--dry-run")
+    assert project.run(*command).returncode == 0
+    result = project.run(*command, "--set", "generation.seed=9", check=False)
+    assert "07_generate: error: stale" in result.stderr and "05_pretrain     done before" in result.stdout
+    assert "12_finetune     done before" in result.stdout  # a stage after the stale one
+    assert result.returncode == 2
+    tokenizer = ("--set", "tokenizer.vocab_size=390", "--from", "03", "--to", "04", "--force")
+    forced = project.run(*command, *tokenizer).stdout
+    assert "04_tokenize     would start over (--force) after 03_tokenizer, which is stale" in forced
 
 
 def test_copied_recipe_takes_finished_stages(project):

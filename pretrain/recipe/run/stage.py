@@ -147,6 +147,9 @@ def _run(definition: Definition, arguments: argparse.Namespace) -> None:
     if definition.preview and arguments.dry_run and not description.skipped:
         definition.preview(description.config, arguments)
     decision = decide(description)
+    if arguments.dry_run and decision.action == "refuse" and not description.missing:
+        # As the run itself would be. What is missing may be made by an earlier stage.
+        raise Refused(_refusal(decision))
     if arguments.dry_run or decision.action == "skip":
         print(f"{definition.name:15} {decision.reason}")
         return
@@ -162,11 +165,15 @@ def _run(definition: Definition, arguments: argparse.Namespace) -> None:
         act(decide(description), description, lock)
 
 
+def _refusal(decision: Decision) -> str:
+    return f"{decision.reason}.\n  {decision.remedy}" if decision.remedy else decision.reason
+
+
 def act(decision: Decision, description: Description, lock: int) -> None:
     """Do what was decided. lock: the descriptor of the held lock. Raises Refused for a refusal."""
     name, work, final = description.definition.name, description.work, description.final
     if decision.action == "refuse":
-        raise Refused(f"{decision.reason}.\n  {decision.remedy}" if decision.remedy else decision.reason)
+        raise Refused(_refusal(decision))
     if decision.action == "done before":
         _warn_of_versions(name, read_record(final, "versions"))
         print(f"{name:15} {decision.reason}")
