@@ -110,7 +110,7 @@ main() {
     trap "stop $signal" "$signal"
   done
   # If this shell is killed, the running stage is stopped too, and can be continued.
-  export RECIPE_RUN_ALL=$$
+  export RECIPE_RUN_ALL=$$ RECIPE_FROM=$from
   "$python" -m recipe.run.check --recipe "$recipe" --from "$from" --to "$to" "${force[@]}" "${overrides[@]}" "${launch[@]}"
 
   while read -r stage <&3; do

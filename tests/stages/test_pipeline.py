@@ -182,6 +182,8 @@ def test_dry_run_says_what_would_be_done(project):
     tokenizer = ("--set", "tokenizer.vocab_size=390", "--from", "03", "--to", "04", "--force")
     forced = project.run(*command, *tokenizer).stdout
     assert "04_tokenize     would start over (--force) after 03_tokenizer, which is stale" in forced
+    later = project.run(*command, *tokenizer[:2], "--from", "05", "--force", check=False)
+    assert later.returncode == 2 and "05_pretrain: error: its input 03_tokenizer is stale" in later.stderr
 
 
 def test_copied_recipe_takes_finished_stages(project):

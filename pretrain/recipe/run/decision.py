@@ -1,11 +1,12 @@
 """What a stage would be made from if it ran now, and what is to be done: run it, continue, take over, refuse.
 
-Nothing here imports torch or writes a file, so finding out that there is nothing to do takes about 0.1 s.
+Nothing here imports torch or writes a file: to find that there is nothing to do takes about half a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,8 +136,9 @@ def decide(description: Description) -> Decision:
         remedy += f"Run `{rerun} --from {missing[0][:2]} --to {name[:2]}`"
         return Decision("refuse", f"waits for {', '.join(missing)}", remedy)
     for stage, changes in stale_inputs(recipe, description.folders, description.config):
-        if arguments.force and arguments.dry_run:
-            # With --force, run_all.sh redoes the stages in order.
+        # run_all.sh names the first stage that it redoes.
+        redone = arguments.force and stage[:2] >= os.environ.get("RECIPE_FROM", "99")
+        if redone and arguments.dry_run:
             return Decision("run", f"would start over (--force) after {stage}, which is stale")
         remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force"
         return Decision("refuse", f"its input {stage} is stale: {'; '.join(changes)}", remedy)
