@@ -279,6 +279,14 @@ def model_values(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return model | old | {key: model[key] for key in changed}
 
 
+def positions_of(config: dict[str, dict[str, Any]]) -> int | None:
+    """The most tokens of a sequence; None as long as config.json of the initial model was not fetched."""
+    model = model_values(config)
+    if not config["pretrain"].get("initial_model") or published_config(config["pretrain"]):
+        model = with_defaults(model)
+    return model.get("max_position_embeddings") or model.get("n_positions")
+
+
 def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
     """The values of model.json, and `DEFAULTS` for the keys that it leaves out."""
     return DEFAULTS.get(model.get("model_type", ""), {}) | model
@@ -287,25 +295,29 @@ def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
 # The defaults of transformers for keys that model.json leaves out. A test compares them with its classes.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096},
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096}
+    | {"max_position_embeddings": 131072},
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "attention_bias": False, "mlp_bias": False},
+    | {"num_attention_heads": 32, "attention_bias": False, "mlp_bias": False}
+    | {"max_position_embeddings": 2048},
     "qwen2": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 32, "use_sliding_window": False},
+    | {"num_attention_heads": 32, "num_key_value_heads": 32, "use_sliding_window": False}
+    | {"max_position_embeddings": 32768},
     "qwen3": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False}
-    | {"use_sliding_window": False},
+    | {"use_sliding_window": False, "max_position_embeddings": 32768},
     "olmo2": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "attention_bias": False},
+    | {"num_attention_heads": 32, "attention_bias": False, "max_position_embeddings": 2048},
     "gemma3_text": {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
     | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "attention_bias": False}
-    | {"sliding_window": 4096, "tie_word_embeddings": True},
+    | {"sliding_window": 4096, "tie_word_embeddings": True, "max_position_embeddings": 131072},
     "qwen3_moe": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24}
     | {"num_attention_heads": 32, "num_key_value_heads": 4, "attention_bias": False}
     | {"use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8}
-    | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    | {"max_position_embeddings": 32768},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
     | {"tie_word_embeddings": True, "attn_pdrop": 0.1},
     "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44}
-    | {"num_attention_heads": 64, "attention_bias": True},
+    | {"num_attention_heads": 64, "attention_bias": True, "max_position_embeddings": 2048},
 }

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from recipe.config.keys import check_keys, show, type_name
-from recipe.config.model import model_values
+from recipe.config.model import model_values, positions_of
 from recipe.config.ranges import ABOVE_0, FROM_1, POSITIONS, Range, check_ranges
 from recipe.project import Refused, nearest
 
@@ -139,7 +139,7 @@ def check_phases(config: dict[str, dict[str, Any]], where: str) -> None:
             "of the last phase out, or change one of the two"
         )
     _check_blocks(values, phases, here)
-    _check_rope(model_values(config), phases, here)
+    _check_rope(model_values(config), positions_of(config), phases, here)
     for number, phase in enumerate(phases, 1):
         _check_sources(phase.sources, config["dataset"]["sources"], f"{here}: phase {number}")
 
@@ -175,8 +175,7 @@ def _check_blocks(values: dict[str, Any], phases: list[Phase], here: str) -> Non
             )
 
 
-def _check_rope(model: dict[str, Any], phases: list[Phase], here: str) -> None:
-    positions = model.get("max_position_embeddings") or model.get("n_positions")
+def _check_rope(model: dict[str, Any], positions: int | None, phases: list[Phase], here: str) -> None:
     rope = model.get("rope_parameters") or {}
     other = model.get("model_type") in ("gpt2", "gemma3_text")
     for number, phase in enumerate(phases, 1):

@@ -18,11 +18,13 @@ from recipe.config.initial_model import changed_context, published_config
 from recipe.config.instruction import check_instruction, check_pair
 from recipe.config.keys import known_keys, parse_json, read_config, show
 from recipe.config.model import (
+    DEFAULT_KEY,
     FROM_TOKENIZER,
     OWN_TOKENIZER,
     check_model,
     check_shape,
     model_values,
+    positions_of,
     with_defaults,
 )
 from recipe.config.phases import check_phases
@@ -228,10 +230,12 @@ def _check_agreement(config: dict[str, dict[str, Any]], where: str) -> None:
             "tokenizer, and transformers 5 splits text in folders of this type by Qwen2's rules alone. Use a "
             'published tokenizer of Qwen2 ("kind": "published"), or "model_type": "qwen3"'
         )
+    check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)
+    positions = positions_of(config)
     own = not initial or "max_position_embeddings" in config["model"]
     home = f"{where}/model.json" if own else f"{initial}/config.json"
-    check_special_ids(config, special_ids(config["tokenizer"]), vocabulary_size(config["tokenizer"]), where)
-    positions = model.get("max_position_embeddings") or model.get("n_positions")
+    if not {"max_position_embeddings", "n_positions"} & model.keys():
+        home += DEFAULT_KEY
     for name in training_files(config):
         if positions and config[name]["block_size"] > positions:
             raise Refused(

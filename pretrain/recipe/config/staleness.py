@@ -25,6 +25,10 @@ NOT_DECIDING = (
     "ddp_timeout",
     # How a step is computed: the global batch stays the same.
     "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "eval_accumulation_steps",
+    "torch_empty_cache_steps",
+    "ddp_bucket_cap_mb",
     "activation_checkpointing*",
 )
 # The same for a source in dataset.json. Its weight is a fact of the stages that draw documents by it

@@ -25,6 +25,11 @@ class TokenizerKind(NamedTuple):
     lossless: bool = True
     needs_unknown: bool = True
 
+    @property
+    def sentencepiece(self) -> bool:
+        """Whether SentencePiece trains it."""
+        return "character_coverage" in self.keys
+
 
 # A new kind is an entry here and a function in TRAINERS of recipe/tokenization/train.py.
 TOKENIZER_KINDS = {
@@ -90,6 +95,15 @@ def kind_of(tokenizer: dict[str, Any]) -> TokenizerKind:
     return TOKENIZER_KINDS[tokenizer.get("kind", "unigram")]
 
 
+def required_characters(values: dict[str, Any]) -> set[str]:
+    """The characters that get a token of a SentencePiece model even when the text lacks them.
+
+    A space (as ▁), which would come back as U+2581 if it was spelled in bytes, and the characters of control
+    and byte tokens. values: of tokenizer.json.
+    """
+    return {*"▁<0x123456789ABCDEF>", *"".join(filter(None, special_tokens(values).values()))}
+
+
 def check_tokenizer(values: dict[str, Any], where: str) -> None:
     """Check the keys of tokenizer.json, their values and the control tokens.
 
@@ -130,12 +144,16 @@ def _check_special_tokens(values: dict[str, Any], where: str) -> None:
     kind = kind_of(values)
     if not kind.trained:
         return
-    names = [token for token in tokens.values() if token is not None]
-    for token in names:
-        if names.count(token) > 1 or token in values.get("user_symbols", []):
+    names, symbols = [token for token in tokens.values() if token is not None], values.get("user_symbols", [])
+    for token in names + symbols:
+        if (names + symbols).count(token) > 1:
             raise Refused(f"{where}: {show(token)} occurs twice. Give every token its own name")
+    if kind.sentencepiece and (twice := sorted(required_characters(values) & set(symbols))):
+        raise Refused(
+            f"{where}: user_symbols: {show(twice[0])} is a token of every vocabulary of this kind. Remove it"
+        )
     # Every kind but word-bpe spells what it does not know in the 256 bytes.
-    least = len(names) + len(values.get("user_symbols", [])) + (256 if kind.lossless else 1)
+    least = len(names) + len(symbols) + (256 if kind.lossless else 1)
     if values["vocab_size"] < least:
         raise Refused(
             f"{where}: vocab_size: {values['vocab_size']}, expected at least {least}: control tokens, user "

@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recipe.config.tokenizer import kind_of, special_ids, special_tokens, vocabulary_size
+from recipe.config.tokenizer import kind_of, required_characters, special_ids, special_tokens, vocabulary_size
 from recipe.project import RecipeError
 from recipe.tokenization.convert import as_fast, from_sentencepiece, sentencepiece_tokens
 from recipe.tokenization.word_segmenter import ESCAPE, MARKS
@@ -65,7 +65,7 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict
 
     strict: raise RecipeError when the text is too small for the vocabulary; otherwise make a smaller one.
     """
-    kind, size, tokens = config.get("kind", "unigram"), vocabulary_size(config), special_tokens(config)
+    kind, size = config.get("kind", "unigram"), vocabulary_size(config)
     counted, model = _Counting(sentences), io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -86,11 +86,7 @@ def train_sentencepiece(sentences: Iterable[str], config: dict[str, Any], strict
             remove_extra_whitespaces=False,
             # Indentation costs one token, where the text has any (dataset.json, layout).
             allow_whitespace_only_pieces=True,
-            # These characters get a token even when the sample lacks them: a space, which would come back as
-            # U+2581 if it was spelled in bytes, and the characters of control and byte tokens.
-            required_chars="".join(
-                sorted({*"▁<0x123456789ABCDEF>", *"".join(filter(None, tokens.values()))})
-            ),
+            required_chars="".join(sorted(required_characters(config))),
             # SentencePiece silently skips longer sentences.
             max_sentence_length=2**30,
             # The default begins with a million candidates: it takes ten times as long and compresses less

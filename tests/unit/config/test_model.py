@@ -76,6 +76,26 @@ experts = functools.partial(other, "qwen3_moe", num_experts=8, num_experts_per_t
         (experts(mlp_only_layers=[4]), ["mlp_only_layers: 4, expected numbers of layers, from 0 to 3"]),
         (experts(decoder_sparse_step=9), ["leave no layer with experts. Change them, or train a qwen3"]),
         (
+            lambda c: (c.update(model={"model_type": "gpt2"}), c["pretrain"].update(block_size=2048)),
+            ["pretrain.json: block_size: 2048, more than the 1024 positions", "default of transformers"],
+        ),
+        (
+            lambda c: (
+                c["model"].update(model_type="llama"),
+                c["model"].pop("max_position_embeddings"),
+                c["model"].pop("head_dim"),
+                c["generation"].update(max_new_tokens=2048),
+            ),
+            ["max_new_tokens: 2048 leaves no room for a prompt in the 2048 positions", "default of"],
+        ),
+        (
+            lambda c: (
+                c.update(model={"model_type": "gpt2"}),
+                c["pretrain"].update(phases=[{"block_size": 2048}], global_batch_size=8),
+            ),
+            ["phase 1: block_size: 2048, more than the 1024 positions"],
+        ),
+        (
             gemma(rope_parameters={"full_attention": ROPE | {"rope_type": "linear"}}),
             ["rope_parameters: full_attention: factor: missing"],
         ),

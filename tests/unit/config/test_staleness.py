@@ -6,7 +6,12 @@ from recipe.config import staleness
 def test_keys_that_decide_nothing_are_left_out():
     kept = staleness.deciding_keys("pretrain", {"logging_steps": 1, "report_to": "none", "learning_rate": 1})
     assert kept == {"learning_rate": 1}
-    memory = {"per_device_train_batch_size": 1, "activation_checkpointing_kwargs": {}, "save_steps": 5}
+    memory = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "activation_checkpointing_kwargs": {},
+        "save_steps": 5,
+    }
     assert staleness.deciding_keys("pretrain", memory | {"global_batch_size": 8}) == {"global_batch_size": 8}
     # In a training file null is the same as no key, but in spikes it switches the rule off.
     nulls = {"lora": None, "muon_learning_rate": None, "spikes": None}

@@ -17,6 +17,8 @@ from refusal import refusal, tiny
         (lambda c: c["tokenizer"].update(unk_token=None), ["unk_token: null"]),
         (lambda c: c["tokenizer"].update(bos_token="x"), ["bos_token", "two characters"]),
         (lambda c: c["tokenizer"].update(bos_token="</s>"), ['"</s>"', "twice"]),
+        (lambda c: c["tokenizer"].update(user_symbols=["語", "語"]), ['"語"', "twice"]),
+        (lambda c: c["tokenizer"].update(user_symbols=["語", "a"]), ['user_symbols: "a"', "Remove it"]),
         (lambda c: c["tokenizer"].update(pad_token_id=3), ["[3, 1, 2, 3]", "[0, 1, 2, 3]"]),
         (lambda c: c["tokenizer"].update(pad_token=None, pad_token_id=0), ["pad_token is null"]),
         (lambda c: c["tokenizer"].update(kind=["bpe"]), ['kind: unknown ["bpe"]']),
