@@ -39,6 +39,8 @@ CHUNK = 2**25
 WHOLE, CHUNKS, LIGER = "whole logits", "chunks", "Liger"
 # The least compute capability that Triton, and so torch.compile, generates code for.
 COMPILER_CAPABILITY = (7, 0)
+# The least compute capability with bf16 units: Ampere.
+BF16_CAPABILITY = (8, 0)
 # The least compute capability with fp8 units: Ada and Hopper.
 FP8_CAPABILITY = (8, 9)
 # The architectures whose loss Liger's kernels can replace; it does nothing with others.
@@ -218,11 +220,10 @@ def _gpu(name: str, capability: tuple[int, int]) -> Hardware:
         for version, (package, least) in FLASH_ATTENTION.items()
         if capability >= least and is_installed(package)
     )
-    # Ampere (8.0) is the first generation with bf16 units.
-    ampere = capability >= (8, 0)
+    bf16 = capability >= BF16_CAPABILITY
     libraries = [is_installed(name) for name in ("bitsandbytes", "liger_kernel", "torchao")]
     compiler = capability >= COMPILER_CAPABILITY and _compiler()
-    return Hardware("cuda", name, capability, _torch_version(), ampere, flash, compiler, *libraries)
+    return Hardware("cuda", name, capability, _torch_version(), bf16, flash, compiler, *libraries)
 
 
 def _cpu() -> Hardware:
@@ -275,7 +276,7 @@ def choose(
     attention = _attention(hardware, values, where, needs, precision)
     if values.get("torch_compile") and not hardware.compiler:
         raise Refused(f"{where}: torch_compile: true, but {_why_not_compile(hardware)}, or leave the key out")
-    if values.get("tf32") and hardware.capability < (8, 0):
+    if values.get("tf32") and hardware.capability < BF16_CAPABILITY:
         raise Refused(
             f"{where}: tf32: true, but it needs an NVIDIA GPU of capability 8.0 or more; this is "
             f"{hardware.name}. Leave the key out"
@@ -382,7 +383,7 @@ def _why_not_varlen(hardware: Hardware, needs: AttentionNeeds, precision: str) -
 
     PyTorch has it from 2.10 on, with the arguments that `recipe.model.varlen` uses from 2.11 on.
     """
-    if hardware.device != "cuda" or hardware.capability < (8, 0):
+    if hardware.device != "cuda" or hardware.capability < BF16_CAPABILITY:
         return f"needs an NVIDIA GPU of capability 8.0 or more; this is {hardware.name}"
     if hardware.torch < (2, 11):
         return f"needs PyTorch 2.11 or newer; this is {hardware.torch[0]}.{hardware.torch[1]}"

@@ -21,7 +21,7 @@ from recipe.config.ranges import (
 from recipe.project import Refused
 
 GENERATION = {"prompts": "list", "questions": "list", "seed": "int"}
-# The keys of GenerationConfig that stages 07 and 15 and chat.py can use. The others are refused.
+# The keys of GenerationConfig that work in stages 07, 14 and 15, in chat.py and in samples.
 NATIVE = {
     "do_sample": "bool",
     "temperature": "float|null",

@@ -254,6 +254,12 @@ def _check_watching(values: dict[str, Any], where: str) -> None:
             )
 
 
+def steps_of_epochs(epochs: float, samples: int, batch: int) -> int:
+    """Optimizer steps of so many epochs. samples: of one epoch. batch: samples of one step."""
+    # 1.1 * 100 / 10 is a little more than 11 in floating point.
+    return math.ceil(round(epochs * samples / batch, 9))
+
+
 def unreached_steps(values: dict[str, Any], steps: int, where: str) -> list[str]:
     """A line for each key of a training file that names a step after the last of the run's `steps`."""
     lines = []

@@ -37,7 +37,7 @@ from recipe.corpus.minhash import MINHASH
 from recipe.corpus.readers import cap_bad
 from recipe.corpus.shards import ShardWriter, shard_rows
 from recipe.corpus.sources import KINDS, read
-from recipe.corpus.splitting import is_valid_side, text_hash
+from recipe.corpus.splitting import VALID_SHARE, is_valid_side, text_hash
 from recipe.project import RecipeError, read_json, write_json, written_whole
 
 SHARD_BYTES = 64_000_000  # UTF-8 text in a raw shard: about ten seconds of cleaning
@@ -236,7 +236,7 @@ class Write:
             funnel.lines_in += row["raw_lines"]
             funnel.lines_out += row["text"].count("\n") + 1
             valid = spec.get("held_out") or is_valid_side(
-                bytes.fromhex(row["id"]), self.config.get("valid_share", 0.05)
+                bytes.fromhex(row["id"]), self.config.get("valid_share", VALID_SHARE)
             )
             writers["valid" if valid else "train"].write({key: row[key] for key in DATASET.names})
         for writer in writers.values():

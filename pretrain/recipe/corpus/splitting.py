@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+VALID_SHARE = 0.05  # of the documents, where dataset.json gives none
+
 
 def text_hash(text: str) -> bytes:
     """The 16-byte BLAKE2b hash of a text, the identity of a document."""

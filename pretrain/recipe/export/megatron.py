@@ -21,6 +21,7 @@ from recipe.config.launch import batch_layout
 from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OPTIMIZERS, optimizer_name
 from recipe.config.recipe import load_recipe, recipe_options
+from recipe.config.training import steps_of_epochs
 from recipe.endings import errors_in_one_line
 from recipe.project import RecipeError, Refused, is_finished, stage_folder
 from recipe.tokenization.packing import PackedBlocks
@@ -431,7 +432,7 @@ def _steps(values: Mapping[str, Any], train: Path) -> int:
     if values.get("max_steps", -1) > 0:
         return values["max_steps"]
     blocks = len(PackedBlocks(TokenFile(train), values["block_size"], 0, 0))
-    return math.ceil(values.get("num_train_epochs", 3) * blocks / values["global_batch_size"])
+    return steps_of_epochs(values.get("num_train_epochs", 3), blocks, values["global_batch_size"])
 
 
 def _differences(values: Mapping[str, Any], model: Any) -> list[str]:

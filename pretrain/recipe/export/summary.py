@@ -6,6 +6,7 @@ from typing import Any
 
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.conversations.preferences import skipped_stages
+from recipe.endings import errors_in_one_line
 from recipe.project import OUTPUTS, RECORD, ROOT, known_record
 
 KEYS = ("stage", "seconds", "peak_memory_bytes", "headline")
@@ -41,4 +42,5 @@ def summary(recipe: str, config: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     arguments = recipe_options(__doc__).parse_args()
-    print(summary(arguments.recipe, load_recipe(arguments.recipe, arguments.overrides)))
+    with errors_in_one_line("summary"):
+        print(summary(arguments.recipe, load_recipe(arguments.recipe, arguments.overrides)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from recipe.conversations.preferences import preference_facts
 from recipe.corpus.aozora import require_notation
 from recipe.corpus.download import source_facts
 from recipe.corpus.engine import require_executor
+from recipe.endings import errors_in_one_line
 from recipe.evaluation.tasks.available import answers, check_available, hub_address, not_served, silence
 from recipe.evaluation.tasks.files import to_download
 from recipe.hardware import glance
 from recipe.project import (
-    EXIT_REFUSED,
     RecipeError,
     Refused,
     is_finished,
@@ -127,6 +127,40 @@ def check_reachable(needed: dict[str, Remote]) -> Iterator[str]:
             yield f"note: {where}: stage {remote.stage[:2]} will read {remote.name}, but {silent}"
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise RecipeError for a recipe that cannot run; print notes. arguments: as of `main`."""
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    cleans = arguments.first <= 2 <= arguments.last
+    if cleans or arguments.first <= 4 <= arguments.last:
+        require_executor(config["dataset"].get("engine", {}))
+    if cleans and any(spec["source"] == "aozora" for spec in config["dataset"]["sources"].values()):
+        require_notation()
+    require_segmenter(config["tokenizer"].get("segmenter"))
+    hub(config)
+    skipped = ("12_finetune", "14_evaluate") if no_pairs(config) else ()
+    for stage in TRAINING_STAGES.values():
+        if stage.file not in config or stage.name in skipped:
+            continue
+        # A stage outside this range may run on another machine, with other options.
+        if arguments.first <= stage.number <= arguments.last:
+            launch_of(arguments).check(config, stage.file, glance())
+    for file in training_files(config):
+        if (steps := config[file].get("max_steps", -1)) > 0:
+            for line in unreached_steps(config[file], steps, f"configs/{arguments.recipe}/{file}.json"):
+                print(line)
+    for number, stage_name in ((6, "06_evaluate"), (14, "14_evaluate")):
+        # A finished stage that asked the same tasks no longer needs their data.
+        runs = arguments.first <= number <= arguments.last and stage_name not in skipped
+        if runs and (arguments.force or not asked(arguments.recipe, stage_name, config)):
+            check_available(config)
+    later = fetched_later(arguments.recipe, config, arguments.first, arguments.last, arguments.force)
+    for line in check_reachable(later):
+        print(line)
+    source_facts(config)
+    pair_facts(config)
+    preference_facts(config)
+
+
 def main() -> None:
     """Check a recipe with the options of run_all.sh; exit with 2 and a message if it cannot run."""
     parser = recipe_options("Check a recipe with the options of run_all.sh; exit with 2 if it cannot run.")
@@ -139,42 +173,12 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="finished stages will run again")
     add_options(parser)
     arguments = parser.parse_args()
-
-    try:
-        config = load_recipe(arguments.recipe, arguments.overrides)
-        cleans = arguments.first <= 2 <= arguments.last
-        if cleans or arguments.first <= 4 <= arguments.last:
-            require_executor(config["dataset"].get("engine", {}))
-        if cleans and any(spec["source"] == "aozora" for spec in config["dataset"]["sources"].values()):
-            require_notation()
-        require_segmenter(config["tokenizer"].get("segmenter"))
-        hub(config)
-        skipped = ("12_finetune", "14_evaluate") if no_pairs(config) else ()
-        for stage in TRAINING_STAGES.values():
-            if stage.file not in config or stage.name in skipped:
-                continue
-            # A stage outside this range may run on another machine, with other options.
-            if arguments.first <= stage.number <= arguments.last:
-                launch_of(arguments).check(config, stage.file, glance())
-        for file in training_files(config):
-            if (steps := config[file].get("max_steps", -1)) > 0:
-                for line in unreached_steps(config[file], steps, f"configs/{arguments.recipe}/{file}.json"):
-                    print(line)
-        for number, stage_name in ((6, "06_evaluate"), (14, "14_evaluate")):
-            # A finished stage that asked the same tasks no longer needs their data.
-            runs = arguments.first <= number <= arguments.last and stage_name not in skipped
-            if runs and (arguments.force or not asked(arguments.recipe, stage_name, config)):
-                check_available(config)
-        later = fetched_later(arguments.recipe, config, arguments.first, arguments.last, arguments.force)
-        for line in check_reachable(later):
-            print(line)
-        source_facts(config)
-        pair_facts(config)
-        preference_facts(config)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        # Whatever the error is, nothing has started yet.
-        sys.exit(EXIT_REFUSED)
+    with errors_in_one_line("run_all.sh"):
+        try:
+            check(arguments)
+        except RecipeError as error:
+            # Whatever the error is, nothing has started yet.
+            raise Refused(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def find_extension(
     limits = [same_rates_until(before, steps)]
     if values.get("max_steps", -1) > 0:
         limits.append(same_rates_until(values, values["max_steps"]))
-    limit = steps if rewarm else min((steps if x is None else x for x in limits), default=steps)
+    limit = steps if rewarm else min(steps if x is None else x for x in limits)
     if not rewarm and None in limits:
         kind = values.get("lr_scheduler_type", "linear")
         raise Refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,10 @@ def weights(config: dict[str, Any]) -> dict[str, float]:
 
 def tokenizer_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Facts of stage 03: the weights, and the files that a local published tokenizer is read from."""
-    path = user_path(config["tokenizer"].get("published", "no path"))
+    published = config["tokenizer"].get("published")
+    if not published:
+        return {"weights": weights(config), "published": {}}
+    path = user_path(published)
     files = [path, *(path.parent / name for name in ("special_tokens_map.json", "tokenizer_config.json"))]
     if path.is_dir():
         # With tokenizer.json, nothing reads the other forms of a vocabulary.
@@ -194,6 +198,7 @@ def _is_former(recorded: Any, now: Any) -> bool:
     return all(row in rows for row in recorded) and all(row in recorded for row in rows)
 
 
+SHOWN = 60  # characters of a value
 ABSENT = object()  # in place of a key's value: null is another value, such as "no near duplicates" in minhash
 
 
@@ -205,7 +210,14 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             both = old.get(key, ABSENT), new.get(key, ABSENT)
             found += differences(*both, f"{path}.{key}" if path else key)
         return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for n, both in pairs for line in differences(*both, f"{path}[{n}]")]
     if old == new:
         return []
     shown = ["absent" if value is ABSENT else json.dumps(value, ensure_ascii=False) for value in (old, new)]
-    return [f"{path}: {shown[0][:60]} -> {shown[1][:60]}"]
+    # Of long values, what is around the first difference.
+    same = len(os.path.commonprefix(shown))
+    begin = max(0, same - 20) if max(map(len, shown)) > SHOWN else 0
+    cut = [("…" if begin else "") + text[begin : begin + SHOWN] for text in shown]
+    return [f"{path}: {cut[0]} -> {cut[1]}"]

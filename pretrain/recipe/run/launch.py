@@ -319,7 +319,7 @@ def _preview(file: str, config: dict[str, dict[str, Any]], arguments: argparse.N
 
 def main() -> None:
     """Run the stage of the training script that the command line names first."""
-    script = Path(sys.argv.pop(1))
+    script = Path(sys.argv.pop(1) if sys.argv[1:] else "")
     with errors_in_one_line("recipe.run.launch"):
         if script.name not in TRAINING_STAGES:
             raise Refused(f"{script}: expected one of {', '.join(TRAINING_STAGES)}")

@@ -14,7 +14,7 @@ from recipe.config.launch import check_experts, check_fp8, check_launch, check_t
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
 from recipe.config.training import attention_needs, check_boards
-from recipe.hardware import Hardware, check_liger, check_quantization, choose, gpus
+from recipe.hardware import BF16_CAPABILITY, Hardware, check_liger, check_quantization, choose, gpus
 from recipe.project import Refused
 
 
@@ -124,8 +124,8 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
             "Give at most one rank per GPU"
         )
     processes = arguments.nproc or max(1, visible)
-    older = [gpu for gpu in seen[:processes] if gpu.capability < (8, 0)]
-    if older and seen[0].capability >= (8, 0):
+    older = [gpu for gpu in seen[:processes] if gpu.capability < BF16_CAPABILITY]
+    if older and seen[0].capability >= BF16_CAPABILITY:
         raise Refused(
             f"{older[0].name} has no bf16 units, but the first GPU, {seen[0].name}, has, and all compute as "
             "the first one can. Name the older one first (such as CUDA_VISIBLE_DEVICES=1,0), or leave it out"

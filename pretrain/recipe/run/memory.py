@@ -1,7 +1,7 @@
 """The memory of a training step, computed from model.json and the settings, without torch.
 
-``tests/bench/preflight.py`` compares the results with peaks measured on a CPU. For GPUs the formulas are the
-same, but they have not been compared.
+``tests/bench/preflight.py`` compares the results with peaks measured on a CPU. On the one GPU that they were
+compared with, an H200, the memory was 11 % more than computed (README.md).
 """
 
 from __future__ import annotations

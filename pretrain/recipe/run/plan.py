@@ -19,7 +19,7 @@ The rules, each with its source:
 - **Repeats**: up to 4 epochs are nearly as good as new text (Muennighoff et al., 2023); more are not planned.
 - **Batch and rate**: 0.58 D^0.571 tokens in a step, and a rate of 1.79 N^-0.713 D^0.307, for AdamW with N
   parameters outside the embeddings and D tokens (Li et al., 2025, "Step Law"; 0.06 to 1e9 parameters). For
-  `tiny` they give 3,650 and 7.1e-3; it has 2,048 and 9e-3, next to Muon (tests/bench/ledger.md).
+  `tiny` they give 2,329 and 5.6e-3; it has 2,048 and 9e-3, next to Muon (tests/bench/ledger.md).
 - **Muon** for the matrices of the layers, with the rate of `tiny` (`MUON_RATE`): its updates have the same
   size at every width, and at four sizes no other optimizer or schedule was worth as much
   (tests/bench/ledger.md). By the rule of nanochat, 0.02 for steps of 2^19 tokens times the root of the batch,
@@ -40,10 +40,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe import host
-from recipe.config.recipe import FILES, load_recipe, recipes
+from recipe.config.recipe import FILES, OPTIONAL_FILES, load_recipe, recipes
+from recipe.corpus.splitting import VALID_SHARE
 from recipe.endings import errors_in_one_line
 from recipe.project import (
     CONFIGS,
+    LONGEST_NAME,
     Refused,
     is_finished,
     nearest,
@@ -228,7 +230,7 @@ def corpus_of(text: str, default: str) -> Corpus:
         total = sum(one["maximum_megabytes"] for one in sources) * 1e6
     else:
         return Corpus(base, config, vocabulary, None, f"size unknown before stage 04 of {base}: not limited")
-    train = total * (1 - config["dataset"].get("valid_share", 0.05))
+    train = total * (1 - config["dataset"].get("valid_share", VALID_SHARE))
     return Corpus(
         base,
         config,
@@ -405,8 +407,12 @@ def report(rows: list[Plan], machine: Machine, corpus: Corpus) -> Iterator[str]:
 def write(name: str, row: Plan, corpus: Corpus) -> None:
     """Write a row as a recipe that extends that of the corpus. Raises Refused for a name that is taken."""
     folder = CONFIGS / name
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "deepspeed":
-        raise Refused(f"--write {name}: expected a name of letters, digits, - and _")
+    letters = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII)
+    if not letters or len(name) > LONGEST_NAME or name == "deepspeed":
+        raise Refused(
+            f"--write {name[:LONGEST_NAME]}: expected a name of at most {LONGEST_NAME} letters, digits, -, _ "
+            "and ., other than deepspeed"
+        )
     if folder.exists():
         raise Refused(f"--write {name}: configs/{name} exists. Give another name")
     setting = row.setting
@@ -431,7 +437,7 @@ def write(name: str, row: Plan, corpus: Corpus) -> None:
     }
     folder.mkdir()
     try:
-        for file in FILES:
+        for file in (*FILES, *(file for file in OPTIONAL_FILES if file in corpus.config)):
             write_json(folder / f"{file}.json", own.get(file, {"extends": corpus.base}))
         load_recipe(name)
     except BaseException:

@@ -7,7 +7,6 @@ on this machine is measured; each line says which it is.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimiz
 from recipe.config.phases import longest_block, samples_of, sequences_of_longest
 from recipe.config.schedules import same_rates_until
 from recipe.config.tokenizer import vocabulary_size
+from recipe.config.training import steps_of_epochs
 from recipe.hardware import glance, gpus, precision_of
 from recipe.project import (
     CONFIGS,
@@ -67,7 +67,8 @@ def vocabulary_of(recipe: str, config: dict[str, dict[str, Any]]) -> tuple[int, 
 class Device:
     """A device to train on.
 
-    flops: the maker's peak FLOP/s for dense 16-bit matrix products with float32 sums.
+    flops: the maker's peak FLOP/s for dense 16-bit matrix products with float32 sums. compiler: whether
+    torch.compile works there, as it does on a GPU of another machine.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Device:
     flops: float
     bf16: bool
     kind: str = "cuda"
+    compiler: bool = True
 
 
 PROFILES = tuple(
@@ -114,7 +116,7 @@ def this_machine(launch: Launch) -> tuple[Device, float]:
     else:
         total, available = host.memory()
         free = available / launch.processes
-    return Device(here.name, round(total / GIB), 0.0, here.fast_bf16, here.device), free
+    return Device(here.name, round(total / GIB), 0.0, here.fast_bf16, here.device, here.compiler), free
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -132,7 +134,7 @@ def setting_of(values: dict[str, Any], device: Device, launch: Launch) -> Settin
         micro,
         accumulation,
         precision_of(values, device.kind, device.bf16),
-        bool(values.get("torch_compile", shutil.which("g++"))),
+        bool(values.get("torch_compile", device.compiler)),
         _checkpointed(values),
         optimizer_name(values),
         fsdp=launch.fsdp,
@@ -245,7 +247,7 @@ def step_count(values: dict[str, Any], tokens: int | None) -> int | None:
     if tokens is None:
         return None
     blocks = -(-tokens // values["block_size"])
-    return math.ceil(values.get("num_train_epochs", 3) * blocks / values["global_batch_size"])
+    return steps_of_epochs(values.get("num_train_epochs", 3), blocks, values["global_batch_size"])
 
 
 def checkpoint_bytes(shape: Shape, setting: Setting) -> int:

@@ -253,7 +253,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             figures = [
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['flops_per_second'] / 1e9:,.0f}",
-                f"{row['peak_memory_bytes'] / 2**30:.2f}",
+                f"{row['peak_memory_bytes'] / preflight.GIB:.2f}",
             ]
         outcome = row["outcome"] + (f": {row['reason']}" if row.get("reason") else "")
         cells = [row["checkpointing"], row["compiled"], row["attention"], sharding_of(row)]
@@ -290,7 +290,7 @@ def comparison(rows: list[dict[str, Any]], global_batch: int) -> str:
             speed = row["tokens_per_second"]
             speed_up = f"{speed / alone['tokens_per_second']:.2f}" if alone else ""
             share = f"{row['communication']:.0%}" if "communication" in row else ""
-            cells = [f"{speed:,.0f}", speed_up, share, f"{row['peak_memory_bytes'] / 2**30:.2f}"]
+            cells = [f"{speed:,.0f}", speed_up, share, f"{row['peak_memory_bytes'] / preflight.GIB:.2f}"]
         table.append([sharding_of(row), str(row["ranks"]), str(row["micro_batch"]), *cells])
     heads = (
         "sharding",
@@ -332,7 +332,8 @@ def measure(
     shape, setting, free = preflight.on_this_machine(plan["recipe"], config, launch)
     peak = memory(shape, setting)["peak"]
     if peak > HOPELESS * free:
-        reason = f"about {peak / 2**30:.0f} GiB per rank by the preflight, {free / 2**30:.0f} GiB are free"
+        needed, there = (f"{size / preflight.GIB:.0f} GiB" for size in (peak, free))
+        reason = f"about {needed} per rank by the preflight, {there} are free"
         return row | {"outcome": "not tried", "reason": reason}
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=OUTPUTS / plan["recipe"]) as name:
         folder = Path(name)
@@ -352,7 +353,7 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[tuple[Way
     own, accumulation = batch_layout(
         values["global_batch_size"], values["per_device_train_batch_size"], replicas
     )
-    if launch.ranks > 1 and values.get("muon_learning_rate"):
+    if launch.ranks > 1 and not launch_words(launch) and values.get("muon_learning_rate"):
         print(
             f"ZeRO is left out because it does not work with Muon ({' '.join(without_muon(values))})",
             flush=True,

@@ -2,7 +2,7 @@
 
 A numbered script hands its work to `run_stage`. Each run goes through three steps: `describe` (what would
 this stage be made from?) and `decide` (what is to be done?), both in `recipe.run.decision`, and `act`.
-Nothing here imports torch, so finding out that there is nothing to do takes about 0.1 s.
+Nothing here imports torch, so finding out that there is nothing to do takes about half a second.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hard
 from recipe.config.phases import samples_of
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
-from recipe.config.training import attention_needs, check_boards, unreached_steps
+from recipe.config.training import attention_needs, check_boards, steps_of_epochs, unreached_steps
 from recipe.hardware import Choice, Hardware, choose, detect, initialise_vector_math
 from recipe.model.sharding import shard
 from recipe.model.zero import load_without_code
@@ -179,8 +179,7 @@ def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -
     steps = (
         arguments.max_steps
         if arguments.max_steps > 0
-        # 1.1 * 100 / 10 is a little more than 11 in floating point.
-        else math.ceil(round(arguments.num_train_epochs * samples / global_batch, 9))
+        else steps_of_epochs(arguments.num_train_epochs, samples, global_batch)
     )
     return steps, math.ceil(steps * global_batch / samples)
 

@@ -107,7 +107,9 @@ def test_what_the_hardware_lacks_is_refused_before_torch_is_imported():
             text=True,
         )
         assert result.returncode == 2 and result.stdout == "False\n", result.stderr
-        assert result.stderr.startswith(f"error: pretrain.json: {key}: ") and words in result.stderr
+        assert (
+            result.stderr.startswith(f"run_all.sh: error: pretrain.json: {key}: ") and words in result.stderr
+        )
 
 
 def test_heads_that_the_model_file_leaves_out_are_split_too():

@@ -1,6 +1,8 @@
 """The table of finished stages."""
 
 import json
+import subprocess
+import sys
 
 from recipe.export import summary
 
@@ -27,3 +29,10 @@ def test_summary_adds_up(tmp_path, monkeypatch):
     assert "02_b" in text and "3 MiB" in text and "did 01_a" in text
     assert text.splitlines()[3].split() == ["total", "3.5"]
     assert text.endswith("outputs/r/02_b/curve.png")
+
+
+def test_a_recipe_that_does_not_exist_is_one_line():
+    command = [sys.executable, "-m", "recipe.export.summary", "--recipe", "nosuch"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("summary: error: ")
+    assert result.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from recipe.run import cards, plan, preflight
 from recipe.run.launch_options import Launch
 from recipe.run.memory import memory, shape_of
 from recipe.tokenization.train import expected_memory
+from refusal import preference
 from shapes import SHIPPED, read
 
 # Hours, tokens and loss of a run of 4 layers on the text of tiny, with a vocabulary of 8,000, on 2 cores with
@@ -166,6 +168,7 @@ def copied_configs(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     for folder in project.CONFIGS.iterdir():
         (tmp_path / "configs" / folder.name).symlink_to(folder)
+    return tmp_path / "configs"
 
 
 def test_a_recipe_that_exists_is_not_overwritten(copied_configs):
@@ -213,6 +216,27 @@ def test_a_mixture_of_experts_has_the_active_parameters_of_the_dense_row(tmp_pat
     model = plan.model_of(12, 8)
     check_model(model, "model.json")
     assert (model["num_experts"], model["num_experts_per_tok"]) == (8, 2)
+
+
+def test_the_rules_for_tiny_are_those_of_the_docstring():
+    values = read("tiny", "pretrain")
+    tokens = values["max_steps"] * values["global_batch_size"] * values["block_size"]
+    batch = round(0.58 * tokens**0.571)
+    rate = plan.learning_rate(shape_of(read("tiny", "model"), 4_000).active, tokens)
+    assert f"`tiny` they give {batch:,} and {rate:.1e};".replace("e-0", "e-") in plan.__doc__
+
+
+def test_a_written_recipe_keeps_the_preferences_of_its_base(copied_configs):
+    base = {}
+    preference(base)
+    folder = copied_configs / "preferring"
+    shutil.copytree(project.CONFIGS / "tiny", folder)
+    project.write_json(folder / "preference.json", base["preference"])
+    corpus = plan.corpus_of("preferring", "tiny")
+    plan.write("mine", plan.best(plan.plans(3, plan.machine_of("t4", 1), corpus)), corpus)
+    assert load_recipe("mine")["preference"] == base["preference"]
+    with pytest.raises(Refused, match="at most 100 letters"):
+        plan.write("a" * 101, None, corpus)
 
 
 def test_a_faulty_recipe_is_not_left_behind(tmp_path, monkeypatch):
@@ -298,7 +322,7 @@ def test_the_table_says_where_the_speed_comes_from(tmp_path):
     machine, corpus = plan.machine_of("h200", 1), plan.corpus_of("6GB", "tiny")
     found = plan.plans(1, machine, corpus)
     lines = list(plan.report(found, machine, corpus))
-    assert "322 TFLOP/s in training (measured, `mistral-300m` on an H200)" in lines[0]
+    assert "341 TFLOP/s in training (measured, `mistral-300m` on an H200)" in lines[0]
     assert "1.44e+09 tokens; 6 GB, 3.97 bytes/token" in lines[1]
     assert len([line for line in lines if line.lstrip().startswith("->  ")]) == 2
     assert len(lines) == 3 + len(plan.LAYERS) + 2

@@ -97,6 +97,18 @@ def test_large_models_need_zero_or_offloading():
     )
 
 
+def test_what_cannot_compile_is_computed_without():
+    values = read("mistral-300m", "pretrain")
+    shape = shape_of(read("mistral-300m", "model"), 32_000)
+    peaks = [
+        memory(shape, setting_of(values, Device("A100", 80, 0.0, True, compiler=compiler), Launch()))["peak"]
+        for compiler in (True, False)
+    ]
+    assert peaks[1] > 1.2 * peaks[0]
+    plain = setting_of(values | {"torch_compile": False}, PROFILES[3], Launch())
+    assert memory(shape, plain)["peak"] == peaks[1]
+
+
 def test_a_t4_computes_in_fp16():
     values = read("mistral-300m", "pretrain")
     t4 = next(device for device in PROFILES if "T4" in device.name)
@@ -118,6 +130,8 @@ def test_steps():
     values = {"block_size": 100, "global_batch_size": 4, "num_train_epochs": 2}
     assert preflight.step_count(values, 1001) == 6  # 11 blocks, twice, in batches of 4
     assert preflight.step_count(values, None) is None
+    # 1.1 x 100 blocks are a little more than 110 in floating point.
+    assert preflight.step_count(values | {"global_batch_size": 10, "num_train_epochs": 1.1}, 10_000) == 11
     assert preflight.step_count(values | {"max_steps": 7}, None) == 7
 
 

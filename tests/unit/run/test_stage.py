@@ -44,6 +44,10 @@ def test_differences_name_the_keys():
     assert differences(new, new) == []
     assert differences({"minhash": None}, {}) == ["minhash: null -> absent"]
     assert differences({}, {"bos_token": None}) == ["bos_token: absent -> null"]
+    phases = [[{"block_size": 64, "rate": 1}, {"rate": rate}] for rate in (2, 3)]
+    assert differences({"phases": phases[0]}, {"phases": phases[1]}) == ["phases[1].rate: 2 -> 3"]
+    (line,) = differences({"paths": ["a" * 99 + "x"]}, {"paths": ["a" * 99 + "y", "b"]})
+    assert line.split(" -> ")[0].endswith('aax"]') and line.endswith('aay", "b"]') and len(line) < 150
 
 
 @pytest.fixture
