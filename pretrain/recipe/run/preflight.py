@@ -177,37 +177,41 @@ def ways_out(values: dict[str, Any], setting: Setting) -> Iterator[tuple[Setting
     (a third more computation), ZeRO where there are several ranks, and on GPUs an 8-bit optimizer and at
     last offloading. A sharding by --fsdp or --tensor-parallel stays as it is.
     """
-    now = OPTIMIZERS[setting.optimizer]
-    changes: dict[str, Any] = {}
-    options: list[str] = []
-    plans = [(changes, options)]
+    ways: list[tuple[dict[str, Any], list[str]]] = [({}, [])]
     if not setting.checkpointing:
-        changes, options = {"checkpointing": 1}, ["--set pretrain.activation_checkpointing=true"]
-        plans.append((changes, options))
+        ways.append(({"checkpointing": 1}, ["--set pretrain.activation_checkpointing=true"]))
     if not setting.fsdp and setting.tensor_parallel == 1:
-        shared = ("zero1", "zero2", "zero3") if setting.ranks > 1 else ()
-        offloaded = ("zero2_offload", "zero3_offload") if setting.device == "cuda" else ()
-        zero = {name: zero_of(name) for name in (*shared, *offloaded)}
-        deepspeed = {}
-        for name, fields in zero.items():
-            if fields["zero"] >= setting.zero:
-                fits = (OFFLOAD if fields["offload_optimizer"] else ZERO) in now.sharding
-                other = [] if fits else _choose_optimizer(values, DEFAULT)
-                chosen = {"optimizer": setting.optimizer if fits else DEFAULT}
-                deepspeed[name] = (changes | fields | chosen, [*options, *other, f"--deepspeed {name}"])
-        plans += [deepspeed[name] for name in shared if name in deepspeed]
-        smaller = now.state.matrices > OPTIMIZERS[EIGHT_BIT].state.matrices
-        if setting.device == "cuda" and not setting.zero and smaller:
-            other = _choose_optimizer(values, EIGHT_BIT)
-            plans.append((changes | {"optimizer": EIGHT_BIT}, [*options, *other]))
-        plans += [deepspeed[name] for name in offloaded if name in deepspeed]
+        changes, options = ways[-1]
+        ways += [(changes | more, options + other) for more, other in _other_optimizers(values, setting)]
     share = setting.micro_batch * setting.accumulation
     times = sequences_of_longest(values)  # a sample is as long as the longest block
-    for changes, options in plans:
+    for changes, options in ways:
         for micro in (m for m in range(setting.micro_batch, 0, -1) if share % m == 0):
             smaller = [f"--set pretrain.per_device_train_batch_size={micro * times}"]
             changed = replace(setting, **changes, micro_batch=micro, accumulation=share // micro)
             yield changed, (smaller if micro != setting.micro_batch else []) + options
+
+
+def _other_optimizers(values: dict[str, Any], setting: Setting) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Optimizer states that take less memory of a device, as in `ways_out`: sharded, of 8 bits, offloaded."""
+    now, on_gpu = OPTIMIZERS[setting.optimizer], setting.device == "cuda"
+
+    def deepspeed(*names: str) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        for name in names:
+            fields = zero_of(name)
+            if fields["zero"] < setting.zero:
+                continue
+            fits = (OFFLOAD if fields["offload_optimizer"] else ZERO) in now.sharding
+            other = [] if fits else _choose_optimizer(values, DEFAULT)
+            chosen = {"optimizer": setting.optimizer if fits else DEFAULT}
+            yield fields | chosen, [*other, f"--deepspeed {name}"]
+
+    if setting.ranks > 1:
+        yield from deepspeed("zero1", "zero2", "zero3")
+    if on_gpu and not setting.zero and now.state.matrices > OPTIMIZERS[EIGHT_BIT].state.matrices:
+        yield {"optimizer": EIGHT_BIT}, _choose_optimizer(values, EIGHT_BIT)
+    if on_gpu:
+        yield from deepspeed("zero2_offload", "zero3_offload")
 
 
 def fit(

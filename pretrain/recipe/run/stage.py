@@ -133,7 +133,17 @@ def run_stage(
         options(parser)
     arguments = parser.parse_args()
     name = Path(script).stem
-    definition = Definition(name, work, sections, inputs, resumable, skip, preview, reusable, extends)
+    definition = Definition(
+        name=name,
+        work=work,
+        sections=sections,
+        inputs=inputs,
+        resumable=resumable,
+        skip=skip,
+        preview=preview,
+        reusable=reusable,
+        extends=extends,
+    )
     on_stop(raise_stopped)
     if os.environ.get("RECIPE_RUN_ALL") == str(os.getppid()):
         # When run_all.sh is killed, this process is terminated as well.
