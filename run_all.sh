@@ -15,7 +15,7 @@
 #                    for the training stages: bash pretrain/05_pretrain.sh --help
 #
 # Exit codes: 0 done, 1 a stage failed, 2 refused (wrong option or configuration, stale output, folder in use),
-# 130 interrupted, 143 terminated. To continue after a stop, run the same command again.
+# 130 interrupted, 143 terminated. To continue after a stop, run the same command again, without --force.
 set -euo pipefail
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "run_all.sh: error: this is bash $BASH_VERSION, but 4.4 or newer is needed (macOS: brew install bash)" >&2
@@ -65,7 +65,7 @@ main() {
   while (($#)); do
     case $1 in
       --recipe | --from | --to | --set | --nproc | --deepspeed | --tensor-parallel | --max-restarts)
-        (($# > 1)) || refuse "$1 needs a value"
+        [[ $# -gt 1 && $2 != --* ]] || refuse "$1 needs a value"
         case $1 in
           --recipe) recipe=$2 ;;
           --from) from=$2 ;;

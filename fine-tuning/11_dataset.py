@@ -114,8 +114,9 @@ def select(
 def write_side(folder: Path, side: str, pairs: list[Pair]) -> None:
     """Write train.parquet or valid.parquet. Raises RecipeError when there are no pairs."""
     if not pairs:
+        change = "raise" if side == "valid" else "lower"
         raise RecipeError(
-            f"there are no pairs on the {side} side. Add pairs, or change instruction.valid_share"
+            f"there are no pairs on the {side} side. Add pairs, or {change} instruction.valid_share"
         )
     rows = [{column: getattr(pair, column) for column in SCHEMA.names} for pair in pairs]
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / f"{side}.parquet", compression="zstd")

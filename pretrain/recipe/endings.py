@@ -33,7 +33,10 @@ def errors_in_one_line(name: str) -> Iterator[None]:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted. Run the same command again to continue.", file=sys.stderr)
+        print(
+            f"\n{name}: interrupted. Run the same command again, without --force, to continue.",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         path = error.filename or OUTPUTS
@@ -60,4 +63,5 @@ def raise_stopped(signum: int, frame: object) -> None:
         # A second signal must not interrupt the way out.
         signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(signum).name
-    raise Interrupted(f"terminated ({name}). Run the same command again to continue.", exit_code_of(signum))
+    again = "Run the same command again, without --force, to continue."
+    raise Interrupted(f"terminated ({name}). {again}", exit_code_of(signum))

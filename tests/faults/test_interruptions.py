@@ -158,7 +158,7 @@ def test_output_of_a_killed_stage_is_not_read(make_project):
     (work / "train-text.parquet").write_bytes(b"half")
     result = project.run("pretrain/03_tokenizer.py", "--recipe", "mini", check=False)
     assert result.returncode == 2
-    assert "02_dataset has not been run" in result.stderr and "--from 02" in result.stderr
+    assert "02_dataset has not been run" in result.stderr and "--to 03" in result.stderr
     project.run("pretrain/02_dataset.py", "--recipe", "mini")
     assert not work.exists()
 
@@ -195,6 +195,7 @@ def test_stage_that_fails_stops_the_chain(make_project):
         (["--recipe", "mini", "--from", "6", "--to", "5"], "no stage between"),
         (["--recipe", "mini", "--set", "pretrain.max_step=3"], "'max_steps'"),
         (["--recipe", "mini", "--set"], "--set needs a value"),
+        (["--set", "--dry-run"], "--set needs a value"),
     ],
 )
 def test_wrong_options_are_refused(prepared, options, words):

@@ -51,10 +51,18 @@ def deciding_config(stage: str, config: dict[str, dict[str, Any]]) -> dict[str, 
         section: {
             key: value
             for key, value in deciding_keys(section, values).items()
-            if section != "generation" or key not in NOT_READ.get(stage, ())
+            if _is_read(stage, section, key)
         }
         for section, values in config.items()
     }
+
+
+def _is_read(stage: str, section: str, key: str) -> bool:
+    """Whether a stage reads a key of a file that decides its result."""
+    if section == "generation":
+        return key not in NOT_READ.get(stage, ())
+    # All other keys of dataset.json are for what is done with the downloaded files.
+    return (stage, section) != ("01_download", "dataset") or key == "sources"
 
 
 def deciding_keys(section: str, values: dict[str, Any]) -> dict[str, Any]:

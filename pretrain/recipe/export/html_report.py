@@ -21,6 +21,7 @@ from recipe import project
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.conversations.preferences import skipped_stages
 from recipe.endings import errors_in_one_line
+from recipe.export.summary import headlines, outdated
 from recipe.project import RECORD, Refused, known_record, write_text
 
 # The results: a heading, and the files of the stages that are shown under it, each under its own title.
@@ -83,9 +84,10 @@ def write_report(recipe: str, config: dict[str, Any]) -> Path:
 def headline_figures(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """The figures that a reader looks for first, as (label, value, note); only those that are known.
 
-    records: the ``stage.json`` of the finished stages.
+    records: the ``stage.json`` of the finished stages. Those of another model than the newest do not count.
     """
-    figures = {record["stage"]: record["figures"] for record in records}
+    old = outdated(records)
+    figures = {record["stage"]: record["figures"] for record in records if record["stage"] not in old}
     trained, measured = figures.get("05_pretrain", {}), figures.get("06_evaluate", {})
     tuned = figures.get("14_evaluate", {})
     if "parameters" in (trained.get("active") or {}):
@@ -139,8 +141,8 @@ def _results(folder: Path, skipped: tuple[str, ...]) -> Iterator[str]:
 
 def _overview(records: list[dict[str, Any]]) -> str:
     rows = [
-        (r["stage"], f"{r['seconds']:,.1f}", f"{r['peak_memory_bytes'] / 2**20:,.0f}", r["headline"])
-        for r in records
+        (r["stage"], f"{r['seconds']:,.1f}", f"{r['peak_memory_bytes'] / 2**20:,.0f}", headline)
+        for r, headline in zip(records, headlines(records), strict=True)
     ]
     rows.append(("total", f"{sum(r['seconds'] for r in records):,.1f}", "", ""))
     return _table(("stage", "seconds", "peak memory, MiB", "result"), rows)

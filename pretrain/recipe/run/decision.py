@@ -133,7 +133,7 @@ def decide(description: Description) -> Decision:
         return Decision("skip", f"skipped: {description.skipped}")
     if missing:
         remedy = f"its input is missing: {', '.join(missing)} has not been run for recipe {recipe!r}. "
-        remedy += f"Run `{rerun} --from {missing[0][:2]} --to {name[:2]}`"
+        remedy += f"Run `{rerun} --to {name[:2]}`; finished stages are skipped"
         return Decision("refuse", f"waits for {', '.join(missing)}", remedy)
     for stage, changes in stale_inputs(recipe, description.folders, description.config):
         # run_all.sh names the first stage that it redoes.
@@ -162,8 +162,8 @@ def decide(description: Description) -> Decision:
         if extended := _decide_extension(description, done, changes):
             return extended
         remedy = f"Redo it and what follows: {rerun} --from {name[:2]} --force\n"
-        remedy += f"  Or keep this result and work on a copy: cp -r configs/{recipe} configs/NAME, "
-        remedy += "then --recipe NAME"
+        remedy += f"  Or keep this result: undo the change, and make it in a copy (cp -r configs/{recipe} "
+        remedy += "configs/NAME, then --recipe NAME). Options --set count: give those of the run again"
         reason = f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}"
         return Decision("refuse", reason, remedy)
 
@@ -173,8 +173,10 @@ def decide(description: Description) -> Decision:
         if has_checkpoints(description.work):
             reason = "an unfinished run with other settings has checkpoints in "
             reason += f"{description.work.relative_to(ROOT)}. Changed: {'; '.join(unfinished)}"
-            remedy = "Set the old values again to continue it, or start over with --force (its checkpoints "
-            remedy += f"are set aside), or work on a copy: cp -r configs/{recipe} configs/NAME"
+            again = any(not change.startswith("inputs.") for change in unfinished)
+            remedy = "Set the old values again to continue it, or start" if again else "Start"
+            remedy += " over with --force (its checkpoints are set aside), or work on a copy: "
+            remedy += f"cp -r configs/{recipe} configs/NAME"
             return Decision("refuse", reason, remedy)
     twin = _find_twin(description)
     if twin:

@@ -118,7 +118,7 @@ def input_identity(folder: Path) -> str:
 
 
 def input_changes(recorded: Mapping[str, str], folders: Mapping[str, Path]) -> list[str]:
-    """The inputs that differ from what an earlier run has recorded, each as ``inputs.STAGE: old -> new``.
+    """The inputs that differ from what an earlier run has recorded, each as ``inputs.STAGE: how``.
 
     folders: of the inputs as they are now. Earlier releases recorded other digests of stage 01: that of its
     ``stage.json``, or of another form of the same data. They also count as unchanged.
@@ -130,7 +130,12 @@ def input_changes(recorded: Mapping[str, str], folders: Mapping[str, Path]) -> l
             former = _digest_of_json(former_identity(read_record(folder, "figures")["figures"]))
             if recorded.get(stage) in (former, _digest((folder / RECORD).read_bytes())):
                 now[stage] = recorded[stage]
-    return differences(recorded, now, "inputs")
+    both = ((stage, recorded.get(stage), now.get(stage)) for stage in sorted(recorded.keys() | now.keys()))
+    return [
+        f"inputs.{stage}: " + ("made again" if old and new else "new" if new else "no longer read")
+        for stage, old, new in both
+        if old != new
+    ]
 
 
 def _digest_of_json(value: Any) -> str:

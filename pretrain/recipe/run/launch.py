@@ -151,6 +151,8 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
             raise Refused("the training refused to start; the lines above say why")
         failed.append(watchdog.reached())
         reason = watchdog.found or f"the training stopped with exit code {code} before its end"
+        if code == -signal.SIGKILL:
+            reason += " (killed, as Linux does when the memory is full)"
         _pause_before_restart(stage, reason, failed)
 
 
@@ -163,8 +165,8 @@ def _pause_before_restart(stage: Stage, reason: str, failed: list[int]) -> None:
     if final := why_no_restart(failed, most):
         send_message(stage.folder, f"{reason}. {final}")
         raise RecipeError(
-            f"{reason}; see the lines above. {final}. Checkpoints are kept: run the same command again to "
-            "continue"
+            f"{reason}; see the lines above. {final}. Checkpoints are kept: run the same command again, "
+            "without --force, to continue"
         )
     pause = pause_before(restart)
     line = f"{reason}. Restart {restart} of {most} from the newest good checkpoint in {pause:.0f} s"
@@ -287,7 +289,7 @@ def _wait(
         why = f"stopped by a {'signal' if received else 'stop file'}"
         send_message(stage.folder, why)
         raise Interrupted(
-            f"{why}. Run the same command again to continue from the checkpoint",
+            f"{why}. Run the same command again, without --force, to continue from the checkpoint",
             exit_code_of(received[0]) if received else EXIT_TERMINATED,
         )
     return code

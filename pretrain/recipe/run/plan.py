@@ -342,7 +342,8 @@ def plans(hours: float, machine: Machine, corpus: Corpus, experts: int = 0) -> l
         smallest = rows[0]
         raise Refused(
             f"nothing fits: the smallest model, {smallest.layers} layers with "
-            f"{smallest.shape.parameters:,} parameters, {smallest.missing}"
+            f"{smallest.shape.parameters:,} parameters, {smallest.missing}. Give more --hours or a --gpu. "
+            "The recipe tiny trains in minutes on a CPU"
         )
     return rows
 

@@ -93,6 +93,7 @@ PROFILES = tuple(
 )
 # The usable share of a GPU's memory. The driver and fragmentation take the rest.
 USABLE = 0.94
+ENOUGH_STEPS = 100  # of a training whose speed tells something about others
 # The time of a step with activation checkpointing: its forward pass, a third of its work, is done twice.
 CHECKPOINTING = 4 / 3
 
@@ -347,16 +348,20 @@ def check_resources(stage: Stage, launch: Launch, file: str) -> None:
 def measured_rate(recipe: str, device: Device, ranks: int) -> tuple[float, str] | None:
     """FLOP/s of `ranks` together, from an earlier training or probe, and its origin in words.
 
-    It was on a device of the same name. This recipe's own record comes first, then the newest of the others.
+    It was on a device of the same name. This recipe's own record comes first, then the newest of the others;
+    trainings of fewer than `ENOUGH_STEPS`, of which the start is a large part, come last.
     Each GPU is expected to be as fast as one was then. What a checkpointed training did twice counts, because
     `_device_lines` counts it, too. Ranks on a CPU share its cores, so together they are as fast as the ranks
     were then.
     """
     trained = [(path.parts[-3], path) for path in OUTPUTS.glob(f"*/05_pretrain/{RECORD}")]
     probed = [(path.parts[-2], path) for path in OUTPUTS.glob("*/probe.json")]
-    records = sorted(trained + probed, key=lambda record: (record[0] == recipe, record[1].stat().st_mtime))
-    for name, path in reversed(records):
-        figures = (read_state(path, "figures") or {"figures": {}})["figures"]
+    records = [
+        (name, path.stat().st_mtime, (read_state(path, "figures") or {"figures": {}})["figures"])
+        for name, path in trained + probed
+    ]
+    records.sort(key=lambda r: (r[0] == recipe, r[2].get("steps", ENOUGH_STEPS) >= ENOUGH_STEPS, r[1]))
+    for name, _, figures in reversed(records):
         if figures.get("hardware") == device.name and figures.get("mfu"):
             active = figures.get("active") or {}
             then = active.get("ranks", 1)

@@ -22,6 +22,14 @@ def test_keys_that_decide_nothing_are_left_out():
     assert staleness.deciding_keys("dataset", {"sources": {"a": {"weight": 2}}})["sources"] == {"a": {}}
 
 
+def test_a_download_depends_on_the_sources_alone():
+    dataset = {"sources": {"a": {"weight": 2}}, "valid_share": 0.1}
+    assert staleness.deciding_config("01_download", {"dataset": dataset}) == {
+        "dataset": {"sources": {"a": {}}}
+    }
+    assert staleness.deciding_config("02_dataset", {"dataset": dataset})["dataset"]["valid_share"] == 0.1
+
+
 def test_a_source_may_have_any_name_and_the_order_of_sources_decides():
     values = {"sources": {"project": {"source": "files", "rules": "web"}, "log_a": {"weight": 2.0}}}
     kept = staleness.deciding_keys("dataset", values)

@@ -36,3 +36,27 @@ def test_a_recipe_that_does_not_exist_is_one_line():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("summary: error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_stage_that_is_older_than_its_input_is_marked():
+    """05 was redone: 06 is of the model before, and so is what was made from 12. 01 does not count."""
+    inputs = {
+        "01_download": [],
+        "02_dataset": ["01_download"],
+        "05_pretrain": ["02_dataset"],
+        "06_evaluate": ["02_dataset", "05_pretrain"],
+        "12_finetune": ["05_pretrain"],
+        "14_evaluate": ["02_dataset", "12_finetune"],
+    }
+    hours = (9, 2, 5, 4, 4, 6)
+    records = [
+        {
+            "stage": stage,
+            "headline": "done",
+            "wanted": {"inputs": dict.fromkeys(names, "")},
+            "finished": f"2026-01-01T0{hour}:00:00+0900",
+        }
+        for (stage, names), hour in zip(inputs.items(), hours, strict=True)
+    ]
+    note = "done (older than 05_pretrain)"
+    assert summary.headlines(records) == ["done", "done", "done", note, note, note]

@@ -269,6 +269,19 @@ def test_measured_rate_is_this_recipes_or_the_newest(tmp_path, monkeypatch):
         os.utime(folder / "stage.json", (number, number))
     assert preflight.measured_rate("a", cpu, 2) == (1e12, "measured, recipe a")
     assert preflight.measured_rate("new", cpu, 2) == (5e11, "by the speed of recipe b")
+    # A trial of a few steps tells little about others.
+    trial = {
+        "figures": {
+            "hardware": "CPU",
+            "gemm_peak_flops": 1e12,
+            "mfu": 0.1,
+            "active": {"ranks": 2},
+            "steps": 9,
+        }
+    }
+    (tmp_path / "d/05_pretrain/stage.json").write_text(json.dumps(trial))
+    assert preflight.measured_rate("new", cpu, 2) == (5e11, "by the speed of recipe b")
+    assert preflight.measured_rate("d", cpu, 2) == (2e11, "measured, recipe d")
     assert preflight.measured_rate("a", dataclasses.replace(gpu, name="H100"), 2) is None
     # A probe counts, too.
     figures = {"hardware": "L4", "gemm_peak_flops": 1e12, "mfu": 0.25, "active": {"ranks": 1}}
