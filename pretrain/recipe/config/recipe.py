@@ -97,18 +97,24 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> dic
         elif name == "model":
             config[name] = {}  # an initial model brings its own
         elif name in FILES:
-            raise Refused(
-                f"configs/{recipe}/{name}.json is missing. Copy it from configs/tiny/ and edit it, or write "
-                '{"extends": "tiny"} into it'
-            )
+            raise _missing(recipe, name)
     for override in overrides:
         file, key = _apply(config, override)
         homes.get(file, {}).pop(key, None)
+    if not config["model"] and not config["pretrain"].get("initial_model"):
+        raise _missing(recipe, "model")
     try:
         check_recipe(config, f"configs/{recipe}")
     except Refused as error:
         raise Refused(_name_homes(str(error), recipe, homes)) from error
     return config | {"evaluation": with_suite(config["evaluation"])}
+
+
+def _missing(recipe: str, name: str) -> Refused:
+    return Refused(
+        f"configs/{recipe}/{name}.json is missing. Copy it from configs/tiny/ and edit it, or write "
+        '{"extends": "tiny"} into it'
+    )
 
 
 def _read_extended(

@@ -110,10 +110,11 @@ def test_a_file_that_the_base_does_not_have_is_refused(configs):
     )
 
 
-def test_a_missing_file_says_how_to_take_it_from_another_recipe(configs):
-    (configs / "mine/evaluation.json").unlink()
+@pytest.mark.parametrize("name", ["evaluation", "model"])
+def test_a_missing_file_says_how_to_take_it_from_another_recipe(configs, name):
+    (configs / f"mine/{name}.json").unlink()
     message = refusal("mine")
-    assert "configs/mine/evaluation.json is missing" in message and '{"extends": "tiny"}' in message
+    assert f"configs/mine/{name}.json is missing" in message and '{"extends": "tiny"}' in message
 
 
 def test_a_fault_names_the_file_in_which_the_key_is(configs):
