@@ -226,6 +226,7 @@ def test_stale_input_is_noticed_by_a_later_stage(project):
     result = project.run("run_all.sh", "--recipe", "mini", "--from", "05", *change, check=False)
     assert result.returncode == 2
     assert "its input 03_tokenizer is stale: tokenizer.seed: absent -> 9" in result.stderr
+    assert "had options --set, give the same ones again" in result.stderr
     assert "--set tokenizer.seed=9 --from 03 --force" in result.stderr
 
 

@@ -36,6 +36,8 @@ from recipe.run.freshness import FACTS, differences, fact_changes, input_changes
 from recipe.run.integrity import damage, how_to_repair, parts_read
 from recipe.run.publication import WANTED, has_checkpoints
 
+SAME_OPTIONS = "If the earlier run had options --set, give the same ones again"
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -140,7 +142,7 @@ def decide(description: Description) -> Decision:
         redone = arguments.force and stage[:2] >= os.environ.get("RECIPE_FROM", "99")
         if redone and arguments.dry_run:
             return Decision("run", f"would start over (--force) after {stage}, which is stale")
-        remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force"
+        remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force\n  {SAME_OPTIONS}"
         return Decision("refuse", f"its input {stage} is stale: {'; '.join(changes)}", remedy)
 
     for stage, parts in parts_read(name, description.folders).items():
@@ -163,7 +165,7 @@ def decide(description: Description) -> Decision:
             return extended
         remedy = f"Redo it and what follows: {rerun} --from {name[:2]} --force\n"
         remedy += f"  Or keep this result: undo the change, and make it in a copy (cp -r configs/{recipe} "
-        remedy += "configs/NAME, then --recipe NAME). Options --set count: give those of the run again"
+        remedy += f"configs/NAME, then --recipe NAME). {SAME_OPTIONS}"
         reason = f"stale: made from other settings or inputs. Changed: {'; '.join(changes)}"
         return Decision("refuse", reason, remedy)
 
