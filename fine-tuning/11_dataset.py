@@ -5,7 +5,6 @@ Run:  python fine-tuning/11_dataset.py --recipe tiny
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from recipe.conversations.instructions import (
     Sides,
     cap_share,
     counts_of,
-    identity,
     no_pairs,
-    pair_side,
     pairs_table,
     pretraining_overlap,
     read_pairs,
-    reason_to_drop,
+    require_sides,
+    select,
 )
 from recipe.conversations.read_rows import byte_order_marks
 from recipe.corpus.characters import make_dialogue_normalizer
@@ -31,7 +29,7 @@ from recipe.corpus.normalizing import make_normalizer
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS
 from recipe.corpus.shards import read_texts
 from recipe.progress import progress
-from recipe.project import RecipeError, listed, write_json, write_text
+from recipe.project import listed, write_json, write_text
 from recipe.run.stage import Stage, require_downloads, run_stage
 
 TEXTS = ("instruction", "input", "output", "source", "headword")
@@ -71,6 +69,7 @@ def main(stage: Stage) -> None:
             + (f"; byte order marks removed from {marks} files" if marks else "")
             + (f"; columns that are not used: {', '.join(unused)}" if unused else "")
         )
+    require_sides(sides)
     for side, found in sides.items():
         write_side(stage.folder, side, found)
     texts = read_texts(stage.inputs["02_dataset"], "valid")
@@ -90,34 +89,8 @@ def is_translation(name: str, spec: dict[str, Any]) -> bool:
     return "source" in spec and name == "translation"
 
 
-def select(
-    pairs: Iterable[Pair], judged: bool, valid_share: float, seen: set[bytes]
-) -> tuple[Sides, Counter[str]]:
-    """The pairs that are kept, by side, and the numbers of dropped ones by reason.
-
-    judged: see `reason_to_drop`. seen: the hashes of all conversations kept so far; gets the new ones.
-    """
-    kept: Sides = {"train": [], "valid": []}
-    dropped: Counter[str] = Counter()
-    for pair in pairs:
-        reason = reason_to_drop(pair, judged)
-        if not reason and (hashed := identity(pair)) in seen:
-            reason = "duplicate"
-        if reason:
-            dropped[reason] += 1
-            continue
-        seen.add(hashed)
-        kept[pair_side(pair, valid_share)].append(pair)
-    return kept, dropped
-
-
 def write_side(folder: Path, side: str, pairs: list[Pair]) -> None:
-    """Write train.parquet or valid.parquet. Raises RecipeError when there are no pairs."""
-    if not pairs:
-        change = "raise" if side == "valid" else "lower"
-        raise RecipeError(
-            f"there are no pairs on the {side} side. Add pairs, or {change} instruction.valid_share"
-        )
+    """Write train.parquet or valid.parquet."""
     rows = [{column: getattr(pair, column) for column in SCHEMA.names} for pair in pairs]
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / f"{side}.parquet", compression="zstd")
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.config.chat_templates import INPUT_HEADING, user_message
+from recipe.config.instruction import VALID_SHARE
 from recipe.conversations.dialogues import read_dialogues
 from recipe.conversations.read_rows import Message, expand_pairs, read_rows
+from recipe.corpus.characters import make_dialogue_normalizer
 from recipe.corpus.packaged_pairs import PACKAGED_PAIRS, TRANSLATIONS
 from recipe.corpus.rules import japanese_share
-from recipe.corpus.source_files import file_facts, files_below, local_data_set
+from recipe.corpus.source_files import file_facts, files_below, is_own, local_data_set
 from recipe.corpus.sources import licence
 from recipe.corpus.splitting import is_valid_side, text_hash
-from recipe.project import DATA, listed, markdown_table
+from recipe.project import DATA, RecipeError, listed, markdown_table
 
 _SENTENCE = re.compile(r"[^。\n]{20,}")  # see `pretraining_overlap`
 
@@ -216,6 +218,57 @@ def repaired_characters(funnel: dict[str, dict[str, Any]]) -> list[str]:
 def no_pairs(config: dict[str, Any]) -> str:
     """Why a recipe has no tuning; empty when it has pairs."""
     return "" if config["instruction"]["pairs"] else "instruction.json names no pairs"
+
+
+def select(
+    pairs: Iterable[Pair], judged: bool, valid_share: float, seen: set[bytes]
+) -> tuple[Sides, Counter[str]]:
+    """The pairs that are kept, by side, and the numbers of dropped ones by reason.
+
+    judged: see `reason_to_drop`. seen: the hashes of all conversations kept so far; gets the new ones.
+    """
+    kept: Sides = {"train": [], "valid": []}
+    dropped: Counter[str] = Counter()
+    for pair in pairs:
+        reason = reason_to_drop(pair, judged)
+        if not reason and (hashed := identity(pair)) in seen:
+            reason = "duplicate"
+        if reason:
+            dropped[reason] += 1
+            continue
+        seen.add(hashed)
+        kept[pair_side(pair, valid_share)].append(pair)
+    return kept, dropped
+
+
+def require_sides(sides: Sides) -> None:
+    """Raise RecipeError when there are no pairs on a side."""
+    for side, pairs in sides.items():
+        if not pairs:
+            change = "raise" if side == "valid" else "lower"
+            raise RecipeError(
+                f"there are no pairs on the {side} side. Add pairs, or {change} instruction.valid_share"
+            )
+
+
+def check_own_pairs(config: dict[str, Any]) -> None:
+    """Read the pairs that are in files of this machine as stage 11 will, which may be hours later.
+
+    config: a whole recipe. Raises RecipeError for files or rows that cannot be read, and, when the recipe has
+    no other pairs, for a side without pairs.
+    """
+    values = config["instruction"]
+    own = {name: spec for name, spec in values["pairs"].items() if is_own(spec)}
+    normalize = make_dialogue_normalizer(config["dataset"])
+    sides: Sides = {"train": [], "valid": []}
+    seen: set[bytes] = set()
+    for name, spec in own.items():
+        pairs = read_pairs(name, spec, normalize, Counter())
+        kept, _ = select(pairs, False, values.get("valid_share", VALID_SHARE), seen)
+        for side, found in kept.items():
+            sides[side] += found
+    if own and own == values["pairs"]:
+        require_sides(sides)
 
 
 def reason_to_drop(pair: Pair, judged: bool) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from recipe.config.preference import uses_rewards, with_valid_share
 from recipe.conversations.dialogues import (
     BEFORE,
     ROW_MARKS,
@@ -31,6 +32,8 @@ from recipe.conversations.instructions import (
     unused_columns,
 )
 from recipe.conversations.read_rows import Message, read_rows
+from recipe.corpus.characters import make_dialogue_normalizer
+from recipe.corpus.source_files import is_own
 from recipe.corpus.splitting import is_valid_side, text_hash
 from recipe.project import RecipeError, listed, markdown_table
 
@@ -58,6 +61,21 @@ def skipped_stages(config: dict[str, Any]) -> tuple[str, ...]:
 def preference_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes and times of the files of a user's preferences: a change makes stage 13 stale."""
     return entry_facts("preference.json", config.get("preference", {}).get("pairs", {}))
+
+
+def check_own_preferences(config: dict[str, Any]) -> None:
+    """Read preferences, or questions for rewards, as stage 13 will, if all are in files of this machine.
+
+    config: a whole recipe. Raises RecipeError for files or rows that cannot be read, and for an empty side.
+    """
+    if no_preference(config) or not all(map(is_own, config["preference"]["pairs"].values())):
+        return
+    if uses_rewards(config):
+        from recipe.conversations.questions import load_questions  # it imports torch
+
+        load_questions(with_valid_share(config), config["dataset"])
+        return
+    load_preferences(with_valid_share(config), make_dialogue_normalizer(config["dataset"]))
 
 
 def load_preferences(

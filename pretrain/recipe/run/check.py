@@ -11,8 +11,8 @@ from recipe.config.initial_model import published_config
 from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.tasks import in_suite, metadata, tasks_of
 from recipe.config.training import training_files, unreached_steps
-from recipe.conversations.instructions import no_pairs, pair_facts
-from recipe.conversations.preferences import preference_facts
+from recipe.conversations.instructions import check_own_pairs, no_pairs, pair_facts
+from recipe.conversations.preferences import check_own_preferences, preference_facts
 from recipe.corpus.aozora import require_notation
 from recipe.corpus.download import source_facts
 from recipe.corpus.engine import require_executor
@@ -159,6 +159,13 @@ def check(arguments: argparse.Namespace) -> None:
     source_facts(config)
     pair_facts(config)
     preference_facts(config)
+    for number, stage, check_rows in (
+        (11, "11_dataset", check_own_pairs),
+        (13, "13_preference", check_own_preferences),
+    ):
+        runs = arguments.first <= number <= arguments.last
+        if runs and (arguments.force or not is_finished(stage_folder(arguments.recipe, stage))):
+            check_rows(config)
 
 
 def main() -> None:

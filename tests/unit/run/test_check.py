@@ -2,10 +2,12 @@
 
 import http.server
 import json
+import shutil
 import threading
 
 import pytest
 from recipe import project
+from recipe.config import recipe as recipes
 from recipe.config.recipe import load_recipe
 from recipe.evaluation.tasks import files
 from recipe.project import Refused
@@ -162,3 +164,49 @@ def test_a_missing_program_is_named_before_the_first_stage(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert check_of(monkeypatch, "--recipe", recipe, "--set", option) == 2
     assert message in capsys.readouterr().err
+
+
+QUESTIONS = [{"instruction": f"{i}番の質問", "output": "はい。"} for i in range(60)]
+PREFERRED = [{"prompt": f"{i}番の質問", "chosen": "はい。", "rejected": "いいえ。"} for i in range(60)]
+GRPO = {"method": "grpo", "rewards": {"length": {}}, "max_completion_length": 8}
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "changes", "message"),
+    [
+        ("instruction", [*QUESTIONS, {"question": "?"}], {}, "line 61: no column 'instruction'"),
+        ("instruction", QUESTIONS[:2], {}, "there are no pairs on the valid side"),
+        ("preference", [*PREFERRED, {"prompt": "?", "chosen": "!"}], {}, "line 61: no column 'rejected'"),
+        ("preference", PREFERRED[:2], {}, "there are no preferences on the valid side"),
+        ("preference", [*QUESTIONS, {"question": "?"}], GRPO, "line 61: no column 'instruction'"),
+    ],
+)
+def test_a_bad_row_of_own_pairs_is_named_before_the_first_stage(
+    hub, monkeypatch, capsys, tmp_path, file, rows, changes, message
+):
+    def check_rows(rows, *options):
+        own.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+        return check_of(monkeypatch, "--recipe", "mine", *options)
+
+    own = tmp_path / "own.jsonl"
+    values = {"pairs": {"own": {"path": str(own)}}} | changes
+    if file == "instruction":
+        values |= {"extends": "tiny"}
+    else:
+        values |= {"block_size": 64, "learning_rate": 1e-6}
+        values |= {"global_batch_size": 16, "per_device_train_batch_size": 8}
+    monkeypatch.setattr(recipes, "CONFIGS", tmp_path / "configs")
+    shutil.copytree(project.CONFIGS / "tiny", tmp_path / "configs/tiny")
+    shutil.copytree(project.CONFIGS / "tiny", tmp_path / "configs/mine")
+    (tmp_path / f"configs/mine/{file}.json").write_text(json.dumps(values))
+
+    assert check_rows(rows) == 2
+    assert message in capsys.readouterr().err
+    assert check_rows(rows, "--to", "10") == 0, capsys.readouterr().err
+    whole = PREFERRED if file == "preference" and not changes else QUESTIONS
+    assert check_rows(whole) == 0, capsys.readouterr().err
+    stage = tmp_path / "mine" / {"instruction": "11_dataset", "preference": "13_preference"}[file]
+    stage.mkdir(parents=True)
+    (stage / "stage.json").write_text("{}")
+    assert check_rows(rows) == 0, "a finished stage has read its rows"
+    assert check_rows(rows, "--force") == 2
