@@ -64,7 +64,7 @@ def main(plan: dict[str, Any]) -> None:
                 f"block_size {settings.block_size}. Raise it"
             )
     arguments.max_steps, epochs = total_steps(arguments, len(rows["train"]), settings.global_batch_size)
-    check_steps(run, plan["config"]["preference"], "preference.json")
+    check_steps(run, plan["config"]["preference"], "preference", len(rows["train"]))
     if settings.lora:
         model = without_dropout(load_with_adapter(base, run.choice.attention, settings.lora, arguments))
         reference = None  # the same weights without the adapter

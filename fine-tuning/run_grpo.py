@@ -60,7 +60,7 @@ def main(plan: dict[str, Any]) -> None:
     if arguments.max_steps <= 0:
         fitting, _ = encoded("train", arguments.seed, epochs=1)
         arguments.max_steps, _ = total_steps(arguments, len(fitting), questions_per_step)
-    check_steps(run, preference, "preference.json")
+    check_steps(run, preference, "preference", len(sides["train"]))
     left_out = {}
     rows, left_out["train"] = encoded("train", arguments.seed, count=arguments.max_steps * questions_per_step)
     valid, left_out["valid"] = encoded("valid", 0, count=MEASURED, epochs=1)

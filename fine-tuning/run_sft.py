@@ -40,7 +40,7 @@ def main(plan: dict[str, Any]) -> None:
     held_out, valid_counts = load_conversations(pairs / "valid.parquet", tokenizer, settings.block_size)
     once = PackedConversations(conversations, settings.block_size, tokenizer.pad_token_id, arguments.seed)
     arguments.max_steps, epochs = total_steps(arguments, len(once), settings.global_batch_size)
-    check_steps(run, plan["config"]["finetune"], "finetune.json")
+    check_steps(run, plan["config"]["finetune"], "finetune", len(once))
     samples = PackedConversations(
         conversations, settings.block_size, tokenizer.pad_token_id, arguments.seed, epochs
     )

@@ -53,7 +53,7 @@ def main(plan: dict[str, Any]) -> None:
     blocks = -(-epoch // settings.block_size)
     arguments.max_steps, _ = total_steps(arguments, blocks, settings.global_batch_size)
     values = plan["config"]["pretrain"]
-    check_steps(run, values, "pretrain.json")
+    check_steps(run, values, "pretrain", blocks)
     count = arguments.max_steps * settings.global_batch_size
     phases = phases_of(values, arguments.max_steps) if settings.phases else []
     pad, seed = tokenizer.pad_token_id, arguments.seed

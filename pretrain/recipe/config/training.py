@@ -59,6 +59,11 @@ CHECKPOINTING = {
     "use_reentrant": "bool",
     "preserve_rng_state": "bool",
 }
+# How often a training may go over its data, and who found that.
+REPEATS = {
+    "pretrain": (4, "Muennighoff et al., 2023, arXiv:2305.16264"),
+    "finetune": (15, "Zhou et al., 2023, arXiv:2305.11206"),
+}
 # Native keys that would change what a recipe says, or that nothing here reads, and why.
 UNFIT = {
     "label_smoothing_factor": "the Trainer's smoothing would shift the labels a second time",
@@ -258,6 +263,17 @@ def steps_of_epochs(epochs: float, samples: int, batch: int) -> int:
     """Optimizer steps of so many epochs. samples: of one epoch. batch: samples of one step."""
     # 1.1 * 100 / 10 is a little more than 11 in floating point.
     return math.ceil(round(epochs * samples / batch, 9))
+
+
+def repeats(epochs: float, file: str) -> list[str]:
+    """A line about a training that goes over its data more often than `REPEATS` has for its file."""
+    most, source = REPEATS.get(file, (math.inf, ""))
+    if epochs <= most:
+        return []
+    return [
+        f"note: {file}.json: the run goes {epochs:.1f} times over its data. Up to {most} times was found to "
+        f"help ({source}); after more, a model repeats it by heart. Add data, or lower max_steps"
+    ]
 
 
 def unreached_steps(values: dict[str, Any], steps: int, where: str) -> list[str]:

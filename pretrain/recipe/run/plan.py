@@ -41,6 +41,7 @@ from typing import Any
 
 from recipe import host
 from recipe.config.recipe import FILES, OPTIONAL_FILES, load_recipe, recipes
+from recipe.config.training import REPEATS
 from recipe.corpus.splitting import VALID_SHARE
 from recipe.endings import errors_in_one_line
 from recipe.project import (
@@ -69,7 +70,7 @@ EXPERTS_OF_TOKEN = 2
 OPTIMAL, FEWEST = 20, 0.5
 LONGEST = 100
 MUON_RATE = 0.007
-EPOCHS = 4
+EPOCHS = REPEATS["pretrain"][0]
 # Kaplan et al. (2020), section 4: nats per token from parameters outside the embeddings and tokens.
 KAPLAN = {"N": 6.4e13, "D": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103}
 # Measured losses divided by the law's: `tiny` with a vocabulary of 8,000 (4.1498 after 3.7e6 tokens; manual

@@ -18,7 +18,7 @@ from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimiz
 from recipe.config.phases import longest_block, samples_of, sequences_of_longest
 from recipe.config.schedules import same_rates_until
 from recipe.config.tokenizer import vocabulary_size
-from recipe.config.training import steps_of_epochs
+from recipe.config.training import repeats, steps_of_epochs
 from recipe.hardware import glance, gpus, precision_of
 from recipe.project import (
     CONFIGS,
@@ -400,6 +400,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
     if steps:
         epochs = f" = {steps * per_step / tokens:.2f} epochs of {tokens:,}" if tokens else ""
         yield f"training     {steps:,} steps, {steps * per_step:,} tokens{epochs}"
+        yield from repeats(steps * per_step / tokens, "pretrain") if tokens else ()
     else:
         yield "training     the steps are known after stage 04 (num_train_epochs)"
     yield _disk_line(recipe, config["dataset"], training_disk(shape, setting, values, steps))

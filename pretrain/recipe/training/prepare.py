@@ -22,7 +22,7 @@ from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hard
 from recipe.config.phases import samples_of
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
-from recipe.config.training import attention_needs, check_boards, steps_of_epochs, unreached_steps
+from recipe.config.training import attention_needs, check_boards, repeats, steps_of_epochs, unreached_steps
 from recipe.hardware import Choice, Hardware, choose, detect, initialise_vector_math
 from recipe.model.sharding import shard
 from recipe.model.zero import load_without_code
@@ -184,17 +184,19 @@ def total_steps(arguments: TrainingArguments, samples: int, global_batch: int) -
     return steps, math.ceil(steps * global_batch / samples)
 
 
-def check_steps(run: Run, values: dict[str, Any], where: str) -> None:
+def check_steps(run: Run, values: dict[str, Any], file: str, samples: int) -> None:
     """Check that the schedule fits into its steps, which may follow from the number of epochs.
 
     They are those of the run, or those that an extension with ``rewarm`` has added. values: of the training
-    file `where`. Raises Refused, for example for a warm-up that is longer. Prints a line about each key such
-    as ``eval_steps`` that names a step after the last.
+    file `file`, such as ``pretrain``. samples: of one epoch. Raises Refused, e.g. for a longer warm-up.
+    Prints a line about each key such as ``eval_steps`` that names a step after the last, and about data that
+    are repeated too often.
     """
     steps = run.arguments.max_steps
-    check_schedule(values | {"max_steps": steps - schedule_begin(run.folder)}, where)
+    check_schedule(values | {"max_steps": steps - schedule_begin(run.folder)}, f"{file}.json")
     if run.is_main and not run.probe:
-        for line in unreached_steps(values, steps, where):
+        epochs = steps * run.settings.global_batch_size / samples
+        for line in (*unreached_steps(values, steps, f"{file}.json"), *repeats(epochs, file)):
             print(line, flush=True)
 
 

@@ -37,12 +37,18 @@ def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monk
     run = prepare(plan_of(tmp_path, {"pretrain": values, "model": {}}), "pretrain")
     run.arguments.max_steps = total_steps(run.arguments, 100, 8)[0]
     with pytest.raises(Refused, match="pretrain.json: warmup_steps: 14, more than the 13 steps of the run"):
-        check_steps(run, values, "pretrain.json")
-    check_steps(run, values | {"warmup_steps": 13}, "pretrain.json")
+        check_steps(run, values, "pretrain", 100)
+    check_steps(run, values | {"warmup_steps": 13}, "pretrain", 100)
     (tmp_path / EXTENDED).write_text('{"from": 8, "steps": 8, "rewarm": true}')
     with pytest.raises(Refused, match="warmup_steps: 6, more than the 5 steps"):
-        check_steps(run, values | {"warmup_steps": 6}, "pretrain.json")
-    assert "eval_steps: 20, but the run has 13 steps" in capsys.readouterr().out
+        check_steps(run, values | {"warmup_steps": 6}, "pretrain", 100)
+    said = capsys.readouterr().out
+    assert "eval_steps: 20, but the run has 13 steps" in said
+    assert "over its data" not in said
+    check_steps(run, values | {"warmup_steps": 0}, "pretrain", 25)
+    assert "pretrain.json: the run goes 4.2 times over its data. Up to 4" in capsys.readouterr().out
+    check_steps(run, values | {"warmup_steps": 0}, "finetune", 25)
+    assert "over its data" not in capsys.readouterr().out
 
 
 def test_a_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
