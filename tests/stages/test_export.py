@@ -47,6 +47,7 @@ def test_the_card_says_what_was_measured(project):
     pairs = project.figures("mini", "11_dataset")["pairs"]["mine"]
     assert f"| mine | pairs.json | yours | {pairs['in']} | {pairs['out']} | none |" in card
     assert "AutoModelForCausalLM.from_pretrained('.')" in card  # the folder of the card, before any upload
+    assert "In questions, write kana full-width" in card and "Normalise your prompts" not in card
     assert str(project.folder) not in card  # nobody's paths are published
 
 

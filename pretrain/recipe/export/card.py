@@ -156,7 +156,11 @@ def _use(repository: str, config: dict[str, dict[str, Any]], tuned: bool) -> str
     by = "character by character" if rules.get("layout") == "keep" else "by neologdn"
     text += f"\n\nThe training text was normalised {by}"
     text += f" ({json.dumps(rules)[1:-1]})" if rules else ""
-    text += ". Normalise your prompts in the same way."
+    text += (
+        ". In questions, write kana full-width, letters and digits in ASCII; `chat.py` of the recipe does."
+        if tuned
+        else ". Normalise your prompts in the same way."
+    )
     segmenter = config["tokenizer"].get("segmenter")
     if segmenter:
         text += f" Its words were separated by {segmenter}. Separate the words of your prompts, too."

@@ -63,6 +63,7 @@ def test_the_card_tells_what_was_measured(finished):
     assert "### 06_evaluate\n\nloss 1.5\n\n## Samples" in card
     assert "With transformers 4.57 or 5, in the folder of this card:" in card
     assert "from_pretrained('.')" in card
+    assert "Normalise your prompts in the same way." in card
     assert json.dumps(CONFIG["pretrain"], indent=2) in card
 
 
