@@ -404,7 +404,7 @@ def report(recipe: str, config: dict[str, dict[str, Any]], launch: Launch) -> It
     else:
         yield "training     the steps are known after stage 04 (num_train_epochs)"
     yield _disk_line(recipe, config["dataset"], training_disk(shape, setting, values, steps))
-    yield from _memory_lines(shape, setting)
+    yield from _memory_lines(shape, setting, values)
     work = shape.flops_per_token(values["block_size"]) * (steps * per_step if steps else 1e9)
     unit = "" if steps else " per 1e9 tokens"
     yield (
@@ -433,7 +433,7 @@ def _disk_line(recipe: str, dataset: dict[str, Any], training: int | None) -> st
     return f"disk         {'; '.join([*asked, f'{free / 1e9:,.0f} GB free{verdict}'])}"
 
 
-def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
+def _memory_lines(shape: Shape, setting: Setting, values: dict[str, Any]) -> Iterator[str]:
     parts = memory(shape, setting)
     peak, _ = parts.pop("peak"), parts.pop("host")
     held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
@@ -460,6 +460,9 @@ def _memory_lines(shape: Shape, setting: Setting) -> Iterator[str]:
             states = memory(shape, replace(plain, ranks=count, **fields))
             cells += f"{sum(states[part] for part in ('weights', 'gradients', 'optimizer')) / GIB:>8.2f}"
         yield f"               {name:42}{cells}  {formula}"
+    if ZERO not in OPTIMIZERS[setting.optimizer].sharding:
+        options = " ".join(_choose_optimizer(values, DEFAULT))
+        yield f"               --deepspeed does not work with {setting.optimizer}: add {options}"
 
 
 def _device_lines(

@@ -342,6 +342,8 @@ def test_report_of_every_recipe(recipe, launch):
         config["pretrain"]["muon_learning_rate"] = None
     lines = list(preflight.report(recipe, config, launch))
     text = "\n".join(lines)
+    with_muon = bool(config["pretrain"].get("muon_learning_rate"))
+    assert ("--deepspeed does not work with muon: add --set" in text) == with_muon
     vocabulary, _ = preflight.vocabulary_of(recipe, config)
     assert f"{shape_of(config['model'], vocabulary).parameters:,}" in text
     for device in PROFILES:
