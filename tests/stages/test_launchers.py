@@ -249,7 +249,7 @@ import sys
 import torch
 from recipe.config.optimizers import DEFAULT, OPTIMIZERS
 from recipe.config.settings import Settings
-from recipe.hardware import Choice
+from recipe.config.choice import Choice
 from recipe.project import Refused
 from recipe.training.active_check import ActiveCheck, Asked, expected_parallelism
 from transformers import AutoModelForCausalLM, Qwen3Config, Trainer, TrainingArguments

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from recipe.config.choice import AttentionNeeds
 from recipe.config.keys import ELSEWHERE, check_keys, is_type, known_keys, require, show
 from recipe.config.known_keys import fields_of
 from recipe.config.model import attention_heads, model_values, sliding_window, with_defaults
@@ -33,7 +34,7 @@ from recipe.config.ranges import (
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings, SpikeRule
 from recipe.config.staleness import TRAINING_FILES
-from recipe.hardware import FLASH_ATTENTION, AttentionNeeds
+from recipe.hardware import FLASH_ATTENTION
 from recipe.project import Refused, nearest
 
 # The keys of ours with their JSON types: those of every training file; in pretrain.json also the published

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from recipe.hardware import detect, precision_of
+from recipe.config.choice import precision_of
+from recipe.hardware import detect
 from recipe.progress import progress
 from recipe.project import RecipeError, markdown_table
 from recipe.tokenization.packing import IGNORED, PackedBlocks

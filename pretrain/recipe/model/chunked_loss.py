@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import unwrap_peft_model
 
-from recipe.hardware import CHUNK, CHUNKS, LIGER, WHOLE
+from recipe.config.choice import CHUNK, CHUNKS, LIGER, WHOLE
 from recipe.model.losses import next_tokens
 from recipe.tokenization.packing import IGNORED
 

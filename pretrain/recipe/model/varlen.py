@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before PyTorch 2.10; `recipe.hardware.choose` does not choose this kernel then
+except ImportError:  # before PyTorch 2.10; `recipe.config.choice.choose` does not choose this kernel then
     varlen_attn = None
 
 NAME = "varlen"  # the value of attn_implementation

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe.config.choice import check_liger, check_quantization, choose
 from recipe.config.launch import check_experts, check_fp8, check_launch, check_tensor_parallel
 from recipe.config.model import model_values
 from recipe.config.optimizers import check_optimizer_hardware
 from recipe.config.training import attention_needs, check_boards
-from recipe.hardware import BF16_CAPABILITY, Hardware, check_liger, check_quantization, choose, gpus
+from recipe.hardware import BF16_CAPABILITY, Hardware, gpus
 from recipe.project import Refused
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe.config.choice import CHUNK, CHUNKS, choose_loss
 from recipe.config.model import DEFAULTS, experts_of
 from recipe.config.optimizers import OPTIMIZERS
-from recipe.hardware import CHUNK, CHUNKS, choose_loss
 
 # GPT-2's names for the keys of the other architectures.
 GPT2_NAMES = {

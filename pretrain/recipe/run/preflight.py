@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recipe import host
+from recipe.config.choice import precision_of
 from recipe.config.launch import batch_layout, offloads_optimizer, offloads_parameters
 from recipe.config.model import model_values
 from recipe.config.optimizers import DEFAULT, OFFLOAD, OPTIMIZERS, ZERO, optimizer_name, without_muon
@@ -19,7 +20,7 @@ from recipe.config.phases import longest_block, samples_of, sequences_of_longest
 from recipe.config.schedules import same_rates_until
 from recipe.config.tokenizer import vocabulary_size
 from recipe.config.training import repeats, steps_of_epochs
-from recipe.hardware import glance, gpus, precision_of
+from recipe.hardware import glance, gpus
 from recipe.project import (
     CONFIGS,
     DATA,

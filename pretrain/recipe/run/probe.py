@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipe.config.choice import choose, usable_attention
 from recipe.config.initial_model import find_initial
 from recipe.config.launch import batch_layout
 from recipe.config.model import model_values
@@ -29,7 +30,7 @@ from recipe.config.optimizers import without_muon
 from recipe.config.phases import sequences_of_longest
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.training import attention_needs
-from recipe.hardware import choose, glance, usable_attention
+from recipe.hardware import glance
 from recipe.project import (
     OUTPUTS,
     RecipeError,

@@ -18,9 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from recipe.config.choice import Choice
 from recipe.config.optimizers import Optimizer
 from recipe.config.settings import Settings
-from recipe.hardware import Choice
 from recipe.model.build import active_parameter_count, parameter_count
 from recipe.model.chunked_loss import active_loss
 from recipe.model.fp8 import active_fp8
@@ -35,7 +35,7 @@ from recipe.training.check_schedule import check_rates
 class Active:
     """What a training uses. None: not in use.
 
-    fp8: the number of matrices that are multiplied in fp8. loss: see `recipe.hardware.choose_loss`.
+    fp8: the number of matrices that are multiplied in fp8. loss: see `recipe.config.choice.choose_loss`.
     compiled: by torch.compile. activation_checkpointing: how many of the layers are computed again. fused:
     whether the optimizer is one kernel. offloaded: whether it runs on the CPU. scheduler: name and class.
     router_aux_loss: its coefficient. neftune: its noise alpha. parallel: see `active_parallelism`.
@@ -77,7 +77,7 @@ class Active:
 class Asked:
     """What the recipe and the launcher ask of a training, apart from the TrainingArguments.
 
-    loss: in the words of `recipe.hardware.choose_loss`. parallel: in those of `active_parallelism`.
+    loss: in the words of `recipe.config.choice.choose_loss`. parallel: in those of `active_parallelism`.
     router_aux_loss: the coefficient, of a mixture of experts. fp8: the number of matrices that fit.
     """
 

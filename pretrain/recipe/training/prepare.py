@@ -17,13 +17,14 @@ import transformers
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from recipe.config.choice import Choice, choose
 from recipe.config.launch import batch_layout
 from recipe.config.optimizers import OPTIMIZERS, Optimizer, check_optimizer_hardware, optimizer_name
 from recipe.config.phases import samples_of
 from recipe.config.schedules import check_schedule
 from recipe.config.settings import Settings
 from recipe.config.training import attention_needs, check_boards, repeats, steps_of_epochs, unreached_steps
-from recipe.hardware import Choice, Hardware, choose, detect, initialise_vector_math
+from recipe.hardware import Hardware, detect, initialise_vector_math
 from recipe.model.sharding import shard
 from recipe.model.zero import load_without_code
 from recipe.training.extended import schedule_begin

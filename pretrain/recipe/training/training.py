@@ -18,9 +18,10 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
+from recipe.config.choice import CHUNKS, LIGER, WHOLE, choose_loss
 from recipe.config.phases import Phase, longest_block, phase_at
 from recipe.config.settings import SpikeRule
-from recipe.hardware import CHUNKS, LIGER, WHOLE, choose_loss, gemm_peak, peak_memory
+from recipe.hardware import gemm_peak, peak_memory
 from recipe.model.build import flops_per_token, trained_parameter_count
 from recipe.model.chunked_loss import return_loss_in_chunks
 from recipe.model.fp8 import use_fp8

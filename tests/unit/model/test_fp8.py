@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 from conftest import sentences
-from recipe import hardware
+from recipe.config import choice
 from recipe.model.fp8 import active_fp8, use_fp8
 from recipe.model.optimizers import MuonAdamW
 from recipe.project import Refused
@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_bf16_within_a_measured_bound():
 
 def test_a_training_reports_fp8_and_stops_without_it(train, monkeypatch):
     """Emulated: the check of the hardware, which a CPU does not pass, is left out."""
-    monkeypatch.setattr(hardware, "_check_fp8", lambda *_: None)
+    monkeypatch.setattr(choice, "_check_fp8", lambda *_: None)
     monkeypatch.setattr(training, "use_fp8", functools.partial(use_fp8, emulate=True))
     figures, _, folder = train(model=QWEN3, fp8=True)
     assert figures["active"]["fp8"] == 7

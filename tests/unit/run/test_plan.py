@@ -76,7 +76,7 @@ def test_colab_t4_stays_within_the_limits_of_its_host():
         values = config[file]
         setting = preflight.setting_of(values, machine.device, Launch())
         assert setting.precision == "fp16" and "bf16" not in values
-        assert "attn_implementation" not in values  # the hardware decides: test_hardware.py
+        assert "attn_implementation" not in values  # the hardware decides: test_choice.py
         assert memory(shape, setting)["peak"] * plan.MEMORY_MARGIN < machine.free
         disk += preflight.training_disk(shape, setting, values, values.get("max_steps", 10_000))
         assert values.get("dataloader_num_workers", 0) <= 2

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 from recipe import project
+from recipe.config.choice import choose
 from recipe.config.launch import check_launch
 from recipe.config.recipe import load_recipe
-from recipe.hardware import Hardware, choose
+from recipe.hardware import Hardware
 from recipe.project import Refused
 from recipe.run import preflight
 from recipe.run.launch_options import Launch

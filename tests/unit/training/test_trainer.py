@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from recipe import hardware
 from recipe.config import optimizers as table
+from recipe.config.choice import CHUNKS
 from recipe.config.optimizers import OPTIMIZERS, Optimizer
 from recipe.model import chunked_loss, optimizers
 from recipe.model.build import build_model
@@ -82,7 +82,7 @@ def test_z_loss_is_logged_apart(train):
 def test_the_loss_in_chunks_trains_the_same(train, monkeypatch, options):
     """With dropout, and with evaluations and samples in between."""
     whole, expected, _ = train("whole", sample_steps=3, **options)
-    monkeypatch.setattr(training, "choose_loss", lambda *_: hardware.CHUNKS)
+    monkeypatch.setattr(training, "choose_loss", lambda *_: CHUNKS)
     monkeypatch.setattr(chunked_loss, "CHUNK", 11 * 400)
     figures, rows, _ = train("chunks", sample_steps=3, **options)
     assert (whole["active"]["loss"], figures["active"]["loss"]) == ("whole logits", "chunks")
