@@ -20,7 +20,7 @@ import numpy as np
 from recipe.config.recipe import load_recipe
 from recipe.hardware import count_gpus
 from recipe.project import ROOT
-from recipe.run import preflight, probe
+from recipe.run import fitting, probe
 from recipe.run.launch_options import Launch
 from recipe.run.memory import memory, shape_of
 from recipe.tokenization.token_files import write_token_file
@@ -118,9 +118,9 @@ def run(name: str) -> tuple[float, dict[str, Any], int]:
         "generation": {"prompts": []},
     }
     chosen = values | {"activation_checkpointing": checkpointing, "torch_compile": compiled}
-    here, _ = preflight.this_machine(launch)
+    here, _ = fitting.this_machine(launch)
     shape = shape_of(model, vocabulary)
-    computed = memory(shape, preflight.setting_of(chosen, here, launch))
+    computed = memory(shape, fitting.setting_of(chosen, here, launch))
     with tempfile.TemporaryDirectory() as folder:
         probe.OUTPUTS = Path(folder)
         (probe.OUTPUTS / "bench").mkdir()

@@ -54,11 +54,11 @@ from recipe.project import (
     stage_folder,
     write_json,
 )
-from recipe.run import preflight
+from recipe.run import fitting, preflight
 from recipe.run.cards import CARDS, Card, card, seen_card
+from recipe.run.fitting import CHECKPOINTING, GIB, USABLE, Device
 from recipe.run.launch_options import Launch
 from recipe.run.memory import Setting, Shape, memory, shape_of
-from recipe.run.preflight import CHECKPOINTING, GIB, USABLE, Device
 
 # The recipe that gives the other files where --corpus is a size.
 BASE = "small"
@@ -172,8 +172,8 @@ def machine_of(gpu: str | None, gpus: int | None) -> Machine:
         device = Device(named.name, named.gigabytes, named.flops, named.bf16 or kind == "cpu", kind)
         rate, origin = named.rate()
         return Machine(device, launch, named.gigabytes * GIB * USABLE, rate * launch.ranks, origin)
-    launch = Launch(processes=gpus or max(1, len(preflight.gpus())))
-    device, free = preflight.this_machine(launch)
+    launch = Launch(processes=gpus or max(1, len(fitting.gpus())))
+    device, free = fitting.this_machine(launch)
     if device.kind == "cpu" and gpus is not None:
         raise Refused(f"--gpus {gpus}: this machine has no GPU. Name a card, such as --gpu rtx4090")
     if math.isinf(free):
@@ -328,7 +328,7 @@ def settle(
                 "activation_checkpointing": checkpointing,
                 "muon_learning_rate": MUON_RATE,
             }
-            setting = preflight.setting_of(values, machine.device, machine.launch)
+            setting = fitting.setting_of(values, machine.device, machine.launch)
             peak = memory(shape, setting)["peak"]
             if peak * MEMORY_MARGIN <= machine.free:
                 return values, setting, peak

@@ -42,7 +42,7 @@ from recipe.project import (
     write_json,
     write_text,
 )
-from recipe.run import preflight
+from recipe.run import fitting, preflight
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import memory
 from recipe.run.processes import child_environment, command, kill, training_plan, visible_devices
@@ -254,7 +254,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             figures = [
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['flops_per_second'] / 1e9:,.0f}",
-                f"{row['peak_memory_bytes'] / preflight.GIB:.2f}",
+                f"{row['peak_memory_bytes'] / fitting.GIB:.2f}",
             ]
         outcome = row["outcome"] + (f": {row['reason']}" if row.get("reason") else "")
         cells = [row["checkpointing"], row["compiled"], row["attention"], sharding_of(row)]
@@ -291,7 +291,7 @@ def comparison(rows: list[dict[str, Any]], global_batch: int) -> str:
             speed = row["tokens_per_second"]
             speed_up = f"{speed / alone['tokens_per_second']:.2f}" if alone else ""
             share = f"{row['communication']:.0%}" if "communication" in row else ""
-            cells = [f"{speed:,.0f}", speed_up, share, f"{row['peak_memory_bytes'] / preflight.GIB:.2f}"]
+            cells = [f"{speed:,.0f}", speed_up, share, f"{row['peak_memory_bytes'] / fitting.GIB:.2f}"]
         table.append([sharding_of(row), str(row["ranks"]), str(row["micro_batch"]), *cells])
     heads = (
         "sharding",
@@ -333,7 +333,7 @@ def measure(
     shape, setting, free = preflight.on_this_machine(plan["recipe"], config, launch)
     peak = memory(shape, setting)["peak"]
     if peak > HOPELESS * free:
-        needed, there = (f"{size / preflight.GIB:.0f} GiB" for size in (peak, free))
+        needed, there = (f"{size / fitting.GIB:.0f} GiB" for size in (peak, free))
         reason = f"about {needed} per rank by the preflight, {there} are free"
         return row | {"outcome": "not tried", "reason": reason}
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=OUTPUTS / plan["recipe"]) as name:

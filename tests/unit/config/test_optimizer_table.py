@@ -13,9 +13,9 @@ from recipe.hardware import Hardware
 from recipe.model import optimizers as ours
 from recipe.model.build import is_outer
 from recipe.project import Refused
+from recipe.run.fitting import PROFILES, setting_of
 from recipe.run.launch_options import Launch
 from recipe.run.memory import memory, shape_of
-from recipe.run.preflight import PROFILES, setting_of
 from shapes import SMALL, read
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 

@@ -22,12 +22,12 @@ from recipe.config.recipe import check_recipe, load_recipe, recipes
 from recipe.config.rewards import REWARDS
 from recipe.corpus.rules import RULES
 from recipe.project import CONFIGS
-from recipe.run import preflight
+from recipe.run import fitting, preflight
 from recipe.run.launch_options import Launch
 from recipe.run.memory import memory, shape_of
 
 TEXT = (CONFIGS / "README.md").read_text("utf-8")
-A100 = preflight.Device("80 GB A100", 80, 312e12, True)
+A100 = fitting.Device("80 GB A100", 80, 312e12, True)
 
 
 def rows(heading, column):
@@ -119,11 +119,11 @@ def test_the_table_of_recipes_has_their_real_figures():
     for name, (_, shown, parameters, block, _, disk, peak, _) in found.items():
         config = load_recipe(name)
         shape = shape_of(model_values(config), preflight.vocabulary_of("unknown", config)[0])
-        setting = preflight.setting_of(config["pretrain"], A100, Launch())
+        setting = fitting.setting_of(config["pretrain"], A100, Launch())
         assert int(parameters.replace(",", "")) == shape.parameters, name
         assert int(block.replace(",", "")) == config["pretrain"]["block_size"], name
         assert float(disk.split()[0]) == config["dataset"].get("disk_gigabytes", 0.3), name
-        compiled = memory(shape, replace(setting, compiled=True))["peak"] / preflight.GIB
+        compiled = memory(shape, replace(setting, compiled=True))["peak"] / fitting.GIB
         assert float(peak.split()[0]) == pytest.approx(compiled, abs=0.051), name
         size = re.search(r"(\d+) layers of ([\d,]+)", shown)
         if size:

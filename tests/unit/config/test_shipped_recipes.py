@@ -10,7 +10,7 @@ from recipe.config.chat_templates import chat_template
 from recipe.config.recipe import load_recipe, recipes
 from recipe.model.build import build_model, parameter_count
 from recipe.project import CONFIGS, Refused
-from recipe.run import preflight
+from recipe.run import fitting, preflight
 from recipe.run.launch_options import Launch
 from recipe.run.memory import shape_of
 from recipe.tokenization.train import expected_memory
@@ -189,8 +189,8 @@ def test_colab_t4_stays_within_the_limits_of_its_host():
     values = load_recipe("colab-t4")
     assert expected_memory(values["tokenizer"]) < 2e9
     shape = shape_of(values["model"], tokenizer.vocabulary_size(values["tokenizer"]))
-    t4 = next(device for device in preflight.PROFILES if "T4" in device.name)
-    setting = preflight.setting_of(values["pretrain"], t4, Launch())
+    t4 = next(device for device in fitting.PROFILES if "T4" in device.name)
+    setting = fitting.setting_of(values["pretrain"], t4, Launch())
     disk = preflight.training_disk(shape, setting, values["pretrain"], values["pretrain"]["max_steps"])
     assert setting.precision == "fp16" and disk < 1.5e9
     assert values["dataset"]["disk_gigabytes"] * 1e9 + disk < 15e9

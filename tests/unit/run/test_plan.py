@@ -13,7 +13,7 @@ from recipe.config import recipe as recipes_module
 from recipe.config.model import check_model
 from recipe.config.recipe import load_recipe
 from recipe.project import Refused
-from recipe.run import cards, plan, preflight
+from recipe.run import cards, fitting, plan, preflight
 from recipe.run.launch_options import Launch
 from recipe.run.memory import memory, shape_of
 from recipe.tokenization.train import expected_memory
@@ -62,8 +62,8 @@ def test_our_own_recipes_follow_the_rules(recipe, layers, gpu, gibibytes, hours)
     assert values["global_batch_size"] == plan.batch_size(tokens, values["block_size"], 1)
     machine, corpus = plan.machine_of(gpu, 1), plan.corpus_of(recipe, "tiny")
     assert hours[0] < tokens * shape.flops_per_token(values["block_size"]) / machine.rate / 3600 < hours[1]
-    peak = memory(shape, preflight.setting_of(values, machine.device, Launch()))["peak"]
-    assert peak * plan.MEMORY_MARGIN < gibibytes * preflight.GIB * preflight.USABLE
+    peak = memory(shape, fitting.setting_of(values, machine.device, Launch()))["peak"]
+    assert peak * plan.MEMORY_MARGIN < gibibytes * fitting.GIB * fitting.USABLE
     assert tokens < plan.EPOCHS * corpus.tokens and 5 < tokens / shape.parameters < 40
 
 
@@ -74,7 +74,7 @@ def test_colab_t4_stays_within_the_limits_of_its_host():
     disk = config["dataset"]["disk_gigabytes"] * 1e9
     for file in ("pretrain", "finetune"):
         values = config[file]
-        setting = preflight.setting_of(values, machine.device, Launch())
+        setting = fitting.setting_of(values, machine.device, Launch())
         assert setting.precision == "fp16" and "bf16" not in values
         assert "attn_implementation" not in values  # the hardware decides: test_choice.py
         assert memory(shape, setting)["peak"] * plan.MEMORY_MARGIN < machine.free
@@ -192,7 +192,7 @@ def test_a_written_recipe_is_accepted_and_takes_the_memory_of_its_row(base, copi
     row = plan.best(plan.plans(3, machine, corpus))
     plan.write("mine", row, corpus)
     config = load_recipe("mine")
-    setting = preflight.setting_of(config["pretrain"], machine.device, Launch())
+    setting = fitting.setting_of(config["pretrain"], machine.device, Launch())
     assert setting == row.setting and setting.precision == "fp16"
     vocabulary, _ = preflight.vocabulary_of(base, config)
     peak = memory(shape_of(config["model"], vocabulary), setting)["peak"]
@@ -269,20 +269,20 @@ def test_what_fits_nothing_is_refused_and_the_nearest_is_named(hours, gpu, corpu
 def test_gpus_that_are_none(monkeypatch):
     with pytest.raises(Refused, match="--gpus 4: --gpu cpu is no GPU"):
         plan.machine_of("cpu", 4)
-    here = preflight.Device("CPU", 16, 0.0, True, "cpu")
-    monkeypatch.setattr(preflight, "this_machine", lambda launch: (here, 16.0 * preflight.GIB))
+    here = fitting.Device("CPU", 16, 0.0, True, "cpu")
+    monkeypatch.setattr(fitting, "this_machine", lambda launch: (here, 16.0 * fitting.GIB))
     with pytest.raises(Refused, match="--gpus 2: this machine has no GPU. Name a card"):
         plan.machine_of(None, 2)
     assert plan.machine_of(None, None).device == here
 
 
 def test_a_gpu_that_is_too_small_or_unknown(monkeypatch):
-    small = preflight.Device("Tesla T4", 1, 0.0, False)
-    monkeypatch.setattr(preflight, "this_machine", lambda launch: (small, 1.0 * preflight.GIB))
+    small = fitting.Device("Tesla T4", 1, 0.0, False)
+    monkeypatch.setattr(fitting, "this_machine", lambda launch: (small, 1.0 * fitting.GIB))
     with pytest.raises(Refused, match=r"4 layers .* needs [\d.]+ GiB, 1\.00 can be used"):
         plan.plans(3, plan.machine_of(None, 1), plan.corpus_of("6GB", "tiny"))
-    unknown = preflight.Device("Radeon VII", 16, 0.0, False)
-    monkeypatch.setattr(preflight, "this_machine", lambda launch: (unknown, 16.0 * preflight.GIB))
+    unknown = fitting.Device("Radeon VII", 16, 0.0, False)
+    monkeypatch.setattr(fitting, "this_machine", lambda launch: (unknown, 16.0 * fitting.GIB))
     with pytest.raises(Refused, match="Radeon VII: its speed is not known. Name a similar card"):
         plan.machine_of(None, 1)
 
@@ -329,14 +329,14 @@ def test_the_table_says_where_the_speed_comes_from(tmp_path):
 
 
 def test_a_probe_on_this_machine_gives_the_speed(tmp_path, monkeypatch):
-    here = preflight.Device("NVIDIA L4", 22, 0.0, True)
-    monkeypatch.setattr(preflight, "this_machine", lambda launch: (here, 20.0 * preflight.GIB))
+    here = fitting.Device("NVIDIA L4", 22, 0.0, True)
+    monkeypatch.setattr(fitting, "this_machine", lambda launch: (here, 20.0 * fitting.GIB))
     figures = {"hardware": "NVIDIA L4", "mfu": 0.5, "gemm_peak_flops": 1e14}
     (tmp_path / "outputs/a").mkdir(parents=True)
     project.write_json(tmp_path / "outputs/a/probe.json", {"figures": figures})
     machine = plan.machine_of(None, 2)
     assert (machine.rate, machine.origin) == (1e14, "by the speed of recipe a")
-    assert (machine.free, machine.launch.ranks) == (20.0 * preflight.GIB, 2)
+    assert (machine.free, machine.launch.ranks) == (20.0 * fitting.GIB, 2)
     (tmp_path / "outputs/a/probe.json").unlink()
     assert plan.machine_of(None, 2).origin == "tabulated 121 TFLOP/s x 40%"
 

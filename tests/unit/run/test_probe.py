@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import MINI
 from recipe.project import ROOT, Refused
-from recipe.run import preflight, probe
+from recipe.run import fitting, preflight, probe
 from recipe.run.launch_options import Launch, add_options, launch_of
 from recipe.run.memory import shape_of
 from recipe.run.probe import (
@@ -438,8 +438,8 @@ def test_computed_disk_is_what_a_training_writes(prepared):
     record = json.loads((folder / "stage.json").read_text())
     assert record["figures"]["steps"] == 2 and record["figures"]["peak_memory_bytes"] > 2**27
     shape = shape_of(record["config"]["model"], 400)
-    here, _ = preflight.this_machine(Launch())
-    setting = preflight.setting_of(record["config"]["pretrain"], here, Launch())
+    here, _ = fitting.this_machine(Launch())
+    setting = fitting.setting_of(record["config"]["pretrain"], here, Launch())
     assert shape.parameters == record["figures"]["active"]["parameters"]
     files = [folder / "checkpoints/checkpoint-1" / name for name in ("model.safetensors", "optimizer.pt")]
     written = sum(file.stat().st_size for file in files)
