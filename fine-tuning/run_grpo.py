@@ -23,8 +23,8 @@ def main(plan: dict[str, Any]) -> None:
     from recipe.project import RecipeError, read_json_lines, write_text
     from recipe.run.publication import RESULT, write_last
     from recipe.tokenization.save import load_tokenizer
-    from recipe.training.callbacks import METRICS
     from recipe.training.curves import write_curves
+    from recipe.training.files import METRICS
     from recipe.training.group_trainer import GroupTrainer
     from trl import GRPOConfig
 

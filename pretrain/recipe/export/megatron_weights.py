@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from recipe.endings import errors_in_one_line
 from recipe.export.megatron import MODEL_TYPES, check_parallelism, expected_weights, padded_vocabulary
 from recipe.project import RECORD, RecipeError, Refused, require_extra
+from recipe.training.files import CHECKPOINTS
 
 Weights = dict[str, torch.Tensor]
 # A rank's number among the tensor parallel ranks, and among the pipeline's.
@@ -335,7 +336,7 @@ def write_folder(checkpoint: Path, source: Path, target: Path) -> int:
         )
     partial = target.with_name(f".{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    no_weights = shutil.ignore_patterns("*.safetensors*", RECORD, "checkpoints", "tensorboard")
+    no_weights = shutil.ignore_patterns("*.safetensors*", RECORD, CHECKPOINTS, "tensorboard")
     shutil.copytree(source, partial, ignore=no_weights)
     whole = {name: part.contiguous() for name, part in weights.items()}
     save_file(whole, partial / "model.safetensors", {"format": "pt"})

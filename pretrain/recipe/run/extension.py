@@ -14,11 +14,12 @@ from recipe.config.staleness import deciding_keys
 from recipe.project import Refused, append_json_line
 from recipe.training.checkpoints import damage, list_checkpoints, step_of
 from recipe.training.extended import EXTENDED
+from recipe.training.files import CHECKPOINTS, METRICS
 from recipe.training.spikes import SKIPPED
 
 LENGTH = ("max_steps", "num_train_epochs")
 # What a training goes on writing, next to its checkpoints.
-LOGS = ("metrics.jsonl", "experts.jsonl", "samples.jsonl", "samples.md", SKIPPED, EXTENDED)
+LOGS = (METRICS, "experts.jsonl", "samples.jsonl", "samples.md", SKIPPED, EXTENDED)
 
 
 class Extension(NamedTuple):
@@ -89,7 +90,7 @@ def find_extension(
             f"follow the schedule over the added steps. {redo}. A run that shall be extended later needs "
             "warmup_stable_decay, constant_with_warmup or constant, and warmup_steps that are not a share"
         )
-    kept = {step_of(path): path for path in list_checkpoints(folder / "checkpoints")}
+    kept = {step_of(path): path for path in list_checkpoints(folder / CHECKPOINTS)}
     # The newest first; a damaged one is passed over.
     usable = next((path for step, path in kept.items() if step <= limit and not damage(path)), None)
     if not usable:
@@ -111,9 +112,9 @@ def prepare_extension(extension: Extension, folder: Path, work: Path) -> None:
     folder: of the finished stage, which stays as it is until the longer training is published. The files of
     checkpoints are never changed, so they are hard links where the file system has them.
     """
-    for checkpoint in list_checkpoints(folder / "checkpoints"):
+    for checkpoint in list_checkpoints(folder / CHECKPOINTS):
         if step_of(checkpoint) <= extension.step:
-            shutil.copytree(checkpoint, work / "checkpoints" / checkpoint.name, copy_function=_link)
+            shutil.copytree(checkpoint, work / CHECKPOINTS / checkpoint.name, copy_function=_link)
     for name in LOGS:
         with contextlib.suppress(FileNotFoundError):
             shutil.copy(folder / name, work / name)

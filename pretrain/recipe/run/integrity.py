@@ -18,9 +18,10 @@ from recipe import host
 from recipe.endings import errors_in_one_line
 from recipe.project import RECORD, Refused, digest_of, is_finished, read_record, redo, warn, write_json
 from recipe.run.publication import SCAFFOLD
+from recipe.training.files import CHECKPOINTS, STOP
 
 # Folders that no stage reads, and that a user may delete. Checkpoints have manifests of their own.
-UNREAD = ("checkpoints", "tensorboard", "wandb")
+UNREAD = (CHECKPOINTS, "tensorboard", "wandb")
 # Files of these kinds are found by their ending, so that one that was added would be read, too.
 FOUND_BY_ENDING = (".parquet", ".safetensors")
 # What a stage reads of an input that it does not read whole.
@@ -44,7 +45,7 @@ def _output(folder: Path) -> Iterator[tuple[str, Path]]:
     """(path below `folder`, path) of each file of a stage's output, sorted."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        other = (*UNREAD, *SCAFFOLD, RECORD, "stop")
+        other = (*UNREAD, *SCAFFOLD, RECORD, STOP)
         if path.is_file() and name.parts[0] not in other and name.parts[0][0] != ".":
             yield name.as_posix(), path
 

@@ -69,6 +69,7 @@ from recipe.run.publication import RESULT, WANTED
 from recipe.run.restarts import pause_before, why_no_restart
 from recipe.run.stage import Stage, run_stage, stage_arguments
 from recipe.signals import adopt_orphans, end_with_parent, exit_code_of, on_stop
+from recipe.training.files import CHECKPOINTS, RANKS, STOP
 from recipe.training.messages import send_message
 from recipe.training.spikes import read_skipped
 from recipe.training.watchdog import REFUSED, Watchdog, dump_stacks
@@ -88,19 +89,19 @@ def run_training(stage: Stage, script: Path) -> None:
                 f"{', '.join(map(str, living))} on {platform.node()}. Wait until they have "
                 f"saved and ended, or end them with kill -9 {' '.join(map(str, living))}"
             )
-        (stage.folder / "stop").unlink(missing_ok=True)
-        shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
+        (stage.folder / STOP).unlink(missing_ok=True)
+        shutil.rmtree(stage.folder / RANKS, ignore_errors=True)
         _run_child(stage, script, stage.folder)
         if not read_state(result, "headline"):
             raise RecipeError("the training ended without a result; the lines above say why")
     stage.figures = read_json(result)
     stage.headline = stage.figures.pop("headline")
     if not stage.config[TRAINING_STAGES[script.name].file].get("keep_checkpoints", True):
-        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
     send_message(stage.folder, f"finished: {stage.headline}")
     for name in ("plan.json", "deepspeed_env"):
         (stage.folder / name).unlink(missing_ok=True)
-    shutil.rmtree(stage.folder / "ranks", ignore_errors=True)
+    shutil.rmtree(stage.folder / RANKS, ignore_errors=True)
 
 
 def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], bool] | None = None) -> None:
@@ -128,7 +129,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
     failed: list[int] = []
     while True:
         times_back = len(read_skipped(stage.folder).back)
-        watchdog = Watchdog(stage.folder / "ranks")
+        watchdog = Watchdog(stage.folder / RANKS)
         child = subprocess.Popen(
             line,
             env=environment,
@@ -147,7 +148,7 @@ def _run_child(stage: Stage, script: Path, plans: Path, published: Callable[[], 
                 send_message(stage.folder, f"a spike: the training goes back to step {step}")
             continue
         # torchrun ends with 1, whatever the code of a rank is.
-        if code == EXIT_REFUSED or (stage.folder / "ranks" / REFUSED).exists():
+        if code == EXIT_REFUSED or (stage.folder / RANKS / REFUSED).exists():
             raise Refused("the training refused to start; the lines above say why")
         failed.append(watchdog.reached())
         reason = watchdog.found or f"the training stopped with exit code {code} before its end"
@@ -247,7 +248,7 @@ def _wait(
     without training; the ranks of the other nodes would then wait forever.
     """
     received: list[int] = []
-    stop = stage.folder / "stop"
+    stop = stage.folder / STOP
 
     def ask_to_stop(signum: int, frame: object) -> None:
         received.append(signum)

@@ -17,6 +17,7 @@ from recipe import host
 from recipe.hardware import count_gpus
 from recipe.project import DATA, Refused, read_state, write_text
 from recipe.run.launch_options import Launch
+from recipe.training.files import RANKS
 
 
 def command(
@@ -168,7 +169,7 @@ def _is_running(process: int) -> bool:
 
 def living_ranks(folder: Path) -> list[int]:
     """The processes on this machine that still train in a work folder, by their signs of life in it."""
-    signs = (read_state(path, "host", "process") for path in sorted((folder / "ranks").glob("rank*[0-9]")))
+    signs = (read_state(path, "host", "process") for path in sorted((folder / RANKS).glob("rank*[0-9]")))
     mine = [sign["process"] for sign in signs if sign and sign["host"] == platform.node()]
     return [process for process in mine if _is_running(process) and str(folder) in _command_line(process)]
 

@@ -23,6 +23,7 @@ from recipe.project import (
     warn,
     write_json,
 )
+from recipe.training.files import STOP
 
 # Bookkeeping in a work folder: what the run is made from, and its working time in seconds so far.
 WANTED, SECONDS = ".wanted.json", ".seconds"
@@ -102,7 +103,7 @@ def _remove_rest(work: Path, final: Path) -> None:
     """Remove what a published stage no longer needs."""
     for folder in (former(final), set_aside(work)):
         shutil.rmtree(folder, ignore_errors=True)
-    for name in (WANTED, SECONDS, "stop"):
+    for name in (WANTED, SECONDS, STOP):
         (final / name).unlink(missing_ok=True)
 
 

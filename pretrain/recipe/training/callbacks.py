@@ -18,10 +18,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from recipe.hardware import peak_memory
 from recipe.project import append_json_line, read_json_lines, write_json_lines
 from recipe.signals import on_stop
+from recipe.training.files import METRICS
 from recipe.training.gpu_load import GpuLoad, open_gpu
 from recipe.training.watchdog import SignsOfLife
-
-METRICS = "metrics.jsonl"  # one row for each log and each evaluation
 
 
 class StopOnSignal(TrainerCallback):

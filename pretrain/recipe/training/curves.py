@@ -23,6 +23,7 @@ from recipe.project import (
     work_folder,
     write_text,
 )
+from recipe.training.files import METRICS
 
 # Runs are compared by the first of these that all of them have. Bits per byte compare also different
 # tokenizers.
@@ -36,7 +37,7 @@ def write_curves(folder: Path, title: str, with_perplexity: bool = True, changes
     with_perplexity: False for a loss that is not a cross entropy of tokens (preferences). changes: the tokens
     at which a new phase begins.
     """
-    rows = read_json_lines(folder / "metrics.jsonl")
+    rows = read_json_lines(folder / METRICS)
     learning_curve(rows, folder / "learning_curve.png", title, with_perplexity, changes)
     write_text(folder / "metrics.md", f"# {title}\n\n{metrics_table(rows, with_perplexity)}")
 
@@ -120,9 +121,9 @@ def learning_curve(
 
 def read_run(name: str) -> list[dict[str, Any]]:
     """The rows of a run by a recipe's name, a folder, or a metrics.jsonl. Raises Refused without a file."""
-    paths = [Path(name), Path(name) / "metrics.jsonl"]
+    paths = [Path(name), Path(name) / METRICS]
     final = stage_folder(name, "05_pretrain")
-    paths += [folder / "metrics.jsonl" for folder in (final, work_folder(final))]
+    paths += [folder / METRICS for folder in (final, work_folder(final))]
     for path in paths:
         if path.is_file():
             return read_json_lines(path)

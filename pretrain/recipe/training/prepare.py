@@ -28,6 +28,7 @@ from recipe.hardware import Hardware, detect, initialise_vector_math
 from recipe.model.sharding import shard
 from recipe.model.zero import load_without_code
 from recipe.training.extended import schedule_begin
+from recipe.training.files import CHECKPOINTS
 
 
 @dataclass
@@ -144,7 +145,7 @@ def _trainer_values(
         "run_name": f"{plan['recipe']} {file}",
     }
     fixed = {
-        "output_dir": str(Path(plan["folder"]) / "checkpoints"),
+        "output_dir": str(Path(plan["folder"]) / CHECKPOINTS),
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "use_cpu": hardware.device == "cpu",

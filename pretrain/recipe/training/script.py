@@ -17,6 +17,7 @@ import torch.distributed as dist
 from recipe.progress import write_lines_without_a_terminal
 from recipe.project import EXIT_FAILED, NO_SPACE, RecipeError, Refused, naming_full_disk, read_json
 from recipe.signals import end_with_parent
+from recipe.training.files import RANKS
 from recipe.training.watchdog import REFUSED, STACKS
 
 
@@ -62,7 +63,7 @@ def run_script(work: Callable[[dict[str, Any]], None]) -> None:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, Refused):
-            refused = Path(plan["folder"]) / "ranks" / REFUSED
+            refused = Path(plan["folder"]) / RANKS / REFUSED
             refused.parent.mkdir(exist_ok=True)
             refused.touch()
         sys.exit(error.exit_code)

@@ -15,6 +15,7 @@ from typing import Any
 
 from recipe.project import append_json_line, read_json_lines, read_state
 from recipe.training.checkpoints import damage, list_checkpoints, step_of
+from recipe.training.files import CHECKPOINTS
 
 SKIPPED = "skipped.jsonl"
 FEWEST = 20  # steps in the window before its deviation is known
@@ -123,7 +124,7 @@ def delete_given_up(folder: Path) -> None:
     if not back:
         return
     target, _ = back[-1]
-    checkpoints = list_checkpoints(folder / "checkpoints")
+    checkpoints = list_checkpoints(folder / CHECKPOINTS)
     newer = [path for path in checkpoints if step_of(path) > target and _times_back(path) < len(back)]
     older = [path for path in checkpoints if step_of(path) <= target]
     if newer and target and all(damage(path) for path in older):

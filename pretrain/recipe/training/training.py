@@ -31,11 +31,12 @@ from recipe.project import EXIT_TERMINATED, RecipeError, naming_full_disk, read_
 from recipe.tokenization.packing import collate, collate_with_bounds
 from recipe.tokenization.save import save_tokenizer
 from recipe.training.active_check import ActiveCheck, Asked, expected_parallelism
-from recipe.training.callbacks import METRICS, Heartbeat, Meter, Progress, StopOnSignal, gather
+from recipe.training.callbacks import Heartbeat, Meter, Progress, StopOnSignal, gather
 from recipe.training.checkpoints import MANIFEST, newest_good_checkpoint
 from recipe.training.communication import CommunicationShare
 from recipe.training.expert_load import ExpertLoad
 from recipe.training.extended import read_extended, schedule_begin
+from recipe.training.files import METRICS, RANKS, STOP
 from recipe.training.phase_change import PhaseChange
 from recipe.training.prepare import Run
 from recipe.training.sample_prompts import SamplePrompts
@@ -87,7 +88,7 @@ def train_model(
     loss, balancing = _set_up_loss(run, model) if own else (WHOLE, 0.0)
     load = ExpertLoad(run.folder) if balancing else None
     check = ActiveCheck(_asked(run, loss, balancing, fp8), tokens_per_step)
-    life = SignsOfLife(run.folder / "ranks", run.arguments.process_index)
+    life = SignsOfLife(run.folder / RANKS, run.arguments.process_index)
     communication = CommunicationShare() if run.probe and run.ranks > 1 else None
     if phases:
         # Compiled for any length, as PyTorch does from the second one on, a step would take longer.
@@ -187,7 +188,7 @@ def _callbacks(
 ) -> list[TrainerCallback]:
     """The callbacks, in the order in which the Trainer calls them."""
     callbacks: list[TrainerCallback] = [callback for callback in (load, communication) if callback]
-    callbacks += [StopOnSignal(run.folder / "stop", run.parent), guard, check]
+    callbacks += [StopOnSignal(run.folder / STOP, run.parent), guard, check]
     if phases:
         callbacks.append(PhaseChange(phases))
     if sampling:
