@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from recipe.config.choice import choose, usable_attention
 from recipe.config.initial_model import find_initial
 from recipe.config.launch import batch_layout
@@ -31,6 +33,7 @@ from recipe.config.phases import sequences_of_longest
 from recipe.config.recipe import check_recipe, load_recipe
 from recipe.config.training import attention_needs
 from recipe.hardware import glance
+from recipe.progress import progress, write_lines_without_a_terminal
 from recipe.project import (
     OUTPUTS,
     RecipeError,
@@ -68,6 +71,11 @@ OUT_OF_MEMORY = re.compile(
 CHECKPOINTED = {0: "no", 1: "yes", 2: "every second layer"}
 # With either of them, TrainingArguments compiles, whatever torch_compile says.
 NOT_COMPILED = {"torch_compile_backend": None, "torch_compile_mode": None}
+# Below the table.
+MEASURED = (
+    "Micro-batches were raised until one failed or was slower. Activation checkpointing, which only saves "
+    "memory, was measured where one failed without it."
+)
 # How the name of the folder of one measurement begins; a killed probe leaves its own.
 TEMPORARY = ".probe-"
 KILLED = re.compile(r"SIGKILL|exitcode\s*:\s*-9|return code = -9")
@@ -348,7 +356,10 @@ def measure(
 
 
 def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[tuple[Way, dict[str, Any]]]:
-    """Measure all ways to train, printing each row as soon as it is measured."""
+    """Measure the ways to train, printing each row as soon as it is measured.
+
+    Checkpointing only saves memory: it is measured where, without it, not every micro-batch fits.
+    """
     values, model = plan["config"]["pretrain"], model_values(plan["config"])
     replicas = launch.ranks // launch.tensor_parallel
     own, accumulation = batch_layout(
@@ -362,11 +373,16 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[tuple[Way
     here, needs = glance(), attention_needs(plan["config"], "pretrain")
     kernels = usable_attention(here, needs, choose(here, values, needs=needs))
     rows: list[tuple[Way, dict[str, Any]]] = []
+    enough_memory: list[tuple[Launch, bool]] = []
     micros = micro_batches(own * accumulation, own, sequences_of_longest(values))
-    for way in ways_to_train(values, model, launch, kernels, here.compiler):
+    for way in progress(ways_to_train(values, model, launch, kernels, here.compiler), "probe", "ways"):
+        if (way.launch, way.compiled) in enough_memory and way.checkpointed:
+            continue
         for row in climb(micros, lambda micro, way=way: measure(script, plan, way, micro)):
             rows.append((way, row))
-            print(table([row]).splitlines()[-1], flush=True)
+            tqdm.write(table([row]).splitlines()[-1])
+        if row["outcome"] == "ok":
+            enough_memory.append((way.launch, way.compiled))
     return rows
 
 
@@ -375,6 +391,7 @@ def main(script: Path) -> None:
     parser = stage_arguments("Measure which settings of stage 05 are the fastest.")
     add_options(parser)
     arguments = parser.parse_args()
+    write_lines_without_a_terminal()
     recipe, launch = arguments.recipe, launch_of(arguments)
     if launch.nodes > 1 or launch.hostfile:
         raise Refused("--probe measures on one machine. Leave --nnodes and --hostfile out")
@@ -396,7 +413,7 @@ def main(script: Path) -> None:
         tried = search(script, plan, launch)
         compared = [measure(script, plan, way, micro, whole_batch=True) for way, micro in finalists(tried)]
     rows = [row for _, row in tried]
-    shown = table(rows)
+    shown = f"{table(rows)}\n\n{MEASURED}"
     if compared:
         shown += "\n\n" + comparison(compared, config["pretrain"]["global_batch_size"])
     # Where every comparison fails, the rows of the search still tell something.
