@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +161,11 @@ class Project:
                 json.dumps(values, ensure_ascii=False)
             )
 
+    def copy(self, name: str) -> Path:
+        """Add a recipe with the files of `mini`; the work folder of its pretraining."""
+        shutil.copytree(self.folder / "configs/mini", self.folder / "configs" / name)
+        return self.folder / f"outputs/{name}/.05_pretrain.work"
+
     def edit(self, recipe: str, file: str, **values: object) -> None:
         """Change keys of a recipe's file."""
         path = self.folder / "configs" / recipe / f"{file}.json"
@@ -211,6 +217,26 @@ class Project:
         """The figures in a stage's record."""
         return json.loads(self.output(recipe, stage).read_text())["figures"]
 
+    def log(self, recipe: str, stage: str = "05_pretrain") -> list[dict]:
+        """The rows of a training's log: its steps and its evaluations."""
+        lines = self.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def losses(self, recipe: str, stage: str = "05_pretrain") -> list[float]:
+        """The training losses in a log."""
+        return [row["loss"] for row in self.log(recipe, stage) if "loss" in row]
+
+
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 300
+) -> None:
+    """Wait until a condition is met; fail after so many seconds, or with what the process said at its end."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < ends, "the condition was not met in time"
+        time.sleep(0.02)
+
 
 def _heed_signals() -> None:
     """As in a terminal: a shell starts its background jobs, such as these tests, with SIGINT ignored."""
@@ -247,6 +273,14 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Proje
         return project
 
     return make
+
+
+@pytest.fixture(scope="module")
+def prepared(make_project: Callable[[], Project]) -> Project:
+    """A project of this module's own, on which `mini` has run up to its pretraining."""
+    project = make_project()
+    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
+    return project
 
 
 @pytest.fixture(scope="session")

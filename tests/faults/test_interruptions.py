@@ -1,13 +1,11 @@
 """Kills, signals, two runs at once, changed files: nothing is lost, no incomplete file is read."""
 
-import json
 import os
-import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 SLOW_STEPS = (
     "--set",
@@ -19,24 +17,9 @@ SLOW_STEPS = (
 )
 
 
-@pytest.fixture(scope="module")
-def prepared(make_project):
-    """A project with everything before the training done."""
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
-
-
 def copy_recipe(project, name):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
-
-
-def wait_for(condition, seconds=120):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def steps_done(project, name):
@@ -45,11 +28,7 @@ def steps_done(project, name):
 
 
 def curve(project, name):
-    rows = [
-        json.loads(line)
-        for line in project.output(name, "05_pretrain", "metrics.jsonl").read_text().splitlines()
-    ]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in project.log(name) if "loss" in row]
 
 
 @pytest.fixture(scope="module")

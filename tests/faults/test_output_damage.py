@@ -106,7 +106,7 @@ def test_a_damaged_output_stops_the_stage_that_reads_it(project, entry, fault_ro
 
 @pytest.mark.faults
 def test_a_damaged_stage_is_not_taken_over_by_another_recipe(project):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/heir")
+    project.copy("heir")
     project.run("run_all.sh", "--recipe", "heir", "--to", "02")
     path = project.output("mini", "03_tokenizer", "tokenizer.json")
     content = path.read_bytes()

@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 import time
 
 import pytest
+from conftest import wait_for
 from recipe.training.checkpoints import write_manifest
 
 pytestmark = pytest.mark.slow
@@ -32,24 +32,14 @@ ADAMW = ("--set", "pretrain.muon_learning_rate=null")
 
 
 @pytest.fixture(scope="module")
-def project(make_project):
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
+def project(prepared):
+    return prepared
 
 
 def copy(project, name):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
     return project.folder / f"outputs/{name}/.05_pretrain.work"
-
-
-def wait_for(condition, process, seconds=300):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < ends, "the condition was not met in time"
-        time.sleep(0.1)
 
 
 def ranks(work):
@@ -63,8 +53,7 @@ def rows_of(path):
 
 
 def curve(project, name):
-    rows = rows_of(project.output(name, "05_pretrain", "metrics.jsonl"))
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    return [(row["step"], row["loss"]) for row in project.log(name) if "loss" in row]
 
 
 @pytest.fixture
@@ -125,9 +114,7 @@ def test_killed_rank_ends_the_training_and_it_continues(project, sharding):
     assert time.monotonic() - started < 90
     output = project.run("pretrain/05_pretrain.sh", *options, timeout=600).stdout
     assert "continues from checkpoint-" in output
-    steps = [
-        row["step"] for row in rows_of(project.output(name, "05_pretrain", "metrics.jsonl")) if "loss" in row
-    ]
+    steps = [step for step, _ in curve(project, name)]
     assert steps == list(range(1, 301))
 
 

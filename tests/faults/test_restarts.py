@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 import signal
 import time
 
 import pytest
+from conftest import wait_for
 from recipe.run.restarts import FIRST_PAUSE
 
 pytestmark = pytest.mark.faults
@@ -17,14 +17,12 @@ LAUNCHERS = {"python": (), "torchrun": ("--nproc", "2"), "zero2": ("--nproc", "2
 
 
 @pytest.fixture(scope="module")
-def project(make_project):
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
+def project(prepared):
+    return prepared
 
 
 def copy(project, name):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
     return project.folder / f"outputs/{name}/.05_pretrain.work"
 
@@ -32,14 +30,6 @@ def copy(project, name):
 def steps(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [row["step"] for row in rows if "loss" in row]
-
-
-def wait_for(condition, run, seconds=300):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert run.poll() is None, run.communicate()[0]
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def ranks(work):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 pytestmark = pytest.mark.faults
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGUSR1: 143}
@@ -25,13 +26,6 @@ STAGES = {
 }
 LONG = ("--set", "pretrain.max_steps=2000", "--set", "pretrain.save_steps=20")
 LONG += ("--set", "pretrain.eval_steps=2000", "--set", "pretrain.muon_learning_rate=null")
-
-
-def wait_for(condition, seconds=180):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def processes_of(folder):
@@ -83,7 +77,7 @@ def test_every_signal_in_every_stage(finished, fault_row):
 def test_every_signal_to_run_all(finished, fault_row):
     for signum, code in CODES.items():
         name = f"run{int(signum)}"
-        shutil.copytree(finished.folder / "configs/mini", finished.folder / "configs" / name)
+        finished.copy(name)
         run = finished.start("run_all.sh", "--recipe", name, *LONG)
         metrics = finished.folder / f"outputs/{name}/.05_pretrain.work/metrics.jsonl"
         wait_for(lambda path=metrics: path.exists() and path.stat().st_size)
@@ -106,7 +100,7 @@ def test_no_rank_outlives_its_launcher(finished, fault_row, launcher, victim, fr
     """torchrun or deepspeed, or the stage above it, is killed; with `frozen`, a rank was stopped before."""
     which = "torchrun" if launcher == TORCHRUN else "deepspeed"
     name = f"orphan-{which}-{victim}-{frozen}"
-    shutil.copytree(finished.folder / "configs/mini", finished.folder / "configs" / name)
+    finished.copy(name)
     finished.run("run_all.sh", "--recipe", name, "--to", "04", *LONG)
     work = finished.folder / f"outputs/{name}/.05_pretrain.work"
     stage = ("pretrain/05_pretrain.sh", "--recipe", name, *LONG, *launcher)

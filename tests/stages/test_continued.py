@@ -1,7 +1,6 @@
 """The stages from a published checkpoint on, together."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -113,11 +112,10 @@ def test_ranks_together_start_from_the_same_weights(make_project):
     project.edit("mini", "pretrain", **changes)
     losses = {}
     for way, (options, parallel) in WAYS.items():
-        shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / way)
+        project.copy(way)
         project.run("run_all.sh", "--recipe", way, "--to", "04")
         project.run("pretrain/05_pretrain.sh", "--recipe", way, "--force", *options, timeout=900)
-        rows = project.output(way, "05_pretrain", "metrics.jsonl").read_text().splitlines()
-        losses[way] = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+        losses[way] = project.losses(way)
         figures = project.figures(way, "05_pretrain")
         assert figures["active"]["parallel"] == parallel
         assert figures["initial_model"]["rows_added"] == 26

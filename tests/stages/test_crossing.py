@@ -1,7 +1,6 @@
 """A checkpoint goes on under another number of ranks, and under another kind of parallelism."""
 
 import functools
-import json
 import shutil
 import time
 
@@ -30,15 +29,8 @@ WAYS = {
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def prepared(make_project):
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
-
-
 def add_recipe(project, name):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
 
 
@@ -48,8 +40,7 @@ def line_of(name, way, kind):
 
 def curve(project, name):
     """(loss, learning rate) of each step."""
-    rows = map(json.loads, project.output(name, "05_pretrain", "metrics.jsonl").read_text().splitlines())
-    return [(row["loss"], row["learning_rate"]) for row in rows if "loss" in row]
+    return [(row["loss"], row["learning_rate"]) for row in project.log(name) if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +83,7 @@ def go_on(prepared, stopped):
 
     def train(before, after, kind, *options):
         source, name = stopped(before, kind), f"{before}-to-{after}-{kind}{len(options)}"
-        shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
+        prepared.copy(name)
         shutil.copytree(prepared.folder / "outputs" / source, prepared.folder / "outputs" / name)
         work = prepared.output(name, ".05_pretrain.work", "")
         step = max(int(path.name.split("-")[1]) for path in work.glob("checkpoints/checkpoint-*"))

@@ -1,7 +1,6 @@
 """A mixture of experts on several ranks: the losses of one process, and the load of all ranks."""
 
 import json
-import shutil
 
 import pytest
 from conftest import EXPERTS, SHAPE
@@ -21,11 +20,10 @@ WAYS = {
 
 def train(project, name, *options):
     """The rows with a loss, and the figures."""
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
     project.run("pretrain/05_pretrain.sh", "--recipe", name, "--force", *COMMON, *options, timeout=900)
-    rows = project.output(name, "05_pretrain", "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, rows) if "loss" in row], project.figures(name, "05_pretrain")
+    return [row for row in project.log(name) if "loss" in row], project.figures(name, "05_pretrain")
 
 
 @pytest.fixture(scope="module")

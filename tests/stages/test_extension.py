@@ -1,8 +1,5 @@
 """A finished training that is made longer: the same as one run of that length, and what is said about it."""
 
-import json
-import shutil
-
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -11,22 +8,18 @@ DECAY = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"nu
 
 
 @pytest.fixture(scope="module")
-def project(make_project):
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
+def project(prepared):
+    return prepared
 
 
 def recipe(project, name, **pretrain):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.edit(name, "pretrain", **pretrain)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
 
 
 def curve(project, name):
-    lines = project.output(name, "05_pretrain", "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [(row["step"], row["loss"], row["learning_rate"]) for row in rows if "loss" in row]
+    return [(row["step"], row["loss"], row["learning_rate"]) for row in project.log(name) if "loss" in row]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import time
 import pytest
 import torch
 from recipe.config.optimizers import OPTIMIZERS
-from recipe.project import read_json_lines
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +43,7 @@ def prepared(make_project):
 
 
 def train(project, name, *options):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.run("run_all.sh", "--recipe", name, "--to", "04", *SHARED)
     # --force: a launcher's options are not settings, so that an earlier case's model would be reused.
     stage = ("pretrain/05_pretrain.sh", "--recipe", name, "--force", "--nproc", "1")
@@ -105,7 +103,7 @@ def test_an_8_bit_optimizer_is_active_and_learns(prepared, optim):
 @pytest.fixture(scope="module")
 def talking(prepared):
     """A recipe whose model is pretrained and tuned."""
-    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs/talking")
+    prepared.copy("talking")
     prepared.run("run_all.sh", "--recipe", "talking", "--to", "12", timeout=1200)
     return prepared
 
@@ -115,7 +113,7 @@ def test_qlora_tunes_over_4_bit_weights(talking):
     lora = '--set=finetune.lora={"r": 4, "lora_alpha": 8, "quantization": "nf4"}'
     line = ("fine-tuning/12_finetune.sh", "--recipe", "talking", "--nproc", "1", "--force", lora)
     talking.run(*line, timeout=600)
-    rows = read_json_lines(talking.output("talking", "12_finetune", "metrics.jsonl"))
+    rows = talking.log("talking", "12_finetune")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
     # The adapter is merged into unquantised weights.
@@ -136,7 +134,7 @@ def test_talking_and_generation_answer(talking):
 def test_a_signal_saves_and_the_same_command_continues(prepared):
     """Stopped and continued, the losses are those of a training that was never stopped."""
     whole = train(prepared, "never-stopped", *LONG)
-    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs/signal")
+    prepared.copy("signal")
     prepared.run("run_all.sh", "--recipe", "signal", "--to", "04", *SHARED)
     line = ("pretrain/05_pretrain.sh", "--recipe", "signal", "--nproc", "1", *SHARED, *LONG)
     child = prepared.start(*line)

@@ -1,7 +1,6 @@
 """Stages 11 and 12 with faulty pairs: faults are counted, and no question is on two sides."""
 
 import json
-import shutil
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -34,7 +33,7 @@ def data(project):
     rows.append({"instruction": "次の文を直して", "input": shared, "output": "直しました。"})
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (project.folder / "flawed.jsonl").write_text("\ufeff" + lines, "utf-8")
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/flawed")
+    project.copy("flawed")
     project.edit("flawed", "instruction", pairs={"mine": {"path": "flawed.jsonl"}})
     result = project.run("run_all.sh", "--recipe", "flawed", "--to", "12")
     return project, result.stdout

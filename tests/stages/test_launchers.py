@@ -7,10 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import skip_bf16_without_units
+from conftest import skip_bf16_without_units, wait_for
 from safetensors import safe_open
 
 pytestmark = pytest.mark.slow
@@ -31,24 +30,12 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def prepared(make_project):
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
-
-
 def train(project, name, *options, stage="05_pretrain", file="pretrain/05_pretrain.sh"):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
     # --force, so that the finished twin of another launcher is not taken over.
     result = project.run(file, "--recipe", name, "--force", *COMMON, *options, timeout=900)
-    return losses_of(project, name, stage), project.figures(name, stage), result
-
-
-def losses_of(project, name, stage="05_pretrain"):
-    rows = project.output(name, stage, "metrics.jsonl").read_text().splitlines()
-    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+    return project.losses(name, stage), project.figures(name, stage), result
 
 
 def close(losses, expected, kind):
@@ -56,14 +43,6 @@ def close(losses, expected, kind):
     worst = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
     print(f"{kind}: largest relative difference {worst:.1e}")
     return worst <= TOLERANCE[kind]
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +98,7 @@ def test_muon_is_muon_on_several_ranks(prepared, muon_alone, way):
 def test_tuning_runs_on_two_ranks(prepared, way):
     options, parallel = WAYS[way]
     name = f"tune-{way}"
-    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
+    prepared.copy(name)
     prepared.edit(name, "pretrain", muon_learning_rate=None)
     prepared.run("run_all.sh", "--recipe", name, "--to", "11")
     prepared.run("fine-tuning/12_finetune.sh", "--recipe", name, "--force", *options, timeout=900)
@@ -150,7 +129,7 @@ def stubs(folder, **scripts):
 def test_two_nodes_by_hand(prepared, alone):
     """The same command on both nodes, each with its own rank; here both are this machine."""
     name = "two-nodes"
-    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
+    prepared.copy(name)
     prepared.run("run_all.sh", "--recipe", name, "--to", "04")
     port = str(20000 + os.getpid() % 10000)
     line = ("pretrain/05_pretrain.sh", "--recipe", name, "--force", *COMMON, *PRECISION["fp32"])
@@ -162,7 +141,7 @@ def test_two_nodes_by_hand(prepared, alone):
     assert "--nnodes 2 --node-rank 0" in output and "--nnodes 2 --node-rank 1" in joined
     active = prepared.figures(name, "05_pretrain")["active"]
     assert active["parallel"] == "DDP 2" and active["ranks"] == 2 and active["global_batch"] == 8
-    assert close(losses_of(prepared, name), alone("fp32"), "fp32")
+    assert close(prepared.losses(name), alone("fp32"), "fp32")
 
 
 def test_slurm_job_over_two_nodes_stops_at_its_limit_and_continues(prepared, alone, tmp_path, monkeypatch):
@@ -173,7 +152,7 @@ def test_slurm_job_over_two_nodes_stops_at_its_limit_and_continues(prepared, alo
         srun='while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"; code=$?\n'
         "wait; exit $code",
     )
-    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs/slurm")
+    prepared.copy("slurm")
     prepared.run("run_all.sh", "--recipe", "slurm", "--to", "04")
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "2"}
     job |= {"SLURM_SUBMIT_DIR": str(prepared.folder), "SLURM_JOB_ID": str(os.getpid())}
@@ -194,7 +173,7 @@ def test_slurm_job_over_two_nodes_stops_at_its_limit_and_continues(prepared, alo
     assert "continues from checkpoint" in output and "--node-rank 1" in output
     active = prepared.figures("slurm", "05_pretrain")["active"]
     assert active["parallel"] == "DDP 2" and active["global_batch"] == 8
-    assert close(losses_of(prepared, "slurm"), alone("fp32"), "fp32")
+    assert close(prepared.losses("slurm"), alone("fp32"), "fp32")
 
     # Node 0 takes over a finished twin without training: node 1 must not wait for it.
     shutil.rmtree(prepared.output("slurm", "05_pretrain", ""))
@@ -226,7 +205,7 @@ def test_sharded_training_continues_where_it_was_stopped(prepared, together, way
     """Weights and optimizer are sharded; the losses are those without a stop, the model is complete."""
     options, parallel = WAYS[way]
     name = f"stopped-{way}"
-    shutil.copytree(prepared.folder / "configs/mini", prepared.folder / "configs" / name)
+    prepared.copy(name)
     prepared.run("run_all.sh", "--recipe", name, "--to", "04")
     line = ("pretrain/05_pretrain.sh", "--recipe", name, *COMMON, *options, *PRECISION["fp32"])
     # --force, so that the finished twin is not taken over.
@@ -237,7 +216,7 @@ def test_sharded_training_continues_where_it_was_stopped(prepared, together, way
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     assert "continues from checkpoint" in prepared.run(*line).stdout
-    assert losses_of(prepared, name) == together(way, "fp32")[0]
+    assert prepared.losses(name) == together(way, "fp32")[0]
     assert prepared.figures(name, "05_pretrain")["active"]["parallel"] == parallel
     with safe_open(prepared.output(name, "05_pretrain", "model.safetensors"), "pt") as weights:
         assert weights.get_slice("model.layers.0.mlp.up_proj.weight").get_shape() == [64, 32]
@@ -312,11 +291,11 @@ def test_fsdp_gathers_gpt2_layer_by_layer(gpt2):
     """Its layers have other names than in transformers' plan; without our plan the training is refused."""
     line = ("pretrain/05_pretrain.sh", "--recipe", "gpt2", "--force", *COMMON, *PRECISION["fp32"])
     gpt2.run(*line)
-    alone = losses_of(gpt2, "gpt2")
+    alone = gpt2.losses("gpt2")
     fsdp = (*line, *WAYS["fsdp"][0])
     gpt2.run(*fsdp)
     assert gpt2.figures("gpt2", "05_pretrain")["active"]["parallel"] == "FSDP2 2"
-    assert close(losses_of(gpt2, "gpt2"), alone, "fp32")
+    assert close(gpt2.losses("gpt2"), alone, "fp32")
 
     module = gpt2.folder / "pretrain/recipe/model/sharding.py"
     text = module.read_text("utf-8")

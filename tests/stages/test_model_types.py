@@ -18,8 +18,7 @@ def check_stages(project, kind):
     # Gemma's window is shorter than the block, which only PyTorch's attention computes on a CPU.
     windowed = kind == "gemma3_text"
     assert trained["active"]["attention"] == ("sdpa" if windowed else "documents")
-    rows = project.output("mini", "05_pretrain", "metrics.jsonl").read_text().splitlines()
-    losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+    losses = project.losses("mini")
     assert losses[-1] < losses[0]
     measured = project.figures("mini", "06_evaluate")["in_domain"]["bits_per_byte"]
     assert math.isfinite(measured) and measured > 0

@@ -26,8 +26,7 @@ def project(make_project):
 
 
 def rows(project):
-    lines = project.output("mini", "05_pretrain", "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "loss" in row]
+    return [row for row in project.log("mini") if "loss" in row]
 
 
 def test_rates_blocks_and_rotary_embeddings_change_and_every_block_size_is_evaluated(project):

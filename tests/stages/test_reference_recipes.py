@@ -322,8 +322,8 @@ def check_optimizer(project, recipe, file, stage):
     assert (active["optimizer"], active["fused"]) == (("MuonAdamW", False) if muon else ("AdamW", True))
     assert active["scheduler"].startswith(values["lr_scheduler_type"] + " (")
     assert active["gradient_clipping"] == values["max_grad_norm"]
-    lines = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
-    rates = {row["step"]: row["learning_rate"] for row in map(json.loads, lines) if "learning_rate" in row}
+    log = project.log(recipe, stage)
+    rates = {row["step"]: row["learning_rate"] for row in log if "learning_rate" in row}
     warmup = json.loads(project.output(recipe, stage).read_text())["config"][file]["warmup_steps"]
     warmup = warmup if warmup >= 1 else math.ceil(warmup * steps)
     shares = {step: share_of_peak(values, step, warmup, steps) for step in range(steps + 1)}

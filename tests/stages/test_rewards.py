@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import time
 
@@ -39,7 +38,7 @@ def asked(project):
     (project.folder / "questions.jsonl").write_text(text, "utf-8")
 
     def add(name, dropout=0.0, **changes):
-        shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+        project.copy(name)
         if dropout:
             project.edit(name, "model", attention_dropout=dropout)
         path = project.folder / f"configs/{name}/preference.json"
@@ -48,13 +47,6 @@ def asked(project):
 
     project.add_rewards = add
     return project
-
-
-def rows_of(project, recipe):
-    """The logged rows of the training."""
-    return [
-        json.loads(line) for line in project.output(recipe, STAGE, "metrics.jsonl").read_text().splitlines()
-    ]
 
 
 def test_the_reward_rises_and_every_question_is_counted(asked):
@@ -66,7 +58,7 @@ def test_the_reward_rises_and_every_question_is_counted(asked):
     counts = figures["pairs"]["mine"]
     assert (counts["in"], counts["out"], counts["dropped"]) == (62, 61, {"no answer": 1})
     assert sum(side["question too long"] for side in figures["left_out"].values()) == 1
-    rows = rows_of(asked, "rewards")
+    rows = asked.log("rewards", STAGE)
     before, after = rows[0], rows[-1]
     assert before["step"] == 0 and after["step"] == 20
     assert [row["eval_reward"] for row in (before, after)] == [figures["reward_before"], figures["reward"]]
@@ -100,7 +92,7 @@ def test_a_killed_training_continues_to_the_same_weights(asked):
     assert "continues from checkpoint-" in result.stdout
     continued = outcome(asked, "killed-rewards")
     assert len(continued[0]) == 60
-    distances = [row["kl"] for row in rows_of(asked, "killed-rewards") if "loss" in row]
+    distances = [row["kl"] for row in asked.log("killed-rewards", STAGE) if "loss" in row]
     assert 0 <= distances[0] < 1e-6 < max(distances) and min(distances) >= 0
     asked.run(SCRIPT, "--recipe", "killed-rewards", "--force")
     assert outcome(asked, "killed-rewards") == continued
@@ -109,7 +101,7 @@ def test_a_killed_training_continues_to_the_same_weights(asked):
 def outcome(project, recipe):
     """Of each step the loss, the mean reward, the tokens so far; and the bytes of the model."""
     keys = ("step", "loss", "reward", "tokens", "completions/mean_length")
-    steps = [tuple(row[key] for key in keys) for row in rows_of(project, recipe) if "loss" in row]
+    steps = [tuple(row[key] for key in keys) for row in project.log(recipe, STAGE) if "loss" in row]
     return steps, project.output(recipe, STAGE, "model.safetensors").read_bytes()
 
 

@@ -36,7 +36,7 @@ def asked(project):
 
     Its environment is offline; the other tests of the shared project get theirs back.
     """
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/asked")
+    project.copy("asked")
     rows = [
         {"sentence1": f"{i}回見ました。", "sentence2": f"{i}回です。", "label": label}
         for i in range(4)

@@ -23,7 +23,7 @@ NOT_EMPTY = ("--set", "generation.min_new_tokens=8")
 @pytest.fixture(scope="module")
 def untuned(project):
     """A recipe without tuning, run to stage 05."""
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/untuned")
+    project.copy("untuned")
     project.edit("untuned", "instruction", pairs={})
     project.run("run_all.sh", "--recipe", "untuned", "--to", "05")
     return "untuned"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,21 +17,14 @@ TWO_RANKS = {
 WATCHED = {"muon_learning_rate": None, "z_loss": 0.1, "sample_steps": [4, 12], "max_grad_norm": 0.7}
 
 
-@pytest.fixture(scope="module")
-def prepared(make_project):
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
-
-
 def train(project, name, *options, **changes):
     """Train a copy of the recipe with changed values; its figures and the rows of its log."""
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     project.edit(name, "pretrain", **changes)
     project.run("run_all.sh", "--recipe", name, "--to", "04")
     # --force: train, do not reuse an equal finished stage
     project.run("pretrain/05_pretrain.sh", "--recipe", name, "--force", *options, timeout=900)
-    return project.figures(name, "05_pretrain"), rows_of(project, name, "metrics.jsonl")
+    return project.figures(name, "05_pretrain"), project.log(name)
 
 
 def rows_of(project, name, file):

@@ -18,7 +18,7 @@ LORA = {"r": 4, "lora_alpha": 8}
 @pytest.fixture(scope="module")
 def tuned(project):
     """The recipe `lora`: mini with an adapter in stage 12 and preferences in stage 13."""
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/lora")
+    project.copy("lora")
     project.edit("lora", "finetune", lora=LORA)
     rows = [
         {"prompt": f"{i}番は何ですか?", "chosen": text, "rejected": f"{i}番はわかりません。"}
@@ -85,8 +85,7 @@ def test_preferences_move_the_model_towards_the_chosen(tuned):
     assert active["optimizer"] == "AdamW" and active["accumulation"] == 2 and active["precision"] == "fp32"
     assert "active: device cpu, precision fp32" in result.stdout.partition("13_preference")[2]
     assert "extra forward pass" not in result.stdout + result.stderr  # a warning of trl
-    rows = project.output("lora", "13_preference", "metrics.jsonl").read_text().splitlines()
-    losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+    losses = project.losses("lora", "13_preference")
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # -log sigmoid(0): the model is its own reference
     assert losses[-1] < 0.6
 
@@ -153,7 +152,7 @@ def test_a_killed_tuning_continues_to_the_same_weights(tuned, stage, file, scrip
 
 def losses_and_weights(project, recipe, stage):
     """The logged losses by step, and the digests of the model, and of the adapter if there is one."""
-    losses = [(row["step"], row["loss"]) for row in rows_of(project, recipe, stage) if "loss" in row]
+    losses = [(row["step"], row["loss"]) for row in project.log(recipe, stage) if "loss" in row]
     folder = project.output(recipe, stage, ".")
     files = [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]
     assert len(files) == (2 if (folder / "adapter").exists() else 1)
@@ -162,20 +161,16 @@ def losses_and_weights(project, recipe, stage):
 
 def test_noisy_embeddings_are_off_unless_asked_for(project):
     """NEFTune: the first batch has another loss, and the evaluation has no noise."""
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs/noisy")
+    project.copy("noisy")
     project.edit("noisy", "finetune", learning_rate=0.0)
     project.run("run_all.sh", "--recipe", "noisy", "--to", "12")
-    plain = rows_of(project, "noisy")
+    plain = project.log("noisy", "12_finetune")
     stage = ("fine-tuning/12_finetune.sh", "--recipe", "noisy", "--force")
     project.run(*stage, "--set", "finetune.neftune_noise_alpha=0")
-    assert [row["loss"] for row in rows_of(project, "noisy")[:6]] == [row["loss"] for row in plain[:6]]
+    assert [row["loss"] for row in project.log("noisy", "12_finetune")[:6]] == [
+        row["loss"] for row in plain[:6]
+    ]
     project.run(*stage, "--set", "finetune.neftune_noise_alpha=50.0")
-    noisy = rows_of(project, "noisy")
+    noisy = project.log("noisy", "12_finetune")
     assert noisy[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
     assert noisy[-1]["eval_loss"] == pytest.approx(plain[-1]["eval_loss"], rel=1e-6)
-
-
-def rows_of(project, recipe, stage="12_finetune"):
-    """The logged rows of a training."""
-    lines = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]

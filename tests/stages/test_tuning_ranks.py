@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 
 import pytest
 from conftest import sentences
@@ -53,7 +52,7 @@ def train(make_project):
     def trained(kind, way):
         stage, finetune, preference = KINDS[kind]
         name = f"{kind.replace(' ', '-')}-{way}"
-        shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+        project.copy(name)
         project.edit(name, "finetune", **finetune)
         if preference:
             (project.folder / f"configs/{name}/preference.json").write_text(json.dumps(preference))
@@ -77,16 +76,10 @@ def test_ranks_together_reach_the_losses_of_one(train, kind, way):
     name, alone = trained(kind, way), trained(kind, "one")
     active = project.figures(name, stage)["active"]
     assert active["parallel"] == WAYS[way][1] and active["ranks"] == 2 and active["global_batch"] == 4
-    found, expected = losses_of(project, name, stage), losses_of(project, alone, stage)
+    found, expected = project.losses(name, stage), project.losses(alone, stage)
     assert len(found) == len(expected) == 6 and expected[-1] < expected[0]
     assert found == pytest.approx(expected, rel=1e-4)
     ids = torch.arange(5, 45).reshape(1, -1)
     with torch.inference_mode():  # the whole model was written, the adapter merged
         logits = [load_model(project.output(recipe, stage, "."))(ids).logits for recipe in (name, alone)]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-2)
-
-
-def losses_of(project, recipe, stage):
-    """The training losses by step."""
-    rows = project.output(recipe, stage, "metrics.jsonl").read_text().splitlines()
-    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]

@@ -331,13 +331,6 @@ def parsed(options):
     return parser.parse_args(options.split())
 
 
-@pytest.fixture(scope="module")
-def prepared(make_project):
-    project = make_project()
-    project.run("run_all.sh", "--recipe", "mini", "--to", "04")
-    return project
-
-
 def plan_of(project, **changes):
     """What `search` gives to `measure`, for the mini recipe with some keys of pretrain.json changed."""
     folder = project.folder / "configs/mini"

@@ -67,7 +67,7 @@ def run(project, *options, recipe="mini", check=True, **environment):
 
 
 def copy_of(project, name):
-    shutil.copytree(project.folder / "configs/mini", project.folder / "configs" / name)
+    project.copy(name)
     return name
 
 
