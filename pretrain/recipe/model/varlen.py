@@ -1,7 +1,7 @@
 """Attention on a GPU over packed documents, by the FlashAttention kernels that PyTorch carries itself.
 
 The batch says where documents begin (`recipe.tokenization.packing.collate_with_bounds`), so that no mask is
-built and nothing waits for the GPU. On a CPU `recipe.model.attention` does the same.
+built, and a compiled model waits for nothing. On a CPU `recipe.model.attention` does the same.
 """
 
 from __future__ import annotations
@@ -75,6 +75,13 @@ def attend(
         **grouped,
     )
     return out.view(rows, positions, heads, size), None
+
+
+def for_any_number_of_documents(batch: dict[str, Any]) -> None:
+    """Let torch.compile make one graph for all numbers of bounds in a batch on its device."""
+    for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if key in batch:
+            torch._dynamo.maybe_mark_dynamic(batch[key], 0)
 
 
 def mask(**keywords: Any) -> Tensor | None:

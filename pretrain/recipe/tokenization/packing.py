@@ -114,16 +114,14 @@ def collate_with_bounds(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any
     """`collate`, and where documents begin, for attention that needs no mask, by transformers' names.
 
     ``cu_seq_lens_q``, ``cu_seq_lens_k``: the same tensor, int32 [capacity + 1]: where in rows x block_size
-    each document begins, then the end again and again. The capacity is that of documents of 32 tokens, or
-    the next power of two above it that suffices, so that a compiled model hardly ever sees another shape.
+    each document begins, then the end again and again. The capacity is the next power of two, so that there
+    are few shapes and few empty documents: FlashAttention starts thread blocks for each of them.
     ``max_length_q``, ``max_length_k``: block_size.
     """
     batch: dict[str, Any] = collate(samples)
     positions = batch["position_ids"].flatten()
     starts = (positions == 0).nonzero().flatten()
-    capacity = max(1, len(positions) // 32)
-    while capacity < len(starts):
-        capacity *= 2
+    capacity = 1 << (len(starts) - 1).bit_length()
     bounds = torch.full((capacity + 1,), len(positions), dtype=torch.int32)
     bounds[: len(starts)] = starts
     block = batch["position_ids"].shape[1]

@@ -171,9 +171,9 @@ class Meter(TrainerCallback):
 
 def gather(values: list[float], device: torch.device) -> list[list[float]]:
     """The values of every rank, by rank. All ranks must call it."""
+    if not dist.is_initialized():  # on the CPU: a device would be waited for
+        return [torch.tensor(values, dtype=torch.float32).tolist()]
     row = torch.tensor(values, dtype=torch.float32, device=device)
-    if not dist.is_initialized():
-        return [row.tolist()]
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row)
     return [row.tolist() for row in rows]

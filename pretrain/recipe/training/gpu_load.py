@@ -40,7 +40,9 @@ def open_gpu(device: torch.device) -> GpuLoad | None:
         pynvml.nvmlInit()
         # By its UUID, because NVML also counts the GPUs that CUDA_VISIBLE_DEVICES hides.
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        return GpuLoad(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlDeviceGetUtilizationRates(handle)  # refused, it would end the training at its first log
+        return GpuLoad(pynvml, handle)
     except pynvml.NVMLError as error:
         print(f"note: utilisation and power of the GPU are not logged: NVML: {error}", flush=True)
         return None

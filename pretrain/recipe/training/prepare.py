@@ -160,6 +160,8 @@ def _trainer_values(
         "logging_nan_inf_filter": False,  # it would hide a NaN loss, and wait for the GPU at each step
         "push_to_hub": False,  # stage 16 pushes, once, what was measured
         "dataloader_pin_memory": hardware.device == "cuda",
+        "accelerator_config": {"non_blocking": hardware.device == "cuda"},  # pinned batches need no wait
+        "tf32": bool(values.get("tf32")),  # see `RecipeTrainer.create_accelerator_and_postprocess`
     }
     return defaults | values | fixed
 

@@ -17,6 +17,7 @@ from recipe.config.settings import Settings
 from recipe.model import optimizers
 from recipe.model.muon import own_part
 from recipe.model.sharding import ShardedTrainer
+from recipe.model.varlen import for_any_number_of_documents
 from recipe.project import RecipeError, folder_bytes, naming_full_disk
 from recipe.tokenization.packing import IGNORED
 from recipe.training.callbacks import Meter, fork_rng, gather
@@ -55,6 +56,14 @@ class RecipeTrainer(ShardedTrainer):
         self.measured: list[torch.Tensor] = []
         super().__init__(**keywords)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, without the TF32 that transformers and accelerate switch on when they compile.
+
+        ``tf32`` alone decides: fp32 is fp32, and max-autotune ends in an error where two APIs have set TF32.
+        """
+        super().create_accelerator_and_postprocess()
+        torch.set_float32_matmul_precision("high" if self.args.tf32 else "highest")
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """The parameters that weight decay applies to: without embeddings, unlike the stock Trainer."""
         return optimizers.decayed(model)
@@ -66,6 +75,11 @@ class RecipeTrainer(ShardedTrainer):
             loss = super().training_step(model, inputs, *rest)
         self.step_loss = self.step_loss + loss
         return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        for_any_number_of_documents(inputs)
+        return inputs
 
     def sequences_in(self, inputs: Any) -> int:
         """The sequences in a micro-batch."""

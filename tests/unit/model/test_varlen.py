@@ -5,6 +5,7 @@ import torch
 from conftest import GEMMA3, SHAPE
 from recipe.model import varlen
 from recipe.tokenization.packing import collate_with_bounds, pack
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 QWEN3 = {"model_type": "qwen3"} | SHAPE
@@ -85,14 +86,46 @@ def test_generation_uses_the_other_attention():
     assert written.tolist() == model.generate(prompts, **options).tolist()
 
 
-def test_bounds_have_one_shape_and_end_with_the_total():
-    few, many = packed([60, 4]), packed([16, 16, 16, 16])
-    assert few["cu_seq_lens_q"].tolist() == [0, 60, 64]
-    assert many["cu_seq_lens_q"].tolist() == [0, 16, 32, 48, 64]
-    assert few["max_length_q"] == 64
-    one = packed([256], [256])
-    assert one["cu_seq_lens_k"].tolist() == [0, 256, *[512] * 15]
-    assert one["cu_seq_lens_k"].shape == packed([100, 156], [1, 255])["cu_seq_lens_k"].shape
+def test_bounds_end_with_the_total_and_have_few_shapes():
+    assert packed([64])["cu_seq_lens_q"].tolist() == [0, 64]
+    assert packed([60, 4])["cu_seq_lens_q"].tolist() == [0, 60, 64]
+    assert packed([16, 16, 32])["cu_seq_lens_q"].tolist() == [0, 16, 32, 64, 64]
+    batch = packed([16, 16, 16, 16], [1, 63])
+    assert batch["cu_seq_lens_k"].tolist() == [0, 16, 32, 48, 64, 65, 128, 128, 128]
+    assert batch["max_length_q"] == 64
+
+
+@torch.library.custom_op("test::by_bounds", mutates_args=())
+def by_bounds(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """`kernel` as an operator, which torch.compile does not look into."""
+    return kernel(query, key, value, bounds, bounds, longest, longest, scale=None, window_size=(-1, 0))
+
+
+by_bounds.register_fake(lambda query, *_: torch.empty_like(query))
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_one_compiled_model_serves_any_number_of_documents(monkeypatch, automatic):
+    """Also in a run with phases, which switches automatic dynamic shapes off."""
+
+    def attention(query, key, value, bounds, _, longest, *__, **___):
+        return by_bounds(query, key, value, bounds, longest)
+
+    monkeypatch.setattr(varlen, "varlen_attn", attention)
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(vocab_size=97, use_cache=False, **QWEN3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="varlen").train()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for rows in ([64], [20, 1, 43], [8] * 8, [4] * 16):
+        batch = packed(rows, [64])
+        varlen.for_any_number_of_documents(batch)
+        with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=automatic):
+            torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("window", [None, 8])

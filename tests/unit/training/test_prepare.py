@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from recipe.config.choice import Choice
+from recipe.hardware import Hardware
 from recipe.project import Refused
 from recipe.training.extended import EXTENDED
-from recipe.training.prepare import check_steps, place, prepare, total_steps
+from recipe.training.prepare import _trainer_values, check_steps, place, prepare, total_steps
 from tiny_training import plan_of
 from transformers import TrainingArguments
 
@@ -49,6 +51,16 @@ def test_a_warm_up_longer_than_the_steps_of_the_epochs_is_refused(tmp_path, monk
     assert "pretrain.json: the run goes 4.2 times over its data. Up to 4" in capsys.readouterr().out
     check_steps(run, values | {"warmup_steps": 0}, "finetune", 25)
     assert "over its data" not in capsys.readouterr().out
+
+
+def test_pinned_batches_reach_a_gpu_without_a_wait(tmp_path):
+    values = {"block_size": 8, "global_batch_size": 4, "per_device_train_batch_size": 4}
+    plan, choice = plan_of(tmp_path, {"pretrain": values}), Choice("bf16", "varlen", True)
+    for device in ("cuda", "cpu"):
+        seen = Hardware(device, "one", (9, 0), (2, 13), True, (), True)
+        native = _trainer_values(plan, "pretrain", values, seen, choice)
+        assert native["dataloader_pin_memory"] == (device == "cuda")
+        assert native["accelerator_config"] == {"non_blocking": device == "cuda"}
 
 
 def test_a_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):

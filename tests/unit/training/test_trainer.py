@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from recipe.config import optimizers as table
 from recipe.config.choice import CHUNKS
 from recipe.config.optimizers import OPTIMIZERS, Optimizer
@@ -76,6 +77,20 @@ def test_z_loss_is_logged_apart(train):
     assert all("z_loss" in row for row in rows) and figures["active"]["z_loss"] == 1e-6
     large = [row for row in train("large", z_loss=1.0)[1] if "loss" in row]
     assert large[-1]["z_loss"] < 0.85 * large[0]["z_loss"]  # it is trained away
+
+
+def test_fp32_is_computed_in_fp32(train, monkeypatch):
+    """transformers and accelerate switch TF32 on where they compile, on a GPU; here this test does."""
+    create = transformers.Trainer.create_accelerator_and_postprocess
+
+    def create_and_switch_on(trainer):
+        create(trainer)
+        torch.backends.fp32_precision = "tf32"
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", create_and_switch_on)
+    train("fp32")
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "torch_compile": True}])
