@@ -22,6 +22,8 @@ venv=${VENV:-$here/.venv}
 stamp=$venv/.recipe-ready
 # Another major version of these changes results or breaks the scripts.
 same_major="accelerate datasets deepspeed lm-eval neologdn numpy peft sentencepiece tokenizers torch transformers trl"
+# What only the page of chat.py and an upload import: an environment may lack them.
+seldom="gradio httpx2 starlette"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -37,7 +39,7 @@ capability() {
 #   pins   print them, one a line; exit 2 for an unknown extra
 #   check  compare them with what is installed, without importing it; print what is wrong in one line and exit 3
 packages() {
-  SAME_MAJOR=$same_major "$1" - "$here" "${@:2}" <<'PY'
+  SAME_MAJOR=$same_major SELDOM=$seldom "$1" - "$here" "${@:2}" <<'PY'
 import os, platform, sys, tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +67,8 @@ for pin in pins:
     try:
         found = version(name)
     except PackageNotFoundError:
+        if name in os.environ["SELDOM"].split():
+            continue
         missing.append(name)
     else:
         if name not in os.environ["SAME_MAJOR"].split() or found.split(".")[0] == major:
@@ -131,7 +135,7 @@ install() {
     pip_install --index-url "$cpu_index" --retries 2 --timeout 20 --no-deps "$torch" ||
       say "$cpu_index: no answer, so torch comes with its CUDA libraries"
   fi
-  mapfile -t pins < <(packages "$venv/bin/python" pins tests)
+  mapfile -t pins < <(packages "$venv/bin/python" pins tests lint)
   pip_install -r "$here/requirements.txt" "${pins[@]}"
   # The scripts of fine-tuning/ find the package recipe by it.
   site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -23,11 +23,14 @@ from recipe.config.recipe import load_recipe, recipe_options
 from recipe.config.training import tuned_stage
 from recipe.conversations.instructions import no_pairs
 from recipe.endings import errors_in_one_line
-from recipe.project import RecipeError, Refused, is_finished, stage_folder
+from recipe.hardware import is_installed
+from recipe.project import ROOT, RecipeError, Refused, is_finished, stage_folder
 from recipe.run.integrity import require_whole
 
 if TYPE_CHECKING:  # it imports torch, and a refusal should not wait for that
     from recipe.evaluation.talking import Talker
+
+OF_PAGE = ("gradio", "starlette")  # setup.sh lets an environment do without them
 
 
 def main() -> None:
@@ -44,6 +47,11 @@ def main() -> None:
     recipe, base = arguments.recipe, arguments.base
     with errors_in_one_line("chat"):
         config = load_recipe(recipe, arguments.overrides)
+        if arguments.web and (missing := [name for name in OF_PAGE if not is_installed(name)]):
+            raise Refused(
+                f"--web: not installed: {', '.join(missing)}. Install: {sys.executable} -m pip install -r "
+                f"{ROOT}/requirements.txt"
+            )
         stage = "05_pretrain" if base else tuned_stage(config)
         folder = stage_folder(recipe, stage)
         if not is_finished(folder) or (not base and no_pairs(config)):

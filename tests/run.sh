@@ -16,7 +16,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit ;; esac
-extras=(tests)
+extras=(tests lint)
 parallel=()
 case ${1:-} in
   lint) marker=none ;;
