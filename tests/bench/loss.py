@@ -81,8 +81,10 @@ def main() -> None:
         return
     sizes = [*map(int, sys.argv[1:]), *SIZES[len(sys.argv) - 1 :]]
     print("{} positions x {} x vocabulary {}\n".format(*sizes))
-    print("| loss | ms | peak MiB | loss |\n|---|---:|---:|---:|")
-    for name in (*ROWS, *(["liger"] if find_spec("liger_kernel") else [])):
+    print("| loss | ms | peak MiB | loss |\n|---|---:|---:|---:|", flush=True)
+    # The compiled ones, which take longest, are the last.
+    liger = ["liger"] if find_spec("liger_kernel") else []
+    for name in sorted([*ROWS, *liger], key=lambda name: "compiled" in name):
         line = [sys.executable, __file__, "row", name, *map(str, sizes)]
         ended = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=os.environ)
         row = json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else None

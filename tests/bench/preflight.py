@@ -10,6 +10,7 @@ Run:  .venv/bin/python tests/bench/preflight.py [ROW]...
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -99,8 +100,8 @@ def inputs(folder: Path, vocabulary: int) -> dict[str, Path]:
     return {"03_tokenizer": folder / "tokenizer", "04_tokenize": folder}
 
 
-def run(name: str) -> tuple[float, dict[str, Any], int]:
-    """(computed peak bytes, the probe's row, parameters) of one training."""
+def run(name: str) -> tuple[dict[str, float], dict[str, Any], int]:
+    """(computed bytes by part, the probe's row, parameters) of one training."""
     model, vocabulary, block, micro, accumulation, checkpointing, compiled, more, launch = (ROWS | ON_A_GPU)[
         name
     ]
@@ -127,22 +128,27 @@ def run(name: str) -> tuple[float, dict[str, Any], int]:
         plan = {"recipe": "bench", "config": config, "inputs": inputs(Path(folder), vocabulary)}
         script = ROOT / "pretrain/run_clm.py"
         row = probe.measure(script, plan, probe.Way(launch, int(checkpointing), compiled), micro)
-    return computed["peak"], row, shape.parameters
+    return computed, row, shape.parameters
 
 
 def main() -> None:
     """Print computed and measured peaks."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a row's training ends, too
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
-    print("| training | parameters | computed MiB | measured MiB | computed / measured | tokens/s |")
-    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    heads = ["training", "parameters", "computed MiB", "measured MiB", "computed / measured", "tokens/s"]
+    # What is measured on a GPU, the bytes that PyTorch has reserved, is without the context of the process.
+    heads += ["without the process"] if count_gpus() else []
+    print(f"| {' | '.join(heads)} |\n|---{'|---:' * (len(heads) - 1)}|", flush=True)
     for name in sys.argv[1:] or (ON_A_GPU if count_gpus() else ROWS):
         computed, row, parameters = run(name)
+        peak = computed["peak"]
         if row["outcome"] != "ok":
             print(f"| {name} | {parameters:,} | {row} |", flush=True)
             continue
         measured = row["peak_memory_bytes"]
-        cells = [name, f"{parameters:,}", f"{computed / 2**20:,.0f}", f"{measured / 2**20:,.0f}"]
-        cells += [f"{computed / measured:.3f}", f"{row['tokens_per_second']:,.0f}"]
+        cells = [name, f"{parameters:,}", f"{peak / 2**20:,.0f}", f"{measured / 2**20:,.0f}"]
+        cells += [f"{peak / measured:.3f}", f"{row['tokens_per_second']:,.0f}"]
+        cells += [f"{(peak - computed['process']) / measured:.3f}"] if count_gpus() else []
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

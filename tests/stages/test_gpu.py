@@ -2,14 +2,14 @@
 
 import importlib.util
 import json
-import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from conftest import SHAPE, wait_for
+from packed_batches import loss_and_gradients, packed
 from recipe.config.optimizers import OPTIMIZERS
 
 pytestmark = [
@@ -31,6 +31,7 @@ bits = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="could not run: bitsandbytes is not installed"
 )
 SHARED = ("--set", "pretrain.muon_learning_rate=null", "--set", "pretrain.block_size=128")
+COMPILED = ("--set", "pretrain.torch_compile=true")
 LONG = ("--set", "pretrain.max_steps=200", "--set", "pretrain.save_steps=100")
 
 
@@ -42,13 +43,11 @@ def prepared(make_project):
     return project
 
 
-def train(project, name, *options):
-    project.copy(name)
-    project.run("run_all.sh", "--recipe", name, "--to", "04", *SHARED)
-    # --force: a launcher's options are not settings, so that an earlier case's model would be reused.
-    stage = ("pretrain/05_pretrain.sh", "--recipe", name, "--force", "--nproc", "1")
+def train(project, *options):
+    """The figures of a pretraining of mini with these options."""
+    stage = ("pretrain/05_pretrain.sh", "--recipe", "mini", "--force", "--nproc", "1")
     project.run(*stage, *SHARED, *options, timeout=1200)
-    return project.figures(name, "05_pretrain")
+    return project.figures("mini", "05_pretrain")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def train(project, name, *options):
     [
         (("--set", "pretrain.bf16=false"), {"precision": "fp32", "attention": "sdpa"}),
         (("--set", "pretrain.fp16=true"), {"precision": "fp16"}),
-        (("--set", "pretrain.torch_compile=true"), {"compiled": True}),
+        (COMPILED, {"compiled": True}),
         pytest.param(("--set", "pretrain.bf16=true"), {"precision": "bf16"}, marks=ampere),
         pytest.param(
             ("--set", "pretrain.bf16=true", "--set", "pretrain.muon_learning_rate=0.02"),
@@ -68,14 +67,15 @@ def train(project, name, *options):
             {"attention": "flash_attention_2"},
             marks=[ampere, flash],
         ),
+        (("--deepspeed", "zero2", *COMPILED), {"parallel": "ZeRO-2", "compiled": True}),
+        (("--deepspeed", "zero3", *COMPILED), {"parallel": "ZeRO-3", "compiled": True}),
         (("--deepspeed", "zero2_offload"), {"parallel": "ZeRO-2, optimizer on cpu", "offloaded": True}),
         (("--deepspeed", "zero3"), {"parallel": "ZeRO-3"}),
         (("--deepspeed", "zero3_offload"), {"parallel": "ZeRO-3, optimizer on cpu, parameters on cpu"}),
     ],
 )
 def test_setting_is_active_and_learns(prepared, options, expected):
-    name = re.sub(r"\W+", "-", "".join(options)).strip("-")
-    figures = train(prepared, name, *options)
+    figures = train(prepared, *options)
     assert {key: figures["active"][key] for key in expected} == expected
     assert figures["eval_loss"] < 4  # ln(400) = 6.0 before training
 
@@ -84,9 +84,9 @@ def test_setting_is_active_and_learns(prepared, options, expected):
 @pytest.mark.extra("torchao")
 def test_fp8_is_active_and_its_loss_is_that_of_bf16(prepared):
     """The bound is the one of tests/unit/model/test_fp8.py, where fp8 is emulated."""
-    compiled = ("--set", "pretrain.bf16=true", "--set", "pretrain.torch_compile=true")
-    bf16 = train(prepared, "without-fp8", *compiled)
-    fp8 = train(prepared, "with-fp8", *compiled, "--set", "pretrain.fp8=true")
+    compiled = ("--set", "pretrain.bf16=true", *COMPILED)
+    bf16 = train(prepared, *compiled)
+    fp8 = train(prepared, *compiled, "--set", "pretrain.fp8=true")
     assert bf16["active"]["fp8"] is None and fp8["active"]["fp8"] == 14
     assert fp8["eval_loss"] - bf16["eval_loss"] < 0.01
 
@@ -95,7 +95,9 @@ def test_fp8_is_active_and_its_loss_is_that_of_bf16(prepared):
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
 def test_an_8_bit_optimizer_is_active_and_learns(prepared, optim):
     slow = ("--set", "pretrain.learning_rate=3e-3") if "lion" in optim else ()
-    figures = train(prepared, optim, "--set", f"pretrain.optim={optim}", *slow)
+    # Smaller matrices than of 4,096 numbers keep states of 32 bits.
+    large = ("--set", "model.intermediate_size=256")
+    figures = train(prepared, "--set", f"pretrain.optim={optim}", *slow, *large)
     assert figures["active"]["optimizer"] == OPTIMIZERS[optim].reported
     assert figures["eval_loss"] < 5
 
@@ -133,16 +135,13 @@ def test_talking_and_generation_answer(talking):
 
 def test_a_signal_saves_and_the_same_command_continues(prepared):
     """Stopped and continued, the losses are those of a training that was never stopped."""
-    whole = train(prepared, "never-stopped", *LONG)
-    prepared.copy("signal")
+    whole = train(prepared, *LONG)
+    work = prepared.copy("signal")
     prepared.run("run_all.sh", "--recipe", "signal", "--to", "04", *SHARED)
     line = ("pretrain/05_pretrain.sh", "--recipe", "signal", "--nproc", "1", *SHARED, *LONG)
     child = prepared.start(*line)
-    work = prepared.folder / "outputs/signal/.05_pretrain.work/metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (work.exists() and work.read_text().count('"loss"') >= 20):
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
-        time.sleep(0.05)
+    log = work / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count('"loss"') >= 20, child)
     child.send_signal(signal.SIGTERM)
     said, _ = child.communicate(timeout=120)
     assert child.returncode == 143 and "stopped at step" in said, said
@@ -154,13 +153,33 @@ def test_a_signal_saves_and_the_same_command_continues(prepared):
 
 
 def test_probe_measures_this_gpu(prepared):
-    small = ("--set", "pretrain.global_batch_size=4", "--set", "pretrain.per_device_train_batch_size=4")
+    """In bf16, where varlen is the kernel that others are compared with."""
+    small = ("--set", "pretrain.global_batch_size=1", "--set", "pretrain.per_device_train_batch_size=1")
+    small += ("--set", f"pretrain.bf16={json.dumps(torch.cuda.is_bf16_supported(False))}")
     result = prepared.run(
         "pretrain/05_pretrain.sh", "--recipe", "mini", "--probe", "--nproc", "1", *small, timeout=1200
     )
     assert "fastest: --set" in result.stdout
     figures = json.loads((prepared.folder / "outputs/mini/probe.json").read_text())["figures"]
     assert figures["outcome"] == "ok" and figures["peak_memory_bytes"] > 0
+
+
+@ampere
+@pytest.mark.parametrize("window", [None, 8, 40])
+def test_varlen_attention_is_that_of_a_mask(window):
+    """Loss and every gradient, in bf16, with documents of 1 to 123 tokens and padded bounds."""
+    batch = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in packed([20, 1, 107], [128], [5, 123]).items()
+    }
+    shape = {"model_type": "mistral", "sliding_window": window} | SHAPE
+    found = []
+    for name in ("varlen", "sdpa"):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, gradients = loss_and_gradients(name, batch, **shape)
+        found.append([loss, *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 3e-2 * theirs.norm()
 
 
 def test_the_loss_in_chunks_is_that_of_whole_logits():

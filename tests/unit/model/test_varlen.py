@@ -3,8 +3,8 @@
 import pytest
 import torch
 from conftest import GEMMA3, SHAPE
+from packed_batches import loss_and_gradients, packed
 from recipe.model import varlen
-from recipe.tokenization.packing import collate_with_bounds, pack
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,26 +31,6 @@ def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, e
         )
         out[begin:end] = one.transpose(0, 1)
     return out
-
-
-def packed(*rows):
-    """A batch of rows, each given by the lengths of its documents; the last of a row may be padding."""
-    torch.manual_seed(0)
-    block = sum(rows[0])
-    samples = []
-    for lengths in rows:
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).numpy()
-        samples.append(pack(torch.randint(3, 90, (block + 1,)).numpy(), starts, block, pad=0))
-    return collate_with_bounds(samples)
-
-
-def loss_and_gradients(attention, batch, **values):
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(vocab_size=97, use_cache=False, **values)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    loss = model.train()(**batch).loss
-    loss.backward()
-    return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("grouped", [True, False], ids=["2.12 and later", "2.11"])
