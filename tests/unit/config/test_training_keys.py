@@ -107,6 +107,10 @@ def lora(config, **values):
             lambda c: (c["pretrain"].pop("save_steps"), c["pretrain"].update(save_strategy="epoch")),
             ["save_strategy", "expected steps or no"],
         ),
+        (
+            lambda c: c["pretrain"].update(torch_compile=True, torch_compile_mode="reduce-overhead"),
+            ["torch_compile_mode", "reduce-overhead", "expected", "max-autotune-no-cudagraphs"],
+        ),
         (lambda c: c["pretrain"].update(torch_compile_mode="default"), ["torch_compile_mode", "null"]),
         (
             lambda c: c["pretrain"].update(activation_checkpointing_kwargs={"use_reentrant": False}),
