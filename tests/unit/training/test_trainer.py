@@ -91,6 +91,8 @@ def test_fp32_is_computed_in_fp32(train, monkeypatch):
     train("fp32")
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert torch.get_float32_matmul_precision() == "highest"
+    # Inductor reads it by the older API when it tries kernels; after the newer one alone, that is an error.
+    assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
 @pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "torch_compile": True}])
