@@ -381,7 +381,7 @@ def search(script: Path, plan: dict[str, Any], launch: Launch) -> list[tuple[Way
         for row in climb(micros, lambda micro, way=way: measure(script, plan, way, micro)):
             rows.append((way, row))
             tqdm.write(table([row]).splitlines()[-1])
-        if row["outcome"] == "ok":
+        if rows and rows[-1][1]["outcome"] == "ok":
             enough_memory.append((way.launch, way.compiled))
     return rows
 
