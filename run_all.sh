@@ -110,7 +110,12 @@ main() {
     trap "stop $signal" "$signal"
   done
   # If this shell is killed, the running stage is stopped too, and can be continued.
-  export RECIPE_RUN_ALL=$$ RECIPE_FROM=$from
+  export RECIPE_RUN_ALL=$$
+  if $dry; then
+    RECIPE_WOULD_RUN=$(mktemp)
+    export RECIPE_WOULD_RUN
+    trap 'rm -f "$RECIPE_WOULD_RUN"' EXIT
+  fi
   "$python" -m recipe.run.check --recipe "$recipe" --from "$from" --to "$to" "${force[@]}" "${overrides[@]}" "${launch[@]}"
 
   while read -r stage <&3; do

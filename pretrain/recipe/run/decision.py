@@ -138,10 +138,13 @@ def decide(description: Description) -> Decision:
         remedy += f"Run `{rerun} --to {name[:2]}`; finished stages are skipped"
         return Decision("refuse", f"waits for {', '.join(missing)}", remedy)
     for stage, changes in stale_inputs(recipe, description.folders, description.config):
-        # run_all.sh names the first stage that it redoes.
-        redone = arguments.force and stage[:2] >= os.environ.get("RECIPE_FROM", "99")
-        if redone and arguments.dry_run:
-            return Decision("run", f"would start over (--force) after {stage}, which is stale")
+        if stage in _would_run():
+            if arguments.force:
+                return Decision("run", f"would start over (--force) after {stage}, which is stale")
+            if not is_finished(description.final):
+                return Decision("run", f"would run after {stage}")
+            remedy = f"After that, redo it and what follows: {rerun} --from {name[:2]} --force"
+            return Decision("refuse", f"it would be stale after {stage}", remedy)
         remedy = f"Redo it and what follows: {rerun} --from {stage[:2]} --force\n  {SAME_OPTIONS}"
         return Decision("refuse", f"its input {stage} is stale: {'; '.join(changes)}", remedy)
 
@@ -184,6 +187,19 @@ def decide(description: Description) -> Decision:
     if twin:
         return Decision("take over", f"would be taken from {twin.relative_to(ROOT)}", twin=twin)
     return Decision("run", "would run")
+
+
+def _would_run() -> list[str]:
+    """The stages that a dry run of run_all.sh would have run by now: see `note_that_it_would_run`."""
+    path = os.environ.get("RECIPE_WOULD_RUN")
+    return Path(path).read_text("utf-8").split() if path else []
+
+
+def note_that_it_would_run(name: str) -> None:
+    """Tell the later stages of a dry run of run_all.sh, which names the file, that this one would run."""
+    if path := os.environ.get("RECIPE_WOULD_RUN"):
+        with Path(path).open("a", encoding="utf-8") as handle:
+            handle.write(f"{name}\n")
 
 
 def _unfinished_changes(description: Description) -> list[str] | None:

@@ -35,7 +35,7 @@ from recipe.project import (
     warn,
     write_json,
 )
-from recipe.run.decision import Decision, Definition, Description, decide, describe
+from recipe.run.decision import Decision, Definition, Description, decide, describe, note_that_it_would_run
 from recipe.run.environment import commit, peak_memory, versions
 from recipe.run.extension import prepare_extension
 from recipe.run.freshness import differences
@@ -160,6 +160,8 @@ def _run(definition: Definition, arguments: argparse.Namespace) -> None:
     if arguments.dry_run and decision.action == "refuse" and not description.missing:
         # As the run itself would be. What is missing may be made by an earlier stage.
         raise Refused(_refusal(decision))
+    if arguments.dry_run and decision.action not in ("skip", "done before", "refuse"):
+        note_that_it_would_run(definition.name)
     if arguments.dry_run or decision.action == "skip":
         print(f"{definition.name:15} {decision.reason}")
         return

@@ -75,6 +75,26 @@ def folders(project):
     return sorted(path.name for path in (project.folder / "outputs/mini").iterdir())
 
 
+def test_a_dry_run_knows_what_the_stages_before_would_do(project, tmp_path):
+    """As when a finished training was made longer: its later stages, not yet run, read the longer one."""
+    project.run("run_all.sh", "--recipe", "mini", "--to", "02")
+    would_run = tmp_path / "would_run"
+    would_run.write_text("")
+    changed = ("--dry-run", "--set", "dataset.valid_share=0.3")
+    look = functools.partial(run, project, check=False, INPUTS="02_dataset", RECIPE_WOULD_RUN=str(would_run))
+    refused = look(*changed)
+    assert refused.returncode == 2 and "its input 02_dataset is stale" in refused.stderr
+    assert would_run.read_text() == ""
+    would_run.write_text("02_dataset\n")
+    assert "90_test         would run after 02_dataset\n" in look(*changed).stdout
+    assert "after 02_dataset, which is stale" in look(*changed, "--force").stdout
+    assert would_run.read_text().split() == ["02_dataset", "90_test", "90_test"]
+    run(project, INPUTS="02_dataset")
+    refused = look(*changed)
+    assert refused.returncode == 2 and "it would be stale after 02_dataset" in refused.stderr
+    assert "--from 90 --force" in refused.stderr
+
+
 def test_what_a_run_does_is_what_a_dry_run_says(project):
     assert "90_test         would run" in run(project, "--dry-run").stdout
     assert not (project.folder / "outputs").exists()
