@@ -22,7 +22,7 @@ venv=${VENV:-$here/.venv}
 stamp=$venv/.recipe-ready
 # Another major version of these changes results or breaks the scripts.
 same_major="accelerate datasets deepspeed lm-eval neologdn numpy peft sentencepiece tokenizers torch transformers trl"
-# What only the page of chat.py and an upload import: an environment may lack them.
+# An environment may lack them: only the page of chat.py imports them, and an older huggingface_hub brings httpx.
 seldom="gradio httpx2 starlette"
 
 say() { printf 'setup: %s\n' "$*" >&2; }

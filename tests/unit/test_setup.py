@@ -1,6 +1,7 @@
 """setup.sh: what it installs, what it refuses, and that every import has a pinned package."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -107,6 +108,18 @@ def test_what_few_scripts_import_may_be_missing(bare):
     assert setup("--python", RECIPE_PYTHON=bare.python).returncode == 0
     error = one_line(setup("--extra", "tests", RECIPE_PYTHON=bare.python))
     assert "not installed: pytest, pytest-timeout, pytest-xdist. Install" in error
+
+
+def test_the_page_of_the_chat_names_what_it_lacks(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("chat", ROOT / "fine-tuning/chat.py")
+    chat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chat)
+    monkeypatch.setattr(chat, "is_installed", lambda name: name != "gradio")
+    monkeypatch.setattr("sys.argv", ["chat.py", "--web"])
+    with pytest.raises(SystemExit) as ended:
+        chat.main()
+    assert ended.value.code == 2
+    assert "--web: not installed: gradio. Install: " in capsys.readouterr().err
 
 
 def test_another_major_version_is_refused(bare):

@@ -227,10 +227,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
     RecipeError when the hub refuses or cannot be reached, and for a public repository where `private` is
     asked for.
     """
-    import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    network_error = HfHubHTTPError.__bases__[0]  # of httpx2, or of httpx with huggingface_hub 1
     api = HfApi()
     try:
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id  # with its owner
@@ -246,7 +246,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
             commit_message="Upload of a recipe's model",
             ignore_patterns=[".*", RECORD],
         )
-    except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, network_error, OSError) as error:
         raise RecipeError(
             f"push to {repository!r} failed: {error}. Check the name, the network and the token "
             "(`hf auth login`, or HF_TOKEN)"

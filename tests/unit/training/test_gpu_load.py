@@ -64,6 +64,8 @@ def test_without_nvml_nothing_is_logged(nvml, monkeypatch, capsys):
     def refuse():
         raise NVMLError("driver not loaded")
 
+    fake.nvmlDeviceGetUtilizationRates = lambda handle: refuse()  # at the start, not at the first log
+    assert open_gpu(CUDA) is None and "driver not loaded" in capsys.readouterr().out
     fake.nvmlInit = refuse
     assert open_gpu(CUDA) is None and "driver not loaded" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
